@@ -1,0 +1,140 @@
+#include "allocator/c_api.h"
+
+#include <exception>
+#include <string>
+
+#include "allocator/pools.hpp"
+#include "base/error.hpp"
+
+namespace {
+
+thread_local std::string t_last_error;
+
+spillover_status fail(spillover_status status, const char* message) noexcept {
+  try {
+    t_last_error = message;
+  } catch (const std::exception&) {
+    t_last_error.clear();  // Not even the message could be stored.
+  }
+  return status;
+}
+
+// Runs body and turns what it throws into a status and this thread's last error.
+template <class Body>
+spillover_status guarded(Body body) noexcept {
+  try {
+    body();
+    return SPILLOVER_OK;
+  } catch (const spillover::ConfigError& error) {
+    return fail(SPILLOVER_INVALID_ARGUMENT, error.what());
+  } catch (const spillover::DeviceOutOfMemoryError& error) {
+    return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
+  } catch (const spillover::DriverError& error) {
+    return fail(SPILLOVER_DRIVER_FAILURE, error.what());
+  } catch (const std::exception& error) {
+    return fail(SPILLOVER_BROKEN_STATE, error.what());
+  }
+}
+
+void require_output(const void* out) {
+  if (out == nullptr) throw spillover::ConfigError("the output pointer must not be null");
+}
+
+}  // namespace
+
+extern "C" {
+
+int spillover_abi_version(void) {
+  return SPILLOVER_ABI_VERSION;
+}
+
+const char* spillover_last_error(void) {
+  return t_last_error.c_str();
+}
+
+spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).allocate(size_bytes, stream);
+  });
+}
+
+spillover_status spillover_free(void* pointer) {
+  if (pointer == nullptr) return SPILLOVER_OK;
+  return guarded([&] { spillover::segment_of(pointer).pool->free(pointer); });
+}
+
+spillover_status spillover_record_stream(void* pointer, void* stream) {
+  if (pointer == nullptr) return SPILLOVER_OK;
+  return guarded([&] { spillover::segment_of(pointer).pool->record_stream(pointer, stream); });
+}
+
+spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes) {
+  return guarded([&] {
+    require_output(base);
+    require_output(size_bytes);
+    const auto entry = spillover::segment_of(pointer);
+    *base = reinterpret_cast<void*>(entry.address);
+    *size_bytes = entry.size_bytes;
+  });
+}
+
+int spillover_device_of(const void* pointer) {
+  int device = -1;
+  guarded([&] {
+    const auto entry = spillover::find_segment(pointer);
+    if (entry && entry->pool->is_live(pointer)) device = entry->pool->device();
+  });
+  return device;
+}
+
+spillover_status spillover_stats(int device, spillover_stats_t* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).statistics();
+  });
+}
+
+spillover_status spillover_reset_accumulated_stats(int device) {
+  return guarded([&] { spillover::pool_of_device(device).reset_accumulated_statistics(); });
+}
+
+spillover_status spillover_reset_peak_stats(int device) {
+  return guarded([&] { spillover::pool_of_device(device).reset_peak_statistics(); });
+}
+
+spillover_status spillover_trim(int device) {
+  return guarded([&] { spillover::pool_of_device(device).trim(); });
+}
+
+spillover_status spillover_set_memory_fraction(int device, double fraction) {
+  return guarded([&] { spillover::pool_of_device(device).set_memory_fraction(fraction); });
+}
+
+spillover_status spillover_memory_fraction(int device, double* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).memory_fraction();
+  });
+}
+
+spillover_status spillover_largest_free(int device, size_t* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).largest_free_bytes();
+  });
+}
+
+spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor,
+                                          void* user) {
+  return guarded([&] {
+    if (visitor == nullptr) throw spillover::ConfigError("the visitor must not be null");
+    spillover::pool_of_device(device).visit_segments(visitor, user);
+  });
+}
+
+spillover_status spillover_check_invariants(int device) {
+  return guarded([&] { spillover::pool_of_device(device).check_invariants(); });
+}
+
+}  // extern "C"

@@ -1,0 +1,116 @@
+/* C interface of the device pool, for the torch adapter and other users of the pool.
+ *
+ * Exported by spillover/_lib/libspillover.so. Every function may be called from any thread, never
+ * throws and never takes Python's GIL. A function that fails returns a status other than
+ * SPILLOVER_OK and leaves its outputs untouched; spillover_last_error() then has the sentence.
+ * Streams are CUstream handles as void*: NULL is the legacy default stream.
+ */
+#ifndef SPILLOVER_ALLOCATOR_C_API_H
+#define SPILLOVER_ALLOCATOR_C_API_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SPILLOVER_ABI_VERSION 1
+
+typedef enum spillover_status {
+  SPILLOVER_OK = 0,
+  SPILLOVER_INVALID_ARGUMENT = 1,
+  SPILLOVER_OUT_OF_MEMORY = 2,
+  SPILLOVER_DRIVER_FAILURE = 3,
+  SPILLOVER_BROKEN_STATE = 4
+} spillover_status;
+
+/* Counters of one class of blocks. Units: bytes for *_bytes, else numbers. */
+typedef struct spillover_counter {
+  int64_t current;
+  int64_t peak;
+  int64_t allocated; /* total ever added */
+  int64_t freed;     /* total ever removed */
+} spillover_counter;
+
+enum { SPILLOVER_CLASS_ALL = 0, SPILLOVER_CLASS_SMALL = 1, SPILLOVER_CLASS_LARGE = 2, SPILLOVER_CLASS_COUNT = 3 };
+
+/* Each array is indexed by SPILLOVER_CLASS_*. */
+typedef struct spillover_stats_t {
+  spillover_counter allocation[SPILLOVER_CLASS_COUNT];           /* live blocks */
+  spillover_counter segment[SPILLOVER_CLASS_COUNT];              /* segments held from the driver */
+  spillover_counter active[SPILLOVER_CLASS_COUNT];               /* live, or freed and still in use by a stream */
+  spillover_counter inactive_split[SPILLOVER_CLASS_COUNT];       /* free remainders of split segments */
+  spillover_counter allocated_bytes[SPILLOVER_CLASS_COUNT];      /* rounded sizes of live blocks */
+  spillover_counter reserved_bytes[SPILLOVER_CLASS_COUNT];       /* held from the driver */
+  spillover_counter active_bytes[SPILLOVER_CLASS_COUNT];
+  spillover_counter inactive_split_bytes[SPILLOVER_CLASS_COUNT];
+  spillover_counter requested_bytes[SPILLOVER_CLASS_COUNT];      /* sizes as asked for */
+  int64_t alloc_retries; /* times that the cache was emptied to serve a request */
+  int64_t ooms;
+} spillover_stats_t;
+
+typedef struct spillover_block_info {
+  void* address;
+  size_t size_bytes;
+  size_t requested_bytes; /* 0 for a free block */
+  int state;              /* 0 free, 1 live, 2 freed and waiting for a stream */
+} spillover_block_info;
+
+typedef struct spillover_segment_info {
+  void* address;
+  size_t size_bytes;
+  void* stream;
+  int is_small;
+  size_t block_count;
+} spillover_segment_info;
+
+/* Called for each segment, with its blocks in address order. Must not call the pool again. */
+typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
+                                          const spillover_block_info* blocks);
+
+int spillover_abi_version(void);
+
+/* The reason of this thread's last failure: never NULL, valid until this thread's next call. */
+const char* spillover_last_error(void);
+
+/* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
+ * 512 bytes. A size of 0 gives NULL. */
+spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
+
+/* Gives a block back. It may be handed out again on its own stream at once, on others only after the
+ * work of every stream noted by spillover_record_stream is complete. NULL is allowed. */
+spillover_status spillover_free(void* pointer);
+
+/* Notes that the block is used on a stream other than the one it was allocated for. */
+spillover_status spillover_record_stream(void* pointer, void* stream);
+
+/* Start and size of the segment that holds pointer. */
+spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes);
+
+/* Device of a live block's address, -1 where it is not ours. */
+int spillover_device_of(const void* pointer);
+
+spillover_status spillover_stats(int device, spillover_stats_t* out);
+spillover_status spillover_reset_accumulated_stats(int device);
+spillover_status spillover_reset_peak_stats(int device);
+
+/* Returns every segment without a live block to the driver. Waits for freed blocks' streams. */
+spillover_status spillover_trim(int device);
+
+/* The pool may hold at most fraction (0 to 1) of the device's memory. */
+spillover_status spillover_set_memory_fraction(int device, double fraction);
+spillover_status spillover_memory_fraction(int device, double* out);
+
+/* Size of the largest free block, bytes. */
+spillover_status spillover_largest_free(int device, size_t* out);
+
+spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor, void* user);
+
+/* Walks every structure and compares it with its equations; the first that fails is the error. */
+spillover_status spillover_check_invariants(int device);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,164 @@
+// Walks the pool's structures and compares them with the equations in block.hpp.
+#include <array>
+#include <string>
+
+#include "allocator/pool.hpp"
+#include "allocator/statistics.hpp"
+#include "base/error.hpp"
+
+namespace spillover {
+
+// What a walk over the segments finds, by class of blocks.
+struct Pool::Totals {
+  struct Sums {
+    size_t segments = 0;
+    size_t reserved_bytes = 0;
+    size_t live = 0;
+    size_t live_bytes = 0;
+    size_t waiting = 0;
+    size_t waiting_bytes = 0;
+    size_t free_bytes = 0;
+    size_t inactive_split = 0;
+    size_t inactive_split_bytes = 0;
+    size_t requested_bytes = 0;
+  };
+  std::array<Sums, 2> by_class;  // Indexed by SizeClass.
+  size_t blocks = 0;
+  size_t free_blocks = 0;
+  size_t outstanding_uses = 0;
+};
+
+namespace {
+
+void expect(bool condition, const std::string& sentence) {
+  if (!condition) throw StateError("broken invariant of the device pool: " + sentence);
+}
+
+std::string name_of(const Block& block) {
+  return "the block at " + std::to_string(block.address) + " (" + std::to_string(block.size_bytes) +
+         " bytes)";
+}
+
+void check_block(const Block& block) {
+  expect(block.address % kBlockAlignment == 0 && block.size_bytes % kBlockAlignment == 0 &&
+             block.size_bytes > 0,
+         name_of(block) + " is not aligned");
+  expect((block.state == BlockState::kWaiting) == (block.outstanding_uses > 0),
+         name_of(block) + " has outstanding uses that do not match its state");
+  if (block.state == BlockState::kFree) {
+    expect(block.requested_bytes == 0, name_of(block) + " is free but was requested");
+    expect(block.next == nullptr || block.next->state != BlockState::kFree,
+           name_of(block) + " and the next one are both free");
+  } else {
+    expect(block.requested_bytes > 0 && block.requested_bytes <= block.size_bytes,
+           name_of(block) + " is smaller than what was requested");
+  }
+  expect(block.state == BlockState::kLive || block.uses.empty(),
+         name_of(block) + " is not live but has noted streams");
+}
+
+void expect_counter(const ClassCounters& counters, int index, size_t walked, const char* name) {
+  const spillover_counter& counter = counters[index];
+  expect(counter.current == static_cast<int64_t>(walked),
+         std::string("the counter ") + name + " of class " + std::to_string(index) + " is " +
+             std::to_string(counter.current) + ", a walk finds " + std::to_string(walked));
+  expect(counter.peak >= counter.current, std::string("the peak of ") + name + " is too low");
+}
+
+}  // namespace
+
+void Pool::check_segment(const Segment& segment, Totals& totals) const {
+  auto& sums = totals.by_class[static_cast<size_t>(segment.size_class)];
+  ++sums.segments;
+  sums.reserved_bytes += segment.size_bytes();
+  const auto entry = index_.find(segment.address());
+  expect(entry && entry->pool == this && entry->address == segment.address() &&
+             entry->size_bytes == segment.size_bytes(),
+         "a segment is not in the index of addresses");
+  const auto bin = bins_.find({segment.stream, segment.size_class});
+  DeviceAddress expected = segment.address();
+  const Block* previous = nullptr;
+  for (Block* block = segment.first; block != nullptr; block = block->next) {
+    expect(block->address == expected && block->segment == &segment && block->previous == previous,
+           name_of(*block) + " is not where its neighbours say");
+    const auto known = blocks_.find(block->address);
+    expect(known != blocks_.end() && known->second.get() == block,
+           name_of(*block) + " is not in the table of blocks");
+    check_block(*block);
+    ++totals.blocks;
+    totals.outstanding_uses += block->outstanding_uses;
+    sums.requested_bytes += block->requested_bytes;
+    if (block->state == BlockState::kLive) {
+      ++sums.live;
+      sums.live_bytes += block->size_bytes;
+    } else if (block->state == BlockState::kWaiting) {
+      ++sums.waiting;
+      sums.waiting_bytes += block->size_bytes;
+    } else {
+      expect(bin != bins_.end() && bin->second.count(block) == 1,
+             name_of(*block) + " is free but not in its bin");
+      ++totals.free_blocks;
+      sums.free_bytes += block->size_bytes;
+      if (block->is_split()) {
+        ++sums.inactive_split;
+        sums.inactive_split_bytes += block->size_bytes;
+      }
+    }
+    expected += block->size_bytes;
+    previous = block;
+  }
+  expect(expected == segment.address() + segment.size_bytes(),
+         "the blocks of a segment do not add up to its size");
+}
+
+void Pool::check_totals(const Totals& totals) const {
+  Totals::Sums all;
+  for (const SizeClass size_class : {SizeClass::kSmall, SizeClass::kLarge}) {
+    const auto& sums = totals.by_class[static_cast<size_t>(size_class)];
+    expect(sums.live_bytes + sums.waiting_bytes + sums.free_bytes == sums.reserved_bytes,
+           "used and free bytes do not add up to the reserved ones");
+    all.segments += sums.segments;
+    all.reserved_bytes += sums.reserved_bytes;
+    all.live += sums.live;
+    all.live_bytes += sums.live_bytes;
+    all.waiting += sums.waiting;
+    all.waiting_bytes += sums.waiting_bytes;
+    all.inactive_split += sums.inactive_split;
+    all.inactive_split_bytes += sums.inactive_split_bytes;
+    all.requested_bytes += sums.requested_bytes;
+  }
+  const auto compare = [this](const Totals::Sums& sums, int index) {
+    const spillover_stats_t& s = statistics_;
+    expect_counter(s.segment, index, sums.segments, "segment");
+    expect_counter(s.reserved_bytes, index, sums.reserved_bytes, "reserved_bytes");
+    expect_counter(s.allocation, index, sums.live, "allocation");
+    expect_counter(s.allocated_bytes, index, sums.live_bytes, "allocated_bytes");
+    expect_counter(s.active, index, sums.live + sums.waiting, "active");
+    expect_counter(s.active_bytes, index, sums.live_bytes + sums.waiting_bytes, "active_bytes");
+    expect_counter(s.inactive_split, index, sums.inactive_split, "inactive_split");
+    expect_counter(s.inactive_split_bytes, index, sums.inactive_split_bytes,
+                   "inactive_split_bytes");
+    expect_counter(s.requested_bytes, index, sums.requested_bytes, "requested_bytes");
+  };
+  compare(all, SPILLOVER_CLASS_ALL);
+  compare(totals.by_class[static_cast<size_t>(SizeClass::kSmall)], SPILLOVER_CLASS_SMALL);
+  compare(totals.by_class[static_cast<size_t>(SizeClass::kLarge)], SPILLOVER_CLASS_LARGE);
+}
+
+void Pool::check_invariants() const {
+  const std::lock_guard lock(mutex_);
+  Totals totals;
+  for (const auto& [address, segment] : segments_) check_segment(*segment, totals);
+  expect(totals.blocks == blocks_.size(), "the table of blocks has blocks of no segment");
+  size_t binned = 0;
+  for (const auto& [key, bin] : bins_) {
+    expect(!bin.empty(), "an empty bin was kept");
+    binned += bin.size();
+  }
+  expect(binned == totals.free_blocks, "the bins have blocks that are not free");
+  expect(pending_.count() == totals.outstanding_uses,
+         "the pending uses do not match the waiting blocks");
+  check_totals(totals);
+}
+
+}  // namespace spillover

@@ -1,0 +1,100 @@
+// What the pool tells about itself: counters, segments, and the message of an out-of-memory error.
+#include <algorithm>
+#include <array>
+#include <cstdio>
+
+#include "allocator/pool.hpp"
+#include "allocator/statistics.hpp"
+#include "base/error.hpp"
+#include "driver/device.hpp"
+
+namespace spillover {
+
+spillover_stats_t Pool::statistics() const {
+  const std::lock_guard lock(mutex_);
+  return statistics_;
+}
+
+void Pool::reset_accumulated_statistics() {
+  const std::lock_guard lock(mutex_);
+  for_each_counters(statistics_, [](const char*, ClassCounters& counters) {
+    for (spillover_counter& counter : counters) counter.allocated = counter.freed = 0;
+  });
+  statistics_.alloc_retries = 0;
+  statistics_.ooms = 0;
+}
+
+void Pool::reset_peak_statistics() {
+  const std::lock_guard lock(mutex_);
+  for_each_counters(statistics_, [](const char*, ClassCounters& counters) {
+    for (spillover_counter& counter : counters) counter.peak = counter.current;
+  });
+}
+
+size_t Pool::largest_free_bytes() const {
+  const std::lock_guard lock(mutex_);
+  size_t largest_bytes = 0;
+  for (const auto& [key, bin] : bins_) {
+    largest_bytes = std::max(largest_bytes, (*bin.rbegin())->size_bytes);
+  }
+  return largest_bytes;
+}
+
+void Pool::visit_segments(spillover_segment_visitor visitor, void* user) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<spillover_block_info> blocks;
+  for (const auto& [address, segment] : segments_) {
+    blocks.clear();
+    for (const Block* block = segment->first; block != nullptr; block = block->next) {
+      blocks.push_back({reinterpret_cast<void*>(block->address), block->size_bytes,
+                        block->requested_bytes, static_cast<int>(block->state)});
+    }
+    const spillover_segment_info info{
+        reinterpret_cast<void*>(address), segment->size_bytes(), segment->stream.handle,
+        segment->size_class == SizeClass::kSmall ? 1 : 0, blocks.size()};
+    visitor(user, &info, blocks.data());
+  }
+}
+
+void Pool::throw_out_of_memory(const Request& request) {
+  ++statistics_.ooms;
+  const MemoryInfo memory = memory_info(device_);
+  const auto current = [](const ClassCounters& counters) {
+    return static_cast<size_t>(counters[SPILLOVER_CLASS_ALL].current);
+  };
+  const size_t reserved_bytes = current(statistics_.reserved_bytes);
+  const size_t allocated_bytes = current(statistics_.allocated_bytes);
+  const size_t waiting_bytes = current(statistics_.active_bytes) - allocated_bytes;
+  const size_t cached_bytes = reserved_bytes - allocated_bytes - waiting_bytes;
+  size_t largest_bytes = 0;
+  for (const auto& [key, bin] : bins_) {
+    largest_bytes = std::max(largest_bytes, (*bin.rbegin())->size_bytes);
+  }
+  // The share of the cached memory that even the largest request to succeed could not use.
+  const double fragmentation_percent =
+      cached_bytes == 0 ? 0.0
+                        : 100.0 * static_cast<double>(cached_bytes - largest_bytes) /
+                              static_cast<double>(cached_bytes);
+  std::array<char, 16> percent{};
+  std::snprintf(percent.data(), percent.size(), "%.1f %%", fragmentation_percent);
+
+  std::string message = "device " + std::to_string(device_) +
+                        " is out of memory: " + format_bytes(request.requested_bytes) +
+                        " requested; the device has " + format_bytes(memory.free_bytes) +
+                        " free of " + format_bytes(memory.total_bytes) + "; this pool holds " +
+                        format_bytes(reserved_bytes) + ": " + format_bytes(allocated_bytes) +
+                        " allocated, " + format_bytes(waiting_bytes) + " waiting for streams, " +
+                        format_bytes(cached_bytes) + " cached. The largest free block has " +
+                        format_bytes(largest_bytes) + "; fragmentation is " + percent.data() + ".";
+  const size_t limit = limit_bytes();
+  if (limit < memory.total_bytes) {
+    message += " The memory fraction limits the pool to " + format_bytes(limit) +
+               "; raise it with torch.cuda.set_per_process_memory_fraction.";
+  }
+  message +=
+      " Use a smaller batch, or move data off the device: spillover.offload_activations, "
+      "spillover.stream_parameters, spillover.optim.";
+  throw DeviceOutOfMemoryError(message, request.requested_bytes);
+}
+
+}  // namespace spillover

@@ -1,0 +1,23 @@
+// The pools of the process: one a device, made at first use.
+//
+// They are leaked on purpose: a static destructor would call a driver that has shut down, and
+// blocks may be freed until the very end. Thread-safe. In a forked child every function throws
+// StateError before it takes a lock, as the parent's locks may be held for ever.
+#pragma once
+
+#include <optional>
+
+#include "allocator/pool.hpp"
+
+namespace spillover {
+
+// Throws ConfigError for a device that does not exist, DriverError without a driver.
+Pool& pool_of_device(int device);
+
+// The segment that contains the address, whatever its device; empty where there is none.
+std::optional<SegmentIndex::Entry> find_segment(const void* pointer);
+
+// The same, and ConfigError where there is none.
+SegmentIndex::Entry segment_of(const void* pointer);
+
+}  // namespace spillover

@@ -1,0 +1,23 @@
+// Byte counts: constants, rounding and text such as "1.50 GiB".
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace spillover {
+
+inline constexpr size_t kKiB = size_t{1} << 10;
+inline constexpr size_t kMiB = size_t{1} << 20;
+inline constexpr size_t kGiB = size_t{1} << 30;
+
+// alignment must be a power of two. The sum must not overflow: callers bound size first.
+constexpr size_t round_up(size_t size, size_t alignment) {
+  return (size + alignment - 1) & ~(alignment - 1);
+}
+
+constexpr size_t round_down(size_t size, size_t alignment) { return size & ~(alignment - 1); }
+
+// "512 B", "1.50 GiB": binary units, two decimals from KiB on.
+std::string format_bytes(size_t size_bytes);
+
+}  // namespace spillover

@@ -1,0 +1,28 @@
+// Python's view of the driver layer: is there a driver, which one, what devices.
+#include "bindings/bindings.hpp"
+#include "driver/device.hpp"
+
+namespace py = pybind11;
+
+namespace spillover {
+
+void register_driver(py::module_& module) {
+  module.def("driver_available", &driver_available, ReleaseGil(),
+             "Whether a CUDA driver can be loaded and has started.");
+  module.def("driver_version", &driver_version, ReleaseGil(),
+             "CUDA version that the driver supports: 1000 * major + 10 * minor.");
+  module.def("device_count", &device_count, ReleaseGil(), "Number of devices.");
+  module.def(
+      "memory_info",
+      [](int device) {
+        MemoryInfo info{};
+        {
+          const py::gil_scoped_release released;
+          info = memory_info(device);
+        }
+        return py::make_tuple(info.free_bytes, info.total_bytes);
+      },
+      py::arg("device") = 0, "Free and total bytes of a device, as its driver sees them.");
+}
+
+}  // namespace spillover

@@ -1,0 +1,223 @@
+// Python's view of the tiers: HostPool, HostBuffer, DiskStore, DiskPayload, Ticket.
+//
+// Note [Memory of a pending request]. The I/O threads know nothing of Python, so a Ticket holds the
+// buffer of its request and, when it is dropped early, waits for the request without the GIL before
+// it lets the buffer go.
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.hpp"
+#include "bindings/bindings.hpp"
+#include "driver/event.hpp"
+#include "tiers/disk_store.hpp"
+#include "tiers/host_pool.hpp"
+#include "tiers/system_memory.hpp"
+
+namespace py = pybind11;
+
+namespace spillover {
+namespace {
+
+// Every method is called with the GIL held.
+class PythonTicket {
+ public:
+  PythonTicket(std::shared_ptr<Ticket> ticket, py::buffer_info&& memory, py::object gate_event)
+      : ticket_(std::move(ticket)),
+        memory_(std::make_unique<py::buffer_info>(std::move(memory))),
+        gate_event_(std::move(gate_event)) {}
+  PythonTicket(const PythonTicket&) = delete;
+  PythonTicket& operator=(const PythonTicket&) = delete;
+
+  ~PythonTicket() {
+    const py::gil_scoped_release released;
+    ticket_->wait_quietly();
+  }
+
+  bool is_done() {
+    const bool done = ticket_->is_done();
+    if (done) let_go();
+    return done;
+  }
+
+  void wait() {
+    {
+      const py::gil_scoped_release released;
+      ticket_->wait_quietly();
+    }
+    let_go();
+    ticket_->wait();
+  }
+
+ private:
+  void let_go() {
+    memory_.reset();
+    gate_event_ = py::none();
+  }
+
+  std::shared_ptr<Ticket> ticket_;
+  std::unique_ptr<py::buffer_info> memory_;
+  py::object gate_event_;
+};
+
+py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable) {
+  py::buffer_info info = buffer.request(writable);
+  py::ssize_t stride = info.itemsize;
+  for (py::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
+    const auto index = static_cast<size_t>(axis);
+    if (info.shape[index] != 1 && info.strides[index] != stride) {
+      throw ConfigError("the disk store takes contiguous buffers only");
+    }
+    stride *= info.shape[index];
+  }
+  return info;
+}
+
+size_t size_of(const py::buffer_info& info) {
+  return static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
+}
+
+// event is a torch.cuda.Event or None. The ticket holds it, so it outlives the gate.
+WriteGate gate_for(const py::object& event) {
+  if (event.is_none()) return nullptr;
+  const auto handle = event.attr("cuda_event").cast<uintptr_t>();
+  const int device = event.attr("device").attr("index").cast<int>();
+  return [handle, device] { synchronize_event(device, reinterpret_cast<EventHandle>(handle)); };
+}
+
+py::tuple write(DiskStore& store, const py::buffer& buffer, py::object after) {
+  py::buffer_info info = contiguous_memory(buffer, false);
+  const size_t size_bytes = size_of(info);
+  WriteGate gate = gate_for(after);
+  WriteRequest request;
+  {
+    const py::gil_scoped_release released;
+    request = store.write(info.ptr, size_bytes, std::move(gate));
+  }
+  return py::make_tuple(
+      std::move(request.payload),
+      std::make_unique<PythonTicket>(std::move(request.ticket), std::move(info), std::move(after)));
+}
+
+std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload> payload,
+                                   const py::buffer& buffer) {
+  py::buffer_info info = contiguous_memory(buffer, true);
+  if (size_of(info) < payload->size_bytes()) {
+    throw ConfigError("the buffer has " + std::to_string(size_of(info)) +
+                      " bytes and the payload " + std::to_string(payload->size_bytes()));
+  }
+  std::shared_ptr<Ticket> ticket;
+  {
+    const py::gil_scoped_release released;
+    ticket = store.read(std::move(payload), info.ptr);
+  }
+  return std::make_unique<PythonTicket>(std::move(ticket), std::move(info), py::none());
+}
+
+std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int device,
+                                         bool pinned) {
+  HostPoolOptions options;
+  if (limit_bytes) options.limit_bytes = *limit_bytes;
+  options.device = device;
+  options.pinning = pinned ? Pinning::kPinned : Pinning::kPageable;
+  return HostPool::create(options);
+}
+
+std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
+                                           std::optional<uint64_t> write_limit_bytes,
+                                           size_t threads_per_folder, size_t queue_length_max,
+                                           size_t extent_bytes_max, bool preallocate) {
+  DiskStoreOptions options;
+  options.folders = std::move(folders);
+  if (write_limit_bytes) options.write_limit_bytes = *write_limit_bytes;
+  options.threads_per_folder = threads_per_folder;
+  options.queue_length_max = queue_length_max;
+  options.extent_bytes_max = extent_bytes_max;
+  options.preallocation = preallocate ? Preallocation::kReserve : Preallocation::kNone;
+  const py::gil_scoped_release released;
+  return std::make_unique<DiskStore>(options);
+}
+
+void register_host_pool(py::module_& module) {
+  py::class_<HostStats>(module, "HostStats", "Bytes and buffers of a HostPool at one moment.")
+      .def_readonly("used_bytes", &HostStats::used_bytes)
+      .def_readonly("used_bytes_max", &HostStats::used_bytes_max)
+      .def_readonly("reserved_bytes", &HostStats::reserved_bytes)
+      .def_readonly("reserved_bytes_max", &HostStats::reserved_bytes_max)
+      .def_readonly("buffer_count", &HostStats::buffer_count)
+      .def_property_readonly("limit_bytes", [](const HostStats& stats) -> std::optional<size_t> {
+        if (stats.limit_bytes == SIZE_MAX) return std::nullopt;
+        return stats.limit_bytes;
+      });
+  py::class_<HostBuffer>(module, "HostBuffer", py::buffer_protocol(),
+                         "Memory of a HostPool; goes back to it when the last reference is gone.")
+      .def_property_readonly(
+          "address",
+          [](const HostBuffer& buffer) { return reinterpret_cast<uintptr_t>(buffer.address()); })
+      .def_property_readonly("size_bytes", &HostBuffer::size_bytes)
+      .def("__len__", &HostBuffer::size_bytes)
+      .def_buffer([](HostBuffer& buffer) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(buffer.address()),
+                               static_cast<py::ssize_t>(buffer.size_bytes()));
+      });
+  py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool",
+                                                  "Pinned host memory under a byte budget.")
+      .def(py::init(&make_host_pool), py::kw_only(), py::arg("limit_bytes") = py::none(),
+           py::arg("device") = 0, py::arg("pinned") = true)
+      .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
+      .def("trim", &HostPool::trim, ReleaseGil())
+      .def("stats", &HostPool::stats, ReleaseGil());
+  module.def("available_host_bytes", &available_host_bytes, ReleaseGil(),
+             "What the machine and the process's memory control groups leave, in bytes.");
+}
+
+void register_disk_store(py::module_& module) {
+  py::class_<DiskStats>(module, "DiskStats", "Counters of a DiskStore at one moment.")
+      .def_readonly("written_bytes", &DiskStats::written_bytes)
+      .def_readonly("read_bytes", &DiskStats::read_bytes)
+      .def_readonly("used_bytes", &DiskStats::used_bytes)
+      .def_readonly("file_bytes", &DiskStats::file_bytes)
+      .def_readonly("pending_extents", &DiskStats::pending_extents)
+      .def_readonly("is_direct", &DiskStats::is_direct);
+  py::class_<PythonTicket>(module, "Ticket", "Completion of a disk request.")
+      .def("is_done", &PythonTicket::is_done)
+      .def("wait", &PythonTicket::wait);
+  py::class_<DiskPayload, std::shared_ptr<DiskPayload>>(module, "DiskPayload",
+                                                        "Bytes that a DiskStore holds.")
+      .def_property_readonly("size_bytes", &DiskPayload::size_bytes)
+      .def_property_readonly(
+          "is_stored",
+          [](const DiskPayload& payload) { return payload.state() == DiskPayload::State::kStored; })
+      .def("_extents", [](const DiskPayload& payload) {
+        py::list extents;
+        if (payload.state() != DiskPayload::State::kStored) return extents;
+        for (const Extent& extent : payload.extents()) {
+          extents.append(py::make_tuple(extent.folder, extent.offset, extent.size_bytes));
+        }
+        return extents;
+      });
+  py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
+      .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
+           py::arg("write_limit_bytes") = py::none(), py::arg("threads_per_folder") = 4,
+           py::arg("queue_length_max") = 64, py::arg("extent_bytes_max") = size_t{8} << 20,
+           py::arg("preallocate") = true)
+      .def("write", &write, py::arg("buffer"), py::kw_only(), py::arg("after") = py::none())
+      .def("read", &read, py::arg("payload"), py::arg("buffer"))
+      .def("close", &DiskStore::close, ReleaseGil())
+      .def("stats", &DiskStore::stats, ReleaseGil())
+      .def("_descriptor", &DiskStore::descriptor, py::arg("folder") = 0);
+}
+
+}  // namespace
+
+void register_tiers(py::module_& module) {
+  register_host_pool(module);
+  register_disk_store(module);
+}
+
+}  // namespace spillover

@@ -1,0 +1,11 @@
+// The Python module spillover._core. Importing it loads no CUDA driver: each function does when it
+// is first called.
+#include "bindings/bindings.hpp"
+
+PYBIND11_MODULE(_core, module) {
+  module.doc() = "Compiled core of spillover; use the package's public modules instead.";
+  spillover::register_errors(module);
+  spillover::register_driver(module);
+  spillover::register_allocator(module);
+  spillover::register_tiers(module);
+}

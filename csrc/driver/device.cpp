@@ -1,0 +1,44 @@
+#include "driver/device.hpp"
+
+#include <exception>
+
+#include "driver/check_result.hpp"
+#include "driver/context.hpp"
+
+namespace spillover {
+
+bool driver_available() noexcept {
+  try {
+    driver_functions();
+    return true;
+  } catch (const std::exception&) {
+    // "No driver" is this question's answer; whoever needs the reason calls driver_version().
+    return false;
+  }
+}
+
+int driver_version() {
+  int version = 0;
+  SPILLOVER_CHECKED_CALL(cuDriverGetVersion, &version);
+  return version;
+}
+
+int device_count() {
+  int count = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGetCount, &count);
+  return count;
+}
+
+MemoryInfo memory_info(int device) {
+  const ContextScope scope(device);
+  MemoryInfo info{};
+  SPILLOVER_CHECKED_CALL(cuMemGetInfo, &info.free_bytes, &info.total_bytes);
+  return info;
+}
+
+void synchronize_device(int device) {
+  const ContextScope scope(device);
+  SPILLOVER_CHECKED_CALL(cuCtxSynchronize);
+}
+
+}  // namespace spillover

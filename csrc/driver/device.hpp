@@ -1,0 +1,29 @@
+// Devices, their memory and the driver's version.
+//
+// Thread-safe. Apart from driver_available() each function throws DriverError without a driver and
+// StateError in a forked child.
+#pragma once
+
+#include <cstddef>
+
+namespace spillover {
+
+// Whether a driver can be loaded and has started. Never throws; false in a forked child.
+bool driver_available() noexcept;
+
+// CUDA version that the driver supports: 1000 * major + 10 * minor.
+int driver_version();
+
+int device_count();
+
+struct MemoryInfo {
+  size_t free_bytes;
+  size_t total_bytes;
+};
+
+MemoryInfo memory_info(int device);
+
+// Blocks until all work of the device's primary context is complete.
+void synchronize_device(int device);
+
+}  // namespace spillover

@@ -1,0 +1,98 @@
+#include "driver/event.hpp"
+
+#include <exception>
+#include <utility>
+
+#include "driver/check_result.hpp"
+#include "driver/context.hpp"
+
+namespace spillover {
+namespace {
+
+CUevent raw(EventHandle event) {
+  return static_cast<CUevent>(event);
+}
+
+bool means_stream_gone(CUresult result) {
+  return result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_INVALID_VALUE ||
+         result == CUDA_ERROR_CONTEXT_IS_DESTROYED || result == CUDA_ERROR_INVALID_CONTEXT;
+}
+
+RecordOutcome outcome_of(CUresult result) {
+  if (result == CUDA_SUCCESS) return RecordOutcome::kRecorded;
+  return means_stream_gone(result) ? RecordOutcome::kStreamGone : RecordOutcome::kFailed;
+}
+
+}  // namespace
+
+Event::Event(int device) : device_(device) {
+  const ContextScope scope(device);
+  CUevent event = nullptr;
+  SPILLOVER_CHECKED_CALL(cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
+  handle_ = event;
+}
+
+Event::~Event() {
+  if (handle_ != nullptr) SPILLOVER_RELEASE_CALL(cuEventDestroy, raw(handle_));
+}
+
+Event::Event(Event&& other) noexcept
+    : device_(other.device_), handle_(std::exchange(other.handle_, nullptr)) {}
+
+Event& Event::operator=(Event&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(handle_, other.handle_);
+  return *this;
+}
+
+void Event::record(StreamHandle stream) {
+  const ContextScope scope(device_);
+  SPILLOVER_CHECKED_CALL(cuEventRecord, raw(handle_), static_cast<CUstream>(stream));
+}
+
+RecordOutcome Event::try_record(StreamHandle stream, uint64_t identity) noexcept {
+  try {
+    const ContextScope scope(device_);
+    const DriverFunctions& functions = driver_functions();
+    auto* raw_stream = static_cast<CUstream>(stream);
+    if (identity != 0 && functions.p_cuStreamGetId != nullptr) {
+      unsigned long long current = 0;
+      const CUresult result = functions.p_cuStreamGetId(raw_stream, &current);
+      if (result != CUDA_SUCCESS) return outcome_of(result);
+      if (current != identity) return RecordOutcome::kStreamGone;
+    }
+    if (stream != nullptr && functions.p_cuStreamIsCapturing != nullptr) {
+      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+      const CUresult result = functions.p_cuStreamIsCapturing(raw_stream, &status);
+      if (result != CUDA_SUCCESS) return outcome_of(result);
+      if (status != CU_STREAM_CAPTURE_STATUS_NONE) return RecordOutcome::kStreamCapturing;
+    }
+    const CUresult result = SPILLOVER_DRIVER_CALL(cuEventRecord, raw(handle_), raw_stream);
+    // Recording on the legacy stream while a blocking stream captures would join that capture.
+    if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return RecordOutcome::kStreamCapturing;
+    return outcome_of(result);
+  } catch (const std::exception&) {
+    // No context or no driver: the caller treats this use as not yet complete and tries again.
+    return RecordOutcome::kFailed;
+  }
+}
+
+bool Event::is_complete() const {
+  const ContextScope scope(device_);
+  const CUresult result = SPILLOVER_DRIVER_CALL(cuEventQuery, raw(handle_));
+  if (result == CUDA_ERROR_NOT_READY) return false;
+  check(result, "cuEventQuery");
+  return true;
+}
+
+void Event::synchronize() const {
+  const ContextScope scope(device_);
+  SPILLOVER_CHECKED_CALL(cuEventSynchronize, raw(handle_));
+}
+
+void synchronize_event(int device, EventHandle event) {
+  const ContextScope scope(device);
+  SPILLOVER_CHECKED_CALL(cuEventSynchronize, raw(event));
+}
+
+}  // namespace spillover

@@ -1,0 +1,53 @@
+// CUDA events without timing: marks in a stream that the host or another stream can wait for.
+//
+// Move-only. Methods may be called from any thread, but one thread at a time records. An event may
+// be destroyed while its mark is pending, and it outlives the stream that it was recorded on.
+#pragma once
+
+#include "driver/types.hpp"
+
+namespace spillover {
+
+// What became of an attempt to record an event on a stream that somebody else owns.
+enum class RecordOutcome {
+  kRecorded,
+  kStreamGone,       // the handle is not a stream any more
+  kStreamCapturing,  // the stream records a graph: an event would become a part of it
+  kFailed,           // anything else, such as a device that has failed
+};
+
+class Event {
+ public:
+  explicit Event(int device);
+  ~Event();
+  Event(Event&& other) noexcept;
+  Event& operator=(Event&& other) noexcept;
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  EventHandle handle() const { return handle_; }
+
+  // Marks the stream's work up to now. Throws DriverError.
+  void record(StreamHandle stream);
+
+  // The same for a stream that may have been destroyed or may be capturing. identity is what
+  // stream_identity() told when the stream was known to be alive: a handle that has been given to a
+  // new stream since counts as gone; 0 skips that test.
+  RecordOutcome try_record(StreamHandle stream, uint64_t identity) noexcept;
+
+  // Whether the mark was reached; true for an event that was never recorded. Does not block.
+  bool is_complete() const;
+
+  // Blocks the host until the mark is reached.
+  void synchronize() const;
+
+ private:
+  int device_ = -1;
+  EventHandle handle_ = nullptr;
+};
+
+// Blocks the host until the mark of an event that somebody else owns, such as torch, is reached.
+// The owner keeps the event alive until this returns. device is the one it was made on.
+void synchronize_event(int device, EventHandle event);
+
+}  // namespace spillover

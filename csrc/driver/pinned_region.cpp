@@ -1,0 +1,62 @@
+#include "driver/pinned_region.hpp"
+
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <exception>
+#include <string>
+#include <utility>
+
+#include "base/bytes.hpp"
+#include "base/error.hpp"
+#include "driver/check_result.hpp"
+#include "driver/context.hpp"
+#include "driver/fork_guard.hpp"
+
+namespace spillover {
+
+PinnedRegion::PinnedRegion(int device, void* address, size_t size_bytes)
+    : device_(device), size_bytes_(size_bytes) {
+  const auto page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  if (address == nullptr || size_bytes == 0 || size_bytes % page_bytes != 0 ||
+      reinterpret_cast<uintptr_t>(address) % page_bytes != 0) {
+    throw ConfigError("a pinned region must be whole pages of " + std::to_string(page_bytes) +
+                      " bytes; got " + std::to_string(size_bytes) + " bytes");
+  }
+  const ContextScope scope(device);
+  const CUresult result =
+      SPILLOVER_DRIVER_CALL(cuMemHostRegister, address, size_bytes, CU_MEMHOSTREGISTER_PORTABLE);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+    throw HostOutOfMemoryError("the system refused to pin " + format_bytes(size_bytes) +
+                                   " of host memory; lower the host budget, or raise the memory "
+                                   "limit of this container or its locked-memory limit (ulimit -l)",
+                               size_bytes);
+  }
+  check(result, "cuMemHostRegister", size_bytes);
+  address_ = address;
+}
+
+PinnedRegion::~PinnedRegion() {
+  if (address_ == nullptr || in_forked_child()) return;
+  try {
+    const ContextScope scope(device_);
+    SPILLOVER_RELEASE_CALL(cuMemHostUnregister, address_);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "spillover: host memory could not be unpinned: %s\n", error.what());
+  }
+}
+
+PinnedRegion::PinnedRegion(PinnedRegion&& other) noexcept
+    : device_(other.device_),
+      address_(std::exchange(other.address_, nullptr)),
+      size_bytes_(other.size_bytes_) {}
+
+PinnedRegion& PinnedRegion::operator=(PinnedRegion&& other) noexcept {
+  std::swap(device_, other.device_);
+  std::swap(address_, other.address_);
+  std::swap(size_bytes_, other.size_bytes_);
+  return *this;
+}
+
+}  // namespace spillover

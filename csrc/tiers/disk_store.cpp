@@ -1,0 +1,87 @@
+#include "tiers/disk_store.hpp"
+
+#include <string>
+#include <utility>
+
+#include "base/error.hpp"
+#include "tiers/disk_store_core.hpp"
+
+namespace spillover {
+
+using Direction = DiskStoreCore::Direction;
+
+DiskPayload::DiskPayload(std::shared_ptr<DiskStoreCore> core, size_t size_bytes,
+                         std::vector<Extent> extents)
+    : core_(std::move(core)),
+      size_bytes_(size_bytes),
+      extents_(std::move(extents)),
+      extents_left_(extents_.size()) {}
+
+DiskPayload::~DiskPayload() {
+  core_->release(extents_);
+}
+
+DiskStore::DiskStore(const DiskStoreOptions& options)
+    : core_(std::make_shared<DiskStoreCore>(options)) {}
+
+DiskStore::~DiskStore() {
+  core_->close();
+}
+
+WriteRequest DiskStore::write(const void* data, size_t size_bytes, WriteGate gate) {
+  if (data == nullptr || size_bytes == 0) throw ConfigError("a disk write needs some bytes");
+  core_->check_open();
+  core_->account_write(size_bytes);
+  std::shared_ptr<DiskPayload> payload;
+  try {
+    payload = std::make_shared<DiskPayload>(core_, size_bytes, core_->allocate(size_bytes));
+  } catch (...) {
+    core_->cancel_write(size_bytes);
+    throw;
+  }
+  // A failing piece empties the payload's list, so its length is read before the first is
+  // submitted.
+  std::vector<size_t> sizes;
+  for (const Extent& extent : payload->extents()) sizes.push_back(extent.size_bytes);
+  auto ticket = std::make_shared<Ticket>(sizes.size());
+  auto shared_gate = gate ? std::make_shared<WriteGate>(std::move(gate)) : nullptr;
+  // The I/O threads only read through this pointer: the direction says so.
+  auto* bytes = static_cast<std::byte*>(const_cast<void*>(data));
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    core_->submit({Direction::kWrite, payload, i, bytes, ticket, shared_gate});
+    bytes += sizes[i];
+  }
+  return {std::move(payload), std::move(ticket)};
+}
+
+std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, void* data) {
+  if (payload == nullptr || data == nullptr) throw ConfigError("a disk read needs memory");
+  core_->check_open();
+  if (payload->core_ != core_) throw StateError("the payload belongs to another disk store");
+  if (payload->state() != DiskPayload::State::kStored) {
+    throw StateError(payload->state() == DiskPayload::State::kWriting
+                         ? "the payload is still being written; wait for the write's ticket first"
+                         : "the payload was not stored: its write failed");
+  }
+  auto ticket = std::make_shared<Ticket>(payload->extents().size());
+  auto* bytes = static_cast<std::byte*>(data);
+  for (size_t i = 0; i < payload->extents().size(); ++i) {
+    core_->submit({Direction::kRead, payload, i, bytes, ticket, nullptr});
+    bytes += payload->extents()[i].size_bytes;
+  }
+  return ticket;
+}
+
+void DiskStore::close() {
+  core_->close();
+}
+
+DiskStats DiskStore::stats() const {
+  return core_->stats();
+}
+
+int DiskStore::descriptor(size_t folder) const {
+  return core_->descriptor(folder);
+}
+
+}  // namespace spillover

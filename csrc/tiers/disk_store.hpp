@@ -1,0 +1,110 @@
+// Scratch storage in one or more folders, written and read asynchronously.
+//
+// A payload is stored once, read any number of times and gives its space back when the last holder
+// drops it. It is cut into extents of at most extent_bytes_max, which go to the folders round
+// robin, so that one large payload uses every disk. Each folder has a bounded queue and a few
+// threads.
+//
+// Every method may be called from any thread. write() and read() block only while a folder's queue
+// is full; close() and the destructor block until every request is over. The memory of a request
+// must stay valid, and unchanged, until its ticket is done.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tiers/extent_io.hpp"
+#include "tiers/ticket.hpp"
+
+namespace spillover {
+
+struct DiskStoreOptions {
+  std::vector<std::string> folders;
+  uint64_t write_limit_bytes = UINT64_MAX;  // On bytes ever written, to spare flash memory.
+  size_t threads_per_folder = 4;
+  size_t queue_length_max = 64;  // Extents waiting, a folder.
+  size_t extent_bytes_max = size_t{8} << 20;
+  Preallocation preallocation = Preallocation::kReserve;
+};
+
+struct DiskStats {
+  uint64_t written_bytes;    // As requested, of writes accepted.
+  uint64_t read_bytes;       // As requested, of reads that went well.
+  uint64_t used_bytes;       // Taken by payloads, whole blocks.
+  uint64_t file_bytes;       // Up to the last extent, all folders.
+  uint64_t pending_extents;  // Queued or moving.
+  bool is_direct;            // Every folder takes O_DIRECT.
+};
+
+class DiskStoreCore;
+
+// What was stored by one write. Thread-safe; shared by its holders and pending requests.
+class DiskPayload {
+ public:
+  enum class State { kWriting, kStored, kFailed };
+
+  DiskPayload(std::shared_ptr<DiskStoreCore> core, size_t size_bytes, std::vector<Extent> extents);
+  ~DiskPayload();
+  DiskPayload(const DiskPayload&) = delete;
+  DiskPayload& operator=(const DiskPayload&) = delete;
+
+  size_t size_bytes() const { return size_bytes_; }
+  State state() const { return state_.load(std::memory_order_acquire); }
+  // Constant once state() is kStored; empty once it is kFailed.
+  const std::vector<Extent>& extents() const { return extents_; }
+
+ private:
+  friend class DiskStoreCore;
+  friend class DiskStore;
+
+  const std::shared_ptr<DiskStoreCore> core_;
+  const size_t size_bytes_;
+  // While writing, each I/O thread touches the extent of its own piece only.
+  std::vector<Extent> extents_;
+  std::atomic<size_t> extents_left_;  // To be written.
+  std::atomic<bool> has_failed_{false};
+  std::atomic<State> state_{State::kWriting};
+};
+
+// Runs on the I/O thread before it touches the memory of a write: waits until a copy has arrived.
+using WriteGate = std::function<void()>;
+
+struct WriteRequest {
+  std::shared_ptr<DiskPayload> payload;
+  std::shared_ptr<Ticket> ticket;
+};
+
+class DiskStore {
+ public:
+  // Throws ConfigError, or StorageError when a folder cannot be used.
+  explicit DiskStore(const DiskStoreOptions& options);
+  ~DiskStore();
+  DiskStore(const DiskStore&) = delete;
+  DiskStore& operator=(const DiskStore&) = delete;
+
+  // Throws DiskFullError when no folder has room or the write limit is reached, StateError when
+  // closed. Later errors are the ticket's; the payload's space is then free again.
+  WriteRequest write(const void* data, size_t size_bytes, WriteGate gate = nullptr);
+
+  // data has room for the payload's size. Throws StateError for a payload that is not stored yet,
+  // failed, or is another store's. The ticket's errors: StorageError, CorruptDataError.
+  std::shared_ptr<Ticket> read(std::shared_ptr<DiskPayload> payload, void* data);
+
+  // Refuses new requests, waits for the pending ones, ends the threads. The files, and with them
+  // all payloads, go when the last payload is dropped. May be called twice.
+  void close();
+
+  DiskStats stats() const;
+  // For tests, which damage the file through it.
+  int descriptor(size_t folder) const;
+
+ private:
+  std::shared_ptr<DiskStoreCore> core_;
+};
+
+}  // namespace spillover

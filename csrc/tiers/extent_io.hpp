@@ -1,0 +1,41 @@
+// Moves one extent between host memory of any alignment and a scratch file, with its checksum.
+//
+// An ExtentIo belongs to one I/O thread. Blocks. Memory that is not aligned to the disk's block,
+// and the last part of a block, go through a bounce buffer.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "tiers/extent_space.hpp"
+#include "tiers/scratch_file.hpp"
+
+namespace spillover {
+
+struct Extent {
+  size_t folder;      // Index of the store's folder.
+  uint64_t offset;    // In that folder's file.
+  size_t size_bytes;  // As stored by the user; the file holds it rounded up to a block.
+  uint32_t crc32c;    // Of size_bytes; set by the write.
+};
+
+class ExtentIo {
+ public:
+  ExtentIo();
+
+  // Throws what ScratchFile throws. Returns the checksum of data.
+  uint32_t write(const ScratchFile& file, const Extent& extent, const std::byte* data);
+
+  // Throws what ScratchFile throws, and CorruptDataError when the checksum differs; data then holds
+  // the corrupt bytes.
+  void read(const ScratchFile& file, const Extent& extent, std::byte* data);
+
+ private:
+  struct FreeDeleter {
+    void operator()(std::byte* pointer) const noexcept;
+  };
+  std::unique_ptr<std::byte, FreeDeleter> bounce_;
+};
+
+}  // namespace spillover

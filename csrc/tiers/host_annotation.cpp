@@ -1,0 +1,53 @@
+#include "tiers/host_annotation.hpp"
+
+#include <dlfcn.h>
+
+#include <string>
+
+#include "base/error.hpp"
+
+namespace spillover {
+namespace {
+
+// The part of the emulator's C interface that is used here, declared again because the product
+// shares no header with the emulator.
+struct EmulatorRange {
+  const void* pointer;
+  size_t size_bytes;
+  int is_write;
+};
+using HostAccessFunction = int (*)(const char*, const EmulatorRange*, size_t);
+using LastHazardFunction = const char* (*)();
+
+// An emulator is loaded before torch or never, and no buffer is pinned before a driver is loaded,
+// so one look at the first access is enough. libcuda.so.1 may have been opened with RTLD_LOCAL,
+// which hides it from RTLD_DEFAULT, so it is asked for by name as well, without loading it.
+void* find_symbol(const char* name) {
+  if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
+  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+  if (driver == nullptr) return nullptr;
+  void* found = dlsym(driver, name);
+  dlclose(driver);
+  return found;
+}
+
+struct Checker {
+  HostAccessFunction host_access =
+      reinterpret_cast<HostAccessFunction>(find_symbol("spillover_emulator_host_access"));
+  LastHazardFunction last_hazard =
+      reinterpret_cast<LastHazardFunction>(find_symbol("spillover_emulator_last_hazard"));
+};
+
+}  // namespace
+
+void annotate_host_access(const char* name, const void* address, size_t size_bytes,
+                          HostAccess access) {
+  static const Checker checker;
+  if (checker.host_access == nullptr || size_bytes == 0) return;
+  const EmulatorRange range{address, size_bytes, access == HostAccess::kWrite ? 1 : 0};
+  if (checker.host_access(name, &range, 1) == 0) return;
+  const char* text = checker.last_hazard != nullptr ? checker.last_hazard() : "no description";
+  throw StateError(std::string(name) + " is not ordered after the device's work: " + text);
+}
+
+}  // namespace spillover

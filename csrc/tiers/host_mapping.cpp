@@ -1,0 +1,62 @@
+#include "tiers/host_mapping.hpp"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "base/bytes.hpp"
+#include "base/check.hpp"
+#include "base/error.hpp"
+
+namespace spillover {
+
+size_t host_page_bytes() {
+  static const auto page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return page_bytes;
+}
+
+HostMapping::HostMapping(size_t size_bytes, Pinning pinning, int device) : size_bytes_(size_bytes) {
+  SPILLOVER_CHECK(size_bytes > 0 && size_bytes % host_page_bytes() == 0,
+                  "host mappings are whole pages");
+  void* address =
+      mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  if (address == MAP_FAILED) {
+    throw HostOutOfMemoryError("the system refused to map " + format_bytes(size_bytes) +
+                                   " of host memory: " + std::strerror(errno),
+                               size_bytes);
+  }
+  // Huge pages make the device's address translation cheaper; without them everything still works.
+  madvise(address, size_bytes, MADV_HUGEPAGE);
+  address_ = static_cast<std::byte*>(address);
+  if (pinning == Pinning::kPageable) return;
+  try {
+    pinned_.emplace(device, address, size_bytes);
+  } catch (...) {
+    munmap(address, size_bytes);
+    throw;
+  }
+}
+
+HostMapping::~HostMapping() {
+  if (address_ == nullptr) return;
+  pinned_.reset();
+  munmap(address_, size_bytes_);
+}
+
+HostMapping::HostMapping(HostMapping&& other) noexcept
+    : address_(std::exchange(other.address_, nullptr)),
+      size_bytes_(std::exchange(other.size_bytes_, 0)),
+      pinned_(std::move(other.pinned_)) {}
+
+HostMapping& HostMapping::operator=(HostMapping&& other) noexcept {
+  std::swap(address_, other.address_);
+  std::swap(size_bytes_, other.size_bytes_);
+  std::swap(pinned_, other.pinned_);
+  return *this;
+}
+
+}  // namespace spillover

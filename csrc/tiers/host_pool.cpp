@@ -1,0 +1,253 @@
+#include "tiers/host_pool.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <string>
+#include <utility>
+
+#include "base/bytes.hpp"
+#include "base/check.hpp"
+#include "base/error.hpp"
+#include "driver/fork_guard.hpp"
+#include "tiers/system_memory.hpp"
+
+namespace spillover {
+namespace {
+
+// Left to the rest of the machine when no budget is set: running into the kernel's killer would end
+// the training run without a word.
+constexpr size_t kHeadroomBytes = 64 * kMiB;
+
+size_t slot_bytes_for(size_t size_bytes) {
+  if (size_bytes <= kKiB) return round_up(std::max<size_t>(size_bytes, 1), 64);
+  return round_up(size_bytes, std::bit_floor(size_bytes - 1) / 8);
+}
+
+}  // namespace
+
+HostBuffer::~HostBuffer() {
+  if (pool_) pool_->release(address_, size_bytes_);
+}
+
+HostBuffer::HostBuffer(HostBuffer&& other) noexcept
+    : pool_(std::move(other.pool_)),
+      address_(std::exchange(other.address_, nullptr)),
+      size_bytes_(std::exchange(other.size_bytes_, 0)) {}
+
+HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
+  std::swap(pool_, other.pool_);
+  std::swap(address_, other.address_);
+  std::swap(size_bytes_, other.size_bytes_);
+  return *this;
+}
+
+std::shared_ptr<HostPool> HostPool::create(const HostPoolOptions& options) {
+  return std::shared_ptr<HostPool>(new HostPool(options));
+}
+
+HostBuffer HostPool::allocate(size_t size_bytes) {
+  if (size_bytes == 0) throw ConfigError("a host buffer must have at least one byte");
+  // Past the limit nothing can be had, and the rounding below must not overflow.
+  if (size_bytes > options_.limit_bytes || size_bytes > SIZE_MAX / 2) {
+    const std::lock_guard lock(mutex_);
+    throw_over_budget(size_bytes, size_bytes);
+  }
+  if (options_.pinning == Pinning::kPinned) check_not_forked();
+  return size_bytes < kSmallMax ? allocate_small(size_bytes) : allocate_large(size_bytes);
+}
+
+HostBuffer HostPool::allocate_large(size_t size_bytes) {
+  const size_t mapped_bytes = round_up(size_bytes, host_page_bytes());
+  {
+    const std::lock_guard lock(mutex_);
+    if (const auto found = idle_by_size_.find(mapped_bytes); found != idle_by_size_.end()) {
+      const auto entry = found->second;
+      idle_by_size_.erase(found);
+      std::byte* address = entry->address();
+      in_use_.emplace(address, std::move(*entry));
+      idle_.erase(entry);
+      add_used(mapped_bytes);
+      return HostBuffer(shared_from_this(), address, size_bytes);
+    }
+  }
+  HostMapping mapping = map(mapped_bytes, size_bytes);
+  std::byte* address = mapping.address();
+  const std::lock_guard lock(mutex_);
+  in_use_.emplace(address, std::move(mapping));
+  add_used(mapped_bytes);
+  return HostBuffer(shared_from_this(), address, size_bytes);
+}
+
+HostBuffer HostPool::allocate_small(size_t size_bytes) {
+  const size_t slot_bytes = slot_bytes_for(size_bytes);
+  {
+    const std::lock_guard lock(mutex_);
+    auto& open = open_slabs_[slot_bytes];
+    if (!open.empty()) return take_slot(*open.back(), size_bytes);
+  }
+  auto slab = std::make_unique<Slab>(
+      Slab{map(kSlabBytes, size_bytes), slot_bytes, {}, kSlabBytes / slot_bytes});
+  slab->free_slots.reserve(slab->slot_count);
+  for (size_t slot = slab->slot_count; slot > 0; --slot) {
+    slab->free_slots.push_back(static_cast<uint32_t>(slot - 1));
+  }
+  const std::lock_guard lock(mutex_);
+  Slab& added = *slab;
+  slabs_.emplace(added.mapping.address(), std::move(slab));
+  open_slabs_[slot_bytes].push_back(&added);
+  return take_slot(added, size_bytes);
+}
+
+HostBuffer HostPool::take_slot(Slab& slab, size_t size_bytes) {
+  const size_t slot = slab.free_slots.back();
+  slab.free_slots.pop_back();
+  if (slab.free_slots.empty()) {
+    auto& open = open_slabs_[slab.slot_bytes];
+    open.erase(std::find(open.begin(), open.end(), &slab));
+  }
+  add_used(slab.slot_bytes);
+  return HostBuffer(shared_from_this(), slab.mapping.address() + slot * slab.slot_bytes,
+                    size_bytes);
+}
+
+void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
+  // Another thread of the parent may have held the lock at the fork; the child's copy of the pool
+  // is never used again.
+  if (in_forked_child()) return;
+  const std::lock_guard lock(mutex_);
+  --buffer_count_;
+  if (const auto found = in_use_.find(address); found != in_use_.end()) {
+    used_bytes_ -= found->second.size_bytes();
+    const auto entry = idle_.insert(idle_.end(), std::move(found->second));
+    in_use_.erase(found);
+    idle_by_size_.emplace(entry->size_bytes(), entry);
+    return;
+  }
+  auto after = slabs_.upper_bound(address);
+  SPILLOVER_CHECK(after != slabs_.begin(), "a host buffer came back to a pool that never gave it");
+  Slab& slab = *std::prev(after)->second;
+  const size_t offset = static_cast<size_t>(address - slab.mapping.address());
+  SPILLOVER_CHECK(offset < kSlabBytes && offset % slab.slot_bytes == 0 &&
+                      slab.free_slots.size() < slab.slot_count && size_bytes <= slab.slot_bytes,
+                  "a host buffer does not fit its slab");
+  used_bytes_ -= slab.slot_bytes;
+  slab.free_slots.push_back(static_cast<uint32_t>(offset / slab.slot_bytes));
+  if (slab.free_slots.size() == 1) open_slabs_[slab.slot_bytes].push_back(&slab);
+}
+
+// Returns memory that is counted in reserved_bytes_ but held by the caller.
+HostMapping HostPool::map(size_t size_bytes, size_t requested_bytes) {
+  {
+    std::unique_lock lock(mutex_);
+    reserve(lock, size_bytes, requested_bytes);
+  }
+  try {
+    check_machine(size_bytes, requested_bytes);
+    return HostMapping(size_bytes, options_.pinning, options_.device);
+  } catch (...) {
+    const std::lock_guard lock(mutex_);
+    reserved_bytes_ -= size_bytes;
+    throw;
+  }
+}
+
+void HostPool::check_machine(size_t size_bytes, size_t requested_bytes) {
+  size_t available = available_host_bytes();
+  const auto fits = [&] { return available >= size_bytes + kHeadroomBytes; };
+  if (!fits() && trim() > 0) available = available_host_bytes();
+  if (fits()) return;
+  throw HostOutOfMemoryError(
+      format_bytes(size_bytes) +
+          " of host memory would leave this machine, or its memory control group, without any: " +
+          format_bytes(available) +
+          " are available. Offload less, use the disk tier, or raise the group's limit",
+      requested_bytes);
+}
+
+// Counts size_bytes as reserved, giving idle memory back to the system where the budget asks for
+// it.
+void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
+                       size_t requested_bytes) {
+  while (size_bytes > options_.limit_bytes - reserved_bytes_) {
+    const size_t missing_bytes = size_bytes - (options_.limit_bytes - reserved_bytes_);
+    std::vector<HostMapping> victims = take_idle(missing_bytes);
+    if (victims.empty()) throw_over_budget(size_bytes, requested_bytes);
+    size_t freed_bytes = 0;
+    for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
+    lock.unlock();
+    victims.clear();
+    lock.lock();
+    // Only now: the budget holds for what is really mapped.
+    reserved_bytes_ -= freed_bytes;
+  }
+  reserved_bytes_ += size_bytes;
+  reserved_bytes_max_ = std::max(reserved_bytes_max_, reserved_bytes_);
+}
+
+// The longest idle mappings, and slabs without a used slot, of at least wanted_bytes where there
+// are so many. They stay in reserved_bytes_.
+std::vector<HostMapping> HostPool::take_idle(size_t wanted_bytes) {
+  std::vector<HostMapping> taken;
+  size_t taken_bytes = 0;
+  while (taken_bytes < wanted_bytes && !idle_.empty()) {
+    const auto entry = idle_.begin();
+    auto [first, last] = idle_by_size_.equal_range(entry->size_bytes());
+    const auto found = std::find_if(first, last, [&](auto& item) { return item.second == entry; });
+    SPILLOVER_CHECK(found != last, "an idle mapping is missing from the index");
+    idle_by_size_.erase(found);
+    taken_bytes += entry->size_bytes();
+    taken.push_back(std::move(*entry));
+    idle_.erase(entry);
+  }
+  for (auto it = slabs_.begin(); it != slabs_.end() && taken_bytes < wanted_bytes;) {
+    Slab& slab = *it->second;
+    if (slab.free_slots.size() < slab.slot_count) {
+      ++it;
+      continue;
+    }
+    auto& open = open_slabs_[slab.slot_bytes];
+    open.erase(std::find(open.begin(), open.end(), &slab));
+    taken_bytes += slab.mapping.size_bytes();
+    taken.push_back(std::move(slab.mapping));
+    it = slabs_.erase(it);
+  }
+  return taken;
+}
+
+size_t HostPool::trim() {
+  if (in_forked_child()) return 0;
+  std::vector<HostMapping> victims;
+  {
+    const std::lock_guard lock(mutex_);
+    victims = take_idle(SIZE_MAX);
+  }
+  size_t freed_bytes = 0;
+  for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
+  victims.clear();
+  const std::lock_guard lock(mutex_);
+  reserved_bytes_ -= freed_bytes;
+  return freed_bytes;
+}
+
+HostStats HostPool::stats() const {
+  const std::lock_guard lock(mutex_);
+  return {used_bytes_,         used_bytes_max_,      reserved_bytes_,
+          reserved_bytes_max_, options_.limit_bytes, buffer_count_};
+}
+
+void HostPool::add_used(size_t size_bytes) {
+  used_bytes_ += size_bytes;
+  used_bytes_max_ = std::max(used_bytes_max_, used_bytes_);
+  ++buffer_count_;
+}
+
+void HostPool::throw_over_budget(size_t size_bytes, size_t requested_bytes) const {
+  throw HostOutOfMemoryError(
+      "the host memory budget of " + format_bytes(options_.limit_bytes) + " does not allow " +
+          format_bytes(size_bytes) + " more: " + format_bytes(used_bytes_) +
+          " are in use. Raise the budget (the argument host=, or SPILLOVER_HOST_LIMIT), offload "
+          "less, or use the disk tier",
+      requested_bytes);
+}
+
+}  // namespace spillover

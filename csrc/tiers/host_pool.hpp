@@ -1,0 +1,129 @@
+// Pinned host memory under a hard byte budget.
+//
+// A HostPool is shared by its buffers and its users (shared_ptr); both may be used from any thread.
+// allocate() and trim() may block in the driver, and hold no lock while they do.
+//
+// Sizes of kSmallMax and above get a mapping of their own, rounded up to the page: at most 2 %
+// above the request from 200 KiB on. A freed mapping stays pinned and is given out again for
+// exactly the same rounded size, since pinning costs more than a copy. Smaller sizes share slabs of
+// kSlabBytes, each divided into slots of one size: 64-byte steps up to 1 KiB, then eight steps a
+// doubling, so a slot wastes at most 1/8 of itself, and a size class in use holds at least one
+// slab.
+//
+// Note [Reuse of host memory]. A freed buffer may be handed out at once. The pool knows nothing of
+// streams: whoever frees a buffer has seen the event of the last copy on it complete.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "tiers/host_mapping.hpp"
+
+namespace spillover {
+
+class HostPool;
+
+// Memory of a pool; gives itself back. Move-only. It keeps its pool alive.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  ~HostBuffer();
+  HostBuffer(HostBuffer&& other) noexcept;
+  HostBuffer& operator=(HostBuffer&& other) noexcept;
+  HostBuffer(const HostBuffer&) = delete;
+  HostBuffer& operator=(const HostBuffer&) = delete;
+
+  std::byte* address() const { return address_; }
+  // What was asked for; the memory reaches to the next page or slot, which belongs to nobody else.
+  size_t size_bytes() const { return size_bytes_; }
+
+ private:
+  friend class HostPool;
+  HostBuffer(std::shared_ptr<HostPool> pool, std::byte* address, size_t size_bytes)
+      : pool_(std::move(pool)), address_(address), size_bytes_(size_bytes) {}
+
+  std::shared_ptr<HostPool> pool_;
+  std::byte* address_ = nullptr;
+  size_t size_bytes_ = 0;
+};
+
+struct HostPoolOptions {
+  size_t limit_bytes = SIZE_MAX;  // Bound on reserved bytes.
+  int device = 0;                 // Whose context pins; the memory serves every device.
+  Pinning pinning = Pinning::kPinned;
+};
+
+struct HostStats {
+  size_t used_bytes;  // Sizes of the live buffers, rounded to their pages or slots.
+  size_t used_bytes_max;
+  size_t reserved_bytes;  // Mapped: in use or kept for reuse. Never above limit_bytes.
+  size_t reserved_bytes_max;
+  size_t limit_bytes;
+  size_t buffer_count;  // Live buffers.
+};
+
+class HostPool : public std::enable_shared_from_this<HostPool> {
+ public:
+  static constexpr size_t kSmallMax = size_t{32} << 10;
+  static constexpr size_t kSlabBytes = size_t{128} << 10;
+
+  static std::shared_ptr<HostPool> create(const HostPoolOptions& options);
+  HostPool(const HostPool&) = delete;
+  HostPool& operator=(const HostPool&) = delete;
+
+  // Contents are undefined; the address is a multiple of 64, and of the page from kSmallMax on.
+  // Throws HostOutOfMemoryError when the budget or the machine does not allow it, ConfigError for
+  // 0.
+  HostBuffer allocate(size_t size_bytes);
+
+  // Unpins and unmaps what nobody uses; returns its bytes.
+  size_t trim();
+
+  HostStats stats() const;
+  const HostPoolOptions& options() const { return options_; }
+
+ private:
+  friend class HostBuffer;
+  struct Slab {
+    HostMapping mapping;
+    size_t slot_bytes;
+    std::vector<uint32_t> free_slots;
+    size_t slot_count;
+  };
+
+  explicit HostPool(const HostPoolOptions& options) : options_(options) {}
+  HostBuffer allocate_large(size_t size_bytes);
+  HostBuffer allocate_small(size_t size_bytes);
+  HostBuffer take_slot(Slab& slab, size_t size_bytes);
+  void release(std::byte* address, size_t size_bytes) noexcept;
+  HostMapping map(size_t size_bytes, size_t requested_bytes);
+  void check_machine(size_t size_bytes, size_t requested_bytes);
+  void reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes, size_t requested_bytes);
+  std::vector<HostMapping> take_idle(size_t wanted_bytes);
+  void add_used(size_t size_bytes);
+  [[noreturn]] void throw_over_budget(size_t size_bytes, size_t requested_bytes) const;
+
+  const HostPoolOptions options_;
+
+  mutable std::mutex mutex_;
+  // Guarded by mutex_. Invariants: reserved = bytes of all mappings, used ones, idle ones, slabs
+  // and those being mapped or unmapped; used <= reserved <= limit.
+  std::unordered_map<std::byte*, HostMapping> in_use_;
+  std::list<HostMapping> idle_;  // Longest idle first.
+  std::multimap<size_t, std::list<HostMapping>::iterator> idle_by_size_;
+  std::map<std::byte*, std::unique_ptr<Slab>> slabs_;          // By address, to find a slot's slab.
+  std::unordered_map<size_t, std::vector<Slab*>> open_slabs_;  // With a free slot, by slot size.
+  size_t used_bytes_ = 0;
+  size_t used_bytes_max_ = 0;
+  size_t reserved_bytes_ = 0;
+  size_t reserved_bytes_max_ = 0;
+  size_t buffer_count_ = 0;
+};
+
+}  // namespace spillover

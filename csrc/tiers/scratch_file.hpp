@@ -1,0 +1,54 @@
+// A file without a name in a folder of the disk tier: it is gone when the process is, however that
+// ends.
+//
+// Move-only. read_at() and write_at() may be called from any thread at once, reserve() by one
+// thread at a time. Offsets, sizes and addresses are multiples of kDiskBlockBytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace spillover {
+
+enum class Preallocation {
+  kReserve,  // Take the space before writing: a full disk shows early, and extents lie together.
+  kNone,     // For file systems that copy on write, where reserved space is not used anyway.
+};
+
+class ScratchFile {
+ public:
+  // Makes the folder (mode 0700) where it is missing. The file has mode 0600. Throws StorageError.
+  ScratchFile(const std::string& folder, Preallocation preallocation);
+  ~ScratchFile();
+  ScratchFile(ScratchFile&& other) noexcept;
+  ScratchFile& operator=(ScratchFile&& other) noexcept;
+  ScratchFile(const ScratchFile&) = delete;
+  ScratchFile& operator=(const ScratchFile&) = delete;
+
+  const std::string& folder() const { return folder_; }
+  int descriptor() const { return descriptor_; }
+  // False where the file system refuses O_DIRECT, as some kernels' tmpfs does: the page cache then
+  // holds a second copy of what is written.
+  bool is_direct() const { return is_direct_; }
+
+  // Makes sure that the file system has room up to end. Throws DiskFullError or StorageError.
+  void reserve(uint64_t end);
+
+  // Blocks until all bytes are written or read: short transfers are resubmitted, and interrupted
+  // ones repeated. Throws DiskFullError or StorageError with folder, offset and errno.
+  void write_at(const std::byte* data, size_t size_bytes, uint64_t offset) const;
+  void read_at(std::byte* data, size_t size_bytes, uint64_t offset) const;
+
+ private:
+  [[noreturn]] void throw_error(const char* operation, uint64_t offset, size_t size_bytes,
+                                int native_error) const;
+
+  std::string folder_;
+  int descriptor_ = -1;  // -1 when moved from.
+  bool is_direct_ = true;
+  bool is_preallocated_ = true;  // Cleared where the file system cannot.
+  uint64_t reserved_end_ = 0;
+};
+
+}  // namespace spillover

@@ -1,0 +1,37 @@
+// The completion of a disk request, which may consist of several pieces.
+//
+// Thread-safe. Shared by the requester and the I/O threads.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <exception>
+#include <mutex>
+
+namespace spillover {
+
+class Ticket {
+ public:
+  explicit Ticket(size_t piece_count) : pieces_left_(piece_count) {}
+
+  // Whether the request is over, well or not. Does not block and does not throw the error.
+  bool is_done() const;
+
+  // Blocks until the request is over. Throws its first error, at each call.
+  void wait() const;
+
+  // The same without throwing, for those who only need the memory back.
+  void wait_quietly() const noexcept;
+
+  // For the store: a piece is over; error is null where it went well.
+  void finish_piece(std::exception_ptr error) noexcept;
+
+ private:
+  mutable std::mutex mutex_;
+  mutable std::condition_variable done_;
+  // Guarded by mutex_.
+  size_t pieces_left_;
+  std::exception_ptr first_error_;
+};
+
+}  // namespace spillover

@@ -1,0 +1,71 @@
+"""Train and run PyTorch models that do not fit in GPU memory.
+
+Importing this package loads neither torch nor a CUDA driver; each name loads what it needs when it
+is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if not sys.platform.startswith("linux"):
+    raise ImportError(f"spillover runs on Linux only; this is {sys.platform}")
+
+from spillover._errors import (
+    BuildError,
+    ConfigError,
+    CorruptData,
+    DiskFull,
+    DriverError,
+    HostOutOfMemory,
+    SpilloverError,
+    StateError,
+    StorageError,
+)
+
+if TYPE_CHECKING:
+    from spillover import allocator, emulator, optim
+    from spillover._errors import DeviceOutOfMemory
+    from spillover.hooks import offload_activations, stream_parameters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BuildError",
+    "ConfigError",
+    "CorruptData",
+    "DeviceOutOfMemory",
+    "DiskFull",
+    "DriverError",
+    "HostOutOfMemory",
+    "SpilloverError",
+    "StateError",
+    "StorageError",
+    "__version__",
+    "allocator",
+    "emulator",
+    "offload_activations",
+    "optim",
+    "stream_parameters",
+]
+
+_LAZY_MODULES = {"allocator", "emulator", "optim"}
+_LAZY_NAMES = {
+    "DeviceOutOfMemory": "spillover._errors",
+    "offload_activations": "spillover.hooks",
+    "stream_parameters": "spillover.hooks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"spillover.{name}")
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
+    raise AttributeError(f"module 'spillover' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,100 @@
+"""Pinned host memory for tensors, from one pool a process.
+
+Importing this module loads neither torch nor a driver.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from spillover._core import HostPool, HostStats
+from spillover._settings import logger
+from spillover._units import format_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+_LIMIT_VARIABLE = "SPILLOVER_HOST_LIMIT"
+
+_lock = threading.Lock()
+_pool: HostPool | None = None
+_pool_owner = 0
+
+
+def host_pool() -> HostPool:
+    """The process's pool of pinned host memory; made at the first call.
+
+    Its budget is the environment variable ``SPILLOVER_HOST_LIMIT`` (such as ``48GiB``). Without one
+    it takes what the machine and the process's memory control groups leave. A forked child gets a
+    pool of its own.
+
+    Raises
+    ------
+    ConfigError
+        The variable is not a size.
+    """
+    global _pool, _pool_owner
+    with _lock:
+        if _pool is None or _pool_owner != os.getpid():
+            text = os.environ.get(_LIMIT_VARIABLE, "").strip()
+            limit = parse_bytes(text, name=_LIMIT_VARIABLE) if text else None
+            # Pinning makes a CUDA context on the device that it goes through, so that must be the
+            # one that this process computes on. The memory serves all devices.
+            _pool = HostPool(limit_bytes=limit, device=_current_device())
+            _pool_owner = os.getpid()
+            logger.info(
+                "pinned host memory: %s", "no limit" if limit is None else format_bytes(limit)
+            )
+        return _pool
+
+
+def _current_device() -> int:
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def host_stats() -> HostStats:
+    """Bytes of the process's pool: used and reserved, now and at most. Cheap; does not block."""
+    return host_pool().stats()
+
+
+def empty_pinned(
+    shape: Sequence[int], dtype: torch.dtype, *, pool: HostPool | None = None
+) -> torch.Tensor:
+    """An uninitialised, contiguous CPU tensor in pinned memory.
+
+    Its memory goes back to the pool when the tensor's storage dies, and may then be given out again
+    at once.
+
+    Parameters
+    ----------
+    shape, dtype
+        As for :func:`torch.empty`.
+    pool
+        Where the memory comes from; by default :func:`host_pool`.
+
+    Raises
+    ------
+    HostOutOfMemory
+        The pool's budget or the machine does not allow it.
+    DriverError
+        There is no CUDA driver to pin with.
+
+    Notes
+    -----
+    Unlike torch's own pinned tensors, nothing here waits for copies on streams. A caller who starts
+    an asynchronous copy keeps the tensor until the copy's event is complete.
+    """
+    import torch
+
+    count = math.prod(shape)
+    if count == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    buffer = (pool or host_pool()).allocate(count * dtype.itemsize)
+    # The tensor's storage holds the buffer.
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(tuple(shape))
