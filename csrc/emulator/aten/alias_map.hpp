@@ -1,0 +1,62 @@
+// CPU tensors that stand on the bytes of CUDA tensors for the length of one operator call. The call
+// owns the map; it lives on one thread's stack. The CUDA tensors must outlive it.
+//
+// Invariant: two CUDA tensors that share a storage get CPU tensors that share one, so that CPU
+// kernels see the same overlaps as CUDA's would, and a result can be traced back to the argument it
+// is a view of.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/StorageImpl.h>
+#include <c10/util/SmallVector.h>
+
+#include <memory>
+#include <unordered_map>
+
+namespace spillover::emulator {
+
+// True for tensors whose bytes are a device storage: what the emulation can alias.
+inline bool is_device_tensor(const at::Tensor& tensor) {
+  return tensor.defined() && tensor.is_cuda() && tensor.layout() == at::kStrided;
+}
+
+class AliasMap {
+ public:
+  AliasMap() = default;
+  AliasMap(const AliasMap&) = delete;
+  AliasMap& operator=(const AliasMap&) = delete;
+
+  // A CPU tensor over the same bytes, with the same sizes, strides and flags.
+  at::Tensor alias(const at::Tensor& tensor, bool is_written);
+
+  // Carries what the kernel did to the written tensors' shapes and storages over to the CUDA
+  // tensors: a CPU kernel that resizes an out= argument moves the alias's storage into ordinary
+  // memory.
+  void commit_resizes();
+
+  // The CUDA storage that a CPU result lives in, or nullptr where the result is fresh memory.
+  c10::StorageImpl* device_storage_of(const at::Tensor& host_tensor) const;
+
+ private:
+  struct AliasedStorage {
+    c10::StorageImpl* device;
+    c10::Storage host;
+    void* host_data;
+  };
+  struct AliasedTensor {
+    c10::TensorImpl* device;
+    at::Tensor host;
+    bool is_written;
+  };
+
+  const AliasedStorage& alias_storage(const c10::Storage& storage, bool is_written);
+  size_t find_storage(const c10::StorageImpl* storage) const;
+  void move_back(AliasedStorage& storage);
+
+  c10::SmallVector<AliasedStorage, 6> storages_;
+  c10::SmallVector<AliasedTensor, 6> tensors_;
+  // Made only for calls with long tensor lists, where a linear search would be quadratic.
+  std::unique_ptr<std::unordered_map<const c10::StorageImpl*, size_t>> index_;
+};
+
+}  // namespace spillover::emulator

@@ -1,0 +1,54 @@
+// Scaled dot-product attention on CPU tensors of shape (batch, heads, length, head size), for the
+// kernels of attention.cpp and varlen_attention.cpp. Pure functions; any thread may call them.
+//
+// Where torch's own CPU attention can take the arguments it does the work, so that results equal
+// the CPU's to the last bit; otherwise (dropout, a gradient for the bias, a value size of its own)
+// the formulas are spelled out.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "emulator/aten/random.hpp"
+
+namespace spillover::emulator {
+
+struct AttentionOptions {
+  // Added to the scores; broadcasts to (batch, heads, query length, key length).
+  std::optional<at::Tensor> bias;
+  double dropout = 0.0;
+  // Query i sees keys up to i (the mask's corner is at the top left).
+  bool is_causal = false;
+  std::optional<double> scale;
+  // Where the dropout mask is drawn from.
+  PhiloxPosition position{0, 0};
+};
+
+struct AttentionResult {
+  at::Tensor output;
+  at::Tensor logsumexp;
+};
+
+struct AttentionGradients {
+  at::Tensor query;
+  at::Tensor key;
+  at::Tensor value;
+  at::Tensor bias;
+};
+
+AttentionResult attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                          const AttentionOptions& options);
+
+// logsumexp has the forward's shape, without padding.
+AttentionGradients attention_backward(const at::Tensor& grad_out, const at::Tensor& query,
+                                      const at::Tensor& key, const at::Tensor& value,
+                                      const at::Tensor& output, const at::Tensor& logsumexp,
+                                      const AttentionOptions& options, bool wants_bias);
+
+// The bias that lets query i of m see keys up to i + n - m (the corner at the bottom right).
+at::Tensor bottom_right_causal_bias(int64_t query_length, int64_t key_length,
+                                    const at::TensorOptions& options);
+
+}  // namespace spillover::emulator

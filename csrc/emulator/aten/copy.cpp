@@ -1,0 +1,70 @@
+#include "emulator/aten/copy.hpp"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/copy_native.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "emulator/aten/accesses.hpp"
+#include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/operator_kernel.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+// What CUDA does with a memcpy.
+bool is_plain(const at::Tensor& self, const at::Tensor& source) {
+  return self.scalar_type() == source.scalar_type() && self.is_contiguous() &&
+         source.is_contiguous() && self.sizes() == source.sizes() &&
+         self.is_conj() == source.is_conj() && self.is_neg() == source.is_neg();
+}
+
+void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
+  constexpr const char* kName = "aten::copy_";
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(self.device().index());
+  begin_operator(stream.stream(), kName);
+  if (hazards_enabled()) {
+    RangeList ranges;
+    append_ranges(self, /*is_written=*/true, ranges);
+    append_ranges(source, /*is_written=*/false, ranges);
+    report_operator_access(stream.stream(), kName, ranges);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const DeviceWorkScope device_work;
+  AliasMap aliases;
+  at::Tensor target = aliases.alias(self, /*is_written=*/true);
+  at::native::copy_(target, aliases.alias(source, /*is_written=*/false), /*non_blocking=*/false);
+}
+
+}  // namespace
+
+at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking) {
+  const bool on_device = is_device_tensor(self) && is_device_tensor(source) &&
+                         !self._is_zerotensor() && !source._is_zerotensor();
+  if (!on_device || is_plain(self, source) || self.is_same(source)) {
+    return at::native::copy_(self, source, non_blocking);
+  }
+  if (self.device() == source.device()) {
+    const c10::cuda::CUDAGuard guard(self.device());
+    copy_as_operator(self, source);
+    return self;
+  }
+  // Between devices: convert where the source is, move plain bytes, permute where the result is.
+  const at::Tensor converted =
+      source.to(self.scalar_type()).resolve_conj().resolve_neg().contiguous();
+  const at::Tensor arrived = at::empty_like(converted, self.options());
+  at::Tensor staged = arrived;
+  at::native::copy_(staged, converted, non_blocking);
+  copy_as_operator(self, staged);
+  return self;
+}
+
+void foreach_copy_(at::TensorList self, at::TensorList source, bool non_blocking) {
+  TORCH_CHECK(self.size() == source.size(),
+              "Tensor lists must have the same number of tensors, got ", self.size(), " and ",
+              source.size());
+  for (size_t i = 0; i < self.size(); ++i) self[i].copy_(source[i], non_blocking);
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,81 @@
+// Dropout, and matrix products with a result type of their own: small operators without a usable
+// CPU kernel.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/baddbmm.h>
+#include <ATen/ops/bmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones_like.h>
+#include <c10/cuda/CUDAFunctions.h>
+
+#include <tuple>
+
+#include "emulator/aten/own_kernels.hpp"
+#include "emulator/aten/random.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+using at::Tensor;
+using c10::Scalar;
+using c10::ScalarType;
+using TensorPair = std::tuple<Tensor, Tensor>;
+
+TensorPair dropout_with(const Tensor& input, double keep_probability, at::Generator generator) {
+  Tensor mask = at::empty(input.sizes(), input.options().dtype(at::kBool));
+  mask.bernoulli_(keep_probability, std::move(generator));
+  const double scale = keep_probability == 0 ? 0.0 : 1.0 / keep_probability;
+  return {input.mul(mask).mul_(scale), mask};
+}
+
+// The CPU kernel draws from the default CPU generator and cannot be told otherwise.
+TensorPair native_dropout(const Tensor& input, double p, std::optional<bool> train) {
+  if (train.has_value() && !*train) {
+    return {input.clone(), at::ones_like(input, input.options().dtype(at::kBool))};
+  }
+  return dropout_with(input, 1.0 - p,
+                      generator_at(take_position(default_generator(c10::cuda::current_device()))));
+}
+
+// p is the probability of keeping an element here, and the mask holds bytes.
+TensorPair fused_dropout(const Tensor& input, double p, std::optional<at::Generator> generator) {
+  auto [output, mask] = dropout_with(input, p, std::move(generator).value());
+  return {output, mask.to(at::kByte)};
+}
+
+Tensor masked_scale(const Tensor& self, const Tensor& mask, double scale) {
+  return self.mul(mask.to(at::kBool)).mul_(scale);
+}
+
+Tensor mm_dtype(const Tensor& self, const Tensor& mat2, ScalarType dtype) {
+  return at::mm(self.to(dtype), mat2.to(dtype));
+}
+
+Tensor bmm_dtype(const Tensor& self, const Tensor& mat2, ScalarType dtype) {
+  return at::bmm(self.to(dtype), mat2.to(dtype));
+}
+
+Tensor addmm_dtype(const Tensor& self, const Tensor& mat1, const Tensor& mat2, ScalarType dtype,
+                   const Scalar& beta, const Scalar& alpha) {
+  return at::addmm(self.to(dtype), mat1.to(dtype), mat2.to(dtype), beta, alpha);
+}
+
+Tensor baddbmm_dtype(const Tensor& self, const Tensor& batch1, const Tensor& batch2,
+                     ScalarType dtype, const Scalar& beta, const Scalar& alpha) {
+  return at::baddbmm(self.to(dtype), batch1.to(dtype), batch2.to(dtype), beta, alpha);
+}
+
+}  // namespace
+
+void add_elementwise_kernels(KernelTable& table) {
+  add_kernel<&native_dropout>(table, "aten::native_dropout");
+  add_kernel<&fused_dropout>(table, "aten::_fused_dropout");
+  add_kernel<&masked_scale>(table, "aten::_masked_scale");
+  add_kernel<&mm_dtype>(table, "aten::mm.dtype");
+  add_kernel<&bmm_dtype>(table, "aten::bmm.dtype");
+  add_kernel<&addmm_dtype>(table, "aten::addmm.dtype");
+  add_kernel<&baddbmm_dtype>(table, "aten::baddbmm.dtype");
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,217 @@
+// The emulator's own C interface (c_api.h, kernel_api.h). Before cuInit, and in a process that was forked
+// after it, the functions do nothing and touch no lock.
+#include "emulator/core/c_api.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "emulator/core/config.hpp"
+#include "emulator/core/hazard_checker.hpp"
+#include "emulator/core/kernel_api.h"
+#include "emulator/core/kernels.hpp"
+#include "emulator/core/machine.hpp"
+#include "emulator/core/process.hpp"
+
+namespace emulator = spillover::emulator;
+using emulator::AccessKind;
+using emulator::Address;
+using emulator::Lock;
+using emulator::Machine;
+using emulator::StreamRef;
+
+namespace {
+
+// The stream that a handle means; a default stream where no context is current is device 0's, since
+// torch's threads may come here before they made a call of the runtime's.
+CUresult find_stream(Machine& machine, void* handle, StreamRef* stream) {
+  const CUresult result = machine.streams.find(static_cast<CUstream>(handle), stream);
+  if (result != CUDA_ERROR_INVALID_CONTEXT) return result;
+  *stream = machine.streams.legacy(0);
+  return CUDA_SUCCESS;
+}
+
+bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
+  const auto address = reinterpret_cast<Address>(range.pointer);
+  return range.size_bytes != 0 && machine.is_device_accessible(address, range.size_bytes);
+}
+
+// A hazard in any of the ranges is reported, but all of them are recorded.
+template <typename Record>
+bool record_all(const spillover_emulator_range* ranges, std::size_t count, Record&& record) {
+  bool found = false;
+  for (std::size_t i = 0; i < count; ++i) {
+    const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+    found = record(kind, reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes) || found;
+  }
+  return found;
+}
+
+}  // namespace
+
+extern "C" {
+
+void* spillover_emulator_host_pointer(const void* pointer) {
+  const auto address = reinterpret_cast<Address>(pointer);
+  if (emulator::process_state() == emulator::ProcessState::kFresh) {
+    return reinterpret_cast<void*>(address);
+  }
+  return reinterpret_cast<void*>(Machine::instance().addresses.to_host(address));
+}
+
+int spillover_emulator_operator_begin(void* stream) {
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  Machine& machine = Machine::instance();
+  Lock lock(machine.mutex);
+  machine.scheduler.perturb(lock);
+  StreamRef target;
+  const CUresult result = find_stream(machine, stream, &target);
+  if (result != CUDA_SUCCESS) return result;
+  machine.streams.perform(lock, target);
+  return machine.sticky_error(target->device);
+}
+
+int spillover_emulator_operator_access(void* stream, const char* name,
+                                       const spillover_emulator_range* ranges, size_t range_count) {
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  Machine& machine = Machine::instance();
+  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  const Lock lock(machine.mutex);
+  StreamRef target;
+  const CUresult result = find_stream(machine, stream, &target);
+  if (result != CUDA_SUCCESS) return result;
+  machine.streams.order_after_host(target.get());
+  const bool found = record_all(
+      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
+        return machine.record_access(*target, target->enqueued, name, kind, address, size_bytes);
+      });
+  return machine.hazard_status(found);
+}
+
+int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
+                                   size_t range_count) {
+  if (!emulator::process_ready()) return CUDA_SUCCESS;
+  Machine& machine = Machine::instance();
+  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  const Lock lock(machine.mutex);
+  const bool any_tracked = std::any_of(ranges, ranges + range_count, [&](const auto& range) {
+    return is_tracked(machine, range);
+  });
+  if (!any_tracked) return CUDA_SUCCESS;
+  const bool found = record_all(
+      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
+        return machine.record_host_access(name, kind, address, size_bytes);
+      });
+  return machine.hazard_status(found);
+}
+
+size_t spillover_emulator_pinned_count(void) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  return machine.host_memory.regions().size();
+}
+
+int spillover_emulator_hazards_enabled(void) {
+  return emulator::process_state() != emulator::ProcessState::kForked &&
+         emulator::config().hazards != emulator::HazardPolicy::kOff;
+}
+
+size_t spillover_emulator_hazard_count(void) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  return machine.hazards.count();
+}
+
+size_t spillover_emulator_hazard_text(size_t index, char* out, size_t capacity) {
+  if (out != nullptr && capacity > 0) *out = '\0';
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  if (index >= machine.hazards.text_count()) return 0;
+  const std::string& text = machine.hazards.text(index);
+  if (out != nullptr && capacity > 0) {
+    const std::size_t length = std::min(text.size(), capacity - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = '\0';
+  }
+  return text.size();
+}
+
+void spillover_emulator_hazards_clear(void) {
+  if (!emulator::process_ready()) return;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  machine.hazards.clear_reports();
+}
+
+const char* spillover_emulator_last_hazard(void) { return emulator::last_hazard(); }
+
+int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*), void* argument) {
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  if (body == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  Machine& machine = Machine::instance();
+  Lock lock(machine.mutex);
+  machine.scheduler.perturb(lock);
+  StreamRef target;
+  const CUresult result = find_stream(machine, stream, &target);
+  if (result != CUDA_SUCCESS) return result;
+  machine.streams.prepare(target);
+  emulator::Operation operation;
+  operation.body = emulator::Kernel{body, argument};
+  operation.name = machine.hazards.intern(name == nullptr ? "kernel" : name);
+  machine.streams.submit(lock, target, std::move(operation));
+  return machine.sticky_error(target->device);
+}
+
+void spillover_emulator_live(size_t* device_bytes, size_t* device_allocations, size_t* pinned_bytes,
+                             size_t* pinned_regions, size_t* streams, size_t* events) {
+  std::size_t values[6] = {};
+  if (emulator::process_ready()) {
+    Machine& machine = Machine::instance();
+    const Lock lock(machine.mutex);
+    for (int device = 0; device < machine.device_count(); ++device) {
+      values[0] += machine.budget.used_bytes(device);
+    }
+    values[1] = machine.device_memory.allocations().size() +
+                machine.virtual_memory.physical_count() + machine.virtual_memory.mapping_count();
+    for (const auto& [address, region] : machine.host_memory.regions()) {
+      values[2] += region.size_bytes;
+    }
+    values[3] = machine.host_memory.regions().size();
+    values[4] = machine.streams.live_count();
+    values[5] = machine.events.live_count();
+  }
+  std::size_t* const outputs[6] = {device_bytes,   device_allocations, pinned_bytes,
+                                   pinned_regions, streams,            events};
+  for (std::size_t i = 0; i < 6; ++i) {
+    if (outputs[i] != nullptr) *outputs[i] = values[i];
+  }
+}
+
+size_t spillover_emulator_peak_bytes(int device) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  if (device < 0 || device >= machine.device_count()) return 0;
+  return machine.budget.peak_bytes(device);
+}
+
+const char* spillover_emulator_config(void) { return emulator::config().description.c_str(); }
+
+int spillover_emulator_register_kernel(const char* name, spillover_emulator_kernel_body body,
+                                       void* user, const size_t* parameter_bytes,
+                                       size_t parameter_count) {
+  if (name == nullptr || body == nullptr || (parameter_bytes == nullptr && parameter_count != 0)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  machine.kernels.add(
+      {name, body, user, std::vector<std::size_t>(parameter_bytes, parameter_bytes + parameter_count)});
+  return CUDA_SUCCESS;
+}
+
+}  // extern "C"

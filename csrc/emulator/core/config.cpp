@@ -1,0 +1,172 @@
+#include "emulator/core/config.hpp"
+
+#include <strings.h>
+
+#include <cerrno>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+struct Unit {
+  const char* name;
+  double bytes;
+};
+
+constexpr Unit kUnits[] = {{"", 1},
+                           {"B", 1},
+                           {"KiB", 1024.0},
+                           {"MiB", 1048576.0},
+                           {"GiB", 1073741824.0},
+                           {"TiB", 1099511627776.0},
+                           {"KB", 1e3},
+                           {"MB", 1e6},
+                           {"GB", 1e9},
+                           {"TB", 1e12}};
+
+bool parse_bytes(const char* text, std::size_t* bytes) {
+  char* end = nullptr;
+  const double number = std::strtod(text, &end);
+  if (end == text || !std::isfinite(number) || number < 0) return false;
+  while (*end == ' ') ++end;
+  for (const Unit& unit : kUnits) {
+    if (strcasecmp(end, unit.name) != 0) continue;
+    const double value = number * unit.bytes;
+    if (value >= 9e18) return false;
+    *bytes = static_cast<std::size_t>(value);
+    return true;
+  }
+  return false;
+}
+
+bool parse_integer(const char* text, std::uint64_t maximum, std::uint64_t* value) {
+  if (*text < '0' || *text > '9') return false;  // strtoull accepts signs and blanks
+  char* end = nullptr;
+  errno = 0;
+  *value = std::strtoull(text, &end, 10);
+  return errno == 0 && *end == '\0' && *value <= maximum;
+}
+
+// Reads the variables one by one and keeps the first complaint.
+class Reader {
+ public:
+  Reader(const char* (*variable)(const char*), Config* config)
+      : variable_(variable), config_(config) {}
+
+  void bytes(const char* name, std::size_t minimum, std::size_t* value) {
+    const char* text = lookup(name);
+    std::size_t parsed = 0;
+    if (text == nullptr) {
+    } else if (parse_bytes(text, &parsed) && parsed >= minimum) {
+      *value = parsed;
+    } else {
+      complain(name, text, "a number of bytes of at least 2 MiB, such as 512MiB or 8GiB");
+    }
+    describe(name, std::to_string(*value));
+  }
+
+  template <typename Number>
+  void integer(const char* name, std::uint64_t minimum, std::uint64_t maximum, Number* value) {
+    const char* text = lookup(name);
+    std::uint64_t parsed = 0;
+    if (text == nullptr) {
+    } else if (parse_integer(text, maximum, &parsed) && parsed >= minimum) {
+      *value = static_cast<Number>(parsed);
+    } else {
+      complain(name, text,
+               "a whole number from " + std::to_string(minimum) + " to " + std::to_string(maximum));
+    }
+    describe(name, std::to_string(*value));
+  }
+
+  void flag(const char* name, bool* value) {
+    int number = *value ? 1 : 0;
+    integer(name, 0, 1, &number);
+    *value = number == 1;
+  }
+
+  template <typename Enum, std::size_t kCount>
+  void choice(const char* name, const char* const (&names)[kCount], Enum* value) {
+    const char* text = lookup(name);
+    bool found = text == nullptr;
+    std::string expected;
+    for (std::size_t i = 0; i < kCount; ++i) {
+      expected += (i == 0 ? "" : i + 1 == kCount ? " or " : ", ") + std::string(names[i]);
+      if (text == nullptr || std::strcmp(text, names[i]) != 0) continue;
+      *value = static_cast<Enum>(i);
+      found = true;
+    }
+    if (!found) complain(name, text, expected);
+    describe(name, names[static_cast<std::size_t>(*value)]);
+  }
+
+ private:
+  const char* lookup(const char* name) const {
+    const char* text = variable_(name);
+    return text == nullptr || *text == '\0' ? nullptr : text;
+  }
+
+  void complain(const char* name, const char* text, const std::string& expected) {
+    if (!config_->error.empty()) return;
+    config_->error = std::string(name) + "=" + text + " is not valid: use " + expected + ".";
+  }
+
+  void describe(const char* name, const std::string& value) {
+    config_->description += std::string(name) + "=" + value + "\n";
+  }
+
+  const char* (*variable_)(const char*);
+  Config* config_;
+};
+
+}  // namespace
+
+Config read_config(const char* (*variable)(const char*)) {
+  static constexpr const char* kSchedules[] = {"late", "eager", "threaded", "random"};
+  static constexpr const char* kPolicies[] = {"off", "count", "warn", "raise"};
+  Config config;
+  Reader reader(variable, &config);
+  reader.integer("SPILLOVER_EMULATOR_DEVICES", 1, kDeviceCountMax, &config.device_count);
+  reader.bytes("SPILLOVER_EMULATOR_VRAM", kGranularityBytes, &config.vram_bytes);
+  reader.choice("SPILLOVER_EMULATOR_SCHEDULE", kSchedules, &config.schedule);
+  reader.integer("SPILLOVER_EMULATOR_SEED", 0, std::numeric_limits<std::int64_t>::max(),
+                 &config.seed);
+  reader.choice("SPILLOVER_EMULATOR_HAZARDS", kPolicies, &config.hazards);
+  reader.flag("SPILLOVER_EMULATOR_POISON", &config.poison);
+  reader.integer("SPILLOVER_EMULATOR_QUERY_SPINS", 0, 1000000000, &config.query_spins);
+  reader.integer("SPILLOVER_EMULATOR_COPY_DELAY_US", 0, 60000000, &config.copy_delay_us);
+  reader.flag("SPILLOVER_EMULATOR_VERBOSE", &config.verbose);
+  return config;
+}
+
+const Config& config() {
+  // Leaked on purpose: threads of the emulator and of its users outlive static destructors.
+  static const Config* const instance = new Config(
+      read_config([](const char* name) { return static_cast<const char*>(std::getenv(name)); }));
+  return *instance;
+}
+
+void report(const char* format, ...) {
+  char text[2048];
+  const int prefix = std::snprintf(text, sizeof text, "spillover emulator: ");
+  va_list arguments;
+  va_start(arguments, format);
+  const int length =
+      std::vsnprintf(text + prefix, sizeof text - static_cast<std::size_t>(prefix), format, arguments);
+  va_end(arguments);
+  std::size_t end = static_cast<std::size_t>(prefix) + static_cast<std::size_t>(length < 0 ? 0 : length);
+  if (end > sizeof text - 2) end = sizeof text - 2;
+  text[end] = '\n';
+  text[end + 1] = '\0';
+  std::fputs(text, stderr);
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,53 @@
+// How the emulated device is configured: the SPILLOVER_EMULATOR_* environment variables, read once, at
+// first use. The result is constant and may be read by any thread without a lock.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace spillover::emulator {
+
+// When queued operations run. Each is a legal behaviour of a GPU; a correct program cannot tell.
+enum class Schedule {
+  kLate,      // only when something waits for them: whoever forgets to wait sees stale bytes
+  kEager,     // at once, in the thread that enqueued them
+  kThreaded,  // on a worker thread, concurrently with the host
+  kRandom,    // a seeded choice of ready operations at each API call
+};
+
+// What happens when two accesses to the same bytes are not ordered.
+enum class HazardPolicy {
+  kOff,    // nothing is recorded, nothing is paid
+  kCount,  // kept for spillover_emulator_hazard_text
+  kWarn,   // and written to stderr
+  kRaise,  // and the call returns CUDA_ERROR_UNKNOWN
+};
+
+struct Config {
+  int device_count = 1;
+  std::size_t vram_bytes = std::size_t{8} << 30;
+  Schedule schedule = Schedule::kLate;
+  std::uint64_t seed = 0;
+  HazardPolicy hazards = HazardPolicy::kWarn;
+  bool poison = true;
+  int query_spins = 16;
+  int copy_delay_us = 0;
+  bool verbose = false;
+
+  // One sentence about the first malformed variable; empty when all are well formed.
+  std::string error;
+
+  // The variables and their values, one "name=value" a line.
+  std::string description;
+};
+
+const Config& config();
+
+// Reads a configuration from a function like getenv. Split off so that it can be tested.
+Config read_config(const char* (*variable)(const char* name));
+
+// Writes "spillover emulator: <message>" and a newline to stderr in one piece.
+void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace spillover::emulator

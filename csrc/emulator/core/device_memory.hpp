@@ -1,0 +1,79 @@
+// Memory of each device: its budget, and allocations as cuMemAlloc and cuMemAllocAsync make them.
+// (Physical memory made by cuMemCreate is in virtual_memory.hpp and draws on the same budget.)
+//
+// Owned by the Machine; guarded by Machine::mutex.
+//
+// Invariant: for each device, used = the sum of charged_bytes of its allocations and physical handles,
+// and used <= capacity.
+#pragma once
+
+#include <cuda.h>
+
+#include <array>
+#include <cstddef>
+#include <map>
+
+#include "emulator/core/address_space.hpp"
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+class Budget {
+ public:
+  explicit Budget(std::size_t capacity_bytes);
+
+  bool charge(int device, std::size_t size_bytes);
+  void refund(int device, std::size_t size_bytes);
+
+  std::size_t capacity_bytes() const { return capacity_bytes_; }
+  std::size_t used_bytes(int device) const { return devices_[index(device)].used_bytes; }
+  std::size_t peak_bytes(int device) const { return devices_[index(device)].peak_bytes; }
+
+ private:
+  struct Use {
+    std::size_t used_bytes = 0;
+    std::size_t peak_bytes = 0;
+  };
+
+  static std::size_t index(int device) { return static_cast<std::size_t>(device); }
+
+  std::size_t capacity_bytes_;
+  std::array<Use, kDeviceCountMax> devices_;
+};
+
+struct Pool;
+
+struct Allocation {
+  Address address = 0;
+  std::size_t size_bytes = 0;     // as asked for: bytes beyond it are not the program's
+  std::size_t charged_bytes = 0;  // what it takes from the budget and the address space
+  int device = 0;
+  Pool* pool = nullptr;        // where cuMemAllocAsync took it from
+  bool free_pending = false;   // cuMemFreeAsync was called, its turn has not come
+  bool managed_by_pool() const { return pool != nullptr; }
+};
+
+class DeviceMemory {
+ public:
+  DeviceMemory(AddressSpace* addresses, Budget* budget, bool poison)
+      : addresses_(addresses), budget_(budget), poison_(poison) {}
+
+  // CUDA_ERROR_OUT_OF_MEMORY when the budget has not enough. size_bytes is not 0.
+  CUresult allocate(int device, std::size_t size_bytes, Pool* pool, Address* address);
+
+  // The allocation must exist.
+  void free(Address address);
+
+  // The live allocation that contains address, or nullptr.
+  Allocation* find(Address address);
+
+  const std::map<Address, Allocation>& allocations() const { return allocations_; }
+
+ private:
+  AddressSpace* addresses_;
+  Budget* budget_;
+  bool poison_;
+  std::map<Address, Allocation> allocations_;
+};
+
+}  // namespace spillover::emulator

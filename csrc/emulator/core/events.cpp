@@ -1,0 +1,101 @@
+#include "emulator/core/events.hpp"
+
+#include <chrono>
+#include <utility>
+
+#include "emulator/core/machine.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+constexpr std::uint8_t kEventTag = 0x52;
+
+}  // namespace
+
+// Handles of events are not issued again, so that use after cuEventDestroy is an error.
+Events::Events(Machine* machine) : machine_(machine), table_(kEventTag, HandleReuse::kNever) {}
+
+CUevent Events::create(Context* context, unsigned flags) {
+  auto event = std::make_unique<Event>();
+  event->context = context;
+  event->flags = flags;
+  CUevent handle = nullptr;
+  table_.insert(std::move(event), &handle);
+  return handle;
+}
+
+Event* Events::find(CUevent handle) {
+  std::unique_ptr<Event>* found = table_.find(handle);
+  return found == nullptr ? nullptr : found->get();
+}
+
+CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
+  if (event->context->device != stream->device) return CUDA_ERROR_INVALID_HANDLE;
+  machine_->streams.order_with_default(stream);
+  event->stream = stream;
+  event->query_count = 0;
+  event->host_knows = false;
+  if (!event->has_timing()) {
+    // Nothing has to happen at the event's turn, so the mark is the last operation's end.
+    event->ticket = stream->enqueued;
+    event->clock = stream->clock;
+    return CUDA_SUCCESS;
+  }
+  event->ticket = machine_->streams.prepare(stream);
+  event->clock = stream->clock;
+  event->time = std::make_shared<TimePoint>();
+  Operation operation;
+  operation.body = RecordTime{event->time};
+  operation.name = "event record";
+  machine_->streams.submit(lock, stream, std::move(operation));
+  return CUDA_SUCCESS;
+}
+
+void Events::host_learns(Event* event) {
+  if (std::exchange(event->host_knows, true)) return;
+  machine_->streams.host_learns(event->clock);
+}
+
+void Events::synchronize(Lock& lock, Event* event) {
+  if (event->is_complete()) {
+    host_learns(event);
+    return;
+  }
+  const StreamRef stream = event->stream;
+  const Ticket ticket = event->ticket;
+  const VectorClock clock = event->clock;
+  machine_->scheduler.drain(lock, stream, ticket);
+  machine_->streams.host_learns(clock);
+}
+
+CUresult Events::query(Lock& lock, CUevent handle) {
+  Event* event = find(handle);
+  if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (!event->is_complete() && ++event->query_count > machine_->config.query_spins) {
+    event->query_count = 0;
+    const StreamRef stream = event->stream;
+    machine_->scheduler.advance(lock, stream, event->ticket);
+    event = find(handle);  // another thread may have destroyed it meanwhile
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  }
+  if (!event->is_complete()) return CUDA_ERROR_NOT_READY;
+  host_learns(event);
+  return CUDA_SUCCESS;
+}
+
+void Events::make_wait(const StreamRef& stream, const Event& event) {
+  if (event.stream == nullptr) return;
+  machine_->streams.wait_for(stream, event.stream, event.ticket, event.clock);
+}
+
+CUresult Events::elapsed(const Event& start, const Event& end, float* milliseconds) {
+  for (const Event* event : {&start, &end}) {
+    if (!event->has_timing() || event->stream == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  }
+  if (start.context->device != end.context->device) return CUDA_ERROR_INVALID_HANDLE;
+  if (!start.is_complete() || !end.is_complete()) return CUDA_ERROR_NOT_READY;
+  *milliseconds = std::chrono::duration<float, std::milli>(*end.time - *start.time).count();
+  return CUDA_SUCCESS;
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,66 @@
+// The happens-before checker: finds accesses to the same bytes that nothing orders, whatever the
+// schedule made of them, and says what is missing (vector_clock.hpp, Note [Happens-before]).
+//
+// Owned by the Machine; guarded by Machine::mutex, but for enabled(), which is constant, and
+// last_hazard, which is each thread's own.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "emulator/core/access_map.hpp"
+#include "emulator/core/config.hpp"
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+class HazardChecker {
+ public:
+  explicit HazardChecker(HazardPolicy policy) : policy_(policy) {}
+
+  bool enabled() const { return policy_ != HazardPolicy::kOff; }
+  bool raises() const { return policy_ == HazardPolicy::kRaise; }
+
+  // A copy of name that lives for ever; equal names give equal pointers.
+  const char* intern(const char* name);
+
+  // Records an access and reports the first hazard in it. True when there was one.
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
+              std::size_t size_bytes);
+
+  // Forgets what happened to memory that goes back to the driver.
+  void forget(Address address, std::size_t size_bytes);
+
+  // Every hazard counts; texts are kept for the first kTextsMax distinct ones.
+  std::size_t count() const { return count_; }
+  std::size_t text_count() const { return texts_.size(); }
+  const std::string& text(std::size_t index) const { return texts_[index]; }
+  void clear_reports();
+
+ private:
+  static constexpr std::size_t kTextsMax = 1000;
+  static constexpr std::size_t kNameCacheSize = 1024;
+
+  struct CachedName {
+    const char* given = nullptr;
+    const char* interned = nullptr;
+  };
+
+  void add_report(std::string text, std::string pair);
+
+  const HazardPolicy policy_;
+  AccessMap accesses_;
+  std::unordered_set<std::string> names_;
+  std::vector<CachedName> name_cache_{kNameCacheSize};
+  std::size_t count_ = 0;
+  std::vector<std::string> texts_;
+  std::unordered_set<std::string> reported_pairs_;
+};
+
+// Text of the hazard that this thread met last; "" before the first.
+const char* last_hazard();
+
+}  // namespace spillover::emulator

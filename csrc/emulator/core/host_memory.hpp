@@ -1,0 +1,49 @@
+// Host memory that the device knows: pinned by cuMemHostAlloc, registered by cuMemHostRegister, or
+// managed (cuMemAllocManaged, which this device keeps in host memory all its life).
+//
+// Owned by the Machine; guarded by Machine::mutex.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <map>
+
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+enum class HostRegionKind { kAllocated, kRegistered, kManaged };
+
+struct HostRegion {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  HostRegionKind kind = HostRegionKind::kAllocated;
+  unsigned flags = 0;
+  int device = 0;  // whose context was current
+};
+
+class HostMemory {
+ public:
+  // kind is kAllocated or kManaged.
+  CUresult allocate(HostRegion request, Address* address);
+
+  // Takes the program's own memory in; request.kind is kRegistered.
+  CUresult add(const HostRegion& request);
+
+  // Forgets the region that starts here, and unmaps what allocate mapped. It must exist.
+  void remove(Address address);
+
+  // The region that contains address, or nullptr.
+  const HostRegion* find(Address address) const;
+
+  // True when all of [address, address + size_bytes) lies in one region.
+  bool covers(Address address, std::size_t size_bytes) const;
+
+  const std::map<Address, HostRegion>& regions() const { return regions_; }
+
+ private:
+  std::map<Address, HostRegion> regions_;
+};
+
+}  // namespace spillover::emulator

@@ -1,0 +1,56 @@
+// Kernels that have a body on the host, by name. A module or library can be loaded whatever is in it; a
+// function of it can be had only where its name is registered here.
+//
+// Owned by the Machine; guarded by Machine::mutex.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "emulator/core/kernel_api.h"
+
+namespace spillover::emulator {
+
+struct RegisteredKernel {
+  std::string name;
+  spillover_emulator_kernel_body body = nullptr;
+  void* user = nullptr;
+  std::vector<std::size_t> parameter_bytes;
+};
+
+class Kernels {
+ public:
+  // Replaces a body of the same name.
+  void add(RegisteredKernel kernel);
+
+  // nullptr, and the first time a sentence on stderr, for a name without a body. What is returned lives
+  // for ever.
+  RegisteredKernel* find(const std::string& name);
+
+  // Whether a handle that a program hands in is a kernel of ours.
+  const RegisteredKernel* check(const void* handle) const;
+
+ private:
+  std::map<std::string, RegisteredKernel> kernels_;
+  std::map<std::string, bool> reported_;
+};
+
+// A launch with its own copy of the arguments.
+class KernelLaunch {
+ public:
+  KernelLaunch(const RegisteredKernel& kernel, const spillover_emulator_launch_shape& shape,
+               void** parameters);
+
+  // For Operation's Kernel: runs the launch and deletes it.
+  static void run(void* launch);
+
+ private:
+  spillover_emulator_kernel_body body_;
+  void* user_;
+  spillover_emulator_launch_shape shape_;
+  std::vector<std::vector<unsigned char>> values_;
+};
+
+}  // namespace spillover::emulator

@@ -1,0 +1,92 @@
+#include "emulator/core/machine.hpp"
+
+#include "emulator/core/process.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+constexpr std::uint8_t kPoolTag = 0x53;
+constexpr std::uint8_t kModuleTag = 0x54;
+
+Machine* the_machine = nullptr;
+
+}  // namespace
+
+CUresult Machine::initialise() {
+  static std::mutex starting;
+  const std::lock_guard<std::mutex> guard(starting);
+  if (the_machine != nullptr) return CUDA_SUCCESS;
+  const Config& wanted = emulator::config();
+  if (!wanted.error.empty()) {
+    report("%s", wanted.error.c_str());
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  the_machine = new Machine(wanted);
+  mark_process_ready();
+  return CUDA_SUCCESS;
+}
+
+Machine& Machine::instance() { return *the_machine; }
+
+Machine::Machine(const Config& machine_config)
+    : config(machine_config),
+      budget(config.vram_bytes),
+      device_memory(&addresses, &budget, config.poison),
+      virtual_memory(&addresses, &budget, config.poison, config.device_count),
+      hazards(config.hazards),
+      contexts(config.device_count),
+      devices(static_cast<std::size_t>(config.device_count)),
+      scheduler(this, config),
+      streams(this, config.device_count),
+      events(this),
+      pools(kPoolTag, HandleReuse::kNever),
+      modules(kModuleTag, HandleReuse::kNever) {
+  for (int ordinal = 0; ordinal < config.device_count; ++ordinal) {
+    auto pool = std::make_unique<Pool>();
+    pool->device = ordinal;
+    pool->is_default = true;
+    Device& device = devices[static_cast<std::size_t>(ordinal)];
+    device.default_pool = device.current_pool = pool.get();
+    CUmemoryPool handle = nullptr;
+    Pool* const raw = pool.get();
+    pools.insert(std::move(pool), &handle);
+    raw->handle = handle;
+  }
+}
+
+bool Machine::is_live(Address address, std::size_t size_bytes, bool is_write) {
+  if (!addresses.contains(address)) return !addresses.contains(address + size_bytes);
+  const Allocation* allocation = device_memory.find(address);
+  if (allocation != nullptr) {
+    return size_bytes <= allocation->address + allocation->size_bytes - address;
+  }
+  return virtual_memory.accessible(address, size_bytes, is_write);
+}
+
+bool Machine::record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
+                            Address address, std::size_t size_bytes) {
+  if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
+  const Access access{hazards.intern(name), stream.actor, ticket, stream.id};
+  return hazards.record(access, stream.clock, kind, address, size_bytes);
+}
+
+bool Machine::record_host_access(const char* name, AccessKind kind, Address address,
+                                 std::size_t size_bytes) {
+  if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
+  const Access access{hazards.intern(name), kHostActor, streams.host_tick(), 0};
+  return hazards.record(access, streams.host_clock(), kind, address, size_bytes);
+}
+
+void Machine::release_allocation(Address address) {
+  const Allocation* allocation = device_memory.find(address);
+  if (allocation == nullptr) return;
+  if (hazards.enabled()) hazards.forget(allocation->address, allocation->size_bytes);
+  Pool* const pool = allocation->pool;
+  if (pool != nullptr) {
+    pool->used_bytes -= allocation->charged_bytes;
+    if (pool->destroyed && pool->used_bytes == 0) pools.erase(pool->handle);
+  }
+  device_memory.free(allocation->address);
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,102 @@
+// The emulated machine: everything there is one of. Made by the first successful cuInit and leaked on
+// purpose, since threads, allocators and Python objects use it until the very end of the process.
+//
+// All members but those marked constant are guarded by mutex (types.hpp, Note [One lock]).
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "emulator/core/address_space.hpp"
+#include "emulator/core/config.hpp"
+#include "emulator/core/context.hpp"
+#include "emulator/core/device_memory.hpp"
+#include "emulator/core/events.hpp"
+#include "emulator/core/handle_table.hpp"
+#include "emulator/core/hazard_checker.hpp"
+#include "emulator/core/host_memory.hpp"
+#include "emulator/core/kernels.hpp"
+#include "emulator/core/pool.hpp"
+#include "emulator/core/scheduler.hpp"
+#include "emulator/core/streams.hpp"
+#include "emulator/core/types.hpp"
+#include "emulator/core/virtual_memory.hpp"
+
+namespace spillover::emulator {
+
+// A loaded module or library; there is nothing in it but its handle.
+struct Module {};
+
+struct Device {
+  // Set by an operation that failed when its turn came; every call on the device returns it from then on.
+  CUresult sticky_error = CUDA_SUCCESS;
+  Pool* default_pool = nullptr;
+  Pool* current_pool = nullptr;
+};
+
+class Machine {
+ public:
+  // CUDA_ERROR_INVALID_VALUE, with a sentence on stderr, when the configuration is malformed.
+  static CUresult initialise();
+
+  // Only where process_ready().
+  static Machine& instance();
+
+  explicit Machine(const Config& machine_config);
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+
+  // Whether an operation may touch these bytes: live device memory, or any host memory.
+  bool is_live(Address address, std::size_t size_bytes, bool is_write);
+
+  // Whether a device can reach these bytes: device memory, or memory that host_memory covers.
+  // These are the bytes that the checker follows.
+  bool is_device_accessible(Address address, std::size_t size_bytes) const {
+    return addresses.contains(address) || host_memory.covers(address, size_bytes);
+  }
+
+  // Tells the checker of an access to memory that it follows; other memory is ignored. The ticket is that
+  // of the stream's latest operation. True when there was a hazard.
+  bool record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
+                     Address address, std::size_t size_bytes);
+  bool record_host_access(const char* name, AccessKind kind, Address address,
+                          std::size_t size_bytes);
+
+  // What a call returns that found a hazard, or did not.
+  CUresult hazard_status(bool found) const {
+    return found && hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
+  }
+
+  CUresult& sticky_error(int device) {
+    return devices[static_cast<std::size_t>(device)].sticky_error;
+  }
+
+  // Gives an allocation back, with what is known of its bytes. The memory must be idle.
+  void release_allocation(Address address);
+
+  int device_count() const { return config.device_count; }
+
+  std::mutex mutex;
+  const Config config;                   // constant
+  AddressSpace addresses;                // its translation is constant
+  Budget budget;
+  DeviceMemory device_memory;
+  VirtualMemory virtual_memory;
+  HostMemory host_memory;
+  HazardChecker hazards;                 // its policy is constant
+  Contexts contexts;
+  std::vector<Device> devices;
+  Scheduler scheduler;
+  Streams streams;
+  Events events;
+  Kernels kernels;
+  HandleTable<std::unique_ptr<Pool>> pools;
+  HandleTable<Module> modules;
+  int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
+};
+
+}  // namespace spillover::emulator

@@ -1,0 +1,102 @@
+// What can be queued on a stream. An operation is moved into its stream's queue when it is enqueued and
+// out of it when its turn comes; the scheduler runs it (scheduler.hpp).
+//
+// Note [Checked when it runs]: copies and memsets name device addresses. They were valid when the call
+// was made; when their turn comes they are looked up again, since a program may have unmapped or freed
+// the memory in between. That is a sticky error of the device then, as on a GPU, and not a crash.
+#pragma once
+
+#include <cuda.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <variant>
+
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+struct Stream;
+using StreamRef = std::shared_ptr<Stream>;
+using TimePoint = std::chrono::steady_clock::time_point;
+
+// Rows of bytes; a plain copy is one row. Addresses are as the program gave them.
+struct Copy {
+  Address destination = 0;
+  std::size_t destination_pitch = 0;
+  Address source = 0;
+  std::size_t source_pitch = 0;
+  std::size_t width_bytes = 0;
+  std::size_t height = 1;
+  std::unique_ptr<std::byte[]> staged;  // the source's rows, packed, when it was pageable
+
+  std::size_t destination_bytes() const { return destination_pitch * (height - 1) + width_bytes; }
+  std::size_t source_bytes() const { return source_pitch * (height - 1) + width_bytes; }
+};
+
+struct Fill {
+  Address destination = 0;
+  std::size_t pitch = 0;
+  std::size_t width_elements = 0;
+  std::size_t height = 1;
+  std::uint32_t value = 0;
+  unsigned element_bytes = 1;  // 1, 2 or 4
+
+  std::size_t width_bytes() const { return width_elements * element_bytes; }
+  std::size_t destination_bytes() const { return pitch * (height - 1) + width_bytes(); }
+};
+
+// Runs on the stream as a kernel would. body takes ownership of what argument points to.
+struct Kernel {
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
+// A callback into the program: may block, may take locks of the program's own.
+struct HostFunction {
+  void (*body)(void*) = nullptr;
+  void* argument = nullptr;
+};
+
+// Holds the stream until another one has completed a ticket. Only ever names work that was enqueued
+// earlier, so waits cannot form a cycle.
+struct WaitForTicket {
+  StreamRef stream;
+  Ticket ticket = 0;
+};
+
+struct RecordTime {
+  std::shared_ptr<TimePoint> time;
+};
+
+struct WriteValue {
+  Address address = 0;
+  std::uint64_t value = 0;
+  unsigned size_bytes = 4;
+};
+
+// Holds the stream until memory satisfies a comparison (CU_STREAM_WAIT_VALUE_*).
+struct WaitValue {
+  Address address = 0;
+  std::uint64_t value = 0;
+  unsigned size_bytes = 4;
+  unsigned flags = 0;
+};
+
+// Stream-ordered free of an allocation.
+struct FreeMemory {
+  Address address = 0;
+};
+
+struct Operation {
+  std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
+               FreeMemory>
+      body;
+  const char* name = "";
+
+  bool is_host_function() const { return std::holds_alternative<HostFunction>(body); }
+};
+
+}  // namespace spillover::emulator

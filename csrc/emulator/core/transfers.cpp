@@ -1,0 +1,152 @@
+#include "emulator/core/transfers.hpp"
+
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#include "emulator/core/config.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+enum class Place { kDevice, kPinned, kPageable };
+
+Place place_of(const Machine& machine, Address address, std::size_t size_bytes) {
+  if (machine.addresses.contains(address)) return Place::kDevice;
+  return machine.host_memory.covers(address, size_bytes) ? Place::kPinned : Place::kPageable;
+}
+
+bool is_legal(CopyKind kind, Place destination, Place source) {
+  switch (kind) {
+    case CopyKind::kAny:
+      return true;
+    case CopyKind::kHostToDevice:
+      return destination != Place::kPageable && source != Place::kDevice;
+    case CopyKind::kDeviceToHost:
+      return source != Place::kPageable && destination != Place::kDevice;
+    case CopyKind::kDeviceToDevice:
+    case CopyKind::kPeer:
+      return destination != Place::kPageable && source != Place::kPageable;
+  }
+  return false;
+}
+
+const char* name_of(CopyKind kind, Place destination, Place source) {
+  if (kind == CopyKind::kPeer) return "memcpy peer";
+  if (source == Place::kDevice) {
+    return destination == Place::kDevice ? "memcpy device-to-device" : "memcpy device-to-host";
+  }
+  return destination == Place::kDevice ? "memcpy host-to-device" : "memcpy host-to-host";
+}
+
+bool check_live(Machine& machine, const char* name, Address address, std::size_t size_bytes,
+                bool is_write) {
+  if (machine.is_live(address, size_bytes, is_write)) return true;
+  report("illegal address: %s of %zu bytes at 0x%zx by %s is not inside live device memory",
+         is_write ? "write" : "read", size_bytes, address, name);
+  return false;
+}
+
+// Rows that lie close together are one range; others are recorded one by one, so that what is between
+// them stays free for others.
+template <typename Function>
+bool for_each_range(Address address, std::size_t pitch, std::size_t width_bytes,
+                    std::size_t height, Function&& record) {
+  if (height == 1 || pitch == width_bytes) return record(address, width_bytes * height);
+  bool found = false;
+  for (std::size_t row = 0; row < height; ++row) {
+    found = record(address + row * pitch, width_bytes) || found;
+  }
+  return found;
+}
+
+bool record_rows(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
+                 AccessKind kind, Address address, std::size_t pitch, std::size_t width_bytes,
+                 std::size_t height) {
+  if (!machine.hazards.enabled()) return false;
+  return for_each_range(address, pitch, width_bytes, height, [&](Address row, std::size_t bytes) {
+    return machine.record_access(stream, ticket, name, kind, row, bytes);
+  });
+}
+
+void stage(Copy* copy) {
+  copy->staged = std::make_unique_for_overwrite<std::byte[]>(copy->width_bytes * copy->height);
+  const auto* source = reinterpret_cast<const std::byte*>(copy->source);
+  for (std::size_t row = 0; row < copy->height; ++row) {
+    std::memcpy(copy->staged.get() + row * copy->width_bytes, source + row * copy->source_pitch,
+                copy->width_bytes);
+  }
+}
+
+// Queues what was prepared and, where the call blocks, waits for it.
+CUresult finish(Machine& machine, Lock& lock, const StreamRef& stream, Operation operation,
+                bool blocks, bool found_hazard) {
+  machine.streams.submit(lock, stream, std::move(operation));
+  if (blocks) machine.streams.synchronize(lock, stream);
+  const CUresult hazard = machine.hazard_status(found_hazard);
+  return hazard != CUDA_SUCCESS ? hazard : machine.sticky_error(stream->device);
+}
+
+}  // namespace
+
+CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
+              CallVariant variant) {
+  if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
+  if (shape.destination == 0 || shape.source == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (shape.height > 1 && (shape.destination_pitch < shape.width_bytes ||
+                           shape.source_pitch < shape.width_bytes)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
+  const Place source = place_of(machine, shape.source, shape.source_bytes());
+  if (!is_legal(kind, destination, source)) return CUDA_ERROR_INVALID_VALUE;
+  const char* const name = name_of(kind, destination, source);
+  if (!check_live(machine, name, shape.destination, shape.destination_bytes(), true) ||
+      !check_live(machine, name, shape.source, shape.source_bytes(), false)) {
+    return CUDA_ERROR_ILLEGAL_ADDRESS;
+  }
+  const bool on_device = destination == Place::kDevice && source == Place::kDevice;
+  const bool blocks =
+      destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
+  if (source == Place::kPageable && !blocks) {
+    lock.unlock();  // the bytes are the caller's own: nobody else needs to wait for this
+    stage(&shape);
+    lock.lock();
+  }
+  const Ticket ticket = machine.streams.prepare(stream);
+  bool found = record_rows(machine, *stream, ticket, name, AccessKind::kRead, shape.source,
+                           shape.source_pitch, shape.width_bytes, shape.height);
+  found = record_rows(machine, *stream, ticket, name, AccessKind::kWrite, shape.destination,
+                      shape.destination_pitch, shape.width_bytes, shape.height) ||
+          found;
+  Operation operation;
+  operation.name = name;
+  operation.body = std::move(shape);
+  return finish(machine, lock, stream, std::move(operation), blocks, found);
+}
+
+CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill& shape,
+              CallVariant variant) {
+  if (shape.width_elements == 0 || shape.height == 0) return CUDA_SUCCESS;
+  if (shape.destination == 0 || shape.destination % shape.element_bytes != 0) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  if (shape.height > 1 && shape.pitch < shape.width_bytes()) return CUDA_ERROR_INVALID_VALUE;
+  const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
+  if (destination == Place::kPageable) return CUDA_ERROR_INVALID_VALUE;
+  constexpr const char* kName = "memset";
+  if (!check_live(machine, kName, shape.destination, shape.destination_bytes(), true)) {
+    return CUDA_ERROR_ILLEGAL_ADDRESS;
+  }
+  const bool blocks = variant == CallVariant::kSync && destination == Place::kPinned;
+  const Ticket ticket = machine.streams.prepare(stream);
+  const bool found =
+      record_rows(machine, *stream, ticket, kName, AccessKind::kWrite, shape.destination,
+                  shape.pitch, shape.width_bytes(), shape.height);
+  Operation operation;
+  operation.name = kName;
+  operation.body = shape;
+  return finish(machine, lock, stream, std::move(operation), blocks, found);
+}
+
+}  // namespace spillover::emulator

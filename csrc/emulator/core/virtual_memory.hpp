@@ -1,0 +1,110 @@
+// CUDA's virtual memory functions: reserved address ranges, physical memory handles, and mappings of
+// the one in the other. A handle can be mapped at several places, which then show the same bytes.
+//
+// Note [Physical memory]: a device's physical memory is one sparse file in memory; a handle is a range of
+// it, so that thousands of 2 MiB handles need one file descriptor. A handle that may be exported has a
+// file of its own, since its descriptor must give access to it alone.
+//
+// Owned by the Machine; guarded by Machine::mutex.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/core/address_space.hpp"
+#include "emulator/core/device_memory.hpp"
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+using PhysicalId = std::uint64_t;
+
+struct Physical {
+  std::size_t size_bytes = 0;
+  std::size_t charged_bytes = 0;  // 0 for imported memory: whoever created it pays
+  int device = 0;
+  CUmemAllocationProp properties{};
+  int file = -1;
+  std::size_t offset_bytes = 0;
+  bool owns_file = false;
+  int references = 1;  // by create, import and retain
+  int mappings = 0;
+};
+
+struct Mapping {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  PhysicalId physical = 0;
+  unsigned access = CU_MEM_ACCESS_FLAGS_PROT_NONE;  // the widest that any device has
+  std::vector<unsigned> device_access;              // indexed by device
+};
+
+class VirtualMemory {
+ public:
+  VirtualMemory(AddressSpace* addresses, Budget* budget, bool poison, int device_count);
+
+  CUresult reserve(std::size_t size_bytes, std::size_t alignment, Address hint, Address* address);
+  CUresult free_reservation(Address address, std::size_t size_bytes);
+
+  CUresult create(std::size_t size_bytes, const CUmemAllocationProp& properties, PhysicalId* id);
+  CUresult release(PhysicalId id);
+  CUresult retain(Address address, PhysicalId* id);
+  CUresult export_file(PhysicalId id, int* file);
+  CUresult import_file(int file, int device, PhysicalId* id);
+  const Physical* physical(PhysicalId id) const;
+  int device_of(const Mapping& mapping) const { return physical_.at(mapping.physical).device; }
+  unsigned long long handle_types_of(const Mapping& mapping) const {
+    return physical_.at(mapping.physical).properties.requestedHandleTypes;
+  }
+
+  CUresult map(Address address, std::size_t size_bytes, std::size_t offset_bytes, PhysicalId id);
+
+  // Fails with CUDA_ERROR_INVALID_VALUE unless the range is made of whole mappings.
+  CUresult check_unmap(Address address, std::size_t size_bytes) const;
+  void unmap(Address address, std::size_t size_bytes);  // after check_unmap
+
+  CUresult set_access(Address address, std::size_t size_bytes, int device, unsigned access);
+
+  const Mapping* find_mapping(Address address) const;
+
+  // True when every byte is mapped and accessible (writable, where asked).
+  bool accessible(Address address, std::size_t size_bytes, bool is_write) const;
+
+  // The reserved range that contains address.
+  bool find_reservation(Address address, Address* base, std::size_t* size_bytes) const;
+
+  std::size_t physical_count() const { return physical_.size(); }
+  std::size_t mapping_count() const { return mappings_.size(); }
+  std::size_t reservation_count() const { return reservations_.size(); }
+
+  // Bytes that live handles and mappings hold on all devices.
+  std::size_t charged_bytes() const;
+
+ private:
+  // One device's sparse file and which parts of it are taken; opened at first use.
+  struct Store {
+    int file = -1;
+    std::optional<RangeAllocator> ranges;
+  };
+
+  CUresult place(std::size_t size_bytes, bool exportable, Physical* physical);
+  void erase_if_unused(PhysicalId id);
+  void fill_with_poison(const Physical& physical) const;
+
+  AddressSpace* addresses_;
+  Budget* budget_;
+  bool poison_;
+  std::vector<Store> stores_;
+  std::map<Address, std::size_t> reservations_;
+  std::unordered_map<PhysicalId, Physical> physical_;
+  PhysicalId next_id_ = 0x1000;
+  std::map<Address, Mapping> mappings_;
+};
+
+}  // namespace spillover::emulator

@@ -1,0 +1,82 @@
+// The one way into the driver: each cu* function is one call of plain(), with_driver() or with_context(),
+// so that initialisation, forks, callbacks, sticky errors, the random schedule and, later, injected
+// faults and the virtual clock are handled in one place.
+//
+// Any thread may call; bodies of with_driver and with_context run with Machine::mutex held.
+#pragma once
+
+#include <cuda.h>
+
+#include <new>
+#include <utility>
+
+#include "emulator/core/context.hpp"
+#include "emulator/core/machine.hpp"
+#include "emulator/core/process.hpp"
+#include "emulator/core/types.hpp"
+
+namespace spillover::emulator {
+
+// Whether this thread may call the driver at all. Touches no lock, so a forked child gets its error
+// whatever its parent's threads were doing.
+inline CUresult admit() {
+  if (!process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  return in_callback() ? CUDA_ERROR_NOT_PERMITTED : CUDA_SUCCESS;
+}
+
+// Sees every outcome on its way out. Reports failures where SPILLOVER_EMULATOR_VERBOSE asks for it.
+CUresult finish_call(const char* name, CUresult result);
+
+// A function that needs neither a device nor state, and works even in a forked child.
+template <typename Body>
+CUresult plain(const char* name, Body&& body) {
+  return finish_call(name, std::forward<Body>(body)());
+}
+
+// body(Machine&, Lock&) -> CUresult
+template <typename Body>
+CUresult with_driver(const char* name, Body&& body) {
+  const CUresult admitted = admit();
+  if (admitted != CUDA_SUCCESS) return finish_call(name, admitted);
+  Machine& machine = Machine::instance();
+  try {
+    Lock lock(machine.mutex);
+    machine.scheduler.perturb(lock);
+    return finish_call(name, std::forward<Body>(body)(machine, lock));
+  } catch (const std::bad_alloc&) {
+    return finish_call(name, CUDA_ERROR_OUT_OF_MEMORY);
+  }
+}
+
+// body(Machine&, Lock&, Context&) -> CUresult, with the thread's current context, whose device has no
+// sticky error.
+template <typename Body>
+CUresult with_context(const char* name, Body&& body) {
+  return with_driver(name, [&](Machine& machine, Lock& lock) {
+    Context* context = CurrentContext::get();
+    if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    if (!context->is_live) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
+    const CUresult sticky = machine.sticky_error(context->device);
+    if (sticky != CUDA_SUCCESS) return sticky;
+    return std::forward<Body>(body)(machine, lock, *context);
+  });
+}
+
+// with_driver for a function of one stream: body(Machine&, Lock&, const StreamRef&) -> CUresult.
+template <typename Body>
+CUresult with_stream(const char* name, CUstream handle, Body&& body) {
+  return with_driver(name, [&](Machine& machine, Lock& lock) {
+    StreamRef stream;
+    const CUresult found = machine.streams.find(handle, &stream);
+    if (found != CUDA_SUCCESS) return found;
+    const CUresult sticky = machine.sticky_error(stream->device);
+    if (sticky != CUDA_SUCCESS) return sticky;
+    return std::forward<Body>(body)(machine, lock, stream);
+  });
+}
+
+inline bool is_device(const Machine& machine, CUdevice device) {
+  return device >= 0 && device < machine.device_count();
+}
+
+}  // namespace spillover::emulator

@@ -1,0 +1,224 @@
+// Copies and memsets.
+#include "emulator/core/transfers.hpp"
+
+#include "emulator/libcuda/api_call.hpp"
+
+namespace emulator = spillover::emulator;
+using emulator::Address;
+using emulator::CallVariant;
+using emulator::Context;
+using emulator::Copy;
+using emulator::CopyKind;
+using emulator::Fill;
+using emulator::Lock;
+using emulator::Machine;
+using emulator::StreamRef;
+using emulator::with_context;
+
+namespace {
+
+Copy one_row(Address destination, Address source, std::size_t size_bytes) {
+  return {destination, size_bytes, source, size_bytes, size_bytes, 1, nullptr};
+}
+
+Address address_of(const void* pointer) { return reinterpret_cast<Address>(pointer); }
+
+CUresult copy_on(const char* name, CUstream handle, Copy shape, CopyKind kind,
+                 CallVariant variant) {
+  return with_context(name, [&](Machine& machine, Lock& lock, Context&) {
+    StreamRef stream;
+    const CUresult found = machine.streams.find(handle, &stream);
+    if (found != CUDA_SUCCESS) return found;
+    return emulator::copy(machine, lock, stream, std::move(shape), kind, variant);
+  });
+}
+
+CUresult copy_sync(const char* name, Address destination, Address source, std::size_t size_bytes,
+                   CopyKind kind) {
+  return copy_on(name, nullptr, one_row(destination, source, size_bytes), kind, CallVariant::kSync);
+}
+
+CUresult copy_async(const char* name, Address destination, Address source, std::size_t size_bytes,
+                    CopyKind kind, CUstream stream) {
+  return copy_on(name, stream, one_row(destination, source, size_bytes), kind,
+                 CallVariant::kAsync);
+}
+
+// The address of a 2D copy's first byte on one side; 0 for what is not emulated (arrays).
+Address side_of(CUmemorytype type, const void* host, CUdeviceptr device, std::size_t x_bytes,
+                std::size_t y, std::size_t pitch) {
+  const Address base = type == CU_MEMORYTYPE_HOST ? address_of(host)
+                       : type == CU_MEMORYTYPE_DEVICE || type == CU_MEMORYTYPE_UNIFIED ? device
+                                                                                       : 0;
+  return base == 0 ? 0 : base + y * pitch + x_bytes;
+}
+
+CUresult copy_2d(const char* name, const CUDA_MEMCPY2D* request, CUstream stream,
+                 CallVariant variant) {
+  if (request == nullptr) return emulator::finish_call(name, CUDA_ERROR_INVALID_VALUE);
+  if (request->srcMemoryType == CU_MEMORYTYPE_ARRAY ||
+      request->dstMemoryType == CU_MEMORYTYPE_ARRAY) {
+    return emulator::finish_call(name, CUDA_ERROR_NOT_SUPPORTED);
+  }
+  // A pitch of 0 means rows without gaps.
+  const std::size_t width = request->WidthInBytes;
+  const std::size_t source_pitch = request->srcPitch != 0 ? request->srcPitch : width;
+  const std::size_t destination_pitch = request->dstPitch != 0 ? request->dstPitch : width;
+  Copy shape;
+  shape.destination =
+      side_of(request->dstMemoryType, request->dstHost, request->dstDevice, request->dstXInBytes,
+              request->dstY, destination_pitch);
+  shape.destination_pitch = destination_pitch;
+  shape.source = side_of(request->srcMemoryType, request->srcHost, request->srcDevice,
+                         request->srcXInBytes, request->srcY, source_pitch);
+  shape.source_pitch = source_pitch;
+  shape.width_bytes = width;
+  shape.height = request->Height;
+  return copy_on(name, stream, std::move(shape), CopyKind::kAny, variant);
+}
+
+CUresult fill_on(const char* name, CUstream handle, const Fill& shape, CallVariant variant) {
+  return with_context(name, [&](Machine& machine, Lock& lock, Context&) {
+    StreamRef stream;
+    const CUresult found = machine.streams.find(handle, &stream);
+    if (found != CUDA_SUCCESS) return found;
+    return emulator::fill(machine, lock, stream, shape, variant);
+  });
+}
+
+Fill fill_row(CUdeviceptr destination, std::uint32_t value, unsigned element_bytes,
+              std::size_t count) {
+  return {destination, count * element_bytes, count, 1, value, element_bytes};
+}
+
+Fill fill_rows(CUdeviceptr destination, std::size_t pitch, std::uint32_t value,
+               unsigned element_bytes, std::size_t width, std::size_t height) {
+  return {destination, pitch, width, height, value, element_bytes};
+}
+
+constexpr auto kSync = CallVariant::kSync;
+constexpr auto kAsync = CallVariant::kAsync;
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuMemcpy(CUdeviceptr destination, CUdeviceptr source, std::size_t size_bytes) {
+  return copy_sync(__func__, destination, source, size_bytes, CopyKind::kAny);
+}
+
+CUresult cuMemcpyAsync(CUdeviceptr destination, CUdeviceptr source, std::size_t size_bytes,
+                       CUstream stream) {
+  return copy_async(__func__, destination, source, size_bytes, CopyKind::kAny, stream);
+}
+
+CUresult cuMemcpyHtoD(CUdeviceptr destination, const void* source, std::size_t size_bytes) {
+  return copy_sync(__func__, destination, address_of(source), size_bytes, CopyKind::kHostToDevice);
+}
+
+CUresult cuMemcpyHtoDAsync(CUdeviceptr destination, const void* source, std::size_t size_bytes,
+                           CUstream stream) {
+  return copy_async(__func__, destination, address_of(source), size_bytes, CopyKind::kHostToDevice,
+                    stream);
+}
+
+CUresult cuMemcpyDtoH(void* destination, CUdeviceptr source, std::size_t size_bytes) {
+  return copy_sync(__func__, address_of(destination), source, size_bytes, CopyKind::kDeviceToHost);
+}
+
+CUresult cuMemcpyDtoHAsync(void* destination, CUdeviceptr source, std::size_t size_bytes,
+                           CUstream stream) {
+  return copy_async(__func__, address_of(destination), source, size_bytes, CopyKind::kDeviceToHost,
+                    stream);
+}
+
+CUresult cuMemcpyDtoD(CUdeviceptr destination, CUdeviceptr source, std::size_t size_bytes) {
+  return copy_sync(__func__, destination, source, size_bytes, CopyKind::kDeviceToDevice);
+}
+
+CUresult cuMemcpyDtoDAsync(CUdeviceptr destination, CUdeviceptr source, std::size_t size_bytes,
+                           CUstream stream) {
+  return copy_async(__func__, destination, source, size_bytes, CopyKind::kDeviceToDevice, stream);
+}
+
+// Addresses are unified, so the contexts say nothing that the addresses do not.
+CUresult cuMemcpyPeer(CUdeviceptr destination, CUcontext, CUdeviceptr source, CUcontext,
+                      std::size_t size_bytes) {
+  return copy_sync(__func__, destination, source, size_bytes, CopyKind::kPeer);
+}
+
+CUresult cuMemcpyPeerAsync(CUdeviceptr destination, CUcontext, CUdeviceptr source, CUcontext,
+                           std::size_t size_bytes, CUstream stream) {
+  return copy_async(__func__, destination, source, size_bytes, CopyKind::kPeer, stream);
+}
+
+CUresult cuMemcpy2D(const CUDA_MEMCPY2D* request) {
+  return copy_2d(__func__, request, nullptr, kSync);
+}
+
+CUresult cuMemcpy2DUnaligned(const CUDA_MEMCPY2D* request) {
+  return copy_2d(__func__, request, nullptr, kSync);
+}
+
+CUresult cuMemcpy2DAsync(const CUDA_MEMCPY2D* request, CUstream stream) {
+  return copy_2d(__func__, request, stream, kAsync);
+}
+
+CUresult cuMemsetD8(CUdeviceptr destination, unsigned char value, std::size_t count) {
+  return fill_on(__func__, nullptr, fill_row(destination, value, 1, count), kSync);
+}
+
+CUresult cuMemsetD16(CUdeviceptr destination, unsigned short value, std::size_t count) {
+  return fill_on(__func__, nullptr, fill_row(destination, value, 2, count), kSync);
+}
+
+CUresult cuMemsetD32(CUdeviceptr destination, unsigned int value, std::size_t count) {
+  return fill_on(__func__, nullptr, fill_row(destination, value, 4, count), kSync);
+}
+
+CUresult cuMemsetD8Async(CUdeviceptr destination, unsigned char value, std::size_t count,
+                         CUstream stream) {
+  return fill_on(__func__, stream, fill_row(destination, value, 1, count), kAsync);
+}
+
+CUresult cuMemsetD16Async(CUdeviceptr destination, unsigned short value, std::size_t count,
+                          CUstream stream) {
+  return fill_on(__func__, stream, fill_row(destination, value, 2, count), kAsync);
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr destination, unsigned int value, std::size_t count,
+                          CUstream stream) {
+  return fill_on(__func__, stream, fill_row(destination, value, 4, count), kAsync);
+}
+
+CUresult cuMemsetD2D8(CUdeviceptr destination, std::size_t pitch, unsigned char value,
+                      std::size_t width, std::size_t height) {
+  return fill_on(__func__, nullptr, fill_rows(destination, pitch, value, 1, width, height), kSync);
+}
+
+CUresult cuMemsetD2D16(CUdeviceptr destination, std::size_t pitch, unsigned short value,
+                       std::size_t width, std::size_t height) {
+  return fill_on(__func__, nullptr, fill_rows(destination, pitch, value, 2, width, height), kSync);
+}
+
+CUresult cuMemsetD2D32(CUdeviceptr destination, std::size_t pitch, unsigned int value,
+                       std::size_t width, std::size_t height) {
+  return fill_on(__func__, nullptr, fill_rows(destination, pitch, value, 4, width, height), kSync);
+}
+
+CUresult cuMemsetD2D8Async(CUdeviceptr destination, std::size_t pitch, unsigned char value,
+                           std::size_t width, std::size_t height, CUstream stream) {
+  return fill_on(__func__, stream, fill_rows(destination, pitch, value, 1, width, height), kAsync);
+}
+
+CUresult cuMemsetD2D16Async(CUdeviceptr destination, std::size_t pitch, unsigned short value,
+                            std::size_t width, std::size_t height, CUstream stream) {
+  return fill_on(__func__, stream, fill_rows(destination, pitch, value, 2, width, height), kAsync);
+}
+
+CUresult cuMemsetD2D32Async(CUdeviceptr destination, std::size_t pitch, unsigned int value,
+                            std::size_t width, std::size_t height, CUstream stream) {
+  return fill_on(__func__, stream, fill_rows(destination, pitch, value, 4, width, height), kAsync);
+}
+
+}  // extern "C"

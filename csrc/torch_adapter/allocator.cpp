@@ -1,0 +1,265 @@
+#include "torch_adapter/allocator.hpp"
+
+#include <c10/core/impl/GPUTrace.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <exception>
+
+#include "torch_adapter/device_stats.hpp"
+#include "torch_adapter/gil.hpp"
+#include "torch_adapter/history.hpp"
+#include "torch_adapter/out_of_memory.hpp"
+#include "torch_adapter/pool.hpp"
+#include "torch_adapter/snapshot.hpp"
+
+namespace spillover::torch_adapter {
+namespace {
+
+// Larger requests are mistakes, often a negative size; torch's own limit.
+constexpr size_t kSizeMax = size_t{1} << 60U;
+
+// A deleter must not throw, and a block that cannot be freed must not go unnoticed.
+void report_free_failure(void* pointer, const char* reason) noexcept {
+  std::fprintf(stderr, "spillover: freeing device memory at %p failed: %s\n", pointer, reason);
+}
+
+void delete_block(void* pointer) noexcept {
+  if (pointer == nullptr) return;
+  if (C10_UNLIKELY(History::instance().watching())) {
+    try {
+      History::instance().on_free(pointer);
+    } catch (const std::exception& error) {
+      report_free_failure(pointer, error.what());
+    }
+  }
+  if (const auto* trace = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(trace != nullptr)) {
+    (*trace)->trace_gpu_memory_deallocation(c10::DeviceType::CUDA,
+                                            reinterpret_cast<uintptr_t>(pointer));
+  }
+  if (spillover_free(pointer) != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
+}
+
+// The same as a plain function pointer: deleters are compared to tell whose block it is.
+void raw_delete_block(void* pointer) {
+  delete_block(pointer);
+}
+
+}  // namespace
+
+Allocator& Allocator::instance() {
+  static Allocator* const allocator = new Allocator;
+  return *allocator;
+}
+
+void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream) {
+  if (size_bytes == 0) return nullptr;
+  TORCH_CHECK_WITH(OutOfMemoryError, size_bytes < kSizeMax,
+                   "CUDA out of memory. Tried to allocate more than 1EB memory.");
+  void* pointer = nullptr;
+  spillover_status status = SPILLOVER_OK;
+  {
+    const GilRelease no_gil;
+    status = spillover_alloc(device, size_bytes, stream, &pointer);
+    if (status == SPILLOVER_OUT_OF_MEMORY && run_free_memory_callbacks()) {
+      status = spillover_alloc(device, size_bytes, stream, &pointer);
+    }
+  }
+  if (C10_UNLIKELY(status == SPILLOVER_OUT_OF_MEMORY)) {
+    throw_out_of_memory(device, size_bytes, stream);
+  }
+  check_pool(status, "allocating device memory");
+  if (C10_UNLIKELY(History::instance().watching())) {
+    History::instance().on_alloc(device, pointer, size_bytes, stream);
+  }
+  if (const auto* trace = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(trace != nullptr)) {
+    (*trace)->trace_gpu_memory_allocation(c10::DeviceType::CUDA,
+                                          reinterpret_cast<uintptr_t>(pointer));
+  }
+  return pointer;
+}
+
+c10::DataPtr Allocator::allocate(size_t size_bytes) {
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  void* pointer =
+      allocate_block(device, size_bytes, c10::cuda::getCurrentCUDAStream(device).stream());
+  // torch relies on the context being the pointer itself.
+  return {pointer, pointer, &raw_delete_block, cuda_device(device)};
+}
+
+c10::DeleterFnPtr Allocator::raw_deleter() const {
+  return &raw_delete_block;
+}
+
+void* Allocator::raw_alloc(size_t size_bytes) {
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  return allocate_block(device, size_bytes, c10::cuda::getCurrentCUDAStream(device).stream());
+}
+
+void* Allocator::raw_alloc_with_stream(size_t size_bytes, cudaStream_t stream) {
+  return allocate_block(c10::cuda::current_device(), size_bytes, stream);
+}
+
+void Allocator::raw_delete(void* pointer) {
+  delete_block(pointer);
+}
+
+void Allocator::copy_data(void* destination, const void* source, size_t size_bytes) const {
+  C10_CUDA_CHECK(cudaMemcpy(destination, source, size_bytes, cudaMemcpyDeviceToDevice));
+}
+
+void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream stream) {
+  // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
+  if (!data.get() || data.get_deleter() != &raw_delete_block) return;
+  check_pool(spillover_record_stream(data.get(), stream.stream()), "record_stream");
+}
+
+void* Allocator::getBaseAllocation(void* pointer, size_t* size_bytes) {
+  void* base = nullptr;
+  size_t segment_bytes = 0;
+  check_pool(spillover_base(pointer, &base, &segment_bytes), "looking up a block's segment");
+  if (size_bytes != nullptr) *size_bytes = segment_bytes;
+  return base;
+}
+
+void Allocator::init(int device_count) {
+  History::instance().set_device_count(device_count);
+  device_count_ = device_count;
+}
+
+bool Allocator::initialized() {
+  return device_count_ > 0;
+}
+
+void Allocator::enable(bool value) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      value,
+      "spillover's allocator cannot stop caching (torch.cuda.caching_allocator_enable); "
+      "torch.cuda.empty_cache() gives unused memory back");
+}
+
+bool Allocator::isEnabled() const {
+  return true;
+}
+
+double Allocator::getMemoryFraction(c10::DeviceIndex device) {
+  return pool_memory_fraction(device);
+}
+
+void Allocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
+  check_pool(spillover_set_memory_fraction(device, fraction), "setting the memory fraction");
+}
+
+void Allocator::emptyCache(c10::MempoolId_t pool) {
+  TORCH_CHECK_NOT_IMPLEMENTED(pool == kNoPool,
+                              "spillover's allocator does not support torch.cuda.MemPool");
+  const GilRelease no_gil;
+  for (int device = 0; device < device_count_; ++device) {
+    check_pool(spillover_trim(device), "emptying the cache");
+  }
+}
+
+void Allocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
+  if (*largest_block == 0) {
+    // A zero asks for a first guess: what the driver could still give.
+    const c10::cuda::CUDAGuard guard(device);
+    size_t total_bytes = 0;
+    C10_CUDA_CHECK(cudaMemGetInfo(largest_block, &total_bytes));
+  }
+  *largest_block = std::max(*largest_block, pool_largest_free_bytes(device));
+}
+
+std::vector<cuda_allocator::StreamSegmentSize> Allocator::getExpandableSegmentSizes(
+    c10::DeviceIndex /*device*/) {
+  return {};  // Segments of the pool do not grow.
+}
+
+std::string Allocator::name() {
+  return "spillover";
+}
+
+c10::CachingDeviceAllocator::DeviceStats Allocator::getDeviceStats(c10::DeviceIndex device) {
+  return to_device_stats(pool_stats(device));
+}
+
+void Allocator::resetAccumulatedStats(c10::DeviceIndex device) {
+  check_pool(spillover_reset_accumulated_stats(device), "resetting the statistics");
+}
+
+void Allocator::resetPeakStats(c10::DeviceIndex device) {
+  check_pool(spillover_reset_peak_stats(device), "resetting the peaks");
+}
+
+cuda_allocator::SnapshotInfo Allocator::snapshot(c10::MempoolId_t pool, bool include_traces) {
+  TORCH_CHECK_NOT_IMPLEMENTED(pool == kNoPool,
+                              "spillover's allocator does not support torch.cuda.MemPool");
+  History::instance().on_snapshot();
+  cuda_allocator::SnapshotInfo result = take_snapshot(device_count_);
+  if (include_traces) {
+    result.device_traces = History::instance().traces();
+  } else {
+    result.device_traces.resize(static_cast<size_t>(device_count_.load()));
+  }
+  return result;
+}
+
+bool Allocator::isHistoryEnabled() {
+  return History::instance().enabled();
+}
+
+void Allocator::recordHistory(bool enabled, cuda_allocator::CreateContextFn context_recorder,
+                              size_t entries_max, cuda_allocator::RecordContext when,
+                              bool clear_history, const std::vector<std::string>& skip_actions) {
+  History::Options options;
+  options.enabled = enabled;
+  options.context_recorder = context_recorder;
+  options.entries_max = entries_max;
+  options.when = when;
+  options.clear = clear_history;
+  options.skip_actions = skip_actions;
+  History::instance().configure(options);
+}
+
+void Allocator::attachOutOfMemoryObserver(cuda_allocator::OutOfMemoryObserver observer) {
+  attach_out_of_memory_observer(std::move(observer));
+}
+
+void Allocator::attachAllocatorTraceTracker(cuda_allocator::AllocatorTraceTracker tracker) {
+  History::instance().attach_tracker(std::move(tracker));
+}
+
+#if SPILLOVER_TORCH_AT_LEAST(2, 12)
+void Allocator::attachOomRejectionObserver(cuda_allocator::OomRejectionObserver observer) {
+  // Never called: the pool has no policy that rejects a request before memory has run out.
+}
+
+std::shared_ptr<c10::GatheredContext> Allocator::getContextForPointer(const void* pointer) {
+  return History::instance().context_of(pointer);
+}
+#endif
+
+void Allocator::enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex device_to_access) {
+  const c10::cuda::CUDAGuard guard(device);
+  const cudaError_t error = cudaDeviceEnablePeerAccess(device_to_access, 0);
+  if (error == cudaErrorPeerAccessAlreadyEnabled) {
+    // What is wanted is so already; the sticky error must not reach the next CUDA call.
+    (void)cudaGetLastError();
+    return;
+  }
+  C10_CUDA_CHECK(error);
+}
+
+cudaError_t Allocator::memcpyAsync(void* destination, int destination_device, const void* source,
+                                   int source_device, size_t size_bytes, cudaStream_t stream,
+                                   bool p2p_enabled) {
+  if (p2p_enabled || destination_device == source_device) {
+    return cudaMemcpyAsync(destination, source, size_bytes, cudaMemcpyDeviceToDevice, stream);
+  }
+  return cudaMemcpyPeerAsync(destination, destination_device, source, source_device, size_bytes,
+                             stream);
+}
+
+}  // namespace spillover::torch_adapter

@@ -1,0 +1,31 @@
+// Gives up Python's interpreter lock around a wait.
+//
+// A value of this type lives on one thread's stack. Any thread may make one, also a thread that
+// Python does not know, or one in a process without Python: it then does nothing.
+//
+// Note [GIL]: the pool may wait for the device when memory runs out. A host function on that device
+// may need the interpreter lock, so no thread waits in the pool while it holds the lock. Most of
+// torch's operators have released it before they allocate; what is left is direct calls such as
+// torch.cuda.caching_allocator_alloc and torch.accelerator.empty_cache.
+#pragma once
+
+#include <Python.h>
+
+namespace spillover::torch_adapter {
+
+class GilRelease {
+ public:
+  GilRelease() noexcept
+      : thread_state_(Py_IsInitialized() != 0 && PyGILState_Check() == 1 ? PyEval_SaveThread()
+                                                                         : nullptr) {}
+  ~GilRelease() {
+    if (thread_state_ != nullptr) PyEval_RestoreThread(thread_state_);
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* const thread_state_;
+};
+
+}  // namespace spillover::torch_adapter

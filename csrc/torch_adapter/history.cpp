@@ -1,0 +1,209 @@
+#include "torch_adapter/history.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "torch_adapter/pool.hpp"
+
+namespace spillover::torch_adapter {
+
+History& History::instance() {
+  static History* const history = new History;
+  return *history;
+}
+
+void History::set_device_count(int device_count) {
+  const std::lock_guard lock(mutex_);
+  device_count_ = device_count;
+  entries_.resize(static_cast<size_t>(device_count));
+}
+
+void History::configure(const Options& options) {
+  TORCH_CHECK(options.when == RecordContext::NEVER || options.context_recorder != nullptr,
+              "spillover: recording stack traces needs a function that gathers them");
+  std::vector<TraceEntry::Action> skipped;
+  skipped.reserve(options.skip_actions.size());
+  for (const auto& action : options.skip_actions) {
+    skipped.push_back(c10::CachingDeviceAllocator::parseTraceEntryAction(action));
+  }
+  context_recorder_ = options.enabled ? options.context_recorder : nullptr;
+  when_ = options.enabled ? options.when : RecordContext::NEVER;
+  // Dropping a stack trace takes Python's GIL, so what is cleared outlives the lock.
+  std::vector<std::deque<TraceEntry>> dropped_entries;
+  std::unordered_map<const void*, Live> dropped_blocks;
+  {
+    const std::lock_guard lock(mutex_);
+    skipped_ = std::move(skipped);
+    entries_max_ = std::max<size_t>(options.entries_max, 1);
+    if (!options.enabled || options.clear) {
+      dropped_entries.resize(entries_.size());
+      entries_.swap(dropped_entries);
+    }
+    if (!options.enabled && trackers_.empty() && !profiled_) {
+      watching_ = false;
+      live_.swap(dropped_blocks);
+    }
+    enabled_ = options.enabled;
+  }
+  if (options.enabled) start_watching();
+}
+
+void History::attach_tracker(Tracker tracker) {
+  {
+    const std::lock_guard lock(mutex_);
+    trackers_.push_back(std::move(tracker));
+  }
+  start_watching();
+}
+
+void History::start_watching() {
+  if (!watching_.exchange(true)) enter_live_blocks();
+}
+
+void History::enter_live_blocks() {
+  struct Walk {
+    c10::DeviceIndex device;
+    std::vector<std::pair<const void*, Live>> found;
+  };
+  int device_count = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    device_count = device_count_;
+  }
+  for (int device = 0; device < device_count; ++device) {
+    Walk walk{static_cast<c10::DeviceIndex>(device), {}};
+    const auto visit = [](void* user, const spillover_segment_info* segment,
+                          const spillover_block_info* blocks) {
+      auto& found = *static_cast<Walk*>(user);
+      for (size_t i = 0; i < segment->block_count; ++i) {
+        if (blocks[i].state != 1) continue;
+        found.found.emplace_back(blocks[i].address,
+                                 Live{found.device, blocks[i].requested_bytes,
+                                      static_cast<cudaStream_t>(segment->stream), nullptr});
+      }
+    };
+    check_pool(spillover_visit_segments(device, visit, &walk), "listing the live blocks");
+    const std::lock_guard lock(mutex_);
+    for (auto& [pointer, block] : walk.found) live_.try_emplace(pointer, std::move(block));
+  }
+}
+
+History::Context History::gather(RecordContext level) const {
+  const CreateContext recorder = context_recorder_.load();
+  return recorder != nullptr && when_.load() >= level ? recorder() : nullptr;
+}
+
+void History::record(const TraceEntry& entry) {
+  std::vector<Tracker> trackers;
+  const TraceEntry::Action action = entry.action_;
+  std::deque<TraceEntry> dropped;  // outlives the lock, like every stack trace
+  {
+    const std::lock_guard lock(mutex_);
+    trackers = trackers_;
+    const bool skip = std::find(skipped_.begin(), skipped_.end(), action) != skipped_.end();
+    const auto device = static_cast<size_t>(static_cast<unsigned char>(entry.device_));
+    if (enabled_ && !skip && device < entries_.size()) {
+      auto& queue = entries_[device];
+      queue.push_back(entry);
+      while (queue.size() > entries_max_) {
+        dropped.push_back(std::move(queue.front()));
+        queue.pop_front();
+      }
+    }
+  }
+  for (const auto& tracker : trackers) tracker(entry);
+}
+
+void History::tell_profiler(const Live& block, void* pointer, int64_t change_bytes) {
+  const spillover_stats_t stats = pool_stats(block.device);
+  c10::reportMemoryUsageToProfiler(
+      pointer, change_bytes,
+      static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current),
+      static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current),
+      cuda_device(block.device));
+}
+
+void History::on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes,
+                       cudaStream_t stream) {
+  const bool profiling = c10::memoryProfilingEnabled();
+  if (profiling) start_watching();
+  Live block{device, size_bytes, stream, gather(RecordContext::STATE)};
+  Context replaced;
+  {
+    const std::lock_guard lock(mutex_);
+    profiled_ |= profiling;
+    Live& entry = live_[pointer];
+    replaced = std::move(entry.context);
+    entry = block;
+  }
+  const bool with_context = when_.load() >= RecordContext::ALLOC;
+  record(TraceEntry(TraceEntry::ALLOC, device, reinterpret_cast<size_t>(pointer), size_bytes,
+                    stream, kNoPool, c10::getApproximateTime(),
+                    with_context ? block.context : nullptr));
+  if (profiling) tell_profiler(block, pointer, static_cast<int64_t>(size_bytes));
+}
+
+void History::on_free(void* pointer) {
+  const bool profiling = c10::memoryProfilingEnabled();
+  if (profiling) start_watching();
+  Live block;
+  {
+    const std::lock_guard lock(mutex_);
+    profiled_ |= profiling;
+    const auto found = live_.find(pointer);
+    if (found == live_.end()) return;
+    block = std::move(found->second);
+    live_.erase(found);
+  }
+  // The pool does not say when the last stream is done with a block, so that a free counts as
+  // complete when it is asked for.
+  const Context context = gather(RecordContext::ALL);
+  for (const auto action : {TraceEntry::FREE_REQUESTED, TraceEntry::FREE_COMPLETED}) {
+    record(TraceEntry(action, block.device, reinterpret_cast<size_t>(pointer), block.size_bytes,
+                      block.stream, kNoPool, c10::getApproximateTime(), context));
+  }
+  if (profiling) tell_profiler(block, pointer, -static_cast<int64_t>(block.size_bytes));
+}
+
+void History::on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
+                               cudaStream_t stream) {
+  if (!watching()) return;
+  record(TraceEntry(TraceEntry::OOM, device, free_bytes, size_bytes, stream, kNoPool,
+                    c10::getApproximateTime(), gather(RecordContext::ALLOC)));
+}
+
+void History::on_snapshot() {
+  if (!watching()) return;
+  int device_count = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    device_count = device_count_;
+  }
+  for (int device = 0; device < device_count; ++device) {
+    record(TraceEntry(TraceEntry::SNAPSHOT, static_cast<c10::DeviceIndex>(device), 0, 0, nullptr,
+                      kNoPool, c10::getApproximateTime()));
+  }
+}
+
+History::Context History::context_of(const void* pointer) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = live_.find(pointer);
+  return found == live_.end() ? nullptr : found->second.context;
+}
+
+std::vector<std::vector<History::TraceEntry>> History::traces() {
+  std::vector<std::vector<TraceEntry>> result;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& queue : entries_) result.emplace_back(queue.begin(), queue.end());
+  }
+  const auto to_nanoseconds = clock_.makeConverter();
+  for (auto& trace : result) {
+    for (auto& entry : trace) {
+      entry.time_.t_ = to_nanoseconds(entry.time_.approx_t_) / 1000;
+    }
+  }
+  return result;
+}
+
+}  // namespace spillover::torch_adapter

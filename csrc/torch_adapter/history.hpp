@@ -1,0 +1,111 @@
+// Allocation history: what torch.cuda.memory._record_memory_history, trace trackers and the
+// profiler see of the pool.
+//
+// One instance serves all devices and lives as long as the process. Any thread may call any
+// function. Contexts (stack traces) are gathered and dropped outside the lock, since that takes
+// Python's GIL; trackers are called outside of it too.
+//
+// The pool does not report its segments as they come and go, so traces hold allocations and frees
+// only. torch's memory viewer takes the segments from the snapshot itself.
+//
+// Invariant: while watching, live_ has an entry for every block that torch holds. Blocks older than
+// the watch are entered when it begins, without a context.
+#pragma once
+
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/util/ApproximateClock.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace spillover::torch_adapter {
+
+// The pool that ordinary allocations come from, in torch's numbering.
+inline constexpr c10::MempoolId_t kNoPool{0, 0};
+
+class History {
+ public:
+  using Context = std::shared_ptr<c10::GatheredContext>;
+  using CreateContext = c10::CachingDeviceAllocator::CreateContextFn;
+  using RecordContext = c10::CachingDeviceAllocator::RecordContext;
+  using TraceEntry = c10::CachingDeviceAllocator::TraceEntry;
+  using Tracker = c10::CachingDeviceAllocator::AllocatorTraceTracker;
+
+  struct Options {
+    bool enabled = false;
+    CreateContext context_recorder = nullptr;
+    size_t entries_max = 0;  // of each device
+    RecordContext when = RecordContext::NEVER;
+    bool clear = false;
+    std::vector<std::string> skip_actions;
+  };
+
+  // Leaked on purpose: blocks are freed until the very end of a process.
+  static History& instance();
+
+  // Sets how many devices there are; called before any other function.
+  void set_device_count(int device_count);
+
+  void configure(const Options& options);
+  bool enabled() const noexcept { return enabled_.load(std::memory_order_relaxed); }
+  void attach_tracker(Tracker tracker);
+
+  // False while nobody wants to know: on_alloc and on_free may then be left out.
+  bool watching() const noexcept {
+    return watching_.load(std::memory_order_relaxed) || c10::memoryProfilingEnabled();
+  }
+
+  // After the pool has handed a block out, and before it takes the block back, so that another
+  // thread's allocation of the same address comes after the free.
+  void on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes, cudaStream_t stream);
+  void on_free(void* pointer);
+  void on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
+                        cudaStream_t stream);
+  void on_snapshot();
+
+  // Stack trace of the allocation of a live block, null where none was kept.
+  Context context_of(const void* pointer) const;
+
+  // The entries of each device, oldest first, with their times in microseconds since 1970.
+  std::vector<std::vector<TraceEntry>> traces();
+
+ private:
+  struct Live {
+    c10::DeviceIndex device = 0;
+    size_t size_bytes = 0;
+    cudaStream_t stream = nullptr;
+    Context context;
+  };
+
+  History() = default;
+  Context gather(RecordContext level) const;
+  void start_watching();
+  void enter_live_blocks();
+  void record(const TraceEntry& entry);
+  void tell_profiler(const Live& block, void* pointer, int64_t change_bytes);
+
+  std::atomic<bool> watching_{false};
+  std::atomic<bool> enabled_{false};
+  std::atomic<CreateContext> context_recorder_{nullptr};
+  std::atomic<RecordContext> when_{RecordContext::NEVER};
+
+  mutable std::mutex mutex_;
+  // Guarded by mutex_.
+  int device_count_ = 0;
+  size_t entries_max_ = 0;
+  std::vector<TraceEntry::Action> skipped_;
+  std::vector<std::deque<TraceEntry>> entries_;  // one queue a device
+  std::vector<Tracker> trackers_;
+  bool profiled_ = false;  // once a profiler wanted sizes, they are kept for the next one
+  std::unordered_map<const void*, Live> live_;
+  c10::ApproximateClockToUnixTimeConverter clock_;  // measures from its construction on
+};
+
+}  // namespace spillover::torch_adapter

@@ -1,0 +1,46 @@
+// The Python module spillover_torch_adapter. pyruntime/spillover/allocator calls it once; Python
+// holds the GIL.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "torch_adapter/allocator.hpp"
+#include "torch_adapter/pool.hpp"
+
+namespace spillover::torch_adapter {
+namespace {
+
+using cuda_allocator::CUDAAllocator;
+
+// torch ignores a registration of lower priority than the last, in silence; its own has 0 or 1.
+constexpr uint8_t kPriorityHighest = 255;
+
+std::shared_ptr<CUDAAllocator> make_allocator() {
+  TORCH_CHECK(spillover_abi_version() == SPILLOVER_ABI_VERSION,
+              "spillover's PyTorch part was compiled for version ", SPILLOVER_ABI_VERSION,
+              " of its core library, which has version ", spillover_abi_version(),
+              "; run 'spillover build --clean'");
+  // The instance outlives every owner, so that nothing is deleted when torch lets go of it.
+  return {&Allocator::instance(), [](CUDAAllocator*) {}};
+}
+
+// torch.accelerator finds the allocator through this table, which changing torch.cuda's allocator
+// does not touch.
+void register_for_accelerator() {
+  c10::SetAllocator(c10::DeviceType::CUDA, &Allocator::instance(), kPriorityHighest);
+  TORCH_CHECK(c10::GetAllocator(c10::DeviceType::CUDA) == &Allocator::instance(),
+              "torch has not accepted spillover's allocator for torch.accelerator");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(spillover_torch_adapter, module) {
+  module.doc() = "Spillover's pool as torch's CUDA allocator.";
+  module.def("make_allocator", &make_allocator,
+             "The allocator, for torch.cuda.memory._CUDAAllocator.");
+  module.def("register_for_accelerator", &register_for_accelerator,
+             "Make the allocator that of torch.accelerator too.");
+}
+
+}  // namespace spillover::torch_adapter

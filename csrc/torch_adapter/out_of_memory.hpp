@@ -1,0 +1,25 @@
+// What happens when the pool cannot serve a request: observers, then torch.OutOfMemoryError.
+//
+// The observers belong to the adapter for as long as the process lives. Any thread may call these
+// functions; none holds a lock while it calls an observer, since observers take Python's GIL.
+#pragma once
+
+#include <c10/cuda/CUDACachingAllocator.h>
+
+#include <cstddef>
+
+namespace spillover::torch_adapter {
+
+// Adds an observer; it is called with (device, size asked for, total, free) before the throw.
+void attach_out_of_memory_observer(c10::cuda::CUDACachingAllocator::OutOfMemoryObserver observer);
+
+// Calls torch's registered callbacks that may free device memory (for example that of tensors other
+// processes have let go). True if one of them freed something.
+bool run_free_memory_callbacks();
+
+// Throws c10::OutOfMemoryError. The message begins like PyTorch's own and goes on with what the
+// pool knows: the sizes, the largest free block and how fragmented the rest is.
+[[noreturn]] void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes,
+                                      cudaStream_t stream);
+
+}  // namespace spillover::torch_adapter

@@ -1,0 +1,90 @@
+#include "torch_adapter/snapshot.hpp"
+
+#include <cstdint>
+#include <limits>
+
+#include "torch_adapter/history.hpp"
+#include "torch_adapter/pool.hpp"
+
+namespace spillover::torch_adapter {
+namespace {
+
+using c10::CachingDeviceAllocator::BlockInfo;
+using c10::CachingDeviceAllocator::SegmentInfo;
+using c10::cuda::CUDACachingAllocator::AllocatorConfigInfo;
+using c10::cuda::CUDACachingAllocator::SnapshotInfo;
+
+constexpr int kLive = 1;
+constexpr int kFree = 0;
+
+BlockInfo to_block(const spillover_block_info& block) {
+  BlockInfo info;
+  info.size = block.size_bytes;
+  info.requested_size = block.requested_bytes;
+  info.allocated = block.state == kLive;
+  info.active = block.state != kFree;
+  return info;
+}
+
+SegmentInfo to_segment(c10::DeviceIndex device, const spillover_segment_info& segment,
+                       const spillover_block_info* blocks) {
+  SegmentInfo info;
+  info.device = device;
+  info.address = reinterpret_cast<size_t>(segment.address);
+  info.total_size = segment.size_bytes;
+  info.stream = static_cast<cudaStream_t>(segment.stream);
+  info.is_large = segment.is_small == 0;
+  info.blocks.reserve(segment.block_count);
+  for (size_t i = 0; i < segment.block_count; ++i) {
+    const BlockInfo block = to_block(blocks[i]);
+    if (block.allocated) info.allocated_size += block.size;
+    if (block.active) {
+      info.active_size += block.size;
+      info.requested_size += block.requested_size;
+    }
+    info.blocks.push_back(block);
+  }
+  return info;
+}
+
+struct Walk {
+  c10::DeviceIndex device;
+  std::vector<SegmentInfo>* segments;
+};
+
+void visit(void* user, const spillover_segment_info* segment, const spillover_block_info* blocks) {
+  const auto& walk = *static_cast<const Walk*>(user);
+  walk.segments->push_back(to_segment(walk.device, *segment, blocks));
+}
+
+// The pool has none of the native allocator's settings; these are the values that say so.
+AllocatorConfigInfo native_settings() {
+  AllocatorConfigInfo config{};
+  config.max_split_size = std::numeric_limits<size_t>::max();
+  return config;
+}
+
+}  // namespace
+
+SnapshotInfo take_snapshot(int device_count) {
+  SnapshotInfo snapshot{};
+  snapshot.config_metadata = native_settings();
+  for (int device = 0; device < device_count; ++device) {
+    Walk walk{static_cast<c10::DeviceIndex>(device), &snapshot.segments};
+    check_pool(spillover_visit_segments(device, &visit, &walk), "taking a snapshot");
+  }
+  // The pool is unlocked again, so History may take its own lock.
+  for (auto& segment : snapshot.segments) {
+    size_t address = segment.address;
+    for (auto& block : segment.blocks) {
+      if (block.allocated) {
+        block.context_when_allocated =
+            History::instance().context_of(reinterpret_cast<const void*>(address));
+      }
+      address += block.size;
+    }
+  }
+  return snapshot;
+}
+
+}  // namespace spillover::torch_adapter

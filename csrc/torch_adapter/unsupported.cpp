@@ -1,0 +1,59 @@
+// What torch's allocator interface asks for and the pool does not have: private pools (CUDA graphs,
+// torch.cuda.MemPool), their checkpoints, and sharing memory with other processes.
+#include <c10/util/Exception.h>
+
+#include "torch_adapter/allocator.hpp"
+
+namespace spillover::torch_adapter {
+namespace {
+
+[[noreturn]] void not_supported(const char* what) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      false, "spillover's allocator does not support ", what,
+      "; run without spillover.allocator.install(), or set SPILLOVER=0, to use it");
+  std::abort();  // Not reached: the check always throws; it tells the compiler so.
+}
+
+constexpr const char* kPools = "private memory pools (CUDA graphs, torch.cuda.MemPool)";
+constexpr const char* kCheckpoints = "checkpoints of memory pools (CUDA graph trees)";
+constexpr const char* kSharing = "sharing CUDA tensors with other processes (CUDA IPC)";
+
+}  // namespace
+
+void Allocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                    std::function<bool(cudaStream_t)> filter) {
+  not_supported(kPools);
+}
+
+void Allocator::endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  not_supported(kPools);
+}
+
+void Allocator::releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  not_supported(kPools);
+}
+
+void Allocator::createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                   std::shared_ptr<CUDAAllocator> allocator) {
+  not_supported(kPools);
+}
+
+std::shared_ptr<cuda_allocator::AllocatorState> Allocator::getCheckpointState(
+    c10::DeviceIndex device, c10::MempoolId_t pool) {
+  not_supported(kCheckpoints);
+}
+
+cuda_allocator::CheckpointDelta Allocator::setCheckpointPoolState(
+    c10::DeviceIndex device, std::shared_ptr<cuda_allocator::AllocatorState> state) {
+  not_supported(kCheckpoints);
+}
+
+cuda_allocator::ShareableHandle Allocator::shareIpcHandle(void* pointer) {
+  not_supported(kSharing);
+}
+
+std::shared_ptr<void> Allocator::getIpcDevPtr(std::string handle) {
+  not_supported(kSharing);
+}
+
+}  // namespace spillover::torch_adapter
