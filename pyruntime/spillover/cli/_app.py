@@ -1,0 +1,125 @@
+"""Commands of ``spillover``; each checks all of its input before it acts."""
+
+from __future__ import annotations
+
+import logging
+import runpy
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import spillover
+from spillover._errors import SpilloverError
+
+app = typer.Typer(
+    name="spillover",
+    help="Train and run PyTorch models that do not fit in GPU memory.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_PASS_THROUGH = {"allow_interspersed_args": False}
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except SpilloverError as error:
+        print(f"spillover: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what is done.")] = False,
+) -> None:
+    if verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    if version:
+        print(spillover.__version__)
+        raise typer.Exit
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def emulate(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(help="Program and arguments, after --.", metavar="-- COMMAND..."),
+    ] = None,
+    vram: Annotated[str | None, typer.Option(help="Capacity of each device, such as 8GiB.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Number of devices, 1 to 16.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="When queued work runs: late, eager, threaded or random.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the random schedule.")] = None,
+    hazards: Annotated[
+        str | None,
+        typer.Option(help="What unordered accesses do: off, count, warn (default) or raise."),
+    ] = None,
+    poison: Annotated[
+        bool | None, typer.Option(help="Fill fresh and freed device memory with NaN bytes.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what works on this machine, and exit.")
+    ] = False,
+) -> None:
+    """Run an unmodified CUDA script on emulated devices, child processes included.
+
+    Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS and
+    _POISON. Compute runs on the CPU; times say nothing about a GPU.
+    """
+    from spillover.emulator import _check, _command, _options
+
+    given = {
+        name: value
+        for name, value in {
+            "vram": vram,
+            "devices": devices,
+            "schedule": schedule,
+            "seed": seed,
+            "hazards": hazards,
+            "poison": poison,
+        }.items()
+        if value is not None
+    }
+    options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
+    if check:
+        sys.exit(_check.check(options))
+    sys.exit(_command.run(command or [], options))
+
+
+@app.command()
+def build(
+    clean: Annotated[bool, typer.Option("--clean", help="Remove what was built before.")] = False,
+) -> None:
+    """Compile the parts that are bound to the installed torch, ahead of their first use."""
+    from spillover import _build
+
+    if clean:
+        _build.clean()
+    for path in _build.build_all():
+        print(path)
+
+
+@app.command(context_settings=_PASS_THROUGH)
+def run(
+    script: Annotated[Path, typer.Argument(help="The Python script.", metavar="SCRIPT")],
+    arguments: Annotated[
+        list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")
+    ] = None,
+) -> None:
+    """Run an unmodified script with Spillover's allocator in place of PyTorch's own."""
+    from spillover import allocator
+    from spillover._errors import ConfigError
+
+    if not script.is_file():
+        raise ConfigError(f"there is no script {str(script)!r}")
+    allocator.install()
+    sys.argv = [str(script), *(arguments or [])]
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")

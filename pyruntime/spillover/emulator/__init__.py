@@ -1,0 +1,36 @@
+"""An emulated CUDA device under the real CUDA build of PyTorch, for machines without a GPU.
+
+``enable()`` before ``import torch`` gives the process emulated devices; ``spillover emulate --
+python train.py`` does it for an unmodified script and its child processes. Compute runs on the CPU,
+memory limits, streams, events and copies behave as on a GPU, and a happens-before checker reports
+accesses that nothing orders. Wall-clock time under the emulator says nothing about a GPU.
+"""
+
+from spillover.emulator._activation import enable, is_enabled
+from spillover.emulator._command import run
+from spillover.emulator._control import (
+    HostAccess,
+    LiveResources,
+    clear_hazards,
+    hazards,
+    host_access,
+    live,
+    peak_bytes,
+)
+from spillover.emulator._options import HazardPolicy, Options, Schedule
+
+__all__ = [
+    "HazardPolicy",
+    "HostAccess",
+    "LiveResources",
+    "Options",
+    "Schedule",
+    "clear_hazards",
+    "enable",
+    "hazards",
+    "host_access",
+    "is_enabled",
+    "live",
+    "peak_bytes",
+    "run",
+]

@@ -1,0 +1,202 @@
+"""Gives this process emulated CUDA devices.
+
+The emulated libraries carry the SONAMEs that torch asks for, so loading them before torch is
+enough: the dynamic linker resolves torch's needs to the objects that are already there. Once torch
+has been imported with its own libraries this silently does nothing, hence the check.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.abc
+import importlib.util
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+from spillover._errors import ConfigError, SpilloverError, StateError
+from spillover._settings import enabled, logger
+from spillover.emulator import _libraries
+from spillover.emulator._options import HazardPolicy, Options, Schedule
+
+_lock = threading.Lock()
+_active: Options | None = None
+
+
+def enable(
+    *,
+    devices: int = 1,
+    vram: int | str = "8GiB",
+    schedule: Schedule = "late",
+    seed: int = 0,
+    hazards: HazardPolicy = "raise",
+    poison: bool = True,
+) -> bool:
+    """Give this process emulated CUDA devices; call it before ``import torch``.
+
+    After it, ``import torch`` also loads the part that runs operators, which is compiled for the
+    installed torch at first use (under a minute, once; ``spillover build`` does it ahead).
+
+    Parameters
+    ----------
+    devices
+        Number of devices, 1 to 16.
+    vram
+        Capacity of each device, bytes or a text such as ``"8GiB"``.
+    schedule
+        ``late``, ``eager``, ``threaded`` or ``random``; see :class:`Options`.
+    seed
+        Seed of the ``random`` schedule.
+    hazards
+        ``off``, ``count``, ``warn`` or ``raise``; see :class:`Options`.
+    poison
+        Fill fresh and freed device memory with 0xFF bytes.
+
+    Returns
+    -------
+    bool
+        False when ``SPILLOVER=0`` disables Spillover, else True.
+
+    Raises
+    ------
+    ConfigError
+        An option is wrong.
+    StateError
+        torch or a real CUDA library is loaded already, or the emulator is enabled with other
+        options.
+    """
+    return activate(
+        Options(
+            devices=devices,
+            vram=vram,
+            schedule=schedule,
+            seed=seed,
+            hazards=hazards,
+            poison=poison,
+        )
+    )
+
+
+def activate(options: Options) -> bool:
+    """``enable()`` with ready options."""
+    global _active
+    if not enabled():
+        logger.info("SPILLOVER=0: the emulated device stays off")
+        return False
+    with _lock:
+        if _active is not None:
+            if _active != options:
+                raise StateError(
+                    f"the emulator is enabled already with {_active}; "
+                    "options are read once a process"
+                )
+            return True
+        _require_clean_process()
+        os.environ.update(options.environment())
+        _libraries.load()
+        status = _libraries.driver().cuInit(0)
+        if status != 0:
+            raise ConfigError(f"the emulated driver refused its configuration (error {status})")
+        sys.meta_path.insert(0, _TorchFinder())
+        _active = options
+    logger.info("emulated CUDA devices: %s", options)
+    return True
+
+
+def is_enabled() -> bool:
+    """Whether this process has emulated devices."""
+    return _active is not None
+
+
+def active_options() -> Options | None:
+    """The options in force, None where the emulator is off."""
+    return _active
+
+
+def report_at_exit() -> None:
+    """Print peak memory and hazards on stderr when this process ends, if it used the device."""
+    atexit.register(_print_summary, os.getpid())
+
+
+def _print_summary(owner_pid: int) -> None:
+    from spillover._units import format_bytes
+    from spillover.emulator import _control
+
+    if os.getpid() != owner_pid or _active is None:
+        return
+    peaks = [_control.peak_bytes(device) for device in range(_active.devices)]
+    if not any(peaks):
+        return
+    of = format_bytes(_active.vram_bytes)
+    parts = ", ".join(f"cuda:{i} {format_bytes(peak)} of {of}" for i, peak in enumerate(peaks))
+    found = len(_control.hazards())
+    print(
+        f"spillover emulator: peak device memory {parts}; hazards: {found}",
+        file=sys.stderr,
+    )
+
+
+def _require_clean_process() -> None:
+    if "torch" in sys.modules:
+        raise StateError(
+            "spillover.emulator.enable() came after 'import torch', which has loaded the real CUDA "
+            "libraries; call it first, or start the script with 'spillover emulate -- python ...'"
+        )
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            name = os.path.basename(line.rstrip().partition("/")[2])
+            if name.startswith(("libcuda.so", "libcudart.so")) and not _libraries.is_ours(line):
+                raise StateError(
+                    f"{name} is loaded in this process already; enable the emulator before "
+                    "importing anything that uses CUDA"
+                )
+
+
+def _after_torch_import() -> None:
+    import torch
+
+    if torch.version.cuda is None:
+        raise SpilloverError(
+            f"torch {torch.__version__} is a CPU-only build; the emulated device runs under the "
+            "CUDA build of torch: install it with 'pip install torch'"
+        )
+    from spillover import _build
+
+    torch.ops.load_library(str(_build.build("emulator")))
+
+
+class _TorchFinder(importlib.abc.MetaPathFinder):
+    """Runs ``_after_torch_import`` once torch's own import has finished."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> ModuleSpec | None:
+        if fullname != "torch":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("torch")
+        if spec is not None and spec.loader is not None:
+            spec.loader = _TorchLoader(spec.loader)
+        return spec
+
+
+class _TorchLoader(importlib.abc.Loader):
+    def __init__(self, wrapped: importlib.abc.Loader) -> None:
+        self._wrapped = wrapped
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._wrapped.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # Tools ask a module's spec and loader for its source, so the wrapper steps aside first.
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._wrapped
+        module.__loader__ = self._wrapped
+        self._wrapped.exec_module(module)
+        _after_torch_import()

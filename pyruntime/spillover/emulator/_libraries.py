@@ -1,0 +1,73 @@
+"""Loads the emulated CUDA libraries and declares the functions that Python calls."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+from spillover._errors import StateError
+from spillover._paths import library_path
+
+#: In the order of their dependencies. The second runtime serves torch builds for CUDA 12.
+_NAMES = ("libcuda.so.1", "libcudart.so.13", "libcudart.so.12", "libnvidia-ml.so.1")
+
+_loaded: dict[str, ctypes.CDLL] = {}
+
+
+class Range(ctypes.Structure):
+    """``spillover_emulator_range`` of the C interface."""
+
+    _fields_ = (
+        ("pointer", ctypes.c_void_p),
+        ("size_bytes", ctypes.c_size_t),
+        ("is_write", ctypes.c_int),
+    )
+
+
+def folder() -> Path:
+    """Where the emulated libraries lie."""
+    return library_path("emulator")
+
+
+def load() -> None:
+    """Load the emulated libraries into this process; call it before torch is imported."""
+    for name in _NAMES:
+        path = folder() / name
+        if path.exists():
+            # torch's own loader opens its libraries locally too; SONAMEs are process-wide.
+            _loaded[name] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+
+
+def is_ours(maps_line: str) -> bool:
+    """Whether a line of ``/proc/self/maps`` belongs to the emulated libraries."""
+    path = "/" + maps_line.rstrip().partition("/")[2]
+    return Path(path).parent == folder().resolve() or Path(path).parent == folder()
+
+
+@functools.lru_cache(maxsize=1)
+def driver() -> ctypes.CDLL:
+    """The emulated ``libcuda.so.1`` with its C interface declared."""
+    library = _loaded.get("libcuda.so.1")
+    if library is None:
+        raise StateError(
+            "the emulated device is not enabled in this process; call spillover.emulator.enable() "
+            "before importing torch, or run under 'spillover emulate'"
+        )
+    size, text = ctypes.c_size_t, ctypes.c_char_p
+    signatures: dict[str, tuple[object, list[object]]] = {
+        "cuInit": (ctypes.c_int, [ctypes.c_uint]),
+        "spillover_emulator_hazard_count": (size, []),
+        "spillover_emulator_hazard_text": (size, [size, text, size]),
+        "spillover_emulator_hazards_clear": (None, []),
+        "spillover_emulator_last_hazard": (text, []),
+        "spillover_emulator_host_access": (ctypes.c_int, [text, ctypes.POINTER(Range), size]),
+        "spillover_emulator_live": (None, [ctypes.POINTER(size)] * 6),
+        "spillover_emulator_peak_bytes": (size, [ctypes.c_int]),
+        "spillover_emulator_config": (text, []),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype = result
+        function.argtypes = arguments
+    return library

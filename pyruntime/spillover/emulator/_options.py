@@ -1,0 +1,121 @@
+"""Options of the emulated device and their environment variables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
+
+from spillover._errors import ConfigError
+from spillover._units import parse_bytes
+
+Schedule = Literal["late", "eager", "threaded", "random"]
+HazardPolicy = Literal["off", "count", "warn", "raise"]
+
+#: Set to 1 in the environment of a process that ``sitecustomize`` shall give emulated devices.
+ACTIVE_VARIABLE = "SPILLOVER_EMULATOR"
+_PREFIX = "SPILLOVER_EMULATOR_"
+_DEVICES_MAX = 16
+#: The smallest capacity that a CUDA context and torch's first segments fit into.
+_VRAM_BYTES_MIN = 4 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the emulated device is like.
+
+    Parameters
+    ----------
+    devices
+        Number of devices, 1 to 16.
+    vram
+        Capacity of each device, bytes or a text such as ``"8GiB"``.
+    schedule
+        When queued work runs. ``late``: only when something waits for it, so that a forgotten wait
+        reads stale data. ``eager``: at once. ``threaded``: on a thread of its own. ``random``: in a
+        random order that the streams' dependencies allow, the same for the same seed.
+    seed
+        Seed of the ``random`` schedule.
+    hazards
+        What the happens-before checker does with an access that nothing orders: ``off``, ``count``,
+        ``warn`` (on stderr) or ``raise`` (the call fails).
+    poison
+        Fill fresh and freed device memory with 0xFF bytes (NaN as a float).
+    """
+
+    devices: int = 1
+    vram: int | str = "8GiB"
+    schedule: Schedule = "late"
+    seed: int = 0
+    hazards: HazardPolicy = "raise"
+    poison: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.devices, bool) or not isinstance(self.devices, int):
+            raise ConfigError(f"devices must be a number, not {self.devices!r}")
+        if not 1 <= self.devices <= _DEVICES_MAX:
+            raise ConfigError(f"devices must be 1 to {_DEVICES_MAX}, got {self.devices}")
+        if parse_bytes(self.vram, name="vram") < _VRAM_BYTES_MIN:
+            raise ConfigError(f"vram must be at least 4MiB, got {self.vram!r}")
+        _check_choice("schedule", self.schedule, get_args(Schedule))
+        _check_choice("hazards", self.hazards, get_args(HazardPolicy))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed must be a number that is not negative, got {self.seed!r}")
+
+    @property
+    def vram_bytes(self) -> int:
+        """Capacity of each device in bytes."""
+        return parse_bytes(self.vram, name="vram")
+
+    def environment(self) -> dict[str, str]:
+        """The variables that the emulated driver reads."""
+        return {
+            _PREFIX + "DEVICES": str(self.devices),
+            _PREFIX + "VRAM": str(self.vram_bytes),
+            _PREFIX + "SCHEDULE": self.schedule,
+            _PREFIX + "SEED": str(self.seed),
+            _PREFIX + "HAZARDS": self.hazards,
+            _PREFIX + "POISON": "1" if self.poison else "0",
+        }
+
+    @classmethod
+    def from_environment(
+        cls,
+        environment: Mapping[str, str] = os.environ,
+        *,
+        given: Mapping[str, object] | None = None,
+        defaults: Mapping[str, object] | None = None,
+    ) -> Options:
+        """Options from ``given``, then ``SPILLOVER_EMULATOR_*``, then ``defaults``, then our own.
+
+        Raises
+        ------
+        ConfigError
+            A value is malformed; the message names the option or the variable.
+        """
+        values: dict[str, object] = dict(defaults or {})
+        for field in fields(cls):
+            variable = _PREFIX + field.name.upper()
+            text = environment.get(variable)
+            if text:
+                values[field.name] = _parse(field.name, variable, text)
+        values.update(given or {})
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def _parse(name: str, variable: str, text: str) -> object:
+    if name in ("devices", "seed"):
+        try:
+            return int(text)
+        except ValueError:
+            raise ConfigError(f"{variable}={text!r} is not a number") from None
+    if name == "poison":
+        _check_choice(variable, text, ("0", "1"))
+        return text == "1"
+    return text
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known; choose one of {', '.join(choices)}")

@@ -1,0 +1,48 @@
+"""Gives a Python process emulated devices when ``spillover emulate`` put this folder on its path.
+
+Python imports ``sitecustomize`` at start, before the script. One that this hides runs after it.
+"""
+
+import importlib.util
+import os
+import sys
+
+
+def _run_hidden_sitecustomize() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    for entry in sys.path:
+        candidate = os.path.join(entry or ".", "sitecustomize.py")
+        if os.path.abspath(entry or ".") != here and os.path.isfile(candidate):
+            spec = importlib.util.spec_from_file_location("sitecustomize", candidate)
+            if spec is not None and spec.loader is not None:
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            return
+
+
+def _stop(reason: str) -> None:
+    # An exception here would only print "Failed to import the site module" and a traceback.
+    sys.stderr.write(f"spillover emulate: {reason}\n")
+    sys.stderr.flush()
+    os._exit(2)
+
+
+def _activate() -> None:
+    try:
+        from spillover._errors import SpilloverError
+        from spillover.emulator._activation import activate, report_at_exit
+        from spillover.emulator._options import Options
+    except ImportError as error:
+        _stop(
+            f"{sys.executable} cannot import spillover ({error}); install it into that "
+            "environment, or name another python"
+        )
+    try:
+        if activate(Options.from_environment()):
+            report_at_exit()
+    except (SpilloverError, FileNotFoundError) as error:
+        _stop(str(error))
+
+
+if os.environ.get("SPILLOVER_EMULATOR") == "1":
+    _activate()
+_run_hidden_sitecustomize()

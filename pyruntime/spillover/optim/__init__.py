@@ -1,0 +1,5 @@
+"""Optimizers whose state lives on the host."""
+
+from spillover.optim._adamw import AdamW
+
+__all__ = ["AdamW"]
