@@ -1,0 +1,1 @@
+"""Benchmarks: ours, the peers and the physical limit in one run, on verified data."""

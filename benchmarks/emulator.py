@@ -1,0 +1,127 @@
+"""Cost of the emulated device: what it adds to an operator over the CPU kernel that it runs.
+
+The physical limit is the CPU operator itself, timed in turn with the emulated one on tensors of the
+same shape, so each figure is what emulation adds. Results are compared bit for bit. No peer
+emulates a CUDA device under PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+from benchmarks import _harness
+
+# Runs in a process of its own for each policy of the checker; prints one JSON object.
+_PROGRAM = r"""
+import json, statistics, sys, time
+import spillover.emulator
+policy, repeats, calls = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+spillover.emulator.enable(vram="1GiB", hazards=policy)
+import torch
+import torch.nn.functional as F
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+SIZE = 1024
+
+def operands(device):
+    generator = torch.Generator().manual_seed(1)
+    new = lambda *shape: torch.rand(*shape, generator=generator).to(device)
+    return {"a": new(SIZE), "b": new(SIZE), "m": new(32, 32), "n": new(32, 32),
+            "w": new(32), "i": torch.arange(32, device=device)}
+
+OPERATORS = {
+    "add": lambda t: t["a"] + t["b"],
+    "mul_scalar": lambda t: t["a"] * 2.0,
+    "add_": lambda t: t["a"].add_(t["b"], alpha=0.0),
+    "exp": lambda t: t["a"].exp(),
+    "sum": lambda t: t["a"].sum(),
+    "mm": lambda t: t["m"] @ t["n"],
+    "linear": lambda t: F.linear(t["m"], t["n"], t["w"]),
+    "gelu": lambda t: F.gelu(t["a"]),
+    "layer_norm": lambda t: F.layer_norm(t["m"], (32,), t["w"], t["w"]),
+    "softmax": lambda t: t["m"].softmax(-1),
+    "index_select": lambda t: t["m"].index_select(0, t["i"]),
+    "cat": lambda t: torch.cat([t["a"], t["b"]]),
+    "where": lambda t: torch.where(t["a"] > 0.5, t["a"], t["b"]),
+    "clone": lambda t: t["a"].clone(),
+}
+
+def time_calls(function, tensors):
+    start = time.perf_counter_ns()
+    for _ in range(calls):
+        function(tensors)
+    return (time.perf_counter_ns() - start) / calls / 1e3
+
+cpu, cuda = operands("cpu"), operands("cuda")
+result = {"operators": {}, "equal": True}
+with torch.no_grad():
+    for name, function in OPERATORS.items():
+        result["equal"] &= torch.equal(function(cpu), function(cuda).cpu())
+        pairs = []
+        for _ in range(repeats):
+            pairs.append((time_calls(function, cpu), time_calls(function, cuda)))
+        result["operators"][name] = {
+            "cpu_us": statistics.median(p[0] for p in pairs),
+            "cuda_us": statistics.median(p[1] for p in pairs),
+            "added_us": statistics.median(p[1] - p[0] for p in pairs),
+        }
+
+host, device = torch.ones(SIZE).pin_memory(), torch.empty(SIZE, device="cuda")
+def copy(_):
+    device.copy_(host, non_blocking=True)
+samples = []
+for _ in range(repeats):
+    samples.append(time_calls(copy, None))
+    torch.cuda.synchronize()
+result["copy_us"] = statistics.median(samples)
+event = torch.cuda.Event()
+samples = []
+for _ in range(repeats):
+    samples.append(time_calls(lambda _: event.record(), None))
+    torch.cuda.synchronize()
+result["event_record_us"] = statistics.median(samples)
+result["hazards"] = len(spillover.emulator.hazards()) if policy != "off" else 0
+print(json.dumps(result))
+"""
+
+
+def _measure(policy: str, *, quick: bool) -> dict[str, Any]:
+    repeats, calls = (5, 200) if quick else (21, 1000)
+    output = subprocess.run(
+        [sys.executable, "-c", _PROGRAM, policy, str(repeats), str(calls)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    if not result["equal"] or result["hazards"]:
+        raise AssertionError(f"the emulated operators are wrong with hazards={policy}: {result}")
+    return result
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """Measure with the happens-before checker on (as tests and users run it) and off."""
+    checked, unchecked = _measure("raise", quick=quick), _measure("off", quick=quick)
+
+    def added(result: dict[str, Any]) -> dict[str, float]:
+        return _harness.spread([row["added_us"] for row in result["operators"].values()])
+
+    return {
+        "metrics": {
+            "op_overhead_us_median": added(checked)["median"],
+            "op_overhead_us_max": added(checked)["max"],
+            "op_overhead_unchecked_us_median": added(unchecked)["median"],
+            "copy_launch_us_median": checked["copy_us"],
+            "event_record_us_median": checked["event_record_us"],
+        },
+        "details": {"checked": checked, "unchecked": unchecked},
+        "notes": [
+            "added by emulation to the same operator on the CPU, 1,024 elements, one thread, "
+            "checker on; median over operators of medians over paired repeats",
+            "emulated times say nothing about a GPU",
+        ],
+    }

@@ -1,0 +1,90 @@
+"""What the pool's tests share: driver calls that they make themselves, and a view of the pool.
+
+The library is the one that is loaded already, the emulated driver or the real one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from spillover import _core
+
+
+class Cuda:
+    """Calls the CUDA driver on device 0; every handle and address is an int."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._call("cuInit", ctypes.c_uint(0))
+        context = ctypes.c_void_p()
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
+        self._context = context
+        self.use_device()
+
+    def _call(self, name: str, *arguments: object) -> None:
+        result = getattr(self._library, name)(*arguments)
+        assert result == 0, f"{name} failed with CUresult {result}"
+
+    def use_device(self) -> None:
+        """Make the device's context current on this thread."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def create_stream(self) -> int:
+        """Give a new non-blocking stream."""
+        stream = ctypes.c_void_p()
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
+        assert stream.value is not None
+        return stream.value
+
+    def destroy_stream(self, stream: int) -> None:
+        self._call("cuStreamDestroy_v2", ctypes.c_void_p(stream))
+
+    def fill(self, address: int, size_bytes: int, stream: int) -> None:
+        """Write to device memory in stream order."""
+        self._call(
+            "cuMemsetD8Async",
+            ctypes.c_uint64(address),
+            ctypes.c_ubyte(7),
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def create_event(self) -> int:
+        event = ctypes.c_void_p()
+        self._call("cuEventCreate", ctypes.byref(event), ctypes.c_uint(2))
+        assert event.value is not None
+        return event.value
+
+    def destroy_event(self, event: int) -> None:
+        self._call("cuEventDestroy_v2", ctypes.c_void_p(event))
+
+    def record(self, event: int, stream: int) -> None:
+        self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
+
+    def is_complete(self, event: int) -> bool:
+        result = self._library.cuEventQuery(ctypes.c_void_p(event))
+        assert result in (0, 600), f"cuEventQuery failed with CUresult {result}"
+        return bool(result == 0)
+
+    def order(self, first: int, then: int) -> None:
+        """Make the next work of stream ``then`` wait for the work of stream ``first``."""
+        event = self.create_event()
+        self.record(event, first)
+        self._call(
+            "cuStreamWaitEvent", ctypes.c_void_p(then), ctypes.c_void_p(event), ctypes.c_uint(0)
+        )
+        self.destroy_event(event)
+
+    def synchronize(self) -> None:
+        """Wait for all of the device's work."""
+        self._call("cuCtxSynchronize")
+
+
+def live_blocks(pool: _core.Pool) -> dict[int, int]:
+    """Address and size of each live block."""
+    return {
+        block["address"]: block["size_bytes"]
+        for segment in pool.segments()
+        for block in segment["blocks"]
+        if block["state"] == "live"
+    }

@@ -1,0 +1,104 @@
+"""The C interface of the pool, as the torch adapter and other C users see it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from spillover import _core
+from spillover._paths import library_path
+
+OK, INVALID_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+@pytest.fixture
+def library(pool: _core.Pool) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(library_path("libspillover.so")))
+    library.spillover_last_error.restype = ctypes.c_char_p
+    library.spillover_alloc.argtypes = [
+        ctypes.c_int,
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_void_p),
+    ]
+    for name in ("spillover_free", "spillover_device_of"):
+        getattr(library, name).argtypes = [ctypes.c_void_p]
+    library.spillover_record_stream.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.spillover_base.argtypes = [
+        ctypes.c_void_p,
+        ctypes.POINTER(ctypes.c_void_p),
+        ctypes.POINTER(ctypes.c_size_t),
+    ]
+    return library
+
+
+def alloc(library: ctypes.CDLL, size_bytes: int) -> int:
+    out = ctypes.c_void_p()
+    assert library.spillover_alloc(0, size_bytes, None, ctypes.byref(out)) == OK
+    return out.value or 0
+
+
+def test_python_and_c_share_one_pool(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    address = alloc(library, 1000)
+    assert _core.device_of(address) == 0
+    pool.free(address)
+    assert library.spillover_device_of(address) == -1
+
+
+def test_base_of_any_address_inside_a_segment(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    first, second = alloc(library, 1000), alloc(library, 1000)
+    base, size = ctypes.c_void_p(), ctypes.c_size_t()
+    for address in (first, second, second + 100):
+        assert library.spillover_base(address, ctypes.byref(base), ctypes.byref(size)) == OK
+        assert (base.value, size.value) == (first, 2 << 20)
+    assert library.spillover_base(4096, ctypes.byref(base), ctypes.byref(size)) == INVALID_ARGUMENT
+    assert b"not in spillover's device memory" in library.spillover_last_error()
+
+
+def test_failures_give_a_status_and_a_sentence(library: ctypes.CDLL) -> None:
+    out = ctypes.c_void_p(123)
+    assert library.spillover_alloc(0, 1 << 50, None, ctypes.byref(out)) == OUT_OF_MEMORY
+    assert out.value == 123
+    assert b"is out of memory" in library.spillover_last_error()
+    assert library.spillover_alloc(63, 100, None, ctypes.byref(out)) == INVALID_ARGUMENT
+    assert b"device 63 does not exist" in library.spillover_last_error()
+    assert library.spillover_alloc(0, 100, None, None) == INVALID_ARGUMENT
+    assert library.spillover_free(4096) == INVALID_ARGUMENT
+    assert library.spillover_stats(0, None) == INVALID_ARGUMENT
+    assert library.spillover_visit_segments(0, None, None) == INVALID_ARGUMENT
+
+
+def test_null_and_size_zero_are_allowed(library: ctypes.CDLL) -> None:
+    assert alloc(library, 0) == 0
+    assert library.spillover_free(None) == OK
+    assert library.spillover_record_stream(None, None) == OK
+    assert library.spillover_device_of(None) == -1
+
+
+def test_the_header_is_plain_c(tmp_path: Path) -> None:
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = tmp_path / "use.c"
+    source.write_text(
+        '#include "allocator/c_api.h"\nint main(void) { return spillover_abi_version() - 1; }\n'
+    )
+    subprocess.run(
+        [
+            compiler,
+            "-std=c99",
+            "-pedantic-errors",
+            "-Wall",
+            "-Werror",
+            f"-I{CSRC}",
+            "-fsyntax-only",
+            str(source),
+        ],
+        check=True,
+    )

@@ -1,0 +1,164 @@
+"""The pool and its process: what is left at the end, and what a forked child may do."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+
+
+def test_nothing_is_left_after_trim(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    run_emulated(
+        """
+        import random
+        from spillover import _core, emulator
+
+        pool = _core.Pool(0)
+        generator = random.Random(0)
+        live = []
+        for _ in range(500):
+            if live and generator.random() < 0.5:
+                pool.free(live.pop(generator.randrange(len(live))))
+            else:
+                live.append(pool.alloc(generator.choice([1, 700, 90_000, 1 << 20, 3 << 20])))
+        for address in live:
+            pool.free(address)
+        assert emulator.live().device_bytes > 0
+        pool.trim()
+        assert emulator.live().device_bytes == 0, emulator.live()
+        assert emulator.live().device_allocations == 0, emulator.live()
+        """,
+        vram="2GiB",
+    )
+
+
+def test_the_whole_device_can_be_used_and_then_fails(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    result = run_emulated(
+        """
+        from spillover import _core
+
+        pool = _core.Pool(0)
+        held = []
+        try:
+            while True:
+                held.append(pool.alloc(8 << 20))
+        except RuntimeError as error:
+            print(error)
+        # Blocks of 8 MiB are cut from segments of 20 MiB.
+        assert len(held) == 6, len(held)
+        pool.free(held.pop(3))
+        held.append(pool.alloc(8 << 20))
+        pool.check_invariants()
+        for address in held:
+            pool.free(address)
+        # Everything is cached in pieces; one large request takes it all.
+        pool.free(pool.alloc(60 << 20))
+        pool.trim()
+        """,
+        vram="64MiB",
+    )
+    assert "8.00 MiB requested" in result.stdout
+
+
+def test_a_forked_child_leaves_the_parents_pool_alone(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Even while another thread of the parent holds the pool's lock at the moment of the fork."""
+    result = run_emulated(
+        """
+        import os, threading, warnings
+        import spillover
+        from spillover import _core
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pool = _core.Pool(0)
+        address = pool.alloc(4096)
+        stop = threading.Event()
+
+        def churn():
+            while not stop.is_set():
+                pool.free(pool.alloc(2 << 20))
+
+        thread = threading.Thread(target=churn)
+        thread.start()
+        calls = {
+            "alloc": lambda: pool.alloc(100),
+            "free": lambda: pool.free(address),
+            "record_stream": lambda: pool.record_stream(address, 0),
+            "stats": pool.stats,
+            "segments": pool.segments,
+            "trim": pool.trim,
+            "check": pool.check_invariants,
+            "version": _core.driver_version,
+            "count": _core.device_count,
+            "memory": _core.memory_info,
+        }
+        for _ in range(5):
+            child = os.fork()
+            if child == 0:
+                wrong = []
+                for name, call in calls.items():
+                    try:
+                        call()
+                        wrong.append(name)
+                    except spillover.StateError as error:
+                        if "forked child" not in str(error):
+                            wrong.append(name)
+                if _core.driver_available() or _core.device_of(address) != -1:
+                    wrong.append("queries")
+                os._exit(len(wrong))
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == 0, status
+        stop.set()
+        thread.join()
+        pool.free(address)
+        pool.check_invariants()
+        print("parent is fine")
+        """,
+        timeout=60,
+    )
+    assert "parent is fine" in result.stdout
+
+
+def test_a_child_forked_before_the_first_call_may_use_the_pool(
+    run_python: Callable[..., str],
+) -> None:
+    output = run_python(
+        "import os\n"
+        "import spillover.emulator\n"
+        "from spillover import _core\n"
+        "child = os.fork()\n"
+        "spillover.emulator.enable(vram='64MiB')\n"
+        "pool = _core.Pool(0)\n"
+        "pool.free(pool.alloc(100))\n"
+        "if child:\n"
+        "    _, status = os.waitpid(child, 0)\n"
+        "    print('child', os.waitstatus_to_exitcode(status))\n"
+    )
+    assert output == "child 0\n"
+
+
+def test_a_child_of_a_process_that_only_started_the_driver_is_told_why(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Enabling the emulator starts the driver, as importing other CUDA libraries may do."""
+    run_emulated(
+        """
+        import os
+        import spillover
+        from spillover import _core
+
+        child = os.fork()
+        if child == 0:
+            try:
+                _core.Pool(0)
+            except spillover.DriverError as error:
+                os._exit(0 if "forked child" in str(error) else 2)
+            os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.waitstatus_to_exitcode(status) == 0, status
+        """
+    )

@@ -1,0 +1,86 @@
+"""The pool under several threads that free each other's blocks."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+
+from cuda_calls import Cuda
+
+from spillover import _core
+
+MIB = 1 << 20
+THREADS = 4
+STEPS = 250
+
+
+def test_threads_free_each_others_blocks(pool: _core.Pool, cuda: Cuda) -> None:
+    mailboxes: list[queue.SimpleQueue[int]] = [queue.SimpleQueue() for _ in range(THREADS)]
+    failures: list[BaseException] = []
+    owners: dict[int, int] = {}
+    owners_lock = threading.Lock()
+    streams = [cuda.create_stream() for _ in range(THREADS)]
+
+    def work(index: int) -> None:
+        try:
+            cuda.use_device()
+            generator = random.Random(index)
+            for step in range(STEPS):
+                size = generator.choice([100, 5000, MIB // 3, MIB, 2 * MIB])
+                address = pool.alloc(size, streams[index])
+                with owners_lock:
+                    assert address not in owners, "a live block was given out again"
+                    owners[address] = index
+                if step % 7 == 0:
+                    pool.record_stream(address, streams[generator.randrange(THREADS)])
+                mailboxes[generator.randrange(THREADS)].put(address)
+                while generator.random() < 0.6 and not mailboxes[index].empty():
+                    freed = mailboxes[index].get()
+                    with owners_lock:
+                        del owners[freed]
+                    pool.free(freed)
+                if step % 100 == 50:
+                    pool.trim()
+                    pool.check_invariants()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    pool.check_invariants()
+    left = sum(mailbox.qsize() for mailbox in mailboxes)
+    stats = pool.stats()
+    assert stats["allocation"]["all"]["current"] == left == len(owners)
+    assert stats["allocation"]["all"]["allocated"] == THREADS * STEPS
+    for address in owners:
+        pool.free(address)
+    for stream in streams:
+        cuda.destroy_stream(stream)
+
+
+def test_another_threads_default_stream_is_waited_for(pool: _core.Pool, cuda: Cuda) -> None:
+    """One handle names every thread's own default stream: blocks must not cross threads by it."""
+    per_thread = 2
+    address = pool.alloc(3 * MIB, per_thread)
+    pool.free(address)
+    found: list[int] = []
+
+    def work() -> None:
+        cuda.use_device()
+        found.append(pool.alloc(3 * MIB, per_thread))
+        noted = pool.alloc(3 * MIB)
+        pool.record_stream(noted, per_thread)
+        found.append(noted)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found[0] != address
+    # This thread cannot mark the other's stream, so the free waits for the device.
+    pool.free(found[1])
+    assert pool.stats()["active"]["all"]["current"] == 1

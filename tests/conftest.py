@@ -1,0 +1,91 @@
+"""Gives the whole test session one emulated device, before anything imports torch.
+
+Tests that need another device (a smaller one, another schedule, our allocator installed) run a
+program of their own through ``run_emulated``.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from spillover import emulator
+
+ROOT = Path(__file__).resolve().parents[1]
+ON_GPU = os.environ.get("SPILLOVER_TEST_GPU") == "1"
+
+if not ON_GPU:
+    emulator.enable(vram="2GiB", schedule="late", hazards="raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what this session cannot run: GPU tests without a GPU, long ones in `make test`."""
+    soak = os.environ.get("SPILLOVER_SOAK") == "1"
+    for item in items:
+        if item.get_closest_marker("gpu") and not ON_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: run `make test-gpu`"))
+        if item.get_closest_marker("soak") and not soak:
+            item.add_marker(pytest.mark.skip(reason="long: run `make soak`"))
+
+
+@pytest.fixture(autouse=True)
+def hazards() -> Iterator[None]:
+    """Fail a test that leaves a hazard behind; tests that provoke one clear it themselves."""
+    if ON_GPU:
+        yield
+        return
+    emulator.clear_hazards()
+    yield
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    found = emulator.hazards()
+    emulator.clear_hazards()
+    assert not found, "hazards were reported:\n" + "\n".join(found)
+
+
+@pytest.fixture
+def run_emulated() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run Python code in a new process with emulated devices of its own."""
+
+    def run(
+        code: str | Path,
+        *arguments: str,
+        vram: str = "512MiB",
+        schedule: str = "late",
+        hazards: str = "raise",
+        seed: int = 0,
+        devices: int = 1,
+        check: bool = True,
+        timeout: float = 120,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        body = code.read_text() if isinstance(code, Path) else textwrap.dedent(code)
+        prelude = (
+            "import spillover.emulator\n"
+            f"spillover.emulator.enable(vram={vram!r}, schedule={schedule!r}, "
+            f"hazards={hazards!r}, seed={seed}, devices={devices})\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", prelude + body, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
+            check=False,
+        )
+        if check:
+            assert result.returncode == 0, (
+                f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+            )
+        return result
+
+    return run

@@ -1,0 +1,143 @@
+"""`spillover emulate` and `spillover.emulator.enable` as a user meets them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from spillover import ConfigError, StateError, emulator
+from spillover.emulator import Options
+
+SCRIPT = """
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+
+def main():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4).to("cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = TensorDataset(torch.arange(64.0).view(8, 8))
+    for (batch,) in DataLoader(data, batch_size=4, num_workers=int(sys.argv[1]), pin_memory=True):
+        loss = model(batch.cuda(non_blocking=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+    print("capacity", torch.cuda.mem_get_info()[1], "done")
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def emulate(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spillover", "emulate", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **kwargs,  # type: ignore[call-overload]
+    )
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unmodified_script(tmp_path: Path, workers: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    result = emulate("--vram", "256MiB", "--", "python", str(script), workers)
+    assert result.returncode == 0, result.stderr
+    assert f"capacity {256 << 20} done" in result.stdout
+    assert "hazards: 0" in result.stderr
+
+
+def test_child_processes_are_emulated_too(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import subprocess, sys
+            sys.exit(subprocess.call([sys.executable, "-c",
+                "import torch; print(torch.ones(3, device='cuda').sum().item())"]))
+            """
+        )
+    )
+    result = emulate("--", "python", str(script))
+    assert (result.returncode, result.stdout.strip()) == (0, "3.0"), result.stderr
+
+
+def test_exit_code_and_signal_reach_the_caller() -> None:
+    assert emulate("--", "python", "-c", "raise SystemExit(7)").returncode == 7
+    kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    assert emulate("--", "python", "-c", kill).returncode == 128 + 15
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--vram", "lots", "--", "true"], "vram='lots' is not a size"),
+        (["--vram", "1KiB", "--", "true"], "vram must be at least 4MiB"),
+        (["--schedule", "soon", "--", "true"], "schedule='soon' is not known; choose one of late"),
+        (["--devices", "0", "--", "true"], "devices must be 1 to 16, got 0"),
+        (["--", "no-such-program"], "there is no program 'no-such-program'"),
+        ([], "name a command"),
+    ],
+)
+def test_wrong_input(arguments: list[str], message: str) -> None:
+    result = emulate(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_check_reports_what_works() -> None:
+    result = emulate("--check", "--vram", "256MiB")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "training" in result.stdout
+    assert "fails" not in result.stdout
+
+
+def test_enable_after_torch_is_an_error() -> None:
+    code = "import torch, spillover; spillover.emulator.enable()"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert "came after 'import torch'" in result.stderr
+
+
+def test_enable_twice() -> None:
+    assert emulator.is_enabled()
+    with pytest.raises(StateError, match="enabled already"):
+        emulator.enable(vram="1GiB")
+
+
+def test_spillover_0_leaves_torch_alone() -> None:
+    code = """
+        import spillover
+        assert spillover.emulator.enable() is False
+        import torch
+        assert not torch.cuda.is_available()
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"SPILLOVER": "0", "PATH": "/usr/bin:/bin"},
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_options_from_environment() -> None:
+    options = Options.from_environment(
+        {"SPILLOVER_EMULATOR_VRAM": "64MiB", "SPILLOVER_EMULATOR_SEED": "5"},
+        given={"schedule": "random"},
+        defaults={"hazards": "warn"},
+    )
+    assert options == Options(vram="64MiB", seed=5, schedule="random", hazards="warn")
+    with pytest.raises(ConfigError, match="SPILLOVER_EMULATOR_SEED='x' is not a number"):
+        Options.from_environment({"SPILLOVER_EMULATOR_SEED": "x"})
+    with pytest.raises(ConfigError, match="SPILLOVER_EMULATOR_POISON='yes' is not known"):
+        Options.from_environment({"SPILLOVER_EMULATOR_POISON": "yes"})

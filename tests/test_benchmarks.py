@@ -1,0 +1,43 @@
+"""Every benchmark runs in its quick form, so that none rots. Its timings are not judged here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXPECTED = {"emulator": {"op_overhead_us_median"}}
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_every_benchmark_is_tested() -> None:
+    assert set(benchmarks("--list").stdout.split()) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_quick(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    result = benchmarks(name, "--quick", "--json", str(file))
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads(file.read_text())["metrics"]
+    assert metrics.keys() >= EXPECTED[name]
+    assert all(isinstance(value, int | float) for value in metrics.values())
+
+
+def test_wrong_name_lists_the_right_ones() -> None:
+    result = benchmarks("nothing")
+    assert result.returncode == 2
+    assert "emulator" in result.stderr

@@ -1,0 +1,107 @@
+"""The layers of csrc/README.md hold: a file includes only from its own layer and those below."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CSRC = ROOT / "csrc"
+PACKAGE = ROOT / "pyruntime" / "spillover"
+
+#: layer -> layers that it may include from, besides itself
+ALLOWED = {
+    "base": set(),
+    "driver": {"base"},
+    "allocator": {"base", "driver"},
+    "tiers": {"base", "driver"},
+    "bindings": {"base", "driver", "allocator", "tiers"},
+    # The adapter sees only the C interface, so that it can be built without the other sources.
+    "torch_adapter": {"allocator/c_api.h"},
+    "emulator/core": set(),
+    "emulator/libcuda": {"emulator/core"},
+    "emulator/libcudart": {"emulator/core/c_api.h", "emulator/core/kernel_api.h"},
+    "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
+    "emulator/aten": {"emulator/core/c_api.h"},
+}
+CUDA_LAYERS = {"driver", "torch_adapter"}
+PYTHON_LAYERS = {"bindings", "torch_adapter"}
+TORCH_LAYERS = {"torch_adapter", "emulator/aten"}
+
+CUDA = re.compile(r"cuda(_runtime(_api)?)?\.h|driver_types\.h")
+TORCH = re.compile(r"(torch|ATen|c10|caffe2)/")
+PYTHON = re.compile(r"Python\.h|pybind11/")
+INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
+
+SOURCES = sorted(
+    path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".hpp", ".h", ".cu", ".inc"}
+)
+
+
+def layer_of(path: str) -> str:
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] == "emulator" and len(parts) > 2 else parts[0]
+
+
+def test_there_are_sources() -> None:
+    assert {layer_of(str(path.relative_to(CSRC))) for path in SOURCES} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_includes_respect_layers(path: Path) -> None:
+    layer = layer_of(str(path.relative_to(CSRC)))
+    for header in INCLUDE.findall(path.read_text()):
+        if CUDA.fullmatch(header):
+            assert layer in CUDA_LAYERS or layer.startswith("emulator"), header
+        elif TORCH.match(header):
+            assert layer in TORCH_LAYERS, header
+        elif PYTHON.match(header):
+            assert layer in PYTHON_LAYERS, header
+        elif (CSRC / header).exists():
+            other = layer_of(header)
+            assert other == layer or other in ALLOWED[layer] or header in ALLOWED[layer], header
+
+
+def test_io_uring_is_confined() -> None:
+    users = [path.name for path in SOURCES if "io_uring" in path.read_text().replace("//", "")]
+    code_users = [
+        name
+        for name in users
+        if re.search(r"io_uring_(setup|enter|register)", (next(CSRC.rglob(name))).read_text())
+    ]
+    assert len(code_users) <= 1
+
+
+def module_level_imports(path: Path) -> set[str]:
+    """Modules imported when the file is imported, TYPE_CHECKING blocks left out."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_python_private_modules_stay_private() -> None:
+    """Nothing imports another package's private module, but for the shared ones."""
+    shared = {
+        "spillover._build",
+        "spillover._core",
+        "spillover._errors",
+        "spillover._layout",
+        "spillover._paths",
+        "spillover._pinned",
+        "spillover._settings",
+        "spillover._streams",
+        "spillover._units",
+    }
+    for path in PACKAGE.rglob("*.py"):
+        package = "spillover." + path.relative_to(PACKAGE).parts[0]
+        for name in module_level_imports(path):
+            if name.startswith("spillover.") and "._" in name:
+                own = name.startswith(package + ".") or name.startswith(package + "._")
+                assert own or ".".join(name.split(".")[:2]) in shared, f"{path.name}: {name}"
