@@ -127,11 +127,11 @@ def claims(plain: Run, offloaded: Run, reference: Run, limit_bytes: int) -> dict
 def table_of(runs: list[Run]) -> Table:
     """The comparison as a table."""
     table = Table(title="Training a small GPT on the standard library's sources")
-    for column in ("run", "peak device", "host", "disk written", "s/step", "first", "last loss"):
-        table.add_column(column, justify="left" if column == "run" else "right")
+    for column in ("run", "device peak", "host", "disk", "s/step", "first loss", "last"):
+        table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in runs:
         if not run.totals:
-            outcome = "torch.OutOfMemoryError" if run.error else f"exit code {run.exit_code}"
+            outcome = "out of memory" if run.error else f"exit code {run.exit_code}"
             table.add_row(run.title, f"[red]{outcome}", "", "", "", "", "")
             continue
         table.add_row(
@@ -171,9 +171,9 @@ def draw(runs: list[Run], limit_bytes: int, path: Path) -> None:
 def main() -> int:
     """Run the demo; 0 only if all that it claims held."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--limit", default="104MiB", help="device memory of the limited runs")
+    parser.add_argument("--limit", default="96MiB", help="device memory of the limited runs")
     parser.add_argument("--report", type=Path, default=Path("demo-report"))
     arguments = parser.parse_args()
     limit_bytes = parse_bytes(arguments.limit, name="--limit")
@@ -193,7 +193,7 @@ def main() -> int:
 
     common = ["--steps", str(arguments.steps), "--batch", str(arguments.batch)]
     limited = [*common, "--limit-bytes", str(limit_bytes if real_gpu else 0)]
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn())
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
     with (
         tempfile.TemporaryDirectory(prefix="spill-", dir=report_folder) as spill,
         Progress(
@@ -201,24 +201,24 @@ def main() -> int:
         ) as progress,
     ):
         plain = train(
-            "plain, under the limit",
+            "plain, limit",
             ["--mode", "plain", *limited],
             device(arguments.limit),
             progress,
         )
         offloaded = train(
-            "spillover, under the limit",
+            "spillover, limit",
             ["--mode", "offload", "--spill", spill, *limited],
             device(arguments.limit),
             progress,
         )
         reference = train(
-            "plain, without the limit", ["--mode", "plain", *common], device(UNLIMITED), progress
+            "plain, no limit", ["--mode", "plain", *common], device(UNLIMITED), progress
         )
 
     runs = [plain, offloaded, reference]
     if plain.error:
-        console.print(f"[red]plain, under the limit:[/] torch.OutOfMemoryError: {plain.error}")
+        console.print(f"[red]plain, limited:[/] torch.OutOfMemoryError: {plain.error}")
     for run in runs:
         if run.exit_code != 0:
             console.print(f"[red]{run.title}: exit code {run.exit_code}[/]\n{run.stderr_tail}")

@@ -96,7 +96,9 @@ def train(torch: Any, arguments: argparse.Namespace) -> None:
     if offload:
         spillover.stream_parameters(model, resident=0)
         optimizer: Any = spillover.optim.AdamW(model.parameters(), lr=1e-3, tier="host")
-        activations = spillover.offload_activations(tier="disk", directory=arguments.spill)
+        activations = spillover.offload_activations(
+            tier="disk", directory=arguments.spill, prefetch="8MiB", inflight="8MiB"
+        )
     else:
         model.to("cuda")
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -127,7 +129,7 @@ def train(torch: Any, arguments: argparse.Namespace) -> None:
 def _host_bytes() -> int:
     from spillover._pinned import host_stats
 
-    return int(host_stats()["peak_bytes"])
+    return int(host_stats().used_bytes_max)
 
 
 if __name__ == "__main__":

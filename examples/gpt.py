@@ -17,9 +17,9 @@ VOCABULARY = 256  # bytes
 class Config:
     """Shape of the model. ``width`` must be a multiple of ``heads``."""
 
-    layers: int = 10
-    width: int = 512
-    heads: int = 8
+    layers: int = 20
+    width: int = 384
+    heads: int = 6
     context: int = 128
 
 

@@ -107,6 +107,32 @@ def test_enable_after_torch_is_an_error() -> None:
     assert "came after 'import torch'" in result.stderr
 
 
+def test_asking_for_torch_before_importing_it(run_emulated) -> None:
+    """Many libraries probe for torch; the import that follows is emulated all the same."""
+    run_emulated(
+        """
+        import importlib.util
+        for _ in range(2):
+            assert importlib.util.find_spec("torch") is not None
+        import torch
+        assert torch.ones(3, device="cuda").sum().item() == 3
+        assert type(torch.__spec__.loader).__name__ == "SourceFileLoader"
+        """
+    )
+
+
+def test_a_forked_child_may_use_the_device_that_its_parent_did_not(run_emulated) -> None:
+    run_emulated(
+        """
+        import os, torch
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.ones(3, device="cuda").sum().item() == 3 else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """
+    )
+
+
 def test_enable_twice() -> None:
     assert emulator.is_enabled()
     with pytest.raises(StateError, match="enabled already"):

@@ -115,7 +115,9 @@ def address_recycled_early(*, fixed: bool = False) -> None:
         while cuda.status("cuEventQuery", event) == NOT_READY:
             pass
     status = cuda.operator(main, "aten::fill_", writes=[(pointer, SIZE)])
-    words = "write of .* by aten::fill_ .* after read by memcpy device-to-host .*make the writer wait"
+    words = (
+        "write of .* by aten::fill_ .* after read by memcpy device-to-host .*make the writer wait"
+    )
     check(cuda, status, fixed=fixed, words=words)
 
 

@@ -352,8 +352,6 @@ def test_threaded_runs_by_itself() -> None:
 
 
 def test_random_is_seeded() -> None:
-    traces = [
-        run_program(random_order, schedule="random", seed=seed).stdout for seed in (1, 1, 2)
-    ]
+    traces = [run_program(random_order, schedule="random", seed=seed).stdout for seed in (1, 1, 2)]
     assert traces[0] == traces[1]
     assert len(set(traces)) == 2

@@ -84,7 +84,9 @@ def access() -> None:
 def invalid_requests() -> None:
     cuda = Driver()
     handle, pointer = cuda.create(4 * MIB), cuda.reserve(8 * MIB)
-    expect(INVALID_VALUE, cuda.status("cuMemCreate", byref(c_uint64()), MIB, byref(properties()), 0))
+    expect(
+        INVALID_VALUE, cuda.status("cuMemCreate", byref(c_uint64()), MIB, byref(properties()), 0)
+    )
     too_much = cuda.status("cuMemCreate", byref(c_uint64()), 62 * MIB, byref(properties()), 0)
     expect(OUT_OF_MEMORY, too_much)
     wrong = properties(device=1)

@@ -1,8 +1,8 @@
 #include "emulator/aten/operator_kernel.hpp"
 
 #include <ATen/core/List.h>
-#include <ATen/cuda/EmptyTensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -164,10 +164,7 @@ class OperatorCall {
                                 plan_.name, " is not emulated where it returns a tensor of layout ",
                                 host.layout(), "; run it on the CPU");
     if (c10::StorageImpl* storage = aliases_.device_storage_of(host)) return view(host, storage);
-    at::Tensor device = at::Tensor(
-        at::detail::empty_strided_cuda(host.sizes(), host.strides(), host.scalar_type(),
-                                       c10::Device(c10::DeviceType::CUDA, stream_.device_index())));
-    fill(device, host);
+    at::Tensor device = copy_to_device(host);
     if (checking_) append_ranges(device, /*is_written=*/true, ranges_);
     return device;
   }
@@ -184,17 +181,30 @@ class OperatorCall {
     return device;
   }
 
-  static void fill(const at::Tensor& device, const at::Tensor& host) {
+  // A new CUDA tensor with a CPU result's bytes. It is put together here and not by torch's
+  // factory, whose checks of devices and options are a large part of what a small operator costs.
+  static at::Tensor copy_to_device(const at::Tensor& host) {
+    // Equal strides on both sides: the covering extent can be copied at once, gaps included.
+    int64_t extent = host.numel() == 0 ? 0 : 1;
+    for (int64_t i = 0; extent != 0 && i < host.dim(); ++i) {
+      extent += (host.size(i) - 1) * host.stride(i);
+    }
+    const size_t size_bytes = static_cast<size_t>(extent) * host.element_size();
+    c10::Allocator* allocator = c10::cuda::CUDACachingAllocator::get();
+    at::Tensor device = at::detail::make_tensor<c10::TensorImpl>(
+        c10::Storage(c10::Storage::use_byte_size_t(), size_bytes, allocator->allocate(size_bytes),
+                     allocator, /*resizable=*/true),
+        c10::DispatchKeySet(c10::DispatchKey::CUDA), host.dtype());
     c10::TensorImpl* impl = device.unsafeGetTensorImpl();
+    impl->set_sizes_and_strides(host.sizes(), host.strides());
     if (host.is_conj()) impl->_set_conj(true);
     if (host.is_neg()) impl->_set_neg(true);
     if (host.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
-    if (host.numel() == 0) return;
-    // Equal strides on both sides: the covering extent can be copied at once, gaps included.
-    int64_t extent = 1;
-    for (int64_t i = 0; i < host.dim(); ++i) extent += (host.size(i) - 1) * host.stride(i);
-    std::memcpy(spillover_emulator_host_pointer(impl->data()), host.const_data_ptr(),
-                static_cast<size_t>(extent) * host.element_size());
+    if (size_bytes != 0) {
+      std::memcpy(spillover_emulator_host_pointer(device.storage().data()), host.const_data_ptr(),
+                  size_bytes);
+    }
+    return device;
   }
 
   void report() {

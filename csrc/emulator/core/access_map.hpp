@@ -1,5 +1,6 @@
-// Who touched which bytes last: a map from disjoint address ranges to their last write and the reads
-// since then, at most one an actor. Device and pinned memory alike; pageable memory never gets here.
+// Who touched which bytes last: a map from disjoint address ranges to their last write and the
+// reads since then, at most one an actor. Device and pinned memory alike; pageable memory never
+// gets here.
 //
 // Owned by the HazardChecker; guarded by Machine::mutex.
 //
@@ -34,9 +35,9 @@ struct Conflict {
 
 class AccessMap {
  public:
-  // Records an access of [begin, end) and returns true with the first earlier access that conflicts with
-  // it and that `clock`, what the accessing actor knows, does not cover.
-  // A free counts as a write.
+  // Records an access of [begin, end) and returns true with the first earlier access that conflicts
+  // with it and that `clock`, what the accessing actor knows, does not cover. A free counts as a
+  // write.
   bool record(Address begin, Address end, AccessKind kind, const Access& access,
               const VectorClock& clock, Conflict* conflict);
 
@@ -65,9 +66,9 @@ class AccessMap {
   bool record_read(Address begin, Address end, const Access& access, const VectorClock& clock,
                    Conflict* conflict);
 
-  // Programs touch the same buffers again and again, so most accesses are to a segment that is exactly
-  // there; this finds it without a walk down the tree. Slots are valid while their epoch is epoch_, which
-  // changes whenever a segment is erased.
+  // Programs touch the same buffers again and again, so most accesses are to a segment that is
+  // exactly there; this finds it without a walk down the tree. Slots are valid while their epoch is
+  // epoch_, which changes whenever a segment is erased.
   struct CacheSlot {
     std::uint64_t epoch = 0;
     Segments::iterator segment;

@@ -18,10 +18,13 @@ constexpr std::size_t kArenaBytesMax = std::size_t{4} << 40;
 constexpr std::size_t kArenaBytesMin = std::size_t{16} << 30;
 constexpr std::size_t kPoisonFileBytes = std::size_t{32} << 20;
 
-// Below this size, filling costs less than the copies at first write that the poison file brings.
-constexpr std::size_t kPoisonFileUseBytes = std::size_t{4} << 20;
+// From this size on, fresh memory shows the poison file and costs only what is written to. Below
+// it, huge pages that are filled at once are cheaper than many small page faults.
+constexpr std::size_t kPoisonFileUseBytes = std::size_t{64} << 20;
 
-void* at(Address address) { return reinterpret_cast<void*>(address); }
+void* at(Address address) {
+  return reinterpret_cast<void*>(address);
+}
 
 // An unmapped span aligned to the granularity, or 0.
 Address reserve(std::size_t size_bytes) {
@@ -37,8 +40,8 @@ struct Arenas {
   std::size_t size_bytes;
 };
 
-// Both arenas, as large as this process may have them: a limit on address space (ulimit -v) is common
-// in batch systems.
+// Both arenas, as large as this process may have them: a limit on address space (ulimit -v) is
+// common in batch systems.
 const Arenas& arenas() {
   static const Arenas found = [] {
     for (std::size_t size = kArenaBytesMax; size >= kArenaBytesMin; size /= 2) {
@@ -100,10 +103,12 @@ bool AddressSpace::map_fresh(Address address, std::size_t size_bytes, bool poiso
     }
     return true;
   }
-  if (mmap(at(shadow), size_bytes, kAccess,
-           MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED) {
+  if (mmap(at(shadow), size_bytes, kAccess, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
+           -1, 0) == MAP_FAILED) {
     return false;
   }
+  // Page faults dominate a fresh allocation's cost; without huge pages it is slower, not wrong.
+  if (size_bytes >= kGranularityBytes) madvise(at(shadow), size_bytes, MADV_HUGEPAGE);
   if (poison) std::memset(at(shadow), 0xFF, size_bytes);
   return true;
 }

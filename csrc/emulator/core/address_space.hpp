@@ -1,12 +1,13 @@
 // Where device pointers live, and where their bytes live.
 //
-// Note [Two arenas]: device pointers are addresses inside an arena that is never mapped, so that host
-// code which dereferences one gets SIGSEGV, as with a GPU, and nobody else's memory can have such an
-// address. The bytes are at the same offset in a second arena, the shadow, of which only live parts are
-// mapped. Hence "is this a device pointer" and "where are its bytes" are one comparison and one addition.
+// Note [Two arenas]: device pointers are addresses inside an arena that is never mapped, so that
+// host code which dereferences one gets SIGSEGV, as with a GPU, and nobody else's memory can have
+// such an address. The bytes are at the same offset in a second arena, the shadow, of which only
+// live parts are mapped. Hence "is this a device pointer" and "where are its bytes" are one
+// comparison and one addition.
 //
-// One object, made with the Machine. to_host and contains may be called by any thread without a lock;
-// the rest is guarded by Machine::mutex.
+// One object, made with the Machine. to_host and contains may be called by any thread without a
+// lock; the rest is guarded by Machine::mutex.
 #pragma once
 
 #include <cstddef>

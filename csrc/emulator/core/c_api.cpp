@@ -1,5 +1,5 @@
-// The emulator's own C interface (c_api.h, kernel_api.h). Before cuInit, and in a process that was forked
-// after it, the functions do nothing and touch no lock.
+// The emulator's own C interface (c_api.h, kernel_api.h). Before cuInit, and in a process that was
+// forked after it, the functions do nothing and touch no lock.
 #include "emulator/core/c_api.h"
 
 #include <algorithm>
@@ -42,7 +42,8 @@ bool record_all(const spillover_emulator_range* ranges, std::size_t count, Recor
   bool found = false;
   for (std::size_t i = 0; i < count; ++i) {
     const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
-    found = record(kind, reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes) || found;
+    found =
+        record(kind, reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes) || found;
   }
   return found;
 }
@@ -94,9 +95,8 @@ int spillover_emulator_host_access(const char* name, const spillover_emulator_ra
   Machine& machine = Machine::instance();
   if (!machine.hazards.enabled()) return CUDA_SUCCESS;
   const Lock lock(machine.mutex);
-  const bool any_tracked = std::any_of(ranges, ranges + range_count, [&](const auto& range) {
-    return is_tracked(machine, range);
-  });
+  const bool any_tracked = std::any_of(
+      ranges, ranges + range_count, [&](const auto& range) { return is_tracked(machine, range); });
   if (!any_tracked) return CUDA_SUCCESS;
   const bool found = record_all(
       ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
@@ -146,7 +146,9 @@ void spillover_emulator_hazards_clear(void) {
   machine.hazards.clear_reports();
 }
 
-const char* spillover_emulator_last_hazard(void) { return emulator::last_hazard(); }
+const char* spillover_emulator_last_hazard(void) {
+  return emulator::last_hazard();
+}
 
 int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*), void* argument) {
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
@@ -183,8 +185,8 @@ void spillover_emulator_live(size_t* device_bytes, size_t* device_allocations, s
     values[4] = machine.streams.live_count();
     values[5] = machine.events.live_count();
   }
-  std::size_t* const outputs[6] = {device_bytes,   device_allocations, pinned_bytes,
-                                   pinned_regions, streams,            events};
+  std::size_t* const outputs[6] = {
+      device_bytes, device_allocations, pinned_bytes, pinned_regions, streams, events};
   for (std::size_t i = 0; i < 6; ++i) {
     if (outputs[i] != nullptr) *outputs[i] = values[i];
   }
@@ -198,7 +200,9 @@ size_t spillover_emulator_peak_bytes(int device) {
   return machine.budget.peak_bytes(device);
 }
 
-const char* spillover_emulator_config(void) { return emulator::config().description.c_str(); }
+const char* spillover_emulator_config(void) {
+  return emulator::config().description.c_str();
+}
 
 int spillover_emulator_register_kernel(const char* name, spillover_emulator_kernel_body body,
                                        void* user, const size_t* parameter_bytes,
@@ -210,7 +214,8 @@ int spillover_emulator_register_kernel(const char* name, spillover_emulator_kern
   Machine& machine = Machine::instance();
   const Lock lock(machine.mutex);
   machine.kernels.add(
-      {name, body, user, std::vector<std::size_t>(parameter_bytes, parameter_bytes + parameter_count)});
+      {name, body, user,
+       std::vector<std::size_t>(parameter_bytes, parameter_bytes + parameter_count)});
   return CUDA_SUCCESS;
 }
 

@@ -159,10 +159,11 @@ void report(const char* format, ...) {
   const int prefix = std::snprintf(text, sizeof text, "spillover emulator: ");
   va_list arguments;
   va_start(arguments, format);
-  const int length =
-      std::vsnprintf(text + prefix, sizeof text - static_cast<std::size_t>(prefix), format, arguments);
+  const int length = std::vsnprintf(text + prefix, sizeof text - static_cast<std::size_t>(prefix),
+                                    format, arguments);
   va_end(arguments);
-  std::size_t end = static_cast<std::size_t>(prefix) + static_cast<std::size_t>(length < 0 ? 0 : length);
+  std::size_t end =
+      static_cast<std::size_t>(prefix) + static_cast<std::size_t>(length < 0 ? 0 : length);
   if (end > sizeof text - 2) end = sizeof text - 2;
   text[end] = '\n';
   text[end + 1] = '\0';

@@ -1,5 +1,5 @@
-// How the emulated device is configured: the SPILLOVER_EMULATOR_* environment variables, read once, at
-// first use. The result is constant and may be read by any thread without a lock.
+// How the emulated device is configured: the SPILLOVER_EMULATOR_* environment variables, read once,
+// at first use. The result is constant and may be read by any thread without a lock.
 #pragma once
 
 #include <cstddef>

@@ -63,9 +63,15 @@ Context* CurrentContext::pop() {
   return stack.depth == 0 ? nullptr : stack.contexts[--stack.depth];
 }
 
-bool default_stream_is_per_thread() { return per_thread_default; }
+bool default_stream_is_per_thread() {
+  return per_thread_default;
+}
 
-PerThreadDefaultScope::PerThreadDefaultScope() { per_thread_default = true; }
-PerThreadDefaultScope::~PerThreadDefaultScope() { per_thread_default = false; }
+PerThreadDefaultScope::PerThreadDefaultScope() {
+  per_thread_default = true;
+}
+PerThreadDefaultScope::~PerThreadDefaultScope() {
+  per_thread_default = false;
+}
 
 }  // namespace spillover::emulator

@@ -3,8 +3,8 @@
 //
 // Owned by the Machine; guarded by Machine::mutex.
 //
-// Invariant: for each device, used = the sum of charged_bytes of its allocations and physical handles,
-// and used <= capacity.
+// Invariant: for each device, used = the sum of charged_bytes of its allocations and physical
+// handles, and used <= capacity.
 #pragma once
 
 #include <cuda.h>
@@ -48,8 +48,8 @@ struct Allocation {
   std::size_t size_bytes = 0;     // as asked for: bytes beyond it are not the program's
   std::size_t charged_bytes = 0;  // what it takes from the budget and the address space
   int device = 0;
-  Pool* pool = nullptr;        // where cuMemAllocAsync took it from
-  bool free_pending = false;   // cuMemFreeAsync was called, its turn has not come
+  Pool* pool = nullptr;       // where cuMemAllocAsync took it from
+  bool free_pending = false;  // cuMemFreeAsync was called, its turn has not come
   bool managed_by_pool() const { return pool != nullptr; }
 };
 

@@ -1,6 +1,7 @@
 // Events: a mark in a stream (its ticket and what the stream knew at that time).
 //
-// Owned by the Machine; called with its mutex held. Functions with a Lock& parameter may let go of it.
+// Owned by the Machine; called with its mutex held. Functions with a Lock& parameter may let go of
+// it.
 #pragma once
 
 #include <cuda.h>
@@ -26,7 +27,7 @@ struct Event {
   StreamRef stream;  // nullptr: never recorded, which counts as complete
   Ticket ticket = 0;
   VectorClock clock;
-  bool host_knows = false;           // the host has merged this record's clock
+  bool host_knows = false;          // the host has merged this record's clock
   std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
   int query_count = 0;
 
@@ -46,7 +47,8 @@ class Events {
 
   CUresult record(Lock& lock, Event* event, const StreamRef& stream);
 
-  // The event may be destroyed or recorded again while this waits; it waits for the record of the call.
+  // The event may be destroyed or recorded again while this waits; it waits for the record of the
+  // call.
   void synchronize(Lock& lock, Event* event);
 
   CUresult query(Lock& lock, CUevent handle);

@@ -1,5 +1,5 @@
-// Turns objects into opaque handles and back, so that a handle that a program made up, or kept too long,
-// is an error and is never dereferenced.
+// Turns objects into opaque handles and back, so that a handle that a program made up, or kept too
+// long, is an error and is never dereferenced.
 //
 // Guarded by Machine::mutex.
 #pragma once
@@ -17,8 +17,8 @@ enum class HandleReuse {
   kAtOnce,  // as CUDA does with streams; code that keys on a handle alone has to survive it
 };
 
-// Handles are tag (bits 48-55), generation (32-47), index (8-31) and 8 zero bits: like pointers they
-// are aligned, which torch relies on, and larger than the special handles 0, 1 and 2.
+// Handles are tag (bits 48-55), generation (32-47), index (8-31) and 8 zero bits: like pointers
+// they are aligned, which torch relies on, and larger than the special handles 0, 1 and 2.
 template <typename Object>
 class HandleTable {
  public:

@@ -38,7 +38,8 @@ std::string describe(const Access& access) {
 std::string advice(AccessKind earlier, AccessKind later, bool on_host) {
   const std::string before = word(earlier);
   if (later == AccessKind::kFree && on_host) {
-    return "free it later: synchronise with the stream, or with an event recorded after the " + before;
+    return "free it later: synchronise with the stream, or with an event recorded after the " +
+           before;
   }
   if (on_host) {
     return "the host must wait: synchronise with the stream, or with an event recorded after the " +
@@ -61,11 +62,13 @@ std::string explain(const Conflict& conflict, const Access& access, AccessKind k
 
 }  // namespace
 
-const char* last_hazard() { return last_hazard_text; }
+const char* last_hazard() {
+  return last_hazard_text;
+}
 
 const char* HazardChecker::intern(const char* name) {
-  // Operators hand in the same literal again and again, so its address finds it; the comparison keeps
-  // this right for callers whose buffers change.
+  // Operators hand in the same literal again and again, so its address finds it; the comparison
+  // keeps this right for callers whose buffers change.
   const std::size_t slot = (reinterpret_cast<std::uintptr_t>(name) >> 3) % kNameCacheSize;
   CachedName& cached = name_cache_[slot];
   if (cached.given == name && std::strcmp(cached.interned, name) == 0) return cached.interned;
@@ -76,7 +79,8 @@ const char* HazardChecker::intern(const char* name) {
 bool HazardChecker::record(const Access& access, const VectorClock& clock, AccessKind kind,
                            Address address, std::size_t size_bytes) {
   Conflict conflict;
-  if (!accesses_.record(address, address + size_bytes, kind, access, clock, &conflict)) return false;
+  if (!accesses_.record(address, address + size_bytes, kind, access, clock, &conflict))
+    return false;
   std::string pair = std::string(conflict.earlier.name) + "|" + place(conflict.earlier) + "|" +
                      access.name + "|" + place(access) + "|" + word(kind);
   add_report(explain(conflict, access, kind, address, size_bytes), std::move(pair));

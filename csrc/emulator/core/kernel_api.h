@@ -1,5 +1,5 @@
-/* C interface through which kernels get a body on the host. Exported by the emulator's libcuda.so.1, and
- * absent from a real one. Any thread may call.
+/* C interface through which kernels get a body on the host. Exported by the emulator's
+ * libcuda.so.1, and absent from a real one. Any thread may call.
  */
 #ifndef SPILLOVER_EMULATOR_KERNEL_API_H
 #define SPILLOVER_EMULATOR_KERNEL_API_H
@@ -16,14 +16,14 @@ typedef struct spillover_emulator_launch_shape {
   unsigned shared_bytes;
 } spillover_emulator_launch_shape;
 
-/* Runs a whole grid. parameters[i] points to a copy of the launch's i-th argument. Device pointers among the
- * arguments must be translated (spillover_emulator_host_pointer). Must not call CUDA. */
+/* Runs a whole grid. parameters[i] points to a copy of the launch's i-th argument. Device pointers
+ * among the arguments must be translated (spillover_emulator_host_pointer). Must not call CUDA. */
 typedef void (*spillover_emulator_kernel_body)(void** parameters,
                                                const spillover_emulator_launch_shape* shape,
                                                void* user);
 
-/* Gives the kernel with this (mangled) name a body. parameter_bytes has the size of each of its parameters.
- * Returns 0, or a CUresult. */
+/* Gives the kernel with this (mangled) name a body. parameter_bytes has the size of each of its
+ * parameters. Returns 0, or a CUresult. */
 int spillover_emulator_register_kernel(const char* name, spillover_emulator_kernel_body body,
                                        void* user, const size_t* parameter_bytes,
                                        size_t parameter_count);

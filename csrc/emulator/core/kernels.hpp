@@ -1,5 +1,5 @@
-// Kernels that have a body on the host, by name. A module or library can be loaded whatever is in it; a
-// function of it can be had only where its name is registered here.
+// Kernels that have a body on the host, by name. A module or library can be loaded whatever is in
+// it; a function of it can be had only where its name is registered here.
 //
 // Owned by the Machine; guarded by Machine::mutex.
 #pragma once
@@ -25,8 +25,8 @@ class Kernels {
   // Replaces a body of the same name.
   void add(RegisteredKernel kernel);
 
-  // nullptr, and the first time a sentence on stderr, for a name without a body. What is returned lives
-  // for ever.
+  // nullptr, and the first time a sentence on stderr, for a name without a body. What is returned
+  // lives for ever.
   RegisteredKernel* find(const std::string& name);
 
   // Whether a handle that a program hands in is a kernel of ours.

@@ -53,7 +53,8 @@ CUresult allocate_device_memory(Machine& machine, Lock& lock, int device, std::s
 
 CUresult free_device_memory(Machine& machine, Lock& lock, Address address) {
   const HostRegion* region = find_region(machine, address, HostRegionKind::kManaged);
-  if (region != nullptr) return remove_host_region(machine, lock, address, HostRegionKind::kManaged);
+  if (region != nullptr)
+    return remove_host_region(machine, lock, address, HostRegionKind::kManaged);
   const Allocation* allocation = find_freeable(machine, address);
   if (allocation == nullptr) return CUDA_ERROR_INVALID_VALUE;
   settle(machine, lock, allocation->device);

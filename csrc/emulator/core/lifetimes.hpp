@@ -1,7 +1,7 @@
-// The beginning and end of memory: allocating when the budget is tight, and freeing memory that streams
-// may still use. What synchronises and what does not is CUDA's: cuMemFree and cuMemFreeHost wait,
-// cuMemFreeAsync takes its turn on a stream, cuMemUnmap does neither, so that unfinished work on the
-// range is a hazard.
+// The beginning and end of memory: allocating when the budget is tight, and freeing memory that
+// streams may still use. What synchronises and what does not is CUDA's: cuMemFree and cuMemFreeHost
+// wait, cuMemFreeAsync takes its turn on a stream, cuMemUnmap does neither, so that unfinished work
+// on the range is a hazard.
 //
 // Called with Machine::mutex held; the functions let go of it while they wait.
 #pragma once

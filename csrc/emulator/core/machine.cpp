@@ -26,7 +26,9 @@ CUresult Machine::initialise() {
   return CUDA_SUCCESS;
 }
 
-Machine& Machine::instance() { return *the_machine; }
+Machine& Machine::instance() {
+  return *the_machine;
+}
 
 Machine::Machine(const Config& machine_config)
     : config(machine_config),

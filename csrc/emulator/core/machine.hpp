@@ -1,5 +1,6 @@
-// The emulated machine: everything there is one of. Made by the first successful cuInit and leaked on
-// purpose, since threads, allocators and Python objects use it until the very end of the process.
+// The emulated machine: everything there is one of. Made by the first successful cuInit and leaked
+// on purpose, since threads, allocators and Python objects use it until the very end of the
+// process.
 //
 // All members but those marked constant are guarded by mutex (types.hpp, Note [One lock]).
 #pragma once
@@ -32,7 +33,8 @@ namespace spillover::emulator {
 struct Module {};
 
 struct Device {
-  // Set by an operation that failed when its turn came; every call on the device returns it from then on.
+  // Set by an operation that failed when its turn came; every call on the device returns it from
+  // then on.
   CUresult sticky_error = CUDA_SUCCESS;
   Pool* default_pool = nullptr;
   Pool* current_pool = nullptr;
@@ -59,8 +61,8 @@ class Machine {
     return addresses.contains(address) || host_memory.covers(address, size_bytes);
   }
 
-  // Tells the checker of an access to memory that it follows; other memory is ignored. The ticket is that
-  // of the stream's latest operation. True when there was a hazard.
+  // Tells the checker of an access to memory that it follows; other memory is ignored. The ticket
+  // is that of the stream's latest operation. True when there was a hazard.
   bool record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
                      Address address, std::size_t size_bytes);
   bool record_host_access(const char* name, AccessKind kind, Address address,
@@ -81,13 +83,13 @@ class Machine {
   int device_count() const { return config.device_count; }
 
   std::mutex mutex;
-  const Config config;                   // constant
-  AddressSpace addresses;                // its translation is constant
+  const Config config;     // constant
+  AddressSpace addresses;  // its translation is constant
   Budget budget;
   DeviceMemory device_memory;
   VirtualMemory virtual_memory;
   HostMemory host_memory;
-  HazardChecker hazards;                 // its policy is constant
+  HazardChecker hazards;  // its policy is constant
   Contexts contexts;
   std::vector<Device> devices;
   Scheduler scheduler;

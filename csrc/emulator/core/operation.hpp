@@ -1,9 +1,10 @@
-// What can be queued on a stream. An operation is moved into its stream's queue when it is enqueued and
-// out of it when its turn comes; the scheduler runs it (scheduler.hpp).
+// What can be queued on a stream. An operation is moved into its stream's queue when it is enqueued
+// and out of it when its turn comes; the scheduler runs it (scheduler.hpp).
 //
-// Note [Checked when it runs]: copies and memsets name device addresses. They were valid when the call
-// was made; when their turn comes they are looked up again, since a program may have unmapped or freed
-// the memory in between. That is a sticky error of the device then, as on a GPU, and not a crash.
+// Note [Checked when it runs]: copies and memsets name device addresses. They were valid when the
+// call was made; when their turn comes they are looked up again, since a program may have unmapped
+// or freed the memory in between. That is a sticky error of the device then, as on a GPU, and not a
+// crash.
 #pragma once
 
 #include <cuda.h>

@@ -1,6 +1,6 @@
-// Pools of the stream-ordered allocator (cuMemAllocAsync). A pool does not cache: memory is taken from the
-// device at the call and given back when the free's turn comes; what a pool keeps are its counters and
-// attributes. Owned by the Machine; guarded by Machine::mutex.
+// Pools of the stream-ordered allocator (cuMemAllocAsync). A pool does not cache: memory is taken
+// from the device at the call and given back when the free's turn comes; what a pool keeps are its
+// counters and attributes. Owned by the Machine; guarded by Machine::mutex.
 #pragma once
 
 #include <cuda.h>

@@ -28,9 +28,15 @@ void mark_process_ready() {
   internal::process_state.store(static_cast<int>(ProcessState::kReady), std::memory_order_release);
 }
 
-bool in_callback() { return in_callback_flag; }
+bool in_callback() {
+  return in_callback_flag;
+}
 
-CallbackScope::CallbackScope() { in_callback_flag = true; }
-CallbackScope::~CallbackScope() { in_callback_flag = false; }
+CallbackScope::CallbackScope() {
+  in_callback_flag = true;
+}
+CallbackScope::~CallbackScope() {
+  in_callback_flag = false;
+}
 
 }  // namespace spillover::emulator

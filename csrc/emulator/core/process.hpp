@@ -1,6 +1,6 @@
-// What this process may do with the emulated device: nothing before cuInit, everything after it, and
-// nothing in a child that was forked after it. Reading the state is one atomic load, so a forked child
-// gets its error without touching a lock that some thread of its parent may have held.
+// What this process may do with the emulated device: nothing before cuInit, everything after it,
+// and nothing in a child that was forked after it. Reading the state is one atomic load, so a
+// forked child gets its error without touching a lock that some thread of its parent may have held.
 #pragma once
 
 #include <atomic>
@@ -17,7 +17,9 @@ inline ProcessState process_state() {
   return static_cast<ProcessState>(internal::process_state.load(std::memory_order_acquire));
 }
 
-inline bool process_ready() { return process_state() == ProcessState::kReady; }
+inline bool process_ready() {
+  return process_state() == ProcessState::kReady;
+}
 
 // From here on the process is ready, and children that it forks are not.
 void mark_process_ready();

@@ -1,5 +1,5 @@
-// Hands out non-overlapping ranges of a fixed span, lowest fitting address first, and merges what comes
-// back. Used for virtual addresses and for places in a device's physical memory file.
+// Hands out non-overlapping ranges of a fixed span, lowest fitting address first, and merges what
+// comes back. Used for virtual addresses and for places in a device's physical memory file.
 //
 // Not thread-safe: guarded by Machine::mutex (Note [One lock]).
 //

@@ -186,7 +186,8 @@ void Scheduler::run_random(Lock& lock) {
   }
 }
 
-// The threads are never joined: they use nothing that is destroyed, and the process's end ends them.
+// The threads are never joined: they use nothing that is destroyed, and the process's end ends
+// them.
 void Scheduler::start_host_function_thread() {
   if (std::exchange(host_function_thread_started_, true)) return;
   std::thread([this] { serve_host_functions(); }).detach();

@@ -1,12 +1,13 @@
-// Decides when queued operations run, and runs them. The one place where operations start and finish.
+// Decides when queued operations run, and runs them. The one place where operations start and
+// finish.
 //
-// Every thread that waits runs what it waits for itself, as far as nobody else does already; hence no
-// schedule needs a thread of its own to make progress, but for two things: the threaded schedule's
-// worker, and host functions, which a program may wait for by its own means (a flag, a queue) without
-// calling CUDA, so a background thread runs streams that hold one.
+// Every thread that waits runs what it waits for itself, as far as nobody else does already; hence
+// no schedule needs a thread of its own to make progress, but for two things: the threaded
+// schedule's worker, and host functions, which a program may wait for by its own means (a flag, a
+// queue) without calling CUDA, so a background thread runs streams that hold one.
 //
-// Owned by the Machine; called with its mutex held. run_until, advance, drain and perturb let go of the
-// mutex while an operation runs.
+// Owned by the Machine; called with its mutex held. run_until, advance, drain and perturb let go of
+// the mutex while an operation runs.
 #pragma once
 
 #include <condition_variable>
@@ -53,8 +54,8 @@ class Scheduler {
     if (schedule_ == Schedule::kRandom && !active_.empty()) run_random(lock);
   }
 
-  // Waits until no copy, memset or kernel is running, so that memory may be unmapped. Host functions do
-  // not count: they may block on anything.
+  // Waits until no copy, memset or kernel is running, so that memory may be unmapped. Host
+  // functions do not count: they may block on anything.
   void wait_for_running_bodies(Lock& lock) {
     while (bodies_running_ > 0) changed_.wait(lock);
   }
@@ -70,7 +71,8 @@ class Scheduler {
   bool is_ready(const Stream& stream) const;
   bool is_satisfied(const WaitValue& wait) const;
 
-  // Memory is not unmapped under a copy that is running, be it one that should have been waited for.
+  // Memory is not unmapped under a copy that is running, be it one that should have been waited
+  // for.
   bool must_wait_for_bodies(const Operation& operation) const {
     return bodies_running_ > 0 && std::holds_alternative<FreeMemory>(operation.body);
   }

@@ -1,11 +1,11 @@
 // A stream: a queue of operations that run in order, and what the checker knows of it.
 //
-// Shared by the handle table, by events that were recorded on it and by operations that wait for it, so
-// that it outlives cuStreamDestroy for as long as it has work. Guarded by Machine::mutex, but for the
-// fields that are constant after construction.
+// Shared by the handle table, by events that were recorded on it and by operations that wait for
+// it, so that it outlives cuStreamDestroy for as long as it has work. Guarded by Machine::mutex,
+// but for the fields that are constant after construction.
 //
-// Invariants: enqueued - completed = pending.size() + (running ? 1 : 0); a stream is in the scheduler's
-// list of active streams exactly while its queue is not empty or it runs.
+// Invariants: enqueued - completed = pending.size() + (running ? 1 : 0); a stream is in the
+// scheduler's list of active streams exactly while its queue is not empty or it runs.
 #pragma once
 
 #include <cuda.h>
@@ -55,9 +55,9 @@ struct Stream {
   VectorClock clock;
   std::uint64_t host_version_seen = 0;
 
-  // Changes with every operation and every wait. The other two are the default stream's version that this
-  // stream is ordered after already, and this stream's version that the default stream is ordered after;
-  // they spare the hot path a wait for every operation.
+  // Changes with every operation and every wait. The other two are the default stream's version
+  // that this stream is ordered after already, and this stream's version that the default stream is
+  // ordered after; they spare the hot path a wait for every operation.
   std::uint64_t version = 0;
   std::uint64_t default_seen = 0;
   std::uint64_t seen_by_default = 0;

@@ -62,7 +62,8 @@ void Streams::take_actor(Stream* stream) {
     stream->actor = next_actor_++;
     return;
   }
-  // Tickets go on where the old stream's ended, so that nobody's knowledge of that one covers the new.
+  // Tickets go on where the old stream's ended, so that nobody's knowledge of that one covers the
+  // new.
   stream->actor = known->actor;
   stream->enqueued = stream->completed = known->last_tick;
   retired_.erase(known);
@@ -98,7 +99,9 @@ StreamRef Streams::per_thread(Context* context) {
   return stream;
 }
 
-void Streams::destroy(CUstream handle) { close(table_.erase(handle)); }
+void Streams::destroy(CUstream handle) {
+  close(table_.erase(handle));
+}
 
 void Streams::close(const StreamRef& stream) {
   stream->destroyed = true;

@@ -1,7 +1,8 @@
-// All streams: handles, default streams, and how work is put on them in the order that CUDA promises.
+// All streams: handles, default streams, and how work is put on them in the order that CUDA
+// promises.
 //
-// Owned by the Machine; called with its mutex held. Functions with a Lock& parameter may let go of it,
-// the others never do.
+// Owned by the Machine; called with its mutex held. Functions with a Lock& parameter may let go of
+// it, the others never do.
 #pragma once
 
 #include <cuda.h>
@@ -30,24 +31,25 @@ class Streams {
   void destroy(CUstream handle);
   void close(const StreamRef& stream);  // the same for a per-thread default stream
 
-  // The stream that a handle means to the calling thread: 0 and 1 are the legacy default stream of the
-  // current context's device and 2 its per-thread default stream. CUDA_ERROR_INVALID_HANDLE, or
+  // The stream that a handle means to the calling thread: 0 and 1 are the legacy default stream of
+  // the current context's device and 2 its per-thread default stream. CUDA_ERROR_INVALID_HANDLE, or
   // CUDA_ERROR_INVALID_CONTEXT where a default stream is meant and no context is current.
   CUresult find(CUstream handle, StreamRef* stream);
 
   const StreamRef& legacy(int device) const { return legacy_[static_cast<std::size_t>(device)]; }
 
-  // Note [Launching]: each operation is put on its stream in two steps. prepare orders the stream after
-  // the host and after the default stream and returns the operation's ticket, under which its accesses
-  // are then recorded; submit queues it. The lock is held from the one to the other.
+  // Note [Launching]: each operation is put on its stream in two steps. prepare orders the stream
+  // after the host and after the default stream and returns the operation's ticket, under which its
+  // accesses are then recorded; submit queues it. The lock is held from the one to the other.
   Ticket prepare(const StreamRef& stream);
   void submit(Lock& lock, const StreamRef& stream, Operation operation);
 
-  // For an operator that the calling thread performs itself: waits for all that it depends on and counts
-  // it.
+  // For an operator that the calling thread performs itself: waits for all that it depends on and
+  // counts it.
   void perform(Lock& lock, const StreamRef& stream);
 
-  // The host may have learnt of new things since the operator began: its outputs' allocator polled events.
+  // The host may have learnt of new things since the operator began: its outputs' allocator polled
+  // events.
   void order_after_host(Stream* stream);
 
   // Waits for the stream and lets the host know of its work.
@@ -62,15 +64,16 @@ class Streams {
   void wait_for(const StreamRef& stream, const StreamRef& other, Ticket ticket,
                 const VectorClock& clock);
 
-  // Ordering through a value in memory: who waits for it is ordered after the last write of it that was
-  // enqueued before. A write that is enqueued later cannot be known yet.
+  // Ordering through a value in memory: who waits for it is ordered after the last write of it that
+  // was enqueued before. A write that is enqueued later cannot be known yet.
   void release_value(const Stream& stream, Address address);
   void acquire_value(Stream* stream, Address address);
 
   // Called when a destroyed stream's last work is done.
   void retire(const Stream& stream);
 
-  // Orders the stream with its device's default stream and after the host without launching anything.
+  // Orders the stream with its device's default stream and after the host without launching
+  // anything.
   void order_with_default(const StreamRef& stream);
 
   // What the host knows; its own ticks count its accesses to pinned memory.
@@ -100,7 +103,8 @@ class Streams {
   bool tracks_order_;
   HandleTable<StreamRef> table_;
   std::vector<StreamRef> legacy_;
-  std::vector<std::vector<StreamRef>> blocking_;  // by device: streams that order with the legacy one
+  std::vector<std::vector<StreamRef>>
+      blocking_;  // by device: streams that order with the legacy one
   std::uint64_t next_id_ = 0;
   ActorId next_actor_ = kHostActor + 1;
   std::vector<RetiredActor> retired_;

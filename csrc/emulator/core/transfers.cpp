@@ -47,11 +47,11 @@ bool check_live(Machine& machine, const char* name, Address address, std::size_t
   return false;
 }
 
-// Rows that lie close together are one range; others are recorded one by one, so that what is between
-// them stays free for others.
+// Rows that lie close together are one range; others are recorded one by one, so that what is
+// between them stays free for others.
 template <typename Function>
-bool for_each_range(Address address, std::size_t pitch, std::size_t width_bytes,
-                    std::size_t height, Function&& record) {
+bool for_each_range(Address address, std::size_t pitch, std::size_t width_bytes, std::size_t height,
+                    Function&& record) {
   if (height == 1 || pitch == width_bytes) return record(address, width_bytes * height);
   bool found = false;
   for (std::size_t row = 0; row < height; ++row) {
@@ -93,8 +93,8 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
               CallVariant variant) {
   if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
   if (shape.destination == 0 || shape.source == 0) return CUDA_ERROR_INVALID_VALUE;
-  if (shape.height > 1 && (shape.destination_pitch < shape.width_bytes ||
-                           shape.source_pitch < shape.width_bytes)) {
+  if (shape.height > 1 &&
+      (shape.destination_pitch < shape.width_bytes || shape.source_pitch < shape.width_bytes)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
@@ -140,9 +140,8 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   }
   const bool blocks = variant == CallVariant::kSync && destination == Place::kPinned;
   const Ticket ticket = machine.streams.prepare(stream);
-  const bool found =
-      record_rows(machine, *stream, ticket, kName, AccessKind::kWrite, shape.destination,
-                  shape.pitch, shape.width_bytes(), shape.height);
+  const bool found = record_rows(machine, *stream, ticket, kName, AccessKind::kWrite,
+                                 shape.destination, shape.pitch, shape.width_bytes(), shape.height);
   Operation operation;
   operation.name = kName;
   operation.body = shape;

@@ -1,9 +1,9 @@
-// Copies and memsets: which of them are legal, which block, which are staged, and what the checker is
-// told of them.
+// Copies and memsets: which of them are legal, which block, which are staged, and what the checker
+// is told of them.
 //
-// Note [Pageable memory]: a GPU cannot read it directly. An asynchronous copy from it takes the bytes at
-// the call; a copy to it returns when the bytes are there. Memory that is pinned or registered is read
-// and written when the copy's turn comes, and must be left alone until then.
+// Note [Pageable memory]: a GPU cannot read it directly. An asynchronous copy from it takes the
+// bytes at the call; a copy to it returns when the bytes are there. Memory that is pinned or
+// registered is read and written when the copy's turn comes, and must be left alone until then.
 //
 // Called with Machine::mutex held; the functions let go of it while they wait or stage.
 #pragma once
@@ -18,8 +18,8 @@ namespace spillover::emulator {
 
 enum class CopyKind { kAny, kHostToDevice, kDeviceToHost, kDeviceToDevice, kPeer };
 
-// Whether the call was the variant with Async in its name. Those without wait as well, but for copies
-// and memsets that touch only device memory: CUDA does not make the host wait for these.
+// Whether the call was the variant with Async in its name. Those without wait as well, but for
+// copies and memsets that touch only device memory: CUDA does not make the host wait for these.
 enum class CallVariant { kAsync, kSync };
 
 CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,

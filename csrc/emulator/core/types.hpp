@@ -1,9 +1,9 @@
 // Words that every part of the emulated device shares: addresses, tickets, the one lock.
 //
-// Note [One lock]: one mutex, Machine::mutex, guards all state of the emulated device. Functions that
-// take a Lock& are called with it held; those that may let go of it for a while (because they run
-// operations, or wait for somebody who does) say so. No host function, kernel body, copy or memset
-// ever runs with the lock held.
+// Note [One lock]: one mutex, Machine::mutex, guards all state of the emulated device. Functions
+// that take a Lock& are called with it held; those that may let go of it for a while (because they
+// run operations, or wait for somebody who does) say so. No host function, kernel body, copy or
+// memset ever runs with the lock held.
 #pragma once
 
 #include <cstddef>

@@ -1,9 +1,10 @@
-// CUDA's virtual memory functions: reserved address ranges, physical memory handles, and mappings of
-// the one in the other. A handle can be mapped at several places, which then show the same bytes.
+// CUDA's virtual memory functions: reserved address ranges, physical memory handles, and mappings
+// of the one in the other. A handle can be mapped at several places, which then show the same
+// bytes.
 //
-// Note [Physical memory]: a device's physical memory is one sparse file in memory; a handle is a range of
-// it, so that thousands of 2 MiB handles need one file descriptor. A handle that may be exported has a
-// file of its own, since its descriptor must give access to it alone.
+// Note [Physical memory]: a device's physical memory is one sparse file in memory; a handle is a
+// range of it, so that thousands of 2 MiB handles need one file descriptor. A handle that may be
+// exported has a file of its own, since its descriptor must give access to it alone.
 //
 // Owned by the Machine; guarded by Machine::mutex.
 #pragma once
@@ -95,7 +96,7 @@ class VirtualMemory {
 
   CUresult place(std::size_t size_bytes, bool exportable, Physical* physical);
   void erase_if_unused(PhysicalId id);
-  void fill_with_poison(const Physical& physical) const;
+  static void fill_with_poison(const Physical& physical);
 
   AddressSpace* addresses_;
   Budget* budget_;

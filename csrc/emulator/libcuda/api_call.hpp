@@ -1,6 +1,6 @@
-// The one way into the driver: each cu* function is one call of plain(), with_driver() or with_context(),
-// so that initialisation, forks, callbacks, sticky errors, the random schedule and, later, injected
-// faults and the virtual clock are handled in one place.
+// The one way into the driver: each cu* function is one call of plain(), with_driver() or
+// with_context(), so that initialisation, forks, callbacks, sticky errors, the random schedule and,
+// later, injected faults and the virtual clock are handled in one place.
 //
 // Any thread may call; bodies of with_driver and with_context run with Machine::mutex held.
 #pragma once
@@ -48,8 +48,8 @@ CUresult with_driver(const char* name, Body&& body) {
   }
 }
 
-// body(Machine&, Lock&, Context&) -> CUresult, with the thread's current context, whose device has no
-// sticky error.
+// body(Machine&, Lock&, Context&) -> CUresult, with the thread's current context, whose device has
+// no sticky error.
 template <typename Body>
 CUresult with_context(const char* name, Body&& body) {
   return with_driver(name, [&](Machine& machine, Lock& lock) {

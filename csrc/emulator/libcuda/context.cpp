@@ -103,9 +103,8 @@ CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned int* flags, int* a
 }
 
 CUresult cuCtxCreate_v2(CUcontext* context, unsigned int flags, CUdevice device) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
-    return create(machine, context, flags, device);
-  });
+  return with_driver(
+      __func__, [=](Machine& machine, Lock&) { return create(machine, context, flags, device); });
 }
 
 CUresult cuCtxCreate_v4(CUcontext* context, CUctxCreateParams* parameters, unsigned int flags,

@@ -88,8 +88,8 @@ CUresult cuDeviceComputeCapability(int* major, int* minor, CUdevice device) {
 CUresult cuDeviceGetPCIBusId(char* text, int capacity, CUdevice device) {
   return with_device(__func__, device, [=](Machine&) {
     if (text == nullptr || capacity <= 0) return CUDA_ERROR_INVALID_VALUE;
-    const int length = std::snprintf(text, static_cast<std::size_t>(capacity), "%04x:%02x:%02x.0", 0,
-                                     emulator::pci_bus(device), 0);
+    const int length = std::snprintf(text, static_cast<std::size_t>(capacity), "%04x:%02x:%02x.0",
+                                     0, emulator::pci_bus(device), 0);
     return length < capacity ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
   });
 }

@@ -1,8 +1,9 @@
 // cuGetProcAddress: every function of this driver by name.
 //
-// Names may be given as CUDA documents (cuMemAlloc), with a version (cuMemAlloc_v2), or with the suffix of
-// the variants whose null stream is the per-thread default stream (_ptsz, _ptds). A function of cuda.h
-// that is not here is not emulated: it is "not found", as in a driver that is older than the function.
+// Names may be given as CUDA documents (cuMemAlloc), with a version (cuMemAlloc_v2), or with the
+// suffix of the variants whose null stream is the per-thread default stream (_ptsz, _ptds). A
+// function of cuda.h that is not here is not emulated: it is "not found", as in a driver that is
+// older than the function.
 #include <algorithm>
 #include <cctype>
 #include <cstring>
@@ -24,8 +25,7 @@ CUresult cuCtxCreate_v2(CUcontext*, unsigned int, CUdevice);
 CUresult cuCtxCreate_v4(CUcontext*, CUctxCreateParams*, unsigned int, CUdevice);
 #undef cuGetProcAddress
 CUresult cuGetProcAddress(const char*, void**, int, cuuint64_t);
-CUresult cuGetProcAddress_v2(const char*, void**, int, cuuint64_t,
-                             CUdriverProcAddressQueryResult*);
+CUresult cuGetProcAddress_v2(const char*, void**, int, cuuint64_t, CUdriverProcAddressQueryResult*);
 }
 
 namespace {
@@ -174,8 +174,8 @@ Request parse(std::string_view text) {
   return request;
 }
 
-// The version that a name has in it or, without one, the newest that a program compiled for cuda_version
-// knows.
+// The version that a name has in it or, without one, the newest that a program compiled for
+// cuda_version knows.
 const EntryPoint* find(const Request& request, int cuda_version, bool* is_known) {
   const EntryPoint* best = nullptr;
   const bool has_version = request.symbol != request.name;
@@ -214,13 +214,13 @@ extern "C" {
 
 CUresult cuGetProcAddress_v2(const char* name, void** function, int cuda_version, cuuint64_t flags,
                              CUdriverProcAddressQueryResult* status) {
-  return emulator::plain(
-      __func__, [=] { return look_up(name, function, cuda_version, flags, status); });
+  return emulator::plain(__func__,
+                         [=] { return look_up(name, function, cuda_version, flags, status); });
 }
 
 CUresult cuGetProcAddress(const char* name, void** function, int cuda_version, cuuint64_t flags) {
-  return emulator::plain(
-      __func__, [=] { return look_up(name, function, cuda_version, flags, nullptr); });
+  return emulator::plain(__func__,
+                         [=] { return look_up(name, function, cuda_version, flags, nullptr); });
 }
 
 }  // extern "C"

@@ -28,12 +28,12 @@ CUresult with_event(const char* name, CUevent handle, Body&& body) {
 }
 
 CUresult record(const char* name, CUevent handle, CUstream stream_handle) {
-  return with_stream(
-      name, stream_handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-        Event* event = machine.events.find(handle);
-        if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-        return machine.events.record(lock, event, stream);
-      });
+  return with_stream(name, stream_handle,
+                     [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+                       Event* event = machine.events.find(handle);
+                       if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+                       return machine.events.record(lock, event, stream);
+                     });
 }
 
 }  // namespace
@@ -60,7 +60,9 @@ CUresult cuEventDestroy(CUevent handle) {
   });
 }
 
-CUresult cuEventRecord(CUevent handle, CUstream stream) { return record(__func__, handle, stream); }
+CUresult cuEventRecord(CUevent handle, CUstream stream) {
+  return record(__func__, handle, stream);
+}
 
 CUresult cuEventRecordWithFlags(CUevent handle, CUstream stream, unsigned int flags) {
   // CU_EVENT_RECORD_EXTERNAL makes a difference only to a stream that is being captured.

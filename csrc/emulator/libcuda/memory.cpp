@@ -23,15 +23,14 @@ CUresult allocate_host(Machine& machine, const Context& context, std::size_t siz
   return machine.host_memory.allocate({0, size_bytes, kind, flags, context.device}, address);
 }
 
-CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_bytes,
-                         unsigned flags) {
+CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_bytes, unsigned flags) {
   return with_context(name, [=](Machine& machine, Lock&, Context& context) {
-    constexpr unsigned kKnown = CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP |
-                                CU_MEMHOSTALLOC_WRITECOMBINED;
+    constexpr unsigned kKnown =
+        CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
     if (pointer == nullptr || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
     Address address = 0;
-    const CUresult result = allocate_host(machine, context, size_bytes, HostRegionKind::kAllocated,
-                                          flags, &address);
+    const CUresult result =
+        allocate_host(machine, context, size_bytes, HostRegionKind::kAllocated, flags, &address);
     if (result == CUDA_SUCCESS) *pointer = reinterpret_cast<void*>(address);
     return result;
   });
@@ -114,8 +113,8 @@ CUresult cuMemFreeHost(void* pointer) {
 
 CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int flags) {
   return with_context(__func__, [=](Machine& machine, Lock&, Context& context) {
-    constexpr unsigned kKnown = CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP |
-                                CU_MEMHOSTREGISTER_READ_ONLY;
+    constexpr unsigned kKnown =
+        CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP | CU_MEMHOSTREGISTER_READ_ONLY;
     if ((flags & CU_MEMHOSTREGISTER_IOMEMORY) != 0) return CUDA_ERROR_NOT_SUPPORTED;
     const auto address = reinterpret_cast<Address>(pointer);
     if (pointer == nullptr || size_bytes == 0 || (flags & ~kKnown) != 0 ||

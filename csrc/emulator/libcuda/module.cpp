@@ -1,5 +1,5 @@
-// Modules and kernels. Images are not looked at: a kernel runs if a body was registered under its name
-// (kernel_api.h), and cannot be had otherwise.
+// Modules and kernels. Images are not looked at: a kernel runs if a body was registered under its
+// name (kernel_api.h), and cannot be had otherwise.
 #include "emulator/core/kernels.hpp"
 
 #include <memory>
@@ -43,9 +43,8 @@ CUresult get_function(const char* name, void** function, void* module, const cha
   });
 }
 
-CUresult launch(const char* name, CUfunction function,
-                const spillover_emulator_launch_shape& shape, CUstream handle, void** parameters,
-                void** extra) {
+CUresult launch(const char* name, CUfunction function, const spillover_emulator_launch_shape& shape,
+                CUstream handle, void** parameters, void** extra) {
   return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
     const RegisteredKernel* kernel = machine.kernels.check(function);
     if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
@@ -81,7 +80,9 @@ CUresult cuModuleLoadFatBinary(CUmodule* module, const void* image) {
   return load(__func__, reinterpret_cast<void**>(module), image);
 }
 
-CUresult cuModuleUnload(CUmodule module) { return unload(__func__, module); }
+CUresult cuModuleUnload(CUmodule module) {
+  return unload(__func__, module);
+}
 
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   return get_function(__func__, reinterpret_cast<void**>(function), module, name);
@@ -100,7 +101,9 @@ CUresult cuLibraryLoadData(CUlibrary* library, const void* image, CUjit_option*,
   return load(__func__, reinterpret_cast<void**>(library), image);
 }
 
-CUresult cuLibraryUnload(CUlibrary library) { return unload(__func__, library); }
+CUresult cuLibraryUnload(CUlibrary library) {
+  return unload(__func__, library);
+}
 
 CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {
   return get_function(__func__, reinterpret_cast<void**>(kernel), library, name);

@@ -21,7 +21,9 @@ Copy one_row(Address destination, Address source, std::size_t size_bytes) {
   return {destination, size_bytes, source, size_bytes, size_bytes, 1, nullptr};
 }
 
-Address address_of(const void* pointer) { return reinterpret_cast<Address>(pointer); }
+Address address_of(const void* pointer) {
+  return reinterpret_cast<Address>(pointer);
+}
 
 CUresult copy_on(const char* name, CUstream handle, Copy shape, CopyKind kind,
                  CallVariant variant) {
@@ -40,8 +42,7 @@ CUresult copy_sync(const char* name, Address destination, Address source, std::s
 
 CUresult copy_async(const char* name, Address destination, Address source, std::size_t size_bytes,
                     CopyKind kind, CUstream stream) {
-  return copy_on(name, stream, one_row(destination, source, size_bytes), kind,
-                 CallVariant::kAsync);
+  return copy_on(name, stream, one_row(destination, source, size_bytes), kind, CallVariant::kAsync);
 }
 
 // The address of a 2D copy's first byte on one side; 0 for what is not emulated (arrays).
@@ -65,9 +66,8 @@ CUresult copy_2d(const char* name, const CUDA_MEMCPY2D* request, CUstream stream
   const std::size_t source_pitch = request->srcPitch != 0 ? request->srcPitch : width;
   const std::size_t destination_pitch = request->dstPitch != 0 ? request->dstPitch : width;
   Copy shape;
-  shape.destination =
-      side_of(request->dstMemoryType, request->dstHost, request->dstDevice, request->dstXInBytes,
-              request->dstY, destination_pitch);
+  shape.destination = side_of(request->dstMemoryType, request->dstHost, request->dstDevice,
+                              request->dstXInBytes, request->dstY, destination_pitch);
   shape.destination_pitch = destination_pitch;
   shape.source = side_of(request->srcMemoryType, request->srcHost, request->srcDevice,
                          request->srcXInBytes, request->srcY, source_pitch);

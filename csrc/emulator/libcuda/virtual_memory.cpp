@@ -13,8 +13,8 @@ using emulator::with_driver;
 
 namespace {
 
-// Whether an allocation can be made with these properties. Memory in host NUMA nodes and fabric handles
-// are not emulated.
+// Whether an allocation can be made with these properties. Memory in host NUMA nodes and fabric
+// handles are not emulated.
 CUresult check_properties(const Machine& machine, const CUmemAllocationProp* properties) {
   if (properties == nullptr || properties->type != CU_MEM_ALLOCATION_TYPE_PINNED) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -56,8 +56,7 @@ CUresult cuMemAddressReserve(CUdeviceptr* pointer, std::size_t size_bytes, std::
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (pointer == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     Address address = 0;
-    const CUresult result =
-        machine.virtual_memory.reserve(size_bytes, alignment, hint, &address);
+    const CUresult result = machine.virtual_memory.reserve(size_bytes, alignment, hint, &address);
     if (result == CUDA_SUCCESS) *pointer = address;
     return result;
   });
@@ -83,9 +82,8 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size_byte
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
-    return machine.virtual_memory.release(handle);
-  });
+  return with_driver(
+      __func__, [=](Machine& machine, Lock&) { return machine.virtual_memory.release(handle); });
 }
 
 CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offset_bytes,
@@ -149,8 +147,8 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
     const emulator::Context* context = emulator::CurrentContext::get();
     const int file = static_cast<int>(reinterpret_cast<std::intptr_t>(shareable));
     emulator::PhysicalId id = 0;
-    const CUresult result = machine.virtual_memory.import_file(
-        file, context == nullptr ? 0 : context->device, &id);
+    const CUresult result =
+        machine.virtual_memory.import_file(file, context == nullptr ? 0 : context->device, &id);
     if (result == CUDA_SUCCESS) *handle = id;
     return result;
   });
@@ -160,8 +158,7 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void*
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (handle == nullptr) return CUDA_ERROR_INVALID_VALUE;
     emulator::PhysicalId id = 0;
-    const CUresult result =
-        machine.virtual_memory.retain(reinterpret_cast<Address>(address), &id);
+    const CUresult result = machine.virtual_memory.retain(reinterpret_cast<Address>(address), &id);
     if (result == CUDA_SUCCESS) *handle = id;
     return result;
   });

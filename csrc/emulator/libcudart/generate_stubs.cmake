@@ -1,6 +1,6 @@
 # Writes OUTPUT, a C file with a stub for every name in EXPORTS. A stub is weak, so a definition in
-# one of the library's own sources takes its place and nobody keeps a list of what is implemented; the
-# weak symbols of the finished library are the stubs that are left.
+# one of the library's own sources takes its place and nobody keeps a list of what is implemented;
+# the weak symbols of the finished library are the stubs that are left.
 #
 # cmake -DEXPORTS=exports.txt -DREASONS=not_emulated.txt -DOUTPUT=stubs.c -P generate_stubs.cmake
 file(STRINGS "${EXPORTS}" names REGEX "^[A-Za-z_]")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from spillover._errors import ConfigError, SpilloverError, StateError
+from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
 from spillover.emulator import _libraries
 from spillover.emulator._options import HazardPolicy, Options, Schedule
@@ -97,9 +97,7 @@ def activate(options: Options) -> bool:
         _require_clean_process()
         os.environ.update(options.environment())
         _libraries.load()
-        status = _libraries.driver().cuInit(0)
-        if status != 0:
-            raise ConfigError(f"the emulated driver refused its configuration (error {status})")
+        # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.
         sys.meta_path.insert(0, _TorchFinder())
         _active = options
     logger.info("emulated CUDA devices: %s", options)
@@ -169,7 +167,14 @@ def _after_torch_import() -> None:
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):
-    """Runs ``_after_torch_import`` once torch's own import has finished."""
+    """Runs ``_after_torch_import`` once torch's own import has finished.
+
+    It stays until then: many libraries ask ``importlib.util.find_spec("torch")`` whether torch is
+    there, long before anything imports it.
+    """
+
+    def __init__(self) -> None:
+        self._asking = threading.local()
 
     def find_spec(
         self,
@@ -177,18 +182,22 @@ class _TorchFinder(importlib.abc.MetaPathFinder):
         path: Sequence[str] | None,
         target: ModuleType | None = None,
     ) -> ModuleSpec | None:
-        if fullname != "torch":
+        if fullname != "torch" or getattr(self._asking, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("torch")
+        self._asking.others = True
+        try:
+            spec = importlib.util.find_spec("torch")
+        finally:
+            self._asking.others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _TorchLoader(spec.loader)
+            spec.loader = _TorchLoader(spec.loader, self)
         return spec
 
 
 class _TorchLoader(importlib.abc.Loader):
-    def __init__(self, wrapped: importlib.abc.Loader) -> None:
+    def __init__(self, wrapped: importlib.abc.Loader, finder: _TorchFinder) -> None:
         self._wrapped = wrapped
+        self._finder = finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._wrapped.create_module(spec)
@@ -199,4 +208,6 @@ class _TorchLoader(importlib.abc.Loader):
             module.__spec__.loader = self._wrapped
         module.__loader__ = self._wrapped
         self._wrapped.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         _after_torch_import()

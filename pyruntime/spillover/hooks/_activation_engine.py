@@ -32,7 +32,6 @@ from spillover.hooks._saved_storage import (
 )
 from spillover.hooks._saved_transfers import lock, transfers, wait_quietly
 
-
 _STAYING_MIN = 1024
 
 
