@@ -144,13 +144,14 @@ def test_a_child_forked_before_the_first_call_may_use_the_pool(
 def test_a_child_of_a_process_that_only_started_the_driver_is_told_why(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    """Enabling the emulator starts the driver, as importing other CUDA libraries may do."""
+    """Importing other CUDA libraries may start the driver, too."""
     run_emulated(
         """
-        import os
+        import ctypes, os
         import spillover
         from spillover import _core
 
+        assert ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
         child = os.fork()
         if child == 0:
             try:

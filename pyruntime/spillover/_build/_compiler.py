@@ -73,6 +73,7 @@ def compile_and_link(
 
     As many translation units are made as there are processors, each of several sources: parsing
     torch's headers takes most of the time, and is thus done once a unit instead of once a file.
+    The names in the sources' anonymous namespaces must therefore differ.
 
     Raises
     ------

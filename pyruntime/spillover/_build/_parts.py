@@ -38,9 +38,6 @@ class _Recipe:
     own_libraries: tuple[tuple[tuple[str, ...], str], ...]
     compile_flags: tuple[str, ...]
     is_python_module: bool
-    #: Torch's headers take far longer to parse than these sources take to compile, so all sources
-    #: go through the compiler as one unit. Their anonymous namespaces must not collide.
-    is_one_unit: bool = False
 
 
 _RECIPES: dict[Part, _Recipe] = {
@@ -63,7 +60,6 @@ _RECIPES: dict[Part, _Recipe] = {
         own_libraries=((("emulator",), "libcuda.so.1"),),
         compile_flags=(),
         is_python_module=False,
-        is_one_unit=True,
     ),
 }
 
@@ -71,7 +67,7 @@ _RECIPES: dict[Part, _Recipe] = {
 def build(part: Part) -> Path:
     """Path of a part compiled for the installed torch; compiles it on the first call.
 
-    Blocks for a minute or two the first time, and tells so in one line on stderr. Later calls,
+    Blocks for about a minute the first time, and tells so in one line on stderr. Later calls,
     and other processes, find it in the cache.
 
     Raises
@@ -175,13 +171,6 @@ def _hash(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def _one_unit(sources: list[Path], output: Path) -> Path:
-    """Write a source beside the result that includes all others."""
-    unit = output.with_suffix(".cpp")
-    unit.write_text("".join(f'#include "{source}"\n' for source in sources))
-    return unit
-
-
 def _compile(
     recipe: _Recipe,
     facts: _torch.TorchFacts,
@@ -190,18 +179,17 @@ def _compile(
     output: Path,
 ) -> None:
     message = (
-        f"compiling its {recipe.description} {facts.version}, once (a minute or two) "
+        f"compiling its {recipe.description} {facts.version}, once (about a minute) "
         f"into {_cache.cache_folder()}"
     )
     logger.info(message)
     # Whoever waits for half a minute wants to know why, also where logging is not configured.
     print(f"spillover: {message} ...", file=sys.stderr, flush=True)
     started = time.monotonic()
-    units = [_one_unit(sources, output)] if recipe.is_one_unit else sources
     try:
         _compiler.compile_and_link(
             compiler,
-            units,
+            sources,
             output=output,
             compile_flags=[*_compile_flags(recipe, facts), *_include_flags(recipe, facts)],
             link_flags=_link_flags(recipe, facts),
@@ -210,6 +198,4 @@ def _compile(
         raise BuildError(
             f"compiling Spillover's {recipe.description} {facts.version} failed. {error}"
         ) from error
-    if recipe.is_one_unit:
-        units[0].unlink()
     logger.info("compiled %s in %.0f s", output.name, time.monotonic() - started)

@@ -137,6 +137,8 @@ class StreamedBlock:
             )
         if parameter.shape != leaf.shape:
             raise StateError(f"weight {weight.name!r} changed its shape while it is streamed")
+        # A copy that was started ahead may be reading the old values still.
+        self.ready.synchronize()
         with torch.no_grad():
             home = weight.over(self._part(self.host, weight))
             home.copy_(parameter.data)
