@@ -33,19 +33,24 @@ typedef struct spillover_counter {
   int64_t freed;     /* total ever removed */
 } spillover_counter;
 
-enum { SPILLOVER_CLASS_ALL = 0, SPILLOVER_CLASS_SMALL = 1, SPILLOVER_CLASS_LARGE = 2, SPILLOVER_CLASS_COUNT = 3 };
+enum {
+  SPILLOVER_CLASS_ALL = 0,
+  SPILLOVER_CLASS_SMALL = 1,
+  SPILLOVER_CLASS_LARGE = 2,
+  SPILLOVER_CLASS_COUNT = 3
+};
 
 /* Each array is indexed by SPILLOVER_CLASS_*. */
 typedef struct spillover_stats_t {
-  spillover_counter allocation[SPILLOVER_CLASS_COUNT];           /* live blocks */
-  spillover_counter segment[SPILLOVER_CLASS_COUNT];              /* segments held from the driver */
-  spillover_counter active[SPILLOVER_CLASS_COUNT];               /* live, or freed and still in use by a stream */
-  spillover_counter inactive_split[SPILLOVER_CLASS_COUNT];       /* free remainders of split segments */
-  spillover_counter allocated_bytes[SPILLOVER_CLASS_COUNT];      /* rounded sizes of live blocks */
-  spillover_counter reserved_bytes[SPILLOVER_CLASS_COUNT];       /* held from the driver */
+  spillover_counter allocation[SPILLOVER_CLASS_COUNT]; /* live blocks */
+  spillover_counter segment[SPILLOVER_CLASS_COUNT];    /* segments held from the driver */
+  spillover_counter active[SPILLOVER_CLASS_COUNT]; /* live, or freed and still in use by a stream */
+  spillover_counter inactive_split[SPILLOVER_CLASS_COUNT];  /* free remainders of split segments */
+  spillover_counter allocated_bytes[SPILLOVER_CLASS_COUNT]; /* rounded sizes of live blocks */
+  spillover_counter reserved_bytes[SPILLOVER_CLASS_COUNT];  /* held from the driver */
   spillover_counter active_bytes[SPILLOVER_CLASS_COUNT];
   spillover_counter inactive_split_bytes[SPILLOVER_CLASS_COUNT];
-  spillover_counter requested_bytes[SPILLOVER_CLASS_COUNT];      /* sizes as asked for */
+  spillover_counter requested_bytes[SPILLOVER_CLASS_COUNT]; /* sizes as asked for */
   int64_t alloc_retries; /* times that the cache was emptied to serve a request */
   int64_t ooms;
 } spillover_stats_t;
@@ -78,8 +83,8 @@ const char* spillover_last_error(void);
  * 512 bytes. A size of 0 gives NULL. */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
-/* Gives a block back. It may be handed out again on its own stream at once, on others only after the
- * work of every stream noted by spillover_record_stream is complete. NULL is allowed. */
+/* Gives a block back. It may be handed out again on its own stream at once, on others only after
+ * the work of every stream noted by spillover_record_stream is complete. NULL is allowed. */
 spillover_status spillover_free(void* pointer);
 
 /* Notes that the block is used on a stream other than the one it was allocated for. */
@@ -105,7 +110,8 @@ spillover_status spillover_memory_fraction(int device, double* out);
 /* Size of the largest free block, bytes. */
 spillover_status spillover_largest_free(int device, size_t* out);
 
-spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor, void* user);
+spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor,
+                                          void* user);
 
 /* Walks every structure and compares it with its equations; the first that fails is the error. */
 spillover_status spillover_check_invariants(int device);

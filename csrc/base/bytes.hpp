@@ -15,7 +15,9 @@ constexpr size_t round_up(size_t size, size_t alignment) {
   return (size + alignment - 1) & ~(alignment - 1);
 }
 
-constexpr size_t round_down(size_t size, size_t alignment) { return size & ~(alignment - 1); }
+constexpr size_t round_down(size_t size, size_t alignment) {
+  return size & ~(alignment - 1);
+}
 
 // "512 B", "1.50 GiB": binary units, two decimals from KiB on.
 std::string format_bytes(size_t size_bytes);

@@ -9,8 +9,8 @@ namespace spillover {
 
 }  // namespace spillover
 
-#define SPILLOVER_CHECK(condition, explanation)                                      \
-  do {                                                                               \
-    if (!(condition)) [[unlikely]]                                                   \
-      ::spillover::check_failed(#condition, __FILE__, __LINE__, explanation);        \
+#define SPILLOVER_CHECK(condition, explanation)                               \
+  do {                                                                        \
+    if (!(condition)) [[unlikely]]                                            \
+      ::spillover::check_failed(#condition, __FILE__, __LINE__, explanation); \
   } while (false)

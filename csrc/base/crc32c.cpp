@@ -45,7 +45,7 @@ uint32_t crc32c_portable(const unsigned char* data, size_t size, uint32_t crc) {
 
 #if defined(__x86_64__)
 __attribute__((target("sse4.2"))) uint32_t crc32c_sse42(const unsigned char* data, size_t size,
-                                                       uint32_t crc) {
+                                                        uint32_t crc) {
   uint64_t wide = crc;
   for (; size >= 8; data += 8, size -= 8) {
     uint64_t word = 0;

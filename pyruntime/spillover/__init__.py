@@ -60,10 +60,18 @@ _LAZY_NAMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
-        return importlib.import_module(f"spillover.{name}")
-    if name in _LAZY_NAMES:
-        return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
+    try:
+        if name in _LAZY_MODULES:
+            return importlib.import_module(f"spillover.{name}")
+        if name in _LAZY_NAMES:
+            return getattr(importlib.import_module(_LAZY_NAMES[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"spillover.{name} needs PyTorch, which is not installed: 'pip install torch'",
+            name="torch",
+        ) from None
     raise AttributeError(f"module 'spillover' has no attribute {name!r}")
 
 

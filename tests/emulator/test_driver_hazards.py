@@ -1,4 +1,4 @@
-"""The happens-before checker: seeded ordering bugs are reported under every schedule, fixed ones not."""
+"""The happens-before checker reports seeded ordering bugs under every schedule, fixed ones not."""
 
 from __future__ import annotations
 

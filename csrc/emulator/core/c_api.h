@@ -1,6 +1,6 @@
-/* C interface of the emulated device beside CUDA's own: for its ATen part, for tests and for code that
- * annotates host accesses. Exported by the emulator's libcuda.so.1; absent from a real one, so callers
- * outside the emulator look the names up with dlsym and do nothing where they are missing.
+/* C interface of the emulated device beside CUDA's own: for its ATen part, for tests and for code
+ * that annotates host accesses. Exported by the emulator's libcuda.so.1; absent from a real one, so
+ * callers outside the emulator look the names up with dlsym and do nothing where they are missing.
  *
  * Every function may be called from any thread. Streams are CUstream handles as void*.
  * Functions that return int return 0, or a CUresult.
@@ -22,16 +22,18 @@ typedef struct spillover_emulator_range {
   int is_write;
 } spillover_emulator_range;
 
-/* The address at which the CPU may touch a device pointer's bytes; any other pointer is returned as is. */
+/* The address at which the CPU may touch a device pointer's bytes; any other pointer is returned as
+ * is. */
 void* spillover_emulator_host_pointer(const void* pointer);
 
-/* An operator is about to run on the CPU on behalf of stream: runs everything that the stream's next
- * operation depends on, so that memory holds what a GPU's kernel would see. Blocks. */
+/* An operator is about to run on the CPU on behalf of stream: runs everything that the stream's
+ * next operation depends on, so that memory holds what a GPU's kernel would see. Blocks. */
 int spillover_emulator_operator_begin(void* stream);
 
-/* Tells the checker what the operator begun last on this thread touches; may be called again once its outputs
- * are known (after allocation). Ranges in device or pinned host memory count, others are ignored. Returns 999
- * (CUDA_ERROR_UNKNOWN) when the policy is "raise" and a hazard was found; spillover_emulator_last_hazard has the text. */
+/* Tells the checker what the operator begun last on this thread touches; may be called again once
+ * its outputs are known (after allocation). Ranges in device or pinned host memory count, others
+ * are ignored. Returns 999 (CUDA_ERROR_UNKNOWN) when the policy is "raise" and a hazard was found;
+ * spillover_emulator_last_hazard has the text. */
 int spillover_emulator_operator_access(void* stream, const char* name,
                                        const spillover_emulator_range* ranges, size_t range_count);
 
@@ -45,8 +47,8 @@ size_t spillover_emulator_pinned_count(void);
 /* 1 when the checker is on. */
 int spillover_emulator_hazards_enabled(void);
 
-/* Hazards found so far, and the text of one ("" and length 0 past the end). The text is copied to out,
- * cut to capacity and terminated; the return value is its full length. */
+/* Hazards found so far, and the text of one ("" and length 0 past the end). The text is copied to
+ * out, cut to capacity and terminated; the return value is its full length. */
 size_t spillover_emulator_hazard_count(void);
 size_t spillover_emulator_hazard_text(size_t index, char* out, size_t capacity);
 void spillover_emulator_hazards_clear(void);
@@ -54,12 +56,12 @@ void spillover_emulator_hazards_clear(void);
 /* Text of the hazard that made this thread's last call fail: never NULL. */
 const char* spillover_emulator_last_hazard(void);
 
-/* Puts body(argument) on the stream as a kernel called name; it runs when the schedule says so and must not
- * call CUDA. */
+/* Puts body(argument) on the stream as a kernel called name; it runs when the schedule says so and
+ * must not call CUDA. */
 int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*), void* argument);
 
-/* Device memory that a program still holds (allocations, mappings, physical handles) and pinned memory;
- * bytes. Any pointer may be NULL. */
+/* Device memory that a program still holds (allocations, mappings, physical handles) and pinned
+ * memory; bytes. Any pointer may be NULL. */
 void spillover_emulator_live(size_t* device_bytes, size_t* device_allocations, size_t* pinned_bytes,
                              size_t* pinned_regions, size_t* streams, size_t* events);
 

@@ -124,7 +124,7 @@ constexpr Row kRows[] = {
         "attempt to terminate a thread-local capture sequence from another thread"),
     ROW(ERROR_TIMEOUT, "wait operation timed out"),
     ROW(ERROR_GRAPH_EXEC_UPDATE_FAILURE,
-        "the graph update was not performed because it included changes which violated constraints"),
+        "the graph update was not performed because its changes violated constraints"),
     ROW(ERROR_EXTERNAL_DEVICE, "an async error has occured in external entity outside of CUDA"),
     ROW(ERROR_INVALID_CLUSTER_SIZE, "a cluster launch would fail with the requested size"),
     ROW(ERROR_FUNCTION_NOT_LOADED, "the requested function handle is not loaded"),

@@ -142,8 +142,9 @@ const EntryPoint kEntryPoints[] = {
     FUNCTION(cuModuleUnload), FUNCTION(cuModuleGetFunction), FUNCTION(cuModuleGetLoadingMode),
     FUNCTION(cuLibraryLoadData), FUNCTION(cuLibraryUnload), FUNCTION(cuLibraryGetKernel),
     FUNCTION(cuKernelGetFunction), FUNCTION(cuFuncGetName), FUNCTION(cuFuncGetAttribute),
-    FUNCTION(cuFuncSetAttribute), STREAM_FUNCTION(cuLaunchKernel),
-    STREAM_FUNCTION(cuLaunchKernelEx),
+    FUNCTION(cuFuncSetAttribute), FUNCTION(cuFuncSetCacheConfig), FUNCTION(cuModuleLoad),
+    FUNCTION(cuOccupancyMaxActiveBlocksPerMultiprocessor), STREAM_FUNCTION(cuLaunchKernel),
+    STREAM_FUNCTION(cuLaunchKernelEx), STREAM_FUNCTION(cuLaunchCooperativeKernel),
 };
 #pragma GCC diagnostic pop
 // clang-format on

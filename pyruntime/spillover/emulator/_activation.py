@@ -163,7 +163,7 @@ def _after_torch_import() -> None:
         )
     from spillover import _build
 
-    torch.ops.load_library(str(_build.build("emulator")))
+    torch.ops.load_library(str(_build.build("emulator")))  # type: ignore[no-untyped-call]
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):

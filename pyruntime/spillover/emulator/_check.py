@@ -20,7 +20,11 @@ def report(name, check):
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         print(json.dumps([name, False, reason]), flush=True)
 
-import torch
+try:
+    import torch
+except Exception as error:
+    print(json.dumps(["torch", False, f"{type(error).__name__}: {error}".splitlines()[0]]))
+    sys.exit(0)
 
 def copies():
     host = torch.arange(1 << 16, dtype=torch.float32).pin_memory()
