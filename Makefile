@@ -42,7 +42,7 @@ lint: $(STAMPS)/lint $(STAMPS)/native
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
-	$(BIN)/cmake --preset debug -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > $(VENV)/lint-cmake.log
+	PATH=$(CURDIR)/$(BIN):$$PATH cmake --preset debug -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python > $(VENV)/lint-cmake.log
 	$(BIN)/python tools/run_clang_tidy.py build/debug
 
 clean:

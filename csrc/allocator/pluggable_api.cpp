@@ -39,7 +39,8 @@ void* spillover_pluggable_alloc(std::size_t size_bytes, int device, void* stream
 }
 
 // The pool knows a block's size, device and stream from its address.
-void spillover_pluggable_free(void* pointer, std::size_t size_bytes, int device, void* stream) {
+void spillover_pluggable_free(void* pointer, std::size_t /*size_bytes*/, int /*device*/,
+                              void* /*stream*/) {
   require(spillover_free(pointer), "freeing device memory");
 }
 

@@ -44,7 +44,8 @@ bool torch_is_loaded() {
   return py::module_::import("sys").attr("modules").contains("torch");
 }
 
-void translate(std::exception_ptr pointer) {
+// By value, as pybind11 declares a translator.
+void translate(std::exception_ptr pointer) {  // NOLINT(performance-unnecessary-value-param)
   if (!pointer) return;
   try {
     std::rethrow_exception(pointer);
