@@ -20,11 +20,11 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q -n auto
 
 # Everything, with long samples: figures in notes come from here.
 soak: setup
-	SPILLOVER_SOAK=1 $(BIN)/python -m pytest
+	SPILLOVER_SOAK=1 $(BIN)/python -m pytest -q -n auto --timeout 1200
 
 # On a machine with an NVIDIA GPU, in any environment that has torch: PYTHON=python make test-gpu
 test-gpu: setup

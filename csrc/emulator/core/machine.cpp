@@ -57,7 +57,8 @@ Machine::Machine(const Config& machine_config)
 }
 
 bool Machine::is_live(Address address, std::size_t size_bytes, bool is_write) {
-  if (!addresses.contains(address)) return !addresses.contains(address + size_bytes);
+  if (!addresses.contains(address))
+    return true;  // the host's own, which may end where an arena begins
   const Allocation* allocation = device_memory.find(address);
   if (allocation != nullptr) {
     return size_bytes <= allocation->address + allocation->size_bytes - address;
