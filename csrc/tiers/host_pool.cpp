@@ -18,6 +18,10 @@ namespace {
 // the training run without a word.
 constexpr size_t kHeadroomBytes = 64 * kMiB;
 
+// Idle memory that is kept for reuse beside an eighth of the peak use. Sizes that do not come back
+// (sequences of varying length) would otherwise pile up until the budget or the machine is full.
+constexpr size_t kIdleBytesMin = 64 * kMiB;
+
 size_t slot_bytes_for(size_t size_bytes) {
   if (size_bytes <= kKiB) return round_up(std::max<size_t>(size_bytes, 1), 64);
   return round_up(size_bytes, std::bit_floor(size_bytes - 1) / 8);
@@ -70,6 +74,7 @@ HostBuffer HostPool::allocate_large(size_t size_bytes) {
       return HostBuffer(shared_from_this(), address, size_bytes);
     }
   }
+  give_back_surplus();
   HostMapping mapping = map(mapped_bytes, size_bytes);
   std::byte* address = mapping.address();
   const std::lock_guard lock(mutex_);
@@ -182,6 +187,24 @@ void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
   }
   reserved_bytes_ += size_bytes;
   reserved_bytes_max_ = std::max(reserved_bytes_max_, reserved_bytes_);
+}
+
+// Called when no idle mapping has the size that is asked for: the longest idle ones are unlikely to
+// be asked for again.
+void HostPool::give_back_surplus() {
+  std::vector<HostMapping> victims;
+  size_t freed_bytes = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    const size_t idle_bytes = reserved_bytes_ - used_bytes_;
+    const size_t kept_bytes = used_bytes_max_ / 8 + kIdleBytesMin;
+    if (idle_bytes <= kept_bytes) return;
+    victims = take_idle(idle_bytes - kept_bytes);
+    for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
+  }
+  victims.clear();
+  const std::lock_guard lock(mutex_);
+  reserved_bytes_ -= freed_bytes;
 }
 
 // The longest idle mappings, and slabs without a used slot, of at least wanted_bytes where there

@@ -105,6 +105,7 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   HostMapping map(size_t size_bytes, size_t requested_bytes);
   void check_machine(size_t size_bytes, size_t requested_bytes);
   void reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes, size_t requested_bytes);
+  void give_back_surplus();
   std::vector<HostMapping> take_idle(size_t wanted_bytes);
   void add_used(size_t size_bytes);
   [[noreturn]] void throw_over_budget(size_t size_bytes, size_t requested_bytes) const;

@@ -52,6 +52,16 @@ def test_a_freed_buffer_serves_the_same_size_again(make_pool: Callable[..., Host
     assert pool.stats().reserved_bytes == 5 * MIB
 
 
+def test_sizes_that_do_not_come_back_do_not_pile_up(make_pool: Callable[..., HostPool]) -> None:
+    pool = make_pool()
+    held: list[object] = []
+    for step in range(40):
+        held = [pool.allocate(16 * MIB + (2 * step + i) * PAGE) for i in range(2)]
+    stats = pool.stats()
+    assert stats.used_bytes == sum(len(buffer) for buffer in held)  # type: ignore[arg-type]
+    assert stats.reserved_bytes_max <= 2 * stats.used_bytes_max + 64 * MIB
+
+
 def test_the_budget_is_hard_and_says_what_to_do(make_pool: Callable[..., HostPool]) -> None:
     pool = make_pool(2 * MIB)
     held = pool.allocate(MIB)
