@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -126,8 +127,12 @@ def claims(plain: Run, offloaded: Run, reference: Run, limit_bytes: int) -> dict
 
 def table_of(runs: list[Run]) -> Table:
     """The comparison as a table."""
-    table = Table(title="Training a small GPT on the standard library's sources")
-    for column in ("run", "device peak", "host", "disk", "s/step", "first loss", "last"):
+    table = Table(
+        title="A small GPT on the standard library's sources: peak memory, time, loss",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    for column in ("run", "device", "host", "disk", "s/step", "first", "last loss"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in runs:
         if not run.totals:
@@ -171,7 +176,7 @@ def draw(runs: list[Run], limit_bytes: int, path: Path) -> None:
 def main() -> int:
     """Run the demo; 0 only if all that it claims held."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--limit", default="96MiB", help="device memory of the limited runs")
     parser.add_argument("--report", type=Path, default=Path("demo-report"))
