@@ -132,11 +132,11 @@ def table_of(runs: list[Run]) -> Table:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    for column in ("run", "device", "host", "disk", "s/step", "first", "last loss"):
+    for column in ("run", "device", "host", "disk", "s/step", "first", "last"):
         table.add_column(column, justify="left" if column == "run" else "right", no_wrap=True)
     for run in runs:
         if not run.totals:
-            outcome = "out of memory" if run.error else f"exit code {run.exit_code}"
+            outcome = "OOM error" if run.error else f"exit code {run.exit_code}"
             table.add_row(run.title, f"[red]{outcome}", "", "", "", "", "")
             continue
         table.add_row(
@@ -145,8 +145,8 @@ def table_of(runs: list[Run]) -> Table:
             format_bytes(run.totals["host_bytes"]),
             format_bytes(run.totals["disk_bytes"]),
             f"{run.step_seconds_median:.2f}",
-            f"{run.losses[0]:.4f}",
-            f"{run.losses[-1]:.4f}",
+            f"{run.losses[0]:.3f}",
+            f"{run.losses[-1]:.3f}",
         )
     return table
 
