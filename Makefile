@@ -34,8 +34,8 @@ bench: setup
 	$(BIN)/python -m benchmarks --all
 
 # Installs the peers that benchmarks compare with.
-bench-peers: $(STAMPS)/native
-	$(BIN)/python -m pip install --quiet ".[bench]" --no-build-isolation
+bench-peers: | $(STAMPS)/packages
+	$(BIN)/python tools/install_dependencies.py bench
 
 lint: $(STAMPS)/lint $(STAMPS)/native
 	$(BIN)/ruff check $(PYTHON_SOURCES)
