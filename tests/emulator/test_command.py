@@ -71,14 +71,16 @@ def test_child_processes_are_emulated_too(tmp_path: Path) -> None:
 def test_exit_code_and_signal_reach_the_caller() -> None:
     assert emulate("--", "python", "-c", "raise SystemExit(7)").returncode == 7
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
-    assert emulate("--", "python", "-c", kill).returncode == 128 + 15
+    assert emulate("--", "python", "-c", kill).returncode == -15
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--vram", "lots", "--", "true"], "vram='lots' is not a size"),
-        (["--vram", "1KiB", "--", "true"], "vram must be at least 4MiB"),
+        (["--vram", "1KiB", "--", "true"], "vram must be 4MiB to 1TiB"),
+        (["--vram", "9TiB", "--", "true"], "vram must be 4MiB to 1TiB"),
+        (["--seed", "99999999999999999999", "--", "true"], "seed must be 0 to"),
         (["--schedule", "soon", "--", "true"], "schedule='soon' is not known; choose one of late"),
         (["--devices", "0", "--", "true"], "devices must be 1 to 16, got 0"),
         (["--", "no-such-program"], "there is no program 'no-such-program'"),
@@ -90,6 +92,62 @@ def test_wrong_input(arguments: list[str], message: str) -> None:
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_another_interpreter_runs_until_it_wants_torch(tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(bare)], check=True)
+    python = str(bare / "bin" / "python")
+    assert emulate("--", python, "-c", "print(5)").stdout == "5\n"
+    result = emulate("--", python, "-c", "import torch")
+    assert result.returncode == 2
+    assert "cannot import spillover" in result.stderr
+
+
+def test_a_file_that_is_no_program(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("nothing that starts")
+    assert "is not executable" in emulate("--", str(script)).stderr
+    script.chmod(0o755)
+    assert "cannot be started" in emulate("--", str(script)).stderr
+
+
+@pytest.mark.parametrize("read", ["tolist()", "numpy().sum()"])
+def test_raw_reads_of_pinned_memory_are_seen(run_emulated, read: str) -> None:
+    run_emulated(
+        f"""
+        import torch
+        source = torch.ones(1000, device="cuda")
+        host = source.to("cpu", non_blocking=True)
+        try:
+            host.{read}
+        except Exception as error:
+            assert "hazard" in str(error), error
+        else:
+            raise AssertionError("the read before the synchronisation was not reported")
+        torch.cuda.synchronize()
+        host.{read}
+        """
+    )
+
+
+def test_run_leaves_a_script_its_own_exceptions(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys, torch\nprint(sys.argv[1:], sys.path[0])\ninput()\n")
+    result = emulate(
+        "--",
+        sys.executable,
+        "-m",
+        "spillover",
+        "run",
+        str(script),
+        "a",
+        "-b",
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == 1
+    assert result.stdout == f"['a', '-b'] {tmp_path}\n"
+    assert "EOFError" in result.stderr
 
 
 def test_check_reports_what_works() -> None:
@@ -165,5 +223,9 @@ def test_options_from_environment() -> None:
     assert options == Options(vram="64MiB", seed=5, schedule="random", hazards="warn")
     with pytest.raises(ConfigError, match="SPILLOVER_EMULATOR_SEED='x' is not a number"):
         Options.from_environment({"SPILLOVER_EMULATOR_SEED": "x"})
+    assert Options(vram="1GiB") == Options(vram=1 << 30)
+    assert Options.from_environment({"SPILLOVER_EMULATOR_POISON": "off"}).poison is False
+    with pytest.raises(ConfigError, match="poison must be True or False"):
+        Options(poison="off")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="SPILLOVER_EMULATOR_POISON='yes' is not known"):
         Options.from_environment({"SPILLOVER_EMULATOR_POISON": "yes"})

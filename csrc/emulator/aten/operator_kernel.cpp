@@ -183,7 +183,7 @@ class OperatorCall {
 
   // A new CUDA tensor with a CPU result's bytes. It is put together here and not by torch's
   // factory, whose checks of devices and options are a large part of what a small operator costs.
-  static at::Tensor copy_to_device(const at::Tensor& host) {
+  at::Tensor copy_to_device(const at::Tensor& host) const {
     // Equal strides on both sides: the covering extent can be copied at once, gaps included.
     int64_t extent = host.numel() == 0 ? 0 : 1;
     for (int64_t i = 0; extent != 0 && i < host.dim(); ++i) {
@@ -201,6 +201,9 @@ class OperatorCall {
     if (host.is_neg()) impl->_set_neg(true);
     if (host.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
     if (size_bytes != 0) {
+      // While the kernel ran, another host thread may have made this stream wait for a copy into
+      // this very memory, and then freed it. On a device the kernel would come after that wait.
+      begin_operator(stream_.stream(), plan_.name.c_str());
       std::memcpy(spillover_emulator_host_pointer(device.storage().data()), host.const_data_ptr(),
                   size_bytes);
     }

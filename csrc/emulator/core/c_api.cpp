@@ -62,6 +62,8 @@ void* spillover_emulator_host_pointer(const void* pointer) {
 
 int spillover_emulator_operator_begin(void* stream) {
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  // Its stream waits for the callback, which would wait for its stream.
+  if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
@@ -153,6 +155,7 @@ const char* spillover_emulator_last_hazard(void) {
 int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*), void* argument) {
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   if (body == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);

@@ -89,10 +89,21 @@ CUresult finish(Machine& machine, Lock& lock, const StreamRef& stream, Operation
 
 }  // namespace
 
+// No extent reaches beyond an address space; a larger product would wrap and pass for a small one.
+static bool is_extent(std::size_t pitch, std::size_t height, std::size_t width_bytes) {
+  constexpr std::size_t kExtentBytesMax = std::size_t{1} << 47U;
+  return width_bytes <= kExtentBytesMax && height <= kExtentBytesMax &&
+         (height <= 1 || pitch <= kExtentBytesMax / height);
+}
+
 CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
               CallVariant variant) {
   if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
   if (shape.destination == 0 || shape.source == 0) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_extent(shape.destination_pitch, shape.height, shape.width_bytes) ||
+      !is_extent(shape.source_pitch, shape.height, shape.width_bytes)) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   if (shape.height > 1 &&
       (shape.destination_pitch < shape.width_bytes || shape.source_pitch < shape.width_bytes)) {
     return CUDA_ERROR_INVALID_VALUE;
@@ -131,7 +142,10 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   if (shape.destination == 0 || shape.destination % shape.element_bytes != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  if (shape.height > 1 && shape.pitch < shape.width_bytes()) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_extent(shape.pitch, shape.height, shape.width_elements) ||
+      (shape.height > 1 && shape.pitch < shape.width_bytes())) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
   const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
   if (destination == Place::kPageable) return CUDA_ERROR_INVALID_VALUE;
   constexpr const char* kName = "memset";

@@ -10,7 +10,6 @@ using emulator::HostRegionKind;
 using emulator::Lock;
 using emulator::Machine;
 using emulator::with_context;
-using emulator::with_driver;
 
 namespace {
 
@@ -64,6 +63,10 @@ CUresult cuMemAllocPitch(CUdeviceptr* pointer, std::size_t* pitch_bytes, std::si
                          std::size_t height, unsigned int) {
   return with_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
     if (pointer == nullptr || pitch_bytes == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    constexpr std::size_t kSizeMax = std::size_t{1} << 47U;
+    if (width_bytes > kSizeMax || (width_bytes != 0 && height > kSizeMax / width_bytes)) {
+      return CUDA_ERROR_OUT_OF_MEMORY;
+    }
     const std::size_t pitch = emulator::round_up(width_bytes, kPitchBytes);
     Address address = 0;
     const CUresult result = emulator::allocate_device_memory(machine, lock, context.device,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import runpy
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -90,7 +90,7 @@ def emulate(
     options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
     if check:
         sys.exit(_check.check(options))
-    sys.exit(_command.run(command or [], options))
+    _command.replace_process(command or [], options)
 
 
 @app.command()
@@ -114,12 +114,11 @@ def run(
     ] = None,
 ) -> None:
     """Run an unmodified script with Spillover's allocator in place of PyTorch's own."""
-    from spillover import allocator
     from spillover._errors import ConfigError
 
     if not script.is_file():
         raise ConfigError(f"there is no script {str(script)!r}")
-    allocator.install()
-    sys.argv = [str(script), *(arguments or [])]
-    sys.path.insert(0, str(script.resolve().parent))
-    runpy.run_path(str(script), run_name="__main__")
+    # A process of its own: the script's exceptions, signals and exit code are not the command
+    # line's to interpret.
+    command = [sys.executable, "-m", "spillover.allocator._run", str(script), *(arguments or [])]
+    os.execv(sys.executable, command)

@@ -8,6 +8,7 @@ has been imported with its own libraries this silently does nothing, hence the c
 from __future__ import annotations
 
 import atexit
+import functools
 import importlib.abc
 import importlib.util
 import os
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
@@ -164,6 +166,27 @@ def _after_torch_import() -> None:
     from spillover import _build
 
     torch.ops.load_library(str(_build.build("emulator")))  # type: ignore[no-untyped-call]
+    if _active is not None and _active.hazards != "off":
+        _watch_raw_reads(torch.Tensor)
+
+
+def _watch_raw_reads(tensor_class: Any) -> None:
+    """Report what reads a pinned tensor's memory without an operator: tolist() and numpy()."""
+    from spillover.emulator import _control
+
+    def watch(name: str) -> None:
+        original = getattr(tensor_class, name)
+
+        @functools.wraps(original)
+        def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.device.type == "cpu" and self.is_contiguous():
+                _control.host_access(self, kind="read", name=f"Tensor.{name}")
+            return original(self, *args, **kwargs)
+
+        setattr(tensor_class, name, watched)
+
+    for name in ("tolist", "numpy", "__array__"):
+        watch(name)
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+from spillover._errors import ConfigError
+from spillover._settings import enabled
 from spillover.emulator import _command
 from spillover.emulator._options import Options
 
@@ -87,6 +89,8 @@ def check(options: Options) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    if not enabled():
+        raise ConfigError("SPILLOVER=0 switches the emulated device off; unset it, or set it to 1")
     result = subprocess.run(
         [sys.executable, "-c", _PROBE, options.hazards],
         env=_command.environment(options),

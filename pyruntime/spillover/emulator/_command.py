@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from spillover._errors import ConfigError
+from spillover._settings import enabled
 from spillover.emulator._options import ACTIVE_VARIABLE, Options
 
 
@@ -38,23 +40,52 @@ def run(command: Sequence[str], options: Options | None = None) -> int:
     options
         The devices; None takes ``SPILLOVER_EMULATOR_*`` and the defaults.
 
+    Returns
+    -------
+    int
+        The exit code; a negative number is the signal that ended the program.
+
     Raises
     ------
     ConfigError
-        The program does not exist, or an option is wrong.
+        The program does not exist or cannot be started, or an option is wrong.
     """
+    program, child_environment = _prepare(command, options)
+    try:
+        return subprocess.run(
+            [program, *command[1:]], env=child_environment, check=False
+        ).returncode
+    except OSError as error:
+        raise ConfigError(f"{program} cannot be started: {error.strerror}") from error
+
+
+def replace_process(command: Sequence[str], options: Options | None = None) -> NoReturn:
+    """Become ``command``: signals, the terminal and the exit code are then the program's own.
+
+    Raises
+    ------
+    ConfigError
+        As ``run()``.
+    """
+    program, child_environment = _prepare(command, options)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execve(program, [program, *command[1:]], child_environment)
+    except OSError as error:
+        raise ConfigError(f"{program} cannot be started: {error.strerror}") from error
+
+
+def _prepare(command: Sequence[str], options: Options | None) -> tuple[str, dict[str, str]]:
     options = options or Options.from_environment()
     if not command:
         raise ConfigError("name a command, such as: spillover emulate -- python train.py")
+    if not enabled():
+        raise ConfigError("SPILLOVER=0 switches the emulated device off; unset it, or set it to 1")
     child_environment = environment(options)
     program = shutil.which(command[0], path=child_environment["PATH"])
     if program is None:
+        if Path(command[0]).is_file():
+            raise ConfigError(f"{command[0]!r} is not executable; put python in front of it")
         raise ConfigError(f"there is no program {command[0]!r} on the PATH")
-    process = subprocess.Popen([program, *command[1:]], env=child_environment)
-    while True:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            # The terminal has sent the signal to the child too; its own handling decides.
-            continue
-        return code if code >= 0 else 128 - code
+    return program, child_environment

@@ -19,6 +19,10 @@ _PREFIX = "SPILLOVER_EMULATOR_"
 _DEVICES_MAX = 16
 #: The smallest capacity that a CUDA context and torch's first segments fit into.
 _VRAM_BYTES_MIN = 4 << 20
+#: What the emulated address range has room for, besides what is freed and reserved anew.
+_VRAM_BYTES_MAX = 1 << 40
+_SEED_MAX = 2**63 - 1
+_SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +60,18 @@ class Options:
             raise ConfigError(f"devices must be a number, not {self.devices!r}")
         if not 1 <= self.devices <= _DEVICES_MAX:
             raise ConfigError(f"devices must be 1 to {_DEVICES_MAX}, got {self.devices}")
-        if parse_bytes(self.vram, name="vram") < _VRAM_BYTES_MIN:
-            raise ConfigError(f"vram must be at least 4MiB, got {self.vram!r}")
+        if not _VRAM_BYTES_MIN <= parse_bytes(self.vram, name="vram") <= _VRAM_BYTES_MAX:
+            raise ConfigError(f"vram must be 4MiB to 1TiB, got {self.vram!r}")
+        # The same capacity written in another way is the same option.
+        object.__setattr__(self, "vram", parse_bytes(self.vram, name="vram"))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("hazards", self.hazards, get_args(HazardPolicy))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed must be a number that is not negative, got {self.seed!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be a number, not {self.seed!r}")
+        if not 0 <= self.seed <= _SEED_MAX:
+            raise ConfigError(f"seed must be 0 to {_SEED_MAX}, got {self.seed}")
+        if not isinstance(self.poison, bool):
+            raise ConfigError(f"poison must be True or False, not {self.poison!r}")
 
     @property
     def vram_bytes(self) -> int:
@@ -111,8 +121,8 @@ def _parse(name: str, variable: str, text: str) -> object:
         except ValueError:
             raise ConfigError(f"{variable}={text!r} is not a number") from None
     if name == "poison":
-        _check_choice(variable, text, ("0", "1"))
-        return text == "1"
+        _check_choice(variable, text.lower(), tuple(_SWITCHES))
+        return _SWITCHES[text.lower()]
     return text
 
 

@@ -26,16 +26,28 @@ def _stop(reason: str) -> None:
     os._exit(2)
 
 
+class _NoTorchHere:
+    """Another interpreter, without spillover: fine for tools, but not for a script with torch."""
+
+    def __init__(self, reason: ImportError) -> None:
+        self._reason = reason
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            _stop(
+                f"{sys.executable} cannot import spillover ({self._reason}); install it into that "
+                "environment, or name another python"
+            )
+
+
 def _activate() -> None:
     try:
         from spillover._errors import SpilloverError
         from spillover.emulator._activation import activate, report_at_exit
         from spillover.emulator._options import Options
     except ImportError as error:
-        _stop(
-            f"{sys.executable} cannot import spillover ({error}); install it into that "
-            "environment, or name another python"
-        )
+        sys.meta_path.insert(0, _NoTorchHere(error))
+        return
     try:
         if activate(Options.from_environment()):
             report_at_exit()
