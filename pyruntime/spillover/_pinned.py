@@ -94,7 +94,7 @@ def empty_pinned(
 
     count = math.prod(shape)
     if count == 0:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     buffer = (pool or host_pool()).allocate(count * dtype.itemsize)
     # The tensor's storage holds the buffer.
     return torch.frombuffer(buffer, dtype=dtype, count=count).view(tuple(shape))

@@ -112,21 +112,20 @@ def test_a_file_that_is_no_program(tmp_path: Path) -> None:
     assert "cannot be started" in emulate("--", str(script)).stderr
 
 
-@pytest.mark.parametrize("read", ["tolist()", "numpy().sum()"])
-def test_raw_reads_of_pinned_memory_are_seen(run_emulated, read: str) -> None:
+def test_tolist_of_pinned_memory_is_seen(run_emulated) -> None:
     run_emulated(
-        f"""
+        """
         import torch
         source = torch.ones(1000, device="cuda")
         host = source.to("cpu", non_blocking=True)
         try:
-            host.{read}
+            host.tolist()
         except Exception as error:
             assert "hazard" in str(error), error
         else:
             raise AssertionError("the read before the synchronisation was not reported")
         torch.cuda.synchronize()
-        host.{read}
+        host.tolist()
         """
     )
 

@@ -167,26 +167,25 @@ def _after_torch_import() -> None:
 
     torch.ops.load_library(str(_build.build("emulator")))  # type: ignore[no-untyped-call]
     if _active is not None and _active.hazards != "off":
-        _watch_raw_reads(torch.Tensor)
+        _watch_tolist(torch.Tensor)
 
 
-def _watch_raw_reads(tensor_class: Any) -> None:
-    """Report what reads a pinned tensor's memory without an operator: tolist() and numpy()."""
+def _watch_tolist(tensor_class: Any) -> None:
+    """Report what ``tolist()`` reads: it looks at a CPU tensor's memory without an operator.
+
+    ``numpy()`` makes a view and reads nothing; what is done with the view cannot be seen.
+    """
     from spillover.emulator import _control
 
-    def watch(name: str) -> None:
-        original = getattr(tensor_class, name)
+    original = tensor_class.tolist
 
-        @functools.wraps(original)
-        def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if self.device.type == "cpu" and self.is_contiguous():
-                _control.host_access(self, kind="read", name=f"Tensor.{name}")
-            return original(self, *args, **kwargs)
+    @functools.wraps(original)
+    def tolist(self: Any) -> Any:
+        if self.device.type == "cpu" and self.is_contiguous():
+            _control.host_access(self, kind="read", name="Tensor.tolist")
+        return original(self)
 
-        setattr(tensor_class, name, watched)
-
-    for name in ("tolist", "numpy", "__array__"):
-        watch(name)
+    tensor_class.tolist = tolist
 
 
 class _TorchFinder(importlib.abc.MetaPathFinder):

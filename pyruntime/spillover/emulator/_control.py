@@ -74,8 +74,8 @@ def peak_bytes(device: int = 0) -> int:
 def host_access(tensor: torch.Tensor, *, kind: HostAccess, name: str = "host code") -> None:
     """Tell the checker that the CPU reads or writes a pinned tensor by other means than torch.
 
-    Operators of torch on CPU tensors are seen without this; NumPy views, ctypes and other libraries
-    are not.
+    Operators of torch on CPU tensors and ``tolist()`` are seen without this; ``torch.save``, NumPy
+    views, ctypes and other libraries are not.
 
     Parameters
     ----------

@@ -213,8 +213,10 @@ def _guarded_apply(
 def _resolve_device(device: str | torch.device) -> torch.device:
     try:
         resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is not a device: {error}") from error
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(
+            f"device={device!r} is not a device; give one such as 'cuda' or 'cuda:0': {error}"
+        ) from error
     if resolved.type != "cuda":
         raise ConfigError(f"weights are streamed to a CUDA device, not to {str(device)!r}")
     if not torch.cuda.is_available():
@@ -222,9 +224,11 @@ def _resolve_device(device: str | torch.device) -> torch.device:
             "stream_parameters needs a CUDA device, and torch sees none; "
             "spillover.emulator gives one to try it on"
         )
-    return torch.device(
-        "cuda", torch.cuda.current_device() if resolved.index is None else resolved.index
-    )
+    index = torch.cuda.current_device() if resolved.index is None else resolved.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"device={str(device)!r} does not exist: torch sees {count} CUDA devices")
+    return torch.device("cuda", index)
 
 
 def _place_outside(model: nn.Module, streamed: set[nn.Parameter], device: torch.device) -> None:
@@ -234,11 +238,12 @@ def _place_outside(model: nn.Module, streamed: set[nn.Parameter], device: torch.
         for parameter in model.parameters():
             if parameter in streamed:
                 continue
-            gradient = parameter.grad
+            # Before anything is assigned: a gradient must not be lost if memory runs out.
+            data = parameter.data.to(device)
+            gradient = parameter.grad.to(device) if parameter.grad is not None else None
             parameter.grad = None
-            parameter.data = parameter.data.to(device)
-            if gradient is not None:
-                parameter.grad = gradient.to(device)
+            parameter.data = data
+            parameter.grad = gradient
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -296,7 +301,8 @@ def stream_parameters(
         No blocks are found, an argument is wrong, or a weight is of a kind that cannot be streamed.
     StateError
         The model's parameters are streamed already. Later, from the model's forward: a streamed
-        Parameter was replaced, moved or converted. Call ``remove()`` before such changes.
+        Parameter was replaced, moved or converted. Call ``remove()`` before such changes. Also from
+        the forward or from its optimizer's step: the model's backward runs in another thread.
 
     Notes
     -----
@@ -308,7 +314,9 @@ def stream_parameters(
     low-precision copies of weights that autograd keeps for backward; checkpoint the blocks, or keep
     the weights in low precision, to be rid of them. A weight of a block that is called more than
     once within one autocast region is cast once a call, so there the sum of its gradient may round
-    otherwise than without streaming.
+    otherwise than without streaming. ``clip_grad_norm_`` and ``get_total_norm`` combine norms
+    device by device, so with gradients on the host and on the device the total norm, and what
+    follows from clipping by it, may differ in the last bits from the all-resident run.
     """
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"prefetch must be a number of blocks, 0 or more, not {prefetch!r}")
@@ -367,7 +375,7 @@ def _attach(handle: StreamedParameters, model: nn.Module, streamer: WeightStream
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         alive = reference()
         if alive is not None:
-            alive.host_may_write()
+            alive.host_may_write(optimizer.param_groups)
 
     # Both are global; a finalizer runs once, by remove() or when the model is dropped without it.
     hook = register_optimizer_step_pre_hook(before_step)

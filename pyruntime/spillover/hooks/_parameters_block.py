@@ -62,7 +62,9 @@ class StreamedWeight:
         Own storages keep ``torch.save`` from writing a whole block for each of its weights.
         """
         if array.size == 0:
-            return torch.empty_strided(self.leaf.shape, self.stride, dtype=self.leaf.dtype)
+            return torch.empty_strided(
+                self.leaf.shape, self.stride, dtype=self.leaf.dtype, device="cpu"
+            )
         flat = torch.frombuffer(array, dtype=self.leaf.dtype)
         return flat.as_strided(self.leaf.shape, self.stride).detach()
 
@@ -276,9 +278,9 @@ def _move_in(block: StreamedBlock, weight: StreamedWeight) -> None:
     parameter = weight.parameter
     home = weight.over(StreamedBlock._part(block.host, weight))
     home.copy_(parameter.data)
-    gradient = parameter.grad
+    # Before anything is assigned: a gradient must not be lost if there is no memory for it.
+    gradient = parameter.grad.to("cpu") if parameter.grad is not None else None
     parameter.grad = None
     parameter.data = home
+    parameter.grad = gradient
     weight.host_address = home.data_ptr()
-    if gradient is not None:
-        parameter.grad = gradient.to("cpu")

@@ -30,6 +30,8 @@ installed and NaN otherwise.
 from __future__ import annotations
 
 import functools
+import os
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +49,9 @@ from spillover.hooks._parameters_saved import SavedWeight, SavedWeightHooks
 
 _NO_GRAPH_TASK = -1
 
+# After a backward that raised, autograd's threads let go of it a moment later than its caller.
+_UNWIND_S_MAX = 0.2
+
 
 @dataclass(frozen=True)
 class _Call:
@@ -56,8 +61,17 @@ class _Call:
     hooks: SavedWeightHooks
 
 
+def _synchronize(device: torch.device, owner: int) -> None:
+    """Wait for the device, unless this is a forked child, which has none and started nothing."""
+    if os.getpid() == owner:
+        torch.cuda.synchronize(device)
+
+
 class WeightStreamer:
-    """Owns the device copies of a model's streamed blocks. Used by one host thread at a time."""
+    """Owns the device copies of a model's streamed blocks. Used by one host thread at a time.
+
+    Optimizers may step in any thread at any time: ``host_may_write`` looks before it touches.
+    """
 
     def __init__(self, device: torch.device, blocks: list[StreamedBlock], prefetch: int) -> None:
         self.device = device
@@ -68,12 +82,18 @@ class WeightStreamer:
         self._order = BlockOrder(blocks)
         self._calls: list[_Call] = []
         self._graph_tasks: list[int] = []
+        # The end callbacks of backwards that have not ended; autograd alone holds them, so one dies
+        # with its backward, also if that raised.
+        self._backwards: weakref.WeakSet[functools.partial[None]] = weakref.WeakSet()
+        self._parameter_ids = frozenset(
+            id(weight.parameter) for block in blocks for weight in block.weights
+        )
         self._model_running = False
         largest = max((block.size_bytes for block in blocks), default=0)
         self.gradients = GradientQueue(device, largest)
         # A model may be dropped while copies are under way, after an exception say; its memory must
         # not be given out again before they are complete. At exit nothing is given out any more.
-        weakref.finalize(self, torch.cuda.synchronize, device).atexit = False
+        weakref.finalize(self, _synchronize, device, os.getpid()).atexit = False
         self._leaf_hooks = [
             self._watch(block, weight)
             for block in blocks
@@ -213,9 +233,9 @@ class WeightStreamer:
         task = torch._C._current_graph_task_id()
         if task not in self._graph_tasks:
             self._graph_tasks.append(task)
-            torch.autograd.Variable._execution_engine.queue_callback(
-                functools.partial(self._backward_ends, task)
-            )
+            ends = functools.partial(self._backward_ends, task)
+            self._backwards.add(ends)
+            torch.autograd.Variable._execution_engine.queue_callback(ends)
 
     def _backward_ends(self, task: int) -> None:
         """Deliver all gradients; runs before ``backward()`` returns to its caller."""
@@ -223,6 +243,7 @@ class WeightStreamer:
             del self._graph_tasks[self._graph_tasks.index(task) :]
         if self._graph_tasks:
             return  # The end of a backward inside of another one (reentrant checkpointing).
+        self._backwards.clear()
         with _disable_current_modes():
             self.copies.backward_block = None
             self._order.backward_ended()
@@ -243,19 +264,47 @@ class WeightStreamer:
 
     # ---- order with the host -------------------------------------------------------------------
 
-    def host_may_write(self) -> None:
-        """Before an optimizer's step: have no copy read the weights that it may write."""
+    def host_may_write(self, param_groups: list[dict[str, Any]]) -> None:
+        """Before an optimizer's step: have no copy read the weights that it may write.
+
+        Optimizers of other models step whenever they like, in other threads too, so those that hold
+        no streamed weight change nothing here.
+        """
         if self.closed or self._in_backward():
             return
+        if not any(
+            id(parameter) in self._parameter_ids
+            for group in param_groups
+            for parameter in group["params"]
+        ):
+            return
         if self._model_running or self._calls:
-            self.copies.synchronize()  # Some other model's step, inside of this one's forward.
+            self.copies.synchronize()  # A step inside of this model's forward.
         else:
             self.settle()
 
+    def _refuse_foreign_backward(self) -> None:
+        """Raise if a backward runs in another thread: its gradients would be lost in silence."""
+        deadline = time.monotonic() + _UNWIND_S_MAX
+        while self._backwards:
+            if time.monotonic() > deadline:
+                raise StateError(
+                    "the model's backward runs in another thread; run its forward, its optimizer's "
+                    "step, synchronize() and remove() after that backward has returned"
+                )
+            time.sleep(0.001)
+
     def settle(self) -> None:
-        """Outside of forward and backward: finish copies, drop what a failed pass left behind."""
+        """Outside of forward and backward: finish copies, drop what a failed pass left behind.
+
+        Raises
+        ------
+        StateError
+            The model's backward runs in another thread; nothing has been changed then.
+        """
         if self._in_backward():
             return
+        self._refuse_foreign_backward()
         while self._calls:
             # Only an exception that skips hooks (KeyboardInterrupt) leaves calls behind.
             call = self._calls.pop()
@@ -282,6 +331,8 @@ class WeightStreamer:
         self.copies.release_all()
         for hook in self._leaf_hooks:
             hook.remove()
+        # The handle may live on for long; what it no longer needs should die now.
+        self._leaf_hooks.clear()
         self.gradients.release()
         self.closed = True
 

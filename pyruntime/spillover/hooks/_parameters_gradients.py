@@ -18,6 +18,7 @@ import torch
 
 from spillover._errors import StateError
 from spillover._pinned import empty_pinned
+from spillover._settings import logger
 from spillover._streams import copy_streams, new_event
 from spillover.hooks._parameters_block import StreamedBlock, StreamedWeight
 
@@ -125,6 +126,13 @@ class GradientQueue:
 
     def discard(self) -> None:
         """Drop what a backward that raised left behind, once its copies have completed."""
+        if self._leaving:
+            logger.warning(
+                "a backward did not complete; %d gradients of streamed weights that it had not "
+                "handed over are dropped, such as that of %r",
+                len(self._leaving),
+                self._leaving[0].weight.name,
+            )
         while self._leaving:
             item = self._leaving.popleft()
             item.copied.synchronize()
@@ -134,3 +142,4 @@ class GradientQueue:
     def release(self) -> None:
         """Give the staging memory back; nothing may be under way."""
         self._staging.clear()
+        self._events.clear()

@@ -49,7 +49,13 @@ def find_blocks(model: nn.Module, blocks: Iterable[nn.Module] | str | None) -> d
 
 
 def _listed(model: nn.Module, blocks: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    wanted = list(blocks)
+    try:
+        wanted = list(blocks)
+    except TypeError as error:
+        raise ConfigError(
+            "blocks must be a list of modules or a pattern for their names such as 'layers.*', not "
+            f"{blocks!r}"
+        ) from error
     names = {id(module): name for name, module in model.named_modules()}
     for block in wanted:
         if not isinstance(block, nn.Module):

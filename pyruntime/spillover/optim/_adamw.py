@@ -17,6 +17,7 @@ low bits of its masters whichever of the two checkpoints was loaded first. A wri
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,14 +106,10 @@ class AdamW(torch.optim.Optimizer):
         tier: Literal["host"] = "host",
     ) -> None:
         _check_tier(tier)
-        if float(lr) < 0.0:
-            raise ConfigError(f"lr must not be negative, got {lr}")
-        if not (0.0 <= betas[0] < 1.0 and 0.0 <= betas[1] < 1.0):
-            raise ConfigError(f"betas must lie in [0, 1), got {betas}")
-        if eps < 0.0:
-            raise ConfigError(f"eps must not be negative, got {eps}")
-        if weight_decay < 0.0:
-            raise ConfigError(f"weight_decay must not be negative, got {weight_decay}")
+        _check_not_negative("lr", lr)
+        _check_betas(betas)
+        _check_not_negative("eps", eps)
+        _check_not_negative("weight_decay", weight_decay)
         # The keys after maximize are those of torch.optim.AdamW, so that it can load our groups.
         defaults = {
             "lr": lr,
@@ -184,7 +181,8 @@ class AdamW(torch.optim.Optimizer):
         ConfigError
             A gradient is sparse; nothing has been changed then.
         HostOutOfMemory
-            There is no memory for the state; nothing has been changed then.
+            There is no memory for the state or for staging; no weight, moment or step count has
+            been changed then.
         """
         loss = None
         if closure is not None:
@@ -197,8 +195,18 @@ class AdamW(torch.optim.Optimizer):
         steps = [work.state["step"] for works in groups for work in works]
         if not steps:
             return loss
-        torch._foreach_add_(steps, 1)
-        self._update_device(groups)
+        by_device = _by_device(groups)
+        with contextlib.ExitStack() as held:
+            # All memory is there before anything changes, so that a step that fails for want of
+            # it can be repeated. Every step takes the locks in one order.
+            for device in sorted(by_device, key=str):
+                staging = staging_of(device)
+                held.enter_context(staging.lock)
+                staging.reserve(_wanted_bytes(by_device[device]))
+            torch._foreach_add_(steps, 1)
+            for device, device_groups in by_device.items():
+                with torch.cuda.device(device):
+                    self._run_pipeline(staging_of(device), device_groups)
         for works in groups:
             self._update_host([work for work in works if work.parameter.device.type == "cpu"])
         for works in groups:
@@ -228,7 +236,7 @@ class AdamW(torch.optim.Optimizer):
         check_parameter(parameter)
         state = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         names = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
         for name in names:
             if name not in state:
@@ -282,26 +290,20 @@ class AdamW(torch.optim.Optimizer):
             if target is not None:
                 part.copy_(target)
 
-    def _update_device(self, groups: list[list[Work]]) -> None:
-        """Update weights that lie on CUDA devices. See Note [Optimizer pipeline]."""
-        by_device: dict[torch.device, list[list[Work]]] = {}
-        for works in groups:
-            for device in dict.fromkeys(work.parameter.device for work in works):
-                if device.type == "cuda":
-                    chosen = [work for work in works if work.parameter.device == device]
-                    by_device.setdefault(device, []).append(chosen)
-        for device, device_groups in by_device.items():
-            staging = staging_of(device)
-            with staging.lock, torch.cuda.device(device):
-                self._run_pipeline(staging, device_groups)
-
     def _run_pipeline(self, staging: Staging, groups: list[list[Work]]) -> None:
+        """Update weights that lie on one CUDA device. See Note [Optimizer pipeline]."""
         compute = torch.cuda.current_stream(staging.device)
         staging.streams.copy_out.wait_stream(compute)
-        wanted = sum(
-            piece_bytes(work.parameter, work.gradient) for works in groups for work in works
-        )
-        staging.reserve(wanted)
+        try:
+            self._run_batches(staging, groups)
+        except BaseException:
+            # The caller may free gradients and weights now, so nothing may copy them any more.
+            staging.drain()
+            raise
+        finally:
+            compute.wait_stream(staging.streams.copy_in)
+
+    def _run_batches(self, staging: Staging, groups: list[list[Work]]) -> None:
         waiting: tuple[Slot, list[tuple[Work, Piece]]] | None = None
         for batch in batches(groups, staging.slot_bytes):
             slot = staging.next_slot()
@@ -311,7 +313,6 @@ class AdamW(torch.optim.Optimizer):
             waiting = (slot, batch)
         if waiting is not None:
             self._update_batch(staging, *waiting)
-        compute.wait_stream(staging.streams.copy_in)
 
     def _update_batch(self, staging: Staging, slot: Slot, batch: list[tuple[Work, Piece]]) -> None:
         slot.arrived.synchronize()
@@ -334,6 +335,21 @@ class AdamW(torch.optim.Optimizer):
         staging.start_departure(slot, [piece for _, piece in batch])
 
 
+def _by_device(groups: list[list[Work]]) -> dict[torch.device, list[list[Work]]]:
+    """The work on CUDA devices, by device; still one list a parameter group."""
+    found: dict[torch.device, list[list[Work]]] = {}
+    for works in groups:
+        for device in dict.fromkeys(work.parameter.device for work in works):
+            if device.type == "cuda":
+                chosen = [work for work in works if work.parameter.device == device]
+                found.setdefault(device, []).append(chosen)
+    return found
+
+
+def _wanted_bytes(groups: list[list[Work]]) -> int:
+    return sum(piece_bytes(work.parameter, work.gradient) for works in groups for work in works)
+
+
 def _identity(parameter: torch.Tensor) -> tuple[int, int]:
     return parameter._version, parameter.data_ptr()
 
@@ -343,7 +359,7 @@ def _empty_state(parameter: torch.Tensor) -> torch.Tensor:
     if torch.cuda.is_available():
         flat = empty_pinned((parameter.numel(),), torch.float32)
     else:
-        flat = torch.empty(parameter.numel(), dtype=torch.float32)
+        flat = torch.empty(parameter.numel(), dtype=torch.float32, device="cpu")
     state: torch.Tensor = flat.as_strided(parameter.shape, dense_stride(parameter))
     return state
 
@@ -351,11 +367,33 @@ def _empty_state(parameter: torch.Tensor) -> torch.Tensor:
 def _place(name: str, value: Any, parameter: torch.Tensor) -> Any:
     tensor = value.tensor if isinstance(value, _Kept) else value
     if name == "step":
-        step = torch.as_tensor(tensor, dtype=torch.float32).detach()
-        return step.to("cpu", copy=True).reshape(())
+        step = torch.as_tensor(tensor, dtype=torch.float32, device="cpu").detach()
+        return step.clone().reshape(())
     if not isinstance(tensor, torch.Tensor) or tensor.shape != parameter.shape:
         return tensor
     return _empty_state(parameter).copy_(tensor)
+
+
+def _check_not_negative(name: str, value: Any) -> None:
+    try:
+        number = float("nan") if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = float("nan")
+    # Written so that NaN, which compares false with everything, is refused.
+    if not number >= 0.0:
+        raise ConfigError(f"{name} must be a number of 0 or more, got {value!r}")
+
+
+def _check_betas(betas: Any) -> None:
+    try:
+        first, second = betas
+        fits = 0.0 <= first < 1.0 and 0.0 <= second < 1.0
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ConfigError(
+            f"betas must be two numbers in [0, 1), such as (0.9, 0.999), got {betas!r}"
+        )
 
 
 def _check_tier(tier: str) -> None:

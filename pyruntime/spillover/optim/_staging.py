@@ -78,10 +78,15 @@ class Staging:
         size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
         if self._slots and self._slots[0].memory.nbytes >= size_bytes:
             return
-        for slot in self._slots:
-            slot.left.synchronize()
+        self.drain()
         self._slots = []
         self._slots = [Slot(size_bytes) for _ in range(2)]
+
+    def drain(self) -> None:
+        """Block the host until no copy reads or writes the slots, also after an aborted step."""
+        for slot in self._slots:
+            slot.arrived.synchronize()
+            slot.left.synchronize()
 
     @property
     def slot_bytes(self) -> int:
