@@ -6,6 +6,7 @@ One engine belongs to one ``offload_activations`` object and lives as long as sa
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -30,17 +31,30 @@ from spillover.hooks._saved_storage import (
     keep,
     range_to_copy,
 )
-from spillover.hooks._saved_transfers import lock, transfers, wait_quietly
+from spillover.hooks._saved_transfers import finish_departures, lock, transfers, wait_quietly
 
 _STAYING_MIN = 1024
+_NO_GRAPH_TASK = -1
+# Default budgets; a small device gets less, since they are what offloading itself costs there.
+_PREFETCH_BYTES = 128 << 20
+_INFLIGHT_BYTES = 256 << 20
+_DEVICE_SHARE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """Budgets in bytes; what the public function parsed."""
+    """Budgets in bytes; what the public function parsed. None: by the device's size."""
 
     min_bytes: int
-    prefetch_bytes: int
+    prefetch_bytes: int | None
+    inflight_bytes: int | None
+
+
+@dataclass(kw_only=True)
+class DeviceBudget:
+    """What the options come to on one device."""
+
+    prefetch_bytes: int  # Falls when memory runs out.
     inflight_bytes: int
 
 
@@ -78,7 +92,10 @@ class ActivationEngine:
         self._dead: deque[StorageWeakRef] = deque()  # Of copies that are gone; any thread appends.
         self._staying: dict[int, StorageWeakRef] = {}  # Storages of parameters and other leaves.
         self._staying_max = _STAYING_MIN  # Beyond it, dead ones are looked for.
-        self._order = BackwardOrder(options.prefetch_bytes)
+        self._order = BackwardOrder()
+        self._budgets: dict[torch.device, DeviceBudget] = {}
+        # Backward passes that will call `_backward_ends`; failed ones never do.
+        self._graph_tasks: deque[int] = deque(maxlen=64)
         self._errors: deque[BaseException] = deque()
 
     # ---- what stays on the device ----
@@ -144,7 +161,7 @@ class ActivationEngine:
                 if copy is not None:
                     return self._view_of(copy, tensor)
             # Waiting, mapping and pinning may take long, so they happen without the lock.
-            self._make_room(extent.size_bytes)
+            self._make_room(extent.size_bytes, tensor.device)
             block = self._allocate(extent.size_bytes)
 
     def _find(self, tensor: torch.Tensor, wanted: ByteRange) -> SavedCopy | None:
@@ -199,9 +216,22 @@ class ActivationEngine:
 
     # ---- back-pressure ----
 
-    def _make_room(self, size_bytes: int) -> None:
+    def _budget(self, device: torch.device) -> DeviceBudget:
+        budget = self._budgets.get(device)
+        if budget is None:
+            options = self._options
+            share = _memory_bytes(device) // _DEVICE_SHARE
+            prefetch, inflight = options.prefetch_bytes, options.inflight_bytes
+            budget = self._budgets[device] = DeviceBudget(
+                prefetch_bytes=min(_PREFETCH_BYTES, share) if prefetch is None else prefetch,
+                inflight_bytes=min(_INFLIGHT_BYTES, share) if inflight is None else inflight,
+            )
+        return budget
+
+    def _make_room(self, size_bytes: int, device: torch.device) -> None:
         """Block while copies under way hold more than their budget, which a lone one may."""
-        budget = self._options.inflight_bytes
+        with lock:
+            budget = self._budget(device).inflight_bytes
         while True:
             with lock:
                 transfers.collect()
@@ -250,23 +280,48 @@ class ActivationEngine:
                 check_version(packed.tensor, packed.tensor.shape, packed.version)
             return packed.tensor
         check_version(packed.counter, packed.shape, packed.version)
-        copy = packed.copy
         with torch.no_grad():
-            while True:
-                self._read(copy)
-                with lock:
-                    self._collect()
-                    compute = torch.cuda.current_stream(copy.device)
-                    if copy.flat is not None and copy.flat_home != compute:
-                        # It would return to the pool of a stream that knows nothing of this use.
-                        copy.drop_flat()
-                    # The bytes of a copy on disk may have come, been used and gone meanwhile.
-                    if not _is_at_hand(copy):
-                        continue
-                    tensor = self._restore(packed, compute)
-                    self._order.serve(packed)
-                    self._look_ahead(packed.position, compute)
-                    return tensor
+            try:
+                return self._bring_back(packed)
+            except torch.OutOfMemoryError:
+                pass  # What the error holds is let go of first.
+            with lock:
+                self._order.drop_all(but=packed.copy)
+            finish_departures()
+            return self._bring_back(packed)
+
+    def _bring_back(self, view: SavedView) -> torch.Tensor:
+        copy = view.copy
+        while True:
+            self._read(copy)
+            with lock:
+                self._join_backward()
+                self._collect()
+                compute = torch.cuda.current_stream(copy.device)
+                if copy.flat is not None and copy.flat_home != compute:
+                    # It would return to the pool of a stream that knows nothing of this use.
+                    copy.drop_flat()
+                # The bytes of a copy on disk may have come, been used and gone meanwhile.
+                if not _is_at_hand(copy):
+                    continue
+                tensor = self._restore(view, compute)
+                self._order.serve(view)
+                self._look_ahead(view, compute)
+                return tensor
+
+    def _join_backward(self) -> None:
+        """Have ``_backward_ends`` called when the present backward is complete."""
+        task = torch._C._current_graph_task_id()
+        if task != _NO_GRAPH_TASK and task not in self._graph_tasks:
+            self._graph_tasks.append(task)
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(self._backward_ends)
+
+    def _backward_ends(self) -> None:
+        """Runs before ``backward()`` returns, with the caller's streams."""
+        with lock:
+            transfers.collect()
+            transfers.order_writes()
 
     def _read(self, copy: SavedCopy) -> None:
         """Block until the bytes of a copy on disk are in pinned memory, if nowhere nearer."""
@@ -317,21 +372,33 @@ class ActivationEngine:
         return tensor.set_(storage, storage_offset, view.shape, view.stride)
 
     def _bring(self, copy: SavedCopy, compute: torch.cuda.Stream) -> None:
+        # First what can fail for want of memory, so that the block is not lost then.
+        with torch.cuda.stream(compute):
+            flat = torch.empty(copy.extent.size_bytes, dtype=torch.uint8, device=copy.device)
         block = copy.block
         if block is None:
             assert copy.reading is not None
             ticket, block = copy.reading
             copy.reading = None
             ticket.wait()
-        transfers.bring(copy, block, compute)
+        transfers.bring(copy, block, flat, compute)
         self._order.came_back(copy)
         self.counters.reloads += 1
         self.counters.reloaded_bytes += copy.extent.size_bytes
 
-    def _look_ahead(self, position: int, compute: torch.cuda.Stream) -> None:
+    def _look_ahead(self, view: SavedView, compute: torch.cuda.Stream) -> None:
         """Start to bring back what backward needs next, and drop what it does not need."""
-        soon = self._order.upcoming(position)
-        self._order.evict(position, soon)
+        budget = self._budget(view.copy.device)
+        soon = self._order.upcoming(view.position, budget.prefetch_bytes)
+        self._order.evict(view.position, soon, budget.prefetch_bytes)
+        try:
+            self._prefetch(soon, compute)
+        except torch.OutOfMemoryError:
+            # Backward itself needs memory too: give back what is here ahead of time, and take less.
+            budget.prefetch_bytes //= 2
+            self._order.drop_all(but=view.copy)
+
+    def _prefetch(self, soon: list[SavedCopy], compute: torch.cuda.Stream) -> None:
         for copy in soon:
             if copy.source is not None or copy.flat is not None or copy.device != compute.device:
                 continue
@@ -364,6 +431,15 @@ class ActivationEngine:
             error = self._errors.popleft()
             self._errors.clear()
             raise error
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Device memory that this process may use."""
+    total = int(torch.cuda.get_device_properties(device).total_memory)
+    fraction = 1.0
+    with contextlib.suppress(AttributeError, RuntimeError):  # Old torch; a pluggable allocator.
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
+    return int(total * min(fraction, 1.0)) if fraction > 0 else total
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -9,21 +9,21 @@ An instance belongs to one engine and is guarded by the transfers' lock.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 
 from spillover.hooks._saved_storage import SavedCopy, SavedView
 
 # Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
 _NODE_VIEWS_MAX = 16
-# Positions whose tensors are gone already that one look ahead steps over, to bound its cost.
-_DEAD_VIEWS_MAX = 256
+# What one look ahead steps over and picks at most, to bound its cost: positions whose tensors are
+# gone already or were served, and copies.
+_STEPS_MAX = 256
+_COPIES_MAX = 64
 
 
 class BackwardOrder:
     """Positions of saved views, and the copies that were brought back."""
 
-    def __init__(self, budget_bytes: int) -> None:
-        self._budget_bytes = budget_bytes
+    def __init__(self) -> None:
         self._sequence: list[weakref.ref[SavedView]] = []  # In the order of packing.
         self._resident: list[weakref.ref[SavedCopy]] = []  # May have dropped their bytes since.
         self._last_position = 0
@@ -54,31 +54,21 @@ class BackwardOrder:
         self._resident = [ref for ref in self._resident if _has_bytes(ref())]
         self._resident.append(weakref.ref(copy))
 
-    def upcoming(self, position: int) -> list[SavedCopy]:
+    def upcoming(self, position: int, budget_bytes: int) -> list[SavedCopy]:
         """Copies that backward needs next, nearest first, as far as the byte budget reaches."""
-        soon: list[SavedCopy] = []
-        budget = self._budget_bytes
-        for view in self._live_views(position):
-            copy = view.copy
-            if any(copy is other for other in soon):
-                continue
-            budget -= copy.extent.size_bytes
-            if budget < 0:
-                break
-            soon.append(copy)
-        return soon
-
-    def _live_views(self, position: int) -> Iterator[SavedView]:
-        dead = 0
+        soon: dict[int, SavedCopy] = {}
+        if budget_bytes == 0:
+            return []  # Any other budget reaches for the first one.
         start = min(position + _NODE_VIEWS_MAX, len(self._sequence) - 1)
-        for index in range(start, -1, -1):
+        for index in range(start, max(start - _STEPS_MAX, -1), -1):
             view = self._sequence[index]()
-            if view is None:
-                dead += 1
-                if dead > _DEAD_VIEWS_MAX:
-                    return
-            elif view.served_in != self._pass:
-                yield view
+            if view is None or view.served_in == self._pass or id(view.copy) in soon:
+                continue
+            budget_bytes -= view.copy.extent.size_bytes
+            if (budget_bytes < 0 and soon) or len(soon) == _COPIES_MAX:
+                break
+            soon[id(view.copy)] = view.copy
+        return list(soon.values())
 
     def _next_use(self, copy: SavedCopy, position: int) -> int:
         """Position of the view of ``copy`` that comes next; -1 when none does."""
@@ -91,12 +81,19 @@ class BackwardOrder:
         ]
         return max(uses, default=-1)
 
-    def evict(self, position: int, soon: list[SavedCopy]) -> None:
+    def drop_all(self, but: SavedCopy) -> None:
+        """Drop from the device whatever came back, except for one; it can come back again."""
+        for copy in (reference() for reference in self._resident):
+            if copy is not None and copy is not but:
+                copy.drop_flat()
+
+    def evict(self, position: int, soon: list[SavedCopy], budget_bytes: int) -> None:
         """Drop from the device what is not needed again, or not soon and beyond the budget."""
         held: list[tuple[int, SavedCopy]] = []
+        needed = {id(copy) for copy in soon}
         for reference in self._resident:
             copy = reference()
-            if copy is None or copy.flat is None or any(copy is other for other in soon):
+            if copy is None or copy.flat is None or id(copy) in needed:
                 continue
             use = self._next_use(copy, position)
             if use < 0:
@@ -107,7 +104,7 @@ class BackwardOrder:
         total_bytes = 0
         for _, copy in held:
             total_bytes += copy.extent.size_bytes
-            if total_bytes > self._budget_bytes:
+            if total_bytes > budget_bytes:
                 copy.drop_flat()
 
 

@@ -25,7 +25,7 @@ from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._units import parse_bytes
 from spillover.hooks._activation_engine import ActivationEngine, EngineOptions
-from spillover.hooks._saved_transfers import lock
+from spillover.hooks._saved_transfers import finish_departures, lock, transfers
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -97,6 +97,8 @@ class OffloadedActivations(contextlib.ContextDecorator):
     def __enter__(self) -> OffloadedActivations:
         engine = self._engine
         if engine is not None:
+            with lock:
+                transfers.collect()
             if self._model is not None:
                 engine.keep_on_device(self._model)
             hooks = torch.autograd.graph.saved_tensors_hooks(engine.pack, engine.unpack)
@@ -114,6 +116,11 @@ class OffloadedActivations(contextlib.ContextDecorator):
         if engine is None:
             return
         self._hooks().pop().__exit__()
+        if isinstance(error, torch.OutOfMemoryError):
+            finish_departures()  # The program may try again with less.
+            return
+        with lock:
+            transfers.collect()
         if error is None:
             with lock:
                 engine.raise_errors()
@@ -124,8 +131,8 @@ def offload_activations(
     tier: Literal["host", "disk"] = "host",
     directory: Folders | None = None,
     min_bytes: int | str = "256KiB",
-    prefetch: int | str = "128MiB",
-    inflight: int | str = "256MiB",
+    prefetch: int | str | None = None,
+    inflight: int | str | None = None,
     host: int | str | HostPool | None = None,
     disk: DiskStore | None = None,
     write_limit: int | str | None = None,
@@ -148,10 +155,13 @@ def offload_activations(
         Saved tensors over a storage of fewer bytes stay on the device.
     prefetch
         How many bytes backward brings back ahead of their use; also bounds what it holds for later
-        uses. 0 brings back each tensor when it is asked for.
+        uses. 0 brings back each tensor when it is asked for; any other budget brings at least one
+        ahead. Where the device's memory runs out, less is brought ahead from then on. By default
+        128 MiB, or a sixteenth of the device's memory if that is less.
     inflight
         How many bytes may be on their way out of the device, and how many from there to disk.
-        Beyond it, the forward pass blocks until a copy is complete.
+        Beyond it, the forward pass blocks until a copy is complete. By default 256 MiB, or a
+        sixteenth of the device's memory if that is less.
     host
         Budget of pinned memory, or a pool to use. By default the process's pool
         (``SPILLOVER_HOST_LIMIT``). Contexts with equal budgets share one pool.
@@ -160,8 +170,10 @@ def offload_activations(
     write_limit
         Bytes that may be written to ``directory`` by this process, to spare flash memory.
     model
-        Its parameters and buffers are never offloaded. Without it, buffers and frozen weights that
-        autograd saves through a copy or an unusual view may be, which is exact but wasteful.
+        Its parameters and buffers are never offloaded. Without it, frozen weights and large buffers
+        that autograd saves may be, which is wasteful; and buffers that forward changes in place, as
+        the running statistics of a normalization of ``min_bytes`` or more, have to be excluded by
+        it, since such a change is not ordered after the copy.
 
     Returns
     -------
@@ -192,7 +204,8 @@ def offload_activations(
 
     Copies run on two streams of the device. The bytes are a snapshot: an in-place change after they
     were saved makes backward raise, as without offloading, if the version counter shows it; a write
-    through ``.data`` does not show there. Such a change is not ordered after the copy, either.
+    through ``.data`` does not show there. Such a change is not ordered after the copy, either; what
+    is changed after backward is.
 
     ``torch.compile`` is not supported: a compiled region saves its tensors its own way.
     """
@@ -206,8 +219,8 @@ def offload_activations(
         raise ConfigError("write_limit goes with directory=; give it to the DiskStore instead")
     options = EngineOptions(
         min_bytes=parse_bytes(min_bytes, name="min_bytes"),
-        prefetch_bytes=parse_bytes(prefetch, name="prefetch"),
-        inflight_bytes=parse_bytes(inflight, name="inflight"),
+        prefetch_bytes=None if prefetch is None else parse_bytes(prefetch, name="prefetch"),
+        inflight_bytes=None if inflight is None else parse_bytes(inflight, name="inflight"),
     )
     limit = None if host is None or isinstance(host, HostPool) else parse_bytes(host, name="host")
     if not enabled():

@@ -5,9 +5,10 @@ Note [Identity of saved bytes]
 Views and aliases of one storage share one copy. A storage is known by the address of its
 StorageImpl *while a weak reference to it is held*: the weak reference keeps that address from being
 given to another storage, though not the device memory from being freed. Which bytes the storage
-held is told by the version counter. A counter is held without its tensor by an alias whose data was
-replaced by an empty tensor: it shares the counter and keeps no device memory. A write through
-``.data`` moves no counter; autograd does not see it either.
+held is told by the version counter, of which one storage can have several: each ``.data`` makes an
+alias with a counter of its own, at zero. A counter is held without its tensor by an alias whose
+data was replaced by an empty tensor: it shares the counter and keeps no device memory. A write
+through ``.data`` moves no counter; autograd does not see it either.
 """
 
 from __future__ import annotations
@@ -71,6 +72,20 @@ def hold_counter(tensor: torch.Tensor) -> torch.Tensor:
     return counter
 
 
+def share_counter(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether two tensors have one version counter, rather than two at the same number.
+
+    Torch does not tell which counter a tensor has, so the first one is moved for a moment. Callers
+    hold the transfers' lock, so that no other thread's answer is disturbed.
+    """
+    version = second._version
+    if first._version != version:
+        return False
+    with torch.autograd._unsafe_preserve_version_counter(first):  # type: ignore[attr-defined]
+        torch.autograd.graph.increment_version(first)
+        return bool(second._version != version)
+
+
 @dataclass(eq=False, slots=True)
 class HostBlock:
     """Pinned bytes, as the buffer that the disk store takes and the tensor that torch copies."""
@@ -119,6 +134,7 @@ class SavedCopy:
         return (
             self.version == tensor._version == self.counter._version
             and self.data_pointer == tensor.untyped_storage().data_ptr()
+            and share_counter(self.counter, tensor)
         )
 
     def drop_flat(self) -> None:

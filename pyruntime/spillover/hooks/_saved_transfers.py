@@ -101,10 +101,10 @@ class Transfers:
         )
         self.leaving_bytes += source.nbytes
 
-    def bring(self, copy: SavedCopy, block: HostBlock, compute: torch.cuda.Stream) -> None:
-        """Start the copy of ``block`` to a new buffer, which belongs to ``compute``."""
-        with torch.cuda.stream(compute):
-            flat = torch.empty(copy.extent.size_bytes, dtype=torch.uint8, device=copy.device)
+    def bring(
+        self, copy: SavedCopy, block: HostBlock, flat: torch.Tensor, compute: torch.cuda.Stream
+    ) -> None:
+        """Start the copy of ``block`` to ``flat``, just allocated on ``compute``."""
         stream = copy_streams(copy.device).copy_in
         stream.wait_stream(compute)
         stream.wait_event(copy.left)
@@ -164,6 +164,19 @@ class Transfers:
         if copy is not None:
             copy.block = copy.writing = None
 
+    def order_writes(self) -> None:
+        """Have what the current streams do from now on wait for the copies out.
+
+        The program may write in place to what was saved once the graph is gone.
+        """
+        for device, queues in self._devices.items():
+            if queues.departures:
+                torch.cuda.current_stream(device).wait_event(queues.departures[-1].event)
+
+    def newest_departures(self) -> list[torch.cuda.Event]:
+        """For each device, the event of the copy-out that started last."""
+        return [item.departures[-1].event for item in self._devices.values() if item.departures]
+
     def oldest_departure(self) -> torch.cuda.Event | None:
         """Event of the copy-out that started first on the device with the most of them."""
         queues = max(self._devices.values(), key=lambda item: len(item.departures), default=None)
@@ -187,6 +200,16 @@ transfers = Transfers()
 
 
 _owner = os.getpid()
+
+
+def finish_departures() -> None:
+    """Block until the copies out that are under way are over; let go of their device memory."""
+    with lock:
+        events = transfers.newest_departures() if os.getpid() == _owner else []
+    for event in events:
+        event.synchronize()
+    with lock:
+        transfers.collect()
 
 
 def settle() -> None:
