@@ -1,5 +1,6 @@
 #include "emulator/aten/accesses.hpp"
 
+#include <c10/cuda/CUDAException.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -89,10 +90,9 @@ void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges)
   append_runs(base, run * element_bytes, element_bytes, is_written, dimensions, runs, ranges);
 }
 
-void begin_operator(cudaStream_t stream, const char* name) {
-  const int status = spillover_emulator_operator_begin(stream);
-  TORCH_CHECK(status == 0, "spillover emulator: operator ", name,
-              " cannot run: its stream refuses work with CUDA error ", status);
+void begin_operator(cudaStream_t stream) {
+  // The error of a launch that failed, as torch reports it on a GPU.
+  C10_CUDA_CHECK(static_cast<cudaError_t>(spillover_emulator_operator_begin(stream)));
 }
 
 void report_operator_access(cudaStream_t stream, const char* name, const RangeList& ranges) {

@@ -21,8 +21,8 @@ bool hazards_enabled();
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges);
 
 // Waits until the stream's next operator may run: memory then holds what a GPU's kernel would see.
-// Throws c10::Error where the stream takes no more work, because an earlier operation failed.
-void begin_operator(cudaStream_t stream, const char* name);
+// Throws c10::AcceleratorError where the stream takes no work, as a failed launch does.
+void begin_operator(cudaStream_t stream);
 
 // Tells the checker that the stream's current operator touches these ranges.
 // Throws c10::Error where that is a hazard and the policy is "raise".

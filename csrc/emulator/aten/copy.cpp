@@ -23,7 +23,7 @@ bool is_plain(const at::Tensor& self, const at::Tensor& source) {
 void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   constexpr const char* kName = "aten::copy_";
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(self.device().index());
-  begin_operator(stream.stream(), kName);
+  begin_operator(stream.stream());
   if (hazards_enabled()) {
     RangeList ranges;
     append_ranges(self, /*is_written=*/true, ranges);

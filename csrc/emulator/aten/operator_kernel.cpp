@@ -203,7 +203,7 @@ class OperatorCall {
     if (size_bytes != 0) {
       // While the kernel ran, another host thread may have made this stream wait for a copy into
       // this very memory, and then freed it. On a device the kernel would come after that wait.
-      begin_operator(stream_.stream(), plan_.name.c_str());
+      begin_operator(stream_.stream());
       std::memcpy(spillover_emulator_host_pointer(device.storage().data()), host.const_data_ptr(),
                   size_bytes);
     }
@@ -258,7 +258,7 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
       has_several_devices() ? std::optional(c10::Device(c10::DeviceType::CUDA, placement.device()))
                             : std::nullopt);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(placement.device());
-  begin_operator(stream.stream(), plan_.name.c_str());
+  begin_operator(stream.stream());
 
   // Autograd and autocast have had their turn: the CPU operators below must not have one too.
   const c10::impl::ExcludeDispatchKeyGuard below_autograd(
