@@ -235,6 +235,9 @@ def _settle() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     torch._C._host_emptyCache()
+    pinned = sys.modules.get("spillover._pinned")
+    if pinned is not None:
+        pinned.host_pool().trim()
 
 
 def _shown(error: BaseException) -> str:
