@@ -22,10 +22,14 @@ def fill(folder: Path) -> None:
     (folder / "part.so").write_text("compiled")
 
 
+def fill_twice(_: Path) -> None:
+    raise AssertionError("what is in the cache was built again")
+
+
 def test_an_entry_is_made_once_and_found_again(folder: Path) -> None:
     made = _cache.find_or_build("adapter-torch1", "part.so", fill)
     assert made == folder / "adapter-torch1" / "part.so"
-    assert _cache.find_or_build("adapter-torch1", "part.so", lambda _: pytest.fail()) == made
+    assert _cache.find_or_build("adapter-torch1", "part.so", fill_twice) == made
     assert folder.stat().st_mode & 0o777 == 0o700
     assert _cache.clean() == [folder / "adapter-torch1"]
 
@@ -46,7 +50,7 @@ def test_a_lock_that_is_a_symbolic_link(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_that_takes_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     # One that takes none even from root, to whom modes do not apply.
     monkeypatch.setenv("SPILLOVER_CACHE_DIR", f"/proc/{os.getpid()}/task")
-    with pytest.raises(BuildError, match="cannot be used: .*set SPILLOVER_CACHE_DIR"):
+    with pytest.raises(BuildError, match=r"cannot be used: .*set SPILLOVER_CACHE_DIR"):
         _cache.find_or_build("adapter-torch1", "part.so", fill)
 
 
