@@ -59,8 +59,8 @@ class Fault(_When):
     ----------
     function
         ``"cuMemAlloc"``, ``"cudaMalloc"``, ...; ``"*"``: any function of the driver. Functions of
-        the runtime call those of the driver, so that strikes them as well. A kernel, and an
-        operator of torch, is one ``cuLaunchKernel``.
+        the runtime call those of the driver, so that strikes them as well. A kernel is one
+        ``cuLaunchKernel``; an operator of torch is one, or two where it allocates its results.
     call
         The first call that may fail, counted from 1 since the plan began.
     times
