@@ -61,10 +61,16 @@ class _Call:
     hooks: SavedWeightHooks
 
 
-def _synchronize(device: torch.device, owner: int) -> None:
+# What forked children hold until they end: destroying a CUDA event there ends the process.
+_inherited: list[object] = []
+
+
+def _synchronize(device: torch.device, owner: int, *events: object) -> None:
     """Wait for the device, unless this is a forked child, which has none and started nothing."""
     if os.getpid() == owner:
         torch.cuda.synchronize(device)
+    else:
+        _inherited.extend(events)
 
 
 class WeightStreamer:
@@ -95,7 +101,8 @@ class WeightStreamer:
         self.gradients = GradientQueue(device, largest)
         # A model may be dropped while copies are under way, after an exception say; its memory must
         # not be given out again before they are complete. At exit nothing is given out any more.
-        weakref.finalize(self, _synchronize, device, os.getpid()).atexit = False
+        events = [[block.ready for block in blocks], *self.gradients.events()]
+        weakref.finalize(self, _synchronize, device, os.getpid(), *events).atexit = False
         self._leaf_hooks = [
             self._watch(block, weight)
             for block in blocks

@@ -124,6 +124,10 @@ class GradientQueue:
         while self._leaving:
             self._deliver(self._leaving.popleft())
 
+    def events(self) -> tuple[object, object]:
+        """The containers of all events, spare and under way, for who must outlive the queue."""
+        return self._events, self._leaving
+
     def discard(self) -> None:
         """Drop what a backward that raised left behind, once its copies have completed."""
         if self._leaving:
