@@ -1,4 +1,4 @@
-"""A small Llama with random weights, and data that it can learn: for the programs of this folder."""
+"""A small Llama with random weights, and data that it can learn."""
 
 from __future__ import annotations
 

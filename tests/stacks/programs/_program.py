@@ -1,8 +1,8 @@
 """What the programs of this folder share. Importing it gives the process its emulated devices.
 
-Each program is an ordinary script, ``python tests/stacks/programs/NAME.py``, that imports this module
-before torch and offers ``run()``. ``python tests/stacks/programs NAME...`` runs several in one
-process. ``SPILLOVER_EMULATOR_*`` variables choose other devices than the defaults below.
+Each program is an ordinary script, ``python tests/stacks/programs/NAME.py``, that imports this
+module before torch and offers ``run()``. ``python tests/stacks/programs NAME...`` runs several in
+one process. ``SPILLOVER_EMULATOR_*`` variables choose other devices than the defaults below.
 """
 
 from __future__ import annotations

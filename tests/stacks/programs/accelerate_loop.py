@@ -1,4 +1,4 @@
-"""Accelerate: an ordinary loop with bfloat16, accumulation, clipping, gathering and a saved state."""
+"""Accelerate: a loop with bfloat16, accumulation, clipping, gathering and a saved state."""
 
 from __future__ import annotations
 
