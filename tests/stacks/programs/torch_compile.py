@@ -50,7 +50,7 @@ def train(model: nn.Module) -> list[float]:
 
 def run() -> None:
     """Train the eager and the compiled model from the same weights."""
-    eager = nn.Sequential(Block(32, 4), Block(32, 4)).cuda()
+    eager = Block(32, 4).cuda()
     model = copy.deepcopy(eager)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = train(eager)
