@@ -36,6 +36,10 @@ bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
   return range.size_bytes != 0 && machine.is_device_accessible(address, range.size_bytes);
 }
 
+int hazard_result(const Machine& machine, bool found) {
+  return found && machine.hazards.raises() ? SPILLOVER_EMULATOR_HAZARD : CUDA_SUCCESS;
+}
+
 // A hazard in any of the ranges is reported, but all of them are recorded.
 template <typename Record>
 bool record_all(const spillover_emulator_range* ranges, std::size_t count, Record&& record) {
@@ -60,7 +64,8 @@ void* spillover_emulator_host_pointer(const void* pointer) {
   return reinterpret_cast<void*>(Machine::instance().addresses.to_host(address));
 }
 
-int spillover_emulator_operator_begin(void* stream) {
+int spillover_emulator_operator_begin(void* stream, const char* name,
+                                      const spillover_emulator_range* ranges, size_t range_count) {
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   // Its stream waits for the callback, which would wait for its stream.
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
@@ -71,24 +76,13 @@ int spillover_emulator_operator_begin(void* stream) {
   const CUresult result = find_stream(machine, stream, &target);
   if (result != CUDA_SUCCESS) return result;
   machine.streams.perform(lock, target);
-  return machine.sticky_error(target->device);
-}
-
-int spillover_emulator_operator_access(void* stream, const char* name,
-                                       const spillover_emulator_range* ranges, size_t range_count) {
-  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
-  Machine& machine = Machine::instance();
-  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
-  const Lock lock(machine.mutex);
-  StreamRef target;
-  const CUresult result = find_stream(machine, stream, &target);
-  if (result != CUDA_SUCCESS) return result;
-  machine.streams.order_after_host(target.get());
+  const CUresult error = machine.sticky_error(target->device);
+  if (error != CUDA_SUCCESS || !machine.hazards.enabled()) return error;
   const bool found = record_all(
       ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
         return machine.record_access(*target, target->enqueued, name, kind, address, size_bytes);
       });
-  return machine.hazard_status(found);
+  return hazard_result(machine, found);
 }
 
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
@@ -104,7 +98,7 @@ int spillover_emulator_host_access(const char* name, const spillover_emulator_ra
       ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
         return machine.record_host_access(name, kind, address, size_bytes);
       });
-  return machine.hazard_status(found);
+  return hazard_result(machine, found);
 }
 
 size_t spillover_emulator_pinned_count(void) {
