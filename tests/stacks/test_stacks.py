@@ -32,6 +32,7 @@ GROUPS = {
         "torch_checkpoint",
         "torch_compile",
         "torch_data_loader",
+        "torchvision_boxes",
         "torchvision_resnet",
         "lightning_fit",
     ),
