@@ -21,7 +21,7 @@ from typing import Any
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _libraries
+from spillover.emulator import _libraries, _library_operators
 from spillover.emulator._options import HazardPolicy, Options, Schedule
 
 _lock = threading.Lock()
@@ -167,7 +167,9 @@ def _after_torch_import() -> None:
         )
     from spillover import _build
 
-    torch.ops.load_library(str(_build.build("emulator")))  # type: ignore[no-untyped-call]
+    library = str(_build.build("emulator"))
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    _library_operators.watch(torch, library)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
 
