@@ -55,8 +55,7 @@ def _library() -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     library.spillover_emulator_host_pointer.restype = pointer
     library.spillover_emulator_host_pointer.argtypes = [pointer]
-    library.spillover_emulator_operator_begin.argtypes = [pointer]
-    library.spillover_emulator_operator_access.argtypes = [
+    library.spillover_emulator_operator_begin.argtypes = [
         pointer,
         ctypes.c_char_p,
         ctypes.POINTER(_libraries.Range),
@@ -122,8 +121,7 @@ class Audit(TorchDispatchMode):
     def _reading_is_a_hazard(self, storage: torch.UntypedStorage) -> bool:
         stream = self._probe_stream.cuda_stream
         access = _libraries.Range(storage.data_ptr(), storage.nbytes(), 0)
-        self._library.spillover_emulator_operator_begin(stream)
-        status = self._library.spillover_emulator_operator_access(
+        status = self._library.spillover_emulator_operator_begin(
             stream, b"probe", ctypes.byref(access), 1
         )
         return bool(status)

@@ -167,7 +167,7 @@ def check_equal(
             if epsilons is not None and theirs.numel() and theirs.is_floating_point():
                 information = torch.finfo(ours.dtype)
                 limit = epsilons * information.eps * float(theirs.abs().max())
-                limits = {"rtol": 16 * information.eps, "atol": max(limit, _NARROW["atol"])}
+                limits = {"rtol": 16 * information.eps, "atol": max(limit, 1e-4)}
             if _WIDE_TYPES.get(result.dtype) == theirs.dtype:
                 result, limits = result.to(theirs.dtype), limits or _NARROW
             torch.testing.assert_close(
