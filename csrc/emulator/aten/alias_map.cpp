@@ -148,16 +148,25 @@ void AliasMap::commit_resizes(Arrivals& arrivals) {
     if (!tensor.is_written) continue;
     const c10::TensorImpl* host = tensor.host.unsafeGetTensorImpl();
     const size_t index = find_storage(tensor.device->unsafe_storage().unsafeGetStorageImpl());
+    bool is_moved = false;
     if (index != kNotFound && storages_[index].host.data() != storages_[index].host_data) {
       AliasedStorage& storage = storages_[index];
       move_back(storage, arrivals);
       storage.host_data = const_cast<void*>(storage.host.data());
+      is_moved = true;
     }
     if (host->sizes() == tensor.device->sizes() && host->strides() == tensor.device->strides() &&
         host->storage_offset() == tensor.device->storage_offset()) {
       continue;
     }
     tensor.device->set_sizes_and_strides(host->sizes(), host->strides(), host->storage_offset());
+    // Reshaped within its storage: the bytes are in place, but nobody knew of them before.
+    if (!is_moved && host->numel() != 0) {
+      const auto* data = static_cast<const char*>(tensor.device->unsafe_storage().data());
+      const size_t item_bytes = host->itemsize();
+      arrivals.push_back({data + static_cast<size_t>(host->storage_offset()) * item_bytes, nullptr,
+                          static_cast<size_t>(host->numel()) * item_bytes, c10::Storage()});
+    }
   }
 }
 

@@ -23,7 +23,7 @@ inline bool is_device_tensor(const at::Tensor& tensor) {
 // Bytes of a CPU kernel's result that are to go to newly allocated device memory.
 struct Arrival {
   const void* target;  // a device address
-  const void* bytes;
+  const void* bytes;   // nullptr where they lie at the target already
   size_t size_bytes;
   c10::Storage owner;  // of the bytes
 };

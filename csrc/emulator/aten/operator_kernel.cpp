@@ -229,6 +229,7 @@ class OperatorCall {
     if (arrivals_.empty() && ranges_.empty()) return;
     begin_operator(stream_, plan_.name.c_str(), ranges_);
     for (const Arrival& arrival : arrivals_) {
+      if (arrival.bytes == nullptr) continue;
       std::memcpy(spillover_emulator_host_pointer(arrival.target), arrival.bytes,
                   arrival.size_bytes);
     }
