@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "emulator/core/config.hpp"
+#include "emulator/core/fault_api.h"
 #include "emulator/core/hazard_checker.hpp"
 #include "emulator/core/kernel_api.h"
 #include "emulator/core/kernels.hpp"
@@ -29,6 +30,15 @@ CUresult find_stream(Machine& machine, void* handle, StreamRef* stream) {
   if (result != CUDA_ERROR_INVALID_CONTEXT) return result;
   *stream = machine.streams.legacy(0);
   return CUDA_SUCCESS;
+}
+
+// An operator or a kernel of a test counts as the launch that it would be on a GPU. A launch has no
+// work to do before it fails.
+int observe_launch() {
+  if (__atomic_load_n(&spillover_emulator_observes_calls, __ATOMIC_RELAXED) == 0) return 0;
+  int late = CUDA_SUCCESS;
+  const int at_once = spillover_emulator_observe_call("cuLaunchKernel", &late);
+  return at_once != CUDA_SUCCESS ? at_once : late;
 }
 
 bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
@@ -69,13 +79,19 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   // Its stream waits for the callback, which would wait for its stream.
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
+  const int injected = observe_launch();
+  if (injected != CUDA_SUCCESS) return injected;
   Machine& machine = Machine::instance();
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
   const CUresult result = find_stream(machine, stream, &target);
   if (result != CUDA_SUCCESS) return result;
-  machine.streams.perform(lock, target);
+  try {
+    machine.streams.perform(lock, target);
+  } catch (const emulator::WaitTimedOut&) {
+    return CUDA_ERROR_TIMEOUT;
+  }
   const CUresult error = machine.sticky_error(target->device);
   if (error != CUDA_SUCCESS || !machine.hazards.enabled()) return error;
   const bool found = record_all(
@@ -150,6 +166,8 @@ int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   if (body == nullptr) return CUDA_ERROR_INVALID_VALUE;
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
+  const int injected = observe_launch();
+  if (injected != CUDA_SUCCESS) return injected;
   Machine& machine = Machine::instance();
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "emulator/core/fault_api.h"
 #include "emulator/libcudart/runtime.hpp"
 
 namespace spillover::emulator::runtime {
@@ -72,9 +73,15 @@ CUresult prepare(Requirement requirement) {
 }  // namespace
 
 ApiCall::ApiCall(const char* name, Requirement requirement) noexcept
-    : name_(name), status_(to_runtime(prepare(requirement))) {}
+    : name_(name), status_(cudaSuccess) {
+  if (__atomic_load_n(&spillover_emulator_observes_calls, __ATOMIC_RELAXED) != 0) {
+    status_ = static_cast<cudaError_t>(spillover_emulator_observe_call(name, &late_error_));
+  }
+  if (status_ == cudaSuccess) status_ = to_runtime(prepare(requirement));
+}
 
 cudaError_t ApiCall::finish(cudaError_t outcome) noexcept {
+  if (outcome == cudaSuccess) outcome = static_cast<cudaError_t>(late_error_);
   if (outcome == cudaSuccess) return outcome;
   if (is_sticky(outcome)) sticky_error.store(outcome);
   last_error = outcome;

@@ -17,20 +17,40 @@ from spillover.emulator._control import (
     live,
     peak_bytes,
 )
+from spillover.emulator._faults import (
+    Fault,
+    Injection,
+    StorageFault,
+    calls,
+    faults,
+    slow,
+    stuck,
+)
 from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "Fault",
     "HazardPolicy",
     "HostAccess",
+    "Injection",
     "LiveResources",
     "Options",
     "Schedule",
+    "StorageFault",
+    "SweepFailure",
+    "SweepReport",
+    "calls",
     "clear_hazards",
     "enable",
+    "faults",
     "hazards",
     "host_access",
     "is_enabled",
     "live",
     "peak_bytes",
     "run",
+    "slow",
+    "stuck",
+    "sweep",
 ]
