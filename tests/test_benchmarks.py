@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = {"emulator": {"op_overhead_us_median"}}
+EXPECTED = {"emulator": {"op_overhead_us_median", "opdb_pass", "opdb_bf16_pass"}}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -56,6 +56,14 @@ CUresult plain(const char* name, Body&& body) {
   return finish_call(name, injection.of(std::forward<Body>(body)()));
 }
 
+// body() -> CUresult, for a function of nothing but the calling thread's own state. Without a lock:
+// torch asks for the current device several times an operator.
+template <typename Body>
+CUresult with_thread(const char* name, Body&& body) {
+  const CUresult admitted = admit();
+  return finish_call(name, admitted == CUDA_SUCCESS ? std::forward<Body>(body)() : admitted);
+}
+
 // body(Machine&, Lock&) -> CUresult
 template <typename Body>
 CUresult with_driver(const char* name, Body&& body) {

@@ -92,10 +92,8 @@ cudaError_t ApiCall::finish(cudaError_t outcome) noexcept {
 }
 
 CUresult current_device(CUdevice* device) noexcept {
-  CUcontext context = nullptr;
-  const CUresult result = cuCtxGetCurrent(&context);
-  if (result != CUDA_SUCCESS) return result;
-  if (context != nullptr) return cuCtxGetDevice(device);
+  const CUresult result = cuCtxGetDevice(device);
+  if (result != CUDA_ERROR_INVALID_CONTEXT) return result;
   *device = chosen_device;
   return CUDA_SUCCESS;
 }
