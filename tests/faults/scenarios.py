@@ -223,7 +223,8 @@ STORAGE = {
 }
 
 
-#: Calls that torch makes by the hundred to ask for the current device; "driver" has them too.
+#: Calls that torch makes by the hundred to ask for the current device, also where it destroys an
+#: event: an error ends the process there, so "work" leaves them out and "driver" has them.
 QUESTIONS = ("cuCtxGetCurrent", "cuCtxGetDevice", "cuDevicePrimaryCtxGetState")
 
 
