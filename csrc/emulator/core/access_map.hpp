@@ -27,6 +27,11 @@ struct Access {
 
 enum class AccessKind { kRead, kWrite, kFree };
 
+struct ByteRange {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+};
+
 // An earlier access that a new one is not ordered after.
 struct Conflict {
   Access earlier;
@@ -41,10 +46,15 @@ class AccessMap {
   bool record(Address begin, Address end, AccessKind kind, const Access& access,
               const VectorClock& clock, Conflict* conflict);
 
+  // The same without recording anything.
+  bool find_conflict(Address begin, Address end, AccessKind kind, const Access& access,
+                     const VectorClock& clock, Conflict* conflict);
+
+  // Repeats what is known of [begin, end) at another place, of which nothing is known.
+  void copy(Address begin, Address end, Address place);
+
   // Forgets [begin, end).
   void clear(Address begin, Address end);
-
-  std::size_t segment_count() const { return segments_.size(); }
 
  private:
   struct Segment {

@@ -18,6 +18,7 @@ using emulator::AccessKind;
 using emulator::Address;
 using emulator::Lock;
 using emulator::Machine;
+using emulator::Recording;
 using emulator::StreamRef;
 
 namespace {
@@ -36,16 +37,22 @@ bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
   return range.size_bytes != 0 && machine.is_device_accessible(address, range.size_bytes);
 }
 
-// A hazard in any of the ranges is reported, but all of them are recorded.
-template <typename Record>
-bool record_all(const spillover_emulator_range* ranges, std::size_t count, Record&& record) {
-  bool found = false;
-  for (std::size_t i = 0; i < count; ++i) {
-    const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
-    found =
-        record(kind, reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes) || found;
-  }
-  return found;
+// Checks and records all ranges. Under the policy "raise" the caller does not perform what is
+// hazardous, so none of it is recorded then.
+template <typename Visit>
+CUresult access_all(Machine& machine, const spillover_emulator_range* ranges, std::size_t count,
+                    Visit&& visit) {
+  const auto visit_all = [&](Recording recording) {
+    bool found = false;
+    for (std::size_t i = 0; i < count; ++i) {
+      const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+      const auto address = reinterpret_cast<Address>(ranges[i].pointer);
+      found = visit(recording, kind, address, ranges[i].size_bytes) || found;
+    }
+    return found;
+  };
+  if (machine.hazards.raises() && visit_all(Recording::kNo)) return CUDA_ERROR_UNKNOWN;
+  return machine.hazard_status(visit_all(Recording::kYes));
 }
 
 }  // namespace
@@ -65,6 +72,7 @@ int spillover_emulator_operator_begin(void* stream) {
   // Its stream waits for the callback, which would wait for its stream.
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
+  const emulator::ReportScope reports;
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
@@ -79,16 +87,17 @@ int spillover_emulator_operator_access(void* stream, const char* name,
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   Machine& machine = Machine::instance();
   if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  const emulator::ReportScope reports;
   const Lock lock(machine.mutex);
   StreamRef target;
   const CUresult result = find_stream(machine, stream, &target);
   if (result != CUDA_SUCCESS) return result;
   machine.streams.order_after_host(target.get());
-  const bool found = record_all(
-      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
-        return machine.record_access(*target, target->enqueued, name, kind, address, size_bytes);
-      });
-  return machine.hazard_status(found);
+  return access_all(machine, ranges, range_count,
+                    [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
+                      return machine.record_access(*target, target->enqueued, name, kind, address,
+                                                   size, recording);
+                    });
 }
 
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
@@ -96,15 +105,15 @@ int spillover_emulator_host_access(const char* name, const spillover_emulator_ra
   if (!emulator::process_ready()) return CUDA_SUCCESS;
   Machine& machine = Machine::instance();
   if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  const emulator::ReportScope reports;
   const Lock lock(machine.mutex);
   const bool any_tracked = std::any_of(
       ranges, ranges + range_count, [&](const auto& range) { return is_tracked(machine, range); });
   if (!any_tracked) return CUDA_SUCCESS;
-  const bool found = record_all(
-      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
-        return machine.record_host_access(name, kind, address, size_bytes);
-      });
-  return machine.hazard_status(found);
+  return access_all(machine, ranges, range_count,
+                    [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
+                      return machine.record_host_access(name, kind, address, size, recording);
+                    });
 }
 
 size_t spillover_emulator_pinned_count(void) {
@@ -157,6 +166,7 @@ int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*
   if (body == nullptr) return CUDA_ERROR_INVALID_VALUE;
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
+  const emulator::ReportScope reports;
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;

@@ -77,14 +77,21 @@ const char* HazardChecker::intern(const char* name) {
 }
 
 bool HazardChecker::record(const Access& access, const VectorClock& clock, AccessKind kind,
-                           Address address, std::size_t size_bytes) {
+                           const ByteRange& range, Address key, Recording recording) {
   Conflict conflict;
-  if (!accesses_.record(address, address + size_bytes, kind, access, clock, &conflict))
-    return false;
+  const Address end = key + range.size_bytes;
+  const bool found = recording == Recording::kYes
+                         ? accesses_.record(key, end, kind, access, clock, &conflict)
+                         : accesses_.find_conflict(key, end, kind, access, clock, &conflict);
+  if (!found) return false;
   std::string pair = std::string(conflict.earlier.name) + "|" + place(conflict.earlier) + "|" +
                      access.name + "|" + place(access) + "|" + word(kind);
-  add_report(explain(conflict, access, kind, address, size_bytes), std::move(pair));
+  add_report(explain(conflict, access, kind, range.address, range.size_bytes), std::move(pair));
   return true;
+}
+
+void HazardChecker::copy_history(const ByteRange& range, Address key) {
+  accesses_.copy(range.address, range.address + range.size_bytes, key);
 }
 
 void HazardChecker::add_report(std::string text, std::string pair) {

@@ -17,6 +17,9 @@
 
 namespace spillover::emulator {
 
+// Whether an access is kept once it has been checked: one that the caller may still refuse is not.
+enum class Recording { kYes, kNo };
+
 class HazardChecker {
  public:
   explicit HazardChecker(HazardPolicy policy) : policy_(policy) {}
@@ -27,9 +30,13 @@ class HazardChecker {
   // A copy of name that lives for ever; equal names give equal pointers.
   const char* intern(const char* name);
 
-  // Records an access and reports the first hazard in it. True when there was one.
-  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
-              std::size_t size_bytes);
+  // Records an access and reports the first hazard in it. True when there was one. Its history is
+  // kept at key, which is range.address but for aliased memory.
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind,
+              const ByteRange& range, Address key, Recording recording);
+
+  // What is known of a range is known of the range of the same size at key from now on too.
+  void copy_history(const ByteRange& range, Address key);
 
   // Forgets what happened to memory that goes back to the driver.
   void forget(Address address, std::size_t size_bytes);

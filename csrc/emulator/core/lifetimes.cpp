@@ -11,10 +11,6 @@ void settle(Machine& machine, Lock& lock, int device) {
   machine.scheduler.wait_for_running_bodies(lock);
 }
 
-void forget(Machine& machine, Address address, std::size_t size_bytes) {
-  if (machine.hazards.enabled()) machine.hazards.forget(address, size_bytes);
-}
-
 // An allocation that starts exactly here and that nobody is freeing already.
 Allocation* find_freeable(Machine& machine, Address address) {
   Allocation* allocation = machine.device_memory.find(address);
@@ -90,8 +86,8 @@ CUresult unmap_memory(Machine& machine, Lock& lock, Address address, std::size_t
   if (whole != CUDA_SUCCESS) return whole;
   const bool found =
       machine.record_host_access("cuMemUnmap", AccessKind::kFree, address, size_bytes);
-  forget(machine, address, size_bytes);
   machine.virtual_memory.unmap(address, size_bytes);
+  machine.forget(address, size_bytes);
   return machine.hazard_status(found);
 }
 
@@ -103,7 +99,7 @@ CUresult remove_host_region(Machine& machine, Lock& lock, Address address, HostR
   settle(machine, lock, -1);
   const HostRegion* region = find_region(machine, address, kind);
   if (region == nullptr) return missing;
-  forget(machine, region->address, region->size_bytes);
+  machine.forget(region->address, region->size_bytes);
   machine.host_memory.remove(address);
   return CUDA_SUCCESS;
 }

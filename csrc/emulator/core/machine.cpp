@@ -67,23 +67,54 @@ bool Machine::is_live(Address address, std::size_t size_bytes, bool is_write) {
 }
 
 bool Machine::record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
-                            Address address, std::size_t size_bytes) {
+                            Address address, std::size_t size_bytes, Recording recording) {
   if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
   const Access access{hazards.intern(name), stream.actor, ticket, stream.id};
-  return hazards.record(access, stream.clock, kind, address, size_bytes);
+  return record(access, stream.clock, kind, address, size_bytes, recording);
 }
 
 bool Machine::record_host_access(const char* name, AccessKind kind, Address address,
-                                 std::size_t size_bytes) {
+                                 std::size_t size_bytes, Recording recording) {
   if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
   const Access access{hazards.intern(name), kHostActor, streams.host_tick(), 0};
-  return hazards.record(access, streams.host_clock(), kind, address, size_bytes);
+  return record(access, streams.host_clock(), kind, address, size_bytes, recording);
+}
+
+bool Machine::record(const Access& access, const VectorClock& clock, AccessKind kind,
+                     Address address, std::size_t size_bytes, Recording recording) {
+  bool found = hazards.record(access, clock, kind, {address, size_bytes}, address, recording);
+  // Freeing one address of several does not touch what runs through the others.
+  if (!virtual_memory.has_aliases() || kind == AccessKind::kFree) return found;
+  virtual_memory.for_each_alias(
+      address, size_bytes, [&](Address key, Address begin, std::size_t part_bytes) {
+        const ByteRange shown{begin, part_bytes};
+        found = hazards.record(access, clock, kind, shown, key, recording) || found;
+      });
+  return found;
+}
+
+void Machine::follow_mapping(Address address) {
+  Mapping first;
+  if (!hazards.enabled() || !virtual_memory.note_alias(address, &first)) return;
+  virtual_memory.for_each_alias(first.address, first.size_bytes,
+                                [&](Address key, Address begin, std::size_t part_bytes) {
+                                  hazards.copy_history({begin, part_bytes}, key);
+                                });
+}
+
+void Machine::forget(Address address, std::size_t size_bytes) {
+  if (!hazards.enabled()) return;
+  hazards.forget(address, size_bytes);
+  streams.forget_values(address, size_bytes);
+  for (const AliasKey& key : virtual_memory.take_dead_keys()) {
+    hazards.forget(key.address, key.size_bytes);
+  }
 }
 
 void Machine::release_allocation(Address address) {
   const Allocation* allocation = device_memory.find(address);
   if (allocation == nullptr) return;
-  if (hazards.enabled()) hazards.forget(allocation->address, allocation->size_bytes);
+  forget(allocation->address, allocation->size_bytes);
   Pool* const pool = allocation->pool;
   if (pool != nullptr) {
     pool->used_bytes -= allocation->charged_bytes;

@@ -64,9 +64,10 @@ class Machine {
   // Tells the checker of an access to memory that it follows; other memory is ignored. The ticket
   // is that of the stream's latest operation. True when there was a hazard.
   bool record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
-                     Address address, std::size_t size_bytes);
+                     Address address, std::size_t size_bytes,
+                     Recording recording = Recording::kYes);
   bool record_host_access(const char* name, AccessKind kind, Address address,
-                          std::size_t size_bytes);
+                          std::size_t size_bytes, Recording recording = Recording::kYes);
 
   // What a call returns that found a hazard, or did not.
   CUresult hazard_status(bool found) const {
@@ -76,6 +77,13 @@ class Machine {
   CUresult& sticky_error(int device) {
     return devices[static_cast<std::size_t>(device)].sticky_error;
   }
+
+  // Called when memory was mapped: carries over what happened to bytes that have two addresses from
+  // now on.
+  void follow_mapping(Address address);
+
+  // Forgets what happened to memory that goes back to the driver.
+  void forget(Address address, std::size_t size_bytes);
 
   // Gives an allocation back, with what is known of its bytes. The memory must be idle.
   void release_allocation(Address address);
@@ -99,6 +107,10 @@ class Machine {
   HandleTable<std::unique_ptr<Pool>> pools;
   HandleTable<Module> modules;
   int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
+
+ private:
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
+              std::size_t size_bytes, Recording recording);
 };
 
 }  // namespace spillover::emulator

@@ -47,7 +47,8 @@ Streams::Streams(Machine* machine, int device_count)
     : machine_(machine),
       tracks_order_(machine->hazards.enabled()),
       table_(kStreamTag, HandleReuse::kAtOnce),
-      blocking_(static_cast<std::size_t>(device_count)) {
+      blocking_(static_cast<std::size_t>(device_count)),
+      ended_(static_cast<std::size_t>(device_count)) {
   for (int device = 0; device < device_count; ++device) {
     legacy_.push_back(make(machine->contexts.primary(device), 0, 0, StreamKind::kLegacy));
   }
@@ -112,6 +113,7 @@ void Streams::retire(const Stream& stream) {
   if (stream.is_blocking()) {
     std::erase_if(blocking_[static_cast<std::size_t>(stream.device)],
                   [&](const StreamRef& other) { return other.get() == &stream; });
+    if (tracks_order_) ended_[static_cast<std::size_t>(stream.device)].merge(stream.clock);
   }
   if (tracks_order_) retired_.push_back({stream.actor, stream.enqueued, stream.device});
 }
@@ -142,6 +144,10 @@ void Streams::order_with_default(const StreamRef& stream) {
   if (stream->kind == StreamKind::kLegacy) {
     for (const StreamRef& other : blocking_[static_cast<std::size_t>(stream->device)]) {
       depend(stream, other, &other->seen_by_default);
+    }
+    if (tracks_order_) {
+      VectorClock& ended = ended_[static_cast<std::size_t>(stream->device)];
+      if (stream->clock.merge(std::exchange(ended, VectorClock()))) ++stream->version;
     }
   } else if (stream->is_blocking()) {
     depend(stream, legacy(stream->device), &stream->default_seen);
@@ -186,10 +192,36 @@ void Streams::wait_for(const StreamRef& stream, const StreamRef& other, Ticket t
   machine_->scheduler.append(stream, std::move(wait));
 }
 
+std::vector<StreamRef> Streams::covered_by(const StreamRef& stream) const {
+  std::vector<StreamRef> covered{stream};
+  if (stream->kind == StreamKind::kLegacy) {
+    const auto& blocking = blocking_[static_cast<std::size_t>(stream->device)];
+    covered.insert(covered.end(), blocking.begin(), blocking.end());
+  }
+  return covered;
+}
+
+VectorClock Streams::clock_of(const std::vector<StreamRef>& streams) const {
+  VectorClock known;
+  if (!tracks_order_) return known;
+  for (const StreamRef& stream : streams) known.merge(stream->clock);
+  const StreamRef& first = streams.front();
+  if (first->kind == StreamKind::kLegacy) {
+    known.merge(ended_[static_cast<std::size_t>(first->device)]);
+  }
+  return known;
+}
+
+// Waiting for a stream puts nothing on it: what is not ordered before its last operation is not
+// waited for, and its next operation is ordered after nothing more.
 void Streams::synchronize(Lock& lock, const StreamRef& stream) {
-  order_with_default(stream);
-  const VectorClock clock = stream->clock;
-  machine_->scheduler.drain(lock, stream, stream->enqueued);
+  const std::vector<StreamRef> covered = covered_by(stream);
+  const VectorClock clock = clock_of(covered);
+  std::vector<Ticket> tickets;
+  for (const StreamRef& other : covered) tickets.push_back(other->enqueued);
+  for (std::size_t i = 0; i < covered.size(); ++i) {
+    machine_->scheduler.drain(lock, covered[i], tickets[i]);
+  }
   host_learns(clock);
 }
 
@@ -219,13 +251,19 @@ void Streams::synchronize_device(Lock& lock, int device) {
 }
 
 CUresult Streams::query(Lock& lock, const StreamRef& stream) {
-  order_with_default(stream);
-  if (!stream->idle() && ++stream->query_count > machine_->config.query_spins) {
+  const std::vector<StreamRef> covered = covered_by(stream);
+  const auto first_busy = [&] {
+    return std::find_if(covered.begin(), covered.end(),
+                        [](const StreamRef& other) { return !other->idle(); });
+  };
+  auto busy = first_busy();
+  if (busy != covered.end() && ++stream->query_count > machine_->config.query_spins) {
     stream->query_count = 0;
-    machine_->scheduler.advance(lock, stream, stream->completed + 1);
+    machine_->scheduler.advance(lock, *busy, (*busy)->completed + 1);
+    busy = first_busy();
   }
-  if (!stream->idle()) return CUDA_ERROR_NOT_READY;
-  host_learns(stream->clock);
+  if (busy != covered.end()) return CUDA_ERROR_NOT_READY;
+  host_learns(clock_of(covered));
   return CUDA_SUCCESS;
 }
 
@@ -236,6 +274,11 @@ void Streams::release_value(const Stream& stream, Address address) {
 void Streams::acquire_value(Stream* stream, Address address) {
   const auto known = value_clocks_.find(address);
   if (known != value_clocks_.end()) stream->clock.merge(known->second);
+}
+
+void Streams::forget_values(Address address, std::size_t size_bytes) {
+  value_clocks_.erase(value_clocks_.lower_bound(address),
+                      value_clocks_.lower_bound(address + size_bytes));
 }
 
 void Streams::host_learns(const VectorClock& clock) {

@@ -68,6 +68,7 @@ class Streams {
   // was enqueued before. A write that is enqueued later cannot be known yet.
   void release_value(const Stream& stream, Address address);
   void acquire_value(Stream* stream, Address address);
+  void forget_values(Address address, std::size_t size_bytes);
 
   // Called when a destroyed stream's last work is done.
   void retire(const Stream& stream);
@@ -96,6 +97,11 @@ class Streams {
   void take_actor(Stream* stream);
   void depend(const StreamRef& stream, const StreamRef& other, std::uint64_t* seen);
 
+  // The streams whose work a synchronisation with this one covers: itself, and with the legacy
+  // stream those that order with it.
+  std::vector<StreamRef> covered_by(const StreamRef& stream) const;
+  VectorClock clock_of(const std::vector<StreamRef>& streams) const;
+
   // What everything enqueued so far on a device adds up to.
   VectorClock clock_of_device(int device) const;
 
@@ -105,6 +111,9 @@ class Streams {
   std::vector<StreamRef> legacy_;
   std::vector<std::vector<StreamRef>>
       blocking_;  // by device: streams that order with the legacy one
+  // By device: what such streams did before they were destroyed, and what the legacy stream's next
+  // operation will be ordered after.
+  std::vector<VectorClock> ended_;
   std::uint64_t next_id_ = 0;
   ActorId next_actor_ = kHostActor + 1;
   std::vector<RetiredActor> retired_;

@@ -13,6 +13,7 @@
 #include "emulator/core/context.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
+#include "emulator/core/report.hpp"
 #include "emulator/core/types.hpp"
 
 namespace spillover::emulator {
@@ -39,6 +40,7 @@ CUresult with_driver(const char* name, Body&& body) {
   const CUresult admitted = admit();
   if (admitted != CUDA_SUCCESS) return finish_call(name, admitted);
   Machine& machine = Machine::instance();
+  const ReportScope reports;
   try {
     Lock lock(machine.mutex);
     machine.scheduler.perturb(lock);
