@@ -26,9 +26,10 @@ ALLOWED = {
     "emulator/libcudart": {"emulator/core/c_api.h", "emulator/core/kernel_api.h"},
     "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
     "emulator/aten": {"emulator/core/c_api.h"},
+    "emulator/python": {"emulator/core/c_api.h"},
 }
 CUDA_LAYERS = {"driver", "torch_adapter"}
-PYTHON_LAYERS = {"bindings", "torch_adapter"}
+PYTHON_LAYERS = {"bindings", "torch_adapter", "emulator/python"}
 TORCH_LAYERS = {"torch_adapter", "emulator/aten"}
 
 CUDA = re.compile(r"cuda(_runtime(_api)?)?\.h|driver_types\.h")

@@ -12,6 +12,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/operands.hpp"
 #include "emulator/aten/random.hpp"
 #include "emulator/aten/workspace.hpp"
 #include "emulator/core/c_api.h"
@@ -211,6 +212,8 @@ class OperatorCall {
   }
 
   void report() {
+    if (ranges_.empty()) return;
+    const OperandScope operands(plan_, originals_.data(), originals_.size());
     report_operator_access(stream_.stream(), plan_.name.c_str(), ranges_);
     ranges_.clear();
   }

@@ -169,6 +169,19 @@ bool AccessMap::find_conflict(Address begin, Address end, AccessKind kind, const
   return false;
 }
 
+Address AccessMap::find_unwritten(Address begin, Address end, std::uint64_t order) const {
+  auto position = segments_.upper_bound(begin);
+  if (position != segments_.begin() && std::prev(position)->second.end > begin) --position;
+  Address cursor = begin;
+  for (; cursor < end; ++position) {
+    if (position == segments_.end() || position->first > cursor) return cursor;
+    const Access& write = position->second.write;
+    if (write.name == nullptr || write.is_free || write.order < order) return cursor;
+    cursor = position->second.end;
+  }
+  return end;
+}
+
 void AccessMap::copy(Address begin, Address end, Address place) {
   auto position = first_inside(begin, end);
   std::vector<std::pair<Address, Segment>> found;

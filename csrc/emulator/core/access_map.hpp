@@ -12,6 +12,7 @@
 #include <map>
 #include <vector>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
 
@@ -22,6 +23,8 @@ struct Access {
   ActorId actor = kHostActor;
   Ticket tick = 0;
   std::uint64_t stream_id = 0;
+  std::uint64_t order = 0;  // counts all accesses, in the order of the calls
+  SiteId site = 0;
   bool is_free = false;  // of a write: it was a stream-ordered free
 };
 
@@ -36,6 +39,7 @@ struct ByteRange {
 struct Conflict {
   Access earlier;
   AccessKind earlier_kind = AccessKind::kRead;
+  bool reused = false;  // a caching allocator handed the bytes out again in between
 };
 
 class AccessMap {
@@ -49,6 +53,9 @@ class AccessMap {
   // The same without recording anything.
   bool find_conflict(Address begin, Address end, AccessKind kind, const Access& access,
                      const VectorClock& clock, Conflict* conflict);
+
+  // The first byte of [begin, end) that was not written since `order`; end if there is none.
+  Address find_unwritten(Address begin, Address end, std::uint64_t order) const;
 
   // Repeats what is known of [begin, end) at another place, of which nothing is known.
   void copy(Address begin, Address end, Address place);

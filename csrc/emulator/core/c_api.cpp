@@ -4,10 +4,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <vector>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/hazard_checker.hpp"
+#include "emulator/core/hazard_text.hpp"
 #include "emulator/core/kernel_api.h"
 #include "emulator/core/kernels.hpp"
 #include "emulator/core/machine.hpp"
@@ -22,6 +25,24 @@ using emulator::Recording;
 using emulator::StreamRef;
 
 namespace {
+
+thread_local emulator::SiteId operator_site = 0;
+
+// The machine, where there is anything to check; nullptr otherwise.
+Machine* checking_machine() {
+  if (!emulator::process_ready()) return nullptr;
+  Machine& machine = Machine::instance();
+  return machine.hazards.enabled() ? &machine : nullptr;
+}
+
+size_t copy_text(const std::string& text, char* out, size_t capacity) {
+  if (out != nullptr && capacity > 0) {
+    const std::size_t length = std::min(text.size(), capacity - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = '\0';
+  }
+  return text.size();
+}
 
 // The stream that a handle means; a default stream where no context is current is device 0's, since
 // torch's threads may come here before they made a call of the runtime's.
@@ -73,6 +94,8 @@ int spillover_emulator_operator_begin(void* stream) {
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
   const emulator::ReportScope reports;
+  const emulator::CallScope call("operator");
+  operator_site = emulator::current_site();
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
@@ -88,11 +111,21 @@ int spillover_emulator_operator_access(void* stream, const char* name,
   Machine& machine = Machine::instance();
   if (!machine.hazards.enabled()) return CUDA_SUCCESS;
   const emulator::ReportScope reports;
+  // The stack is that of its beginning: taking it again would double what it costs.
+  const emulator::CallScope call("operator", operator_site);
   const Lock lock(machine.mutex);
   StreamRef target;
   const CUresult result = find_stream(machine, stream, &target);
   if (result != CUDA_SUCCESS) return result;
   machine.streams.order_after_host(target.get());
+  for (size_t i = 0; i < range_count; ++i) {
+    // Whatever the policy: the operator would crash on such memory.
+    const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+    if (!machine.check_usable(*target, name, kind, reinterpret_cast<Address>(ranges[i].pointer),
+                              ranges[i].size_bytes)) {
+      return CUDA_ERROR_ILLEGAL_ADDRESS;
+    }
+  }
   return access_all(machine, ranges, range_count,
                     [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
                       return machine.record_access(*target, target->enqueued, name, kind, address,
@@ -104,12 +137,16 @@ int spillover_emulator_host_access(const char* name, const spillover_emulator_ra
                                    size_t range_count) {
   if (!emulator::process_ready()) return CUDA_SUCCESS;
   Machine& machine = Machine::instance();
-  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  // What a host function touches is ordered with its stream, which knows nothing of it.
+  if (!machine.hazards.enabled() || emulator::in_callback()) return CUDA_SUCCESS;
   const emulator::ReportScope reports;
+  {
+    const Lock lock(machine.mutex);
+    const auto tracked = [&](const auto& range) { return is_tracked(machine, range); };
+    if (std::none_of(ranges, ranges + range_count, tracked)) return CUDA_SUCCESS;
+  }
+  const emulator::CallScope call(name);
   const Lock lock(machine.mutex);
-  const bool any_tracked = std::any_of(
-      ranges, ranges + range_count, [&](const auto& range) { return is_tracked(machine, range); });
-  if (!any_tracked) return CUDA_SUCCESS;
   return access_all(machine, ranges, range_count,
                     [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
                       return machine.record_host_access(name, kind, address, size, recording);
@@ -141,13 +178,77 @@ size_t spillover_emulator_hazard_text(size_t index, char* out, size_t capacity) 
   Machine& machine = Machine::instance();
   const Lock lock(machine.mutex);
   if (index >= machine.hazards.text_count()) return 0;
-  const std::string& text = machine.hazards.text(index);
-  if (out != nullptr && capacity > 0) {
-    const std::size_t length = std::min(text.size(), capacity - 1);
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-  }
-  return text.size();
+  return copy_text(machine.hazards.text(index), out, capacity);
+}
+
+size_t spillover_emulator_leak_text(size_t index, char* out, size_t capacity) {
+  if (out != nullptr && capacity > 0) *out = '\0';
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return 0;
+  const Lock lock(machine->mutex);
+  const std::vector<std::string> texts = machine->hazards.history().live_texts();
+  return index < texts.size() ? copy_text(texts[index], out, capacity) : 0;
+}
+
+void spillover_emulator_thread_begin(void) {
+  emulator::HostThreads::begin();
+}
+
+void spillover_emulator_thread_end(void) {
+  emulator::HostThreads::end();
+}
+
+void spillover_emulator_release(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().release(token);
+}
+
+void spillover_emulator_acquire(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().acquire(token);
+}
+
+void spillover_emulator_forget(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().forget(token);
+}
+
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const emulator::CallScope call("allocator");
+  const Lock lock(machine->mutex);
+  machine->hazards.blocks().begin(
+      reinterpret_cast<Address>(pointer), size_bytes, machine->hazards.next_order(),
+      emulator::current_site(),
+      [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
+}
+
+void spillover_emulator_block_end(const void* pointer) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const emulator::CallScope call("allocator");
+  const Lock lock(machine->mutex);
+  machine->hazards.blocks().end(reinterpret_cast<Address>(pointer), emulator::current_site(),
+                                machine->streams.threads().snapshot());
+}
+
+void spillover_emulator_set_stacks(uint32_t (*capture)(void),
+                                   size_t (*format)(uint32_t site, char* out, size_t capacity)) {
+  emulator::set_stack_functions(capture, format);
+}
+
+void spillover_emulator_set_operand_describer(size_t (*describer)(const void* address,
+                                                                  size_t size_bytes, void* context,
+                                                                  char* out, size_t capacity),
+                                              void* context) {
+  emulator::set_argument_describer(describer, context);
 }
 
 void spillover_emulator_hazards_clear(void) {

@@ -33,6 +33,7 @@ struct Config {
   std::uint64_t seed = 0;
   HazardPolicy hazards = HazardPolicy::kWarn;
   bool poison = true;
+  bool uninitialized = false;  // reads of device memory that was never written are hazards
   int query_spins = 16;
   int copy_delay_us = 0;
   bool verbose = false;

@@ -78,9 +78,29 @@ class Machine {
     return devices[static_cast<std::size_t>(device)].sticky_error;
   }
 
+  // Whether an operator may use these bytes on the device, now. Otherwise reports why not: freed,
+  // unmapped, out of bounds, another device's.
+  bool check_usable(const Stream& stream, const char* name, AccessKind kind, Address address,
+                    std::size_t size_bytes);
+
+  // Reports the use of a stream or event that was destroyed, of memory that was freed twice;
+  // nothing where the program made the handle or address up.
+  void report_dead_handle(ObjectHistory::Kind kind, Address handle);
+  void report_double_free(Address address);
+
+  // Keeps the beginnings and ends of memory for reports.
+  void begin_memory(Address address, std::size_t size_bytes) {
+    if (hazards.enabled()) {
+      hazards.history().begin(ObjectHistory::Kind::kMemory, address, size_bytes);
+    }
+  }
+  void end_memory(Address address) {
+    if (hazards.enabled()) hazards.history().end(ObjectHistory::Kind::kMemory, address);
+  }
+
   // Called when memory was mapped: carries over what happened to bytes that have two addresses from
   // now on.
-  void follow_mapping(Address address);
+  void follow_mapping(Address address, std::size_t size_bytes);
 
   // Forgets what happened to memory that goes back to the driver.
   void forget(Address address, std::size_t size_bytes);
@@ -109,6 +129,8 @@ class Machine {
   int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
 
  private:
+  bool can_reach(int device, Address address);
+  bool is_aliased(const ByteRange& range) const;
   bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
               std::size_t size_bytes, Recording recording);
 };

@@ -56,9 +56,12 @@ Streams::Streams(Machine* machine, int device_count)
 
 void Streams::take_actor(Stream* stream) {
   if (!tracks_order_) return;
+  const VectorClock& host = threads_.current().clock;
   const auto known = std::find_if(retired_.begin(), retired_.end(), [&](const RetiredActor& actor) {
-    return host_clock_.at(actor.actor) >= actor.last_tick;
+    return host.at(actor.actor) >= actor.last_tick;
   });
+  // Whoever launches on it got the handle from this thread.
+  stream->clock.merge(host);
   if (known == retired_.end()) {
     stream->actor = next_actor_++;
     return;
@@ -86,6 +89,10 @@ StreamRef Streams::create(Context* context, unsigned flags, int priority) {
   StreamRef stream = make(context, flags, priority, StreamKind::kCreated);
   table_.insert(stream, &stream->handle);
   if (stream->is_blocking()) blocking_[static_cast<std::size_t>(stream->device)].push_back(stream);
+  if (tracks_order_) {
+    machine_->hazards.history().begin(ObjectHistory::Kind::kStream,
+                                      reinterpret_cast<Address>(stream->handle), 0, stream->id);
+  }
   return stream;
 }
 
@@ -101,6 +108,10 @@ StreamRef Streams::per_thread(Context* context) {
 }
 
 void Streams::destroy(CUstream handle) {
+  if (tracks_order_) {
+    machine_->hazards.history().end(ObjectHistory::Kind::kStream,
+                                    reinterpret_cast<Address>(handle));
+  }
   close(table_.erase(handle));
 }
 
@@ -122,7 +133,10 @@ CUresult Streams::find(CUstream handle, StreamRef* stream) {
   const auto value = reinterpret_cast<std::uintptr_t>(handle);
   if (value > reinterpret_cast<std::uintptr_t>(CU_STREAM_PER_THREAD)) {
     const StreamRef* found = table_.find(handle);
-    if (found == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    if (found == nullptr) {
+      machine_->report_dead_handle(ObjectHistory::Kind::kStream, value);
+      return CUDA_ERROR_INVALID_HANDLE;
+    }
     *stream = *found;
     return CUDA_SUCCESS;
   }
@@ -156,9 +170,12 @@ void Streams::order_with_default(const StreamRef& stream) {
 }
 
 void Streams::order_after_host(Stream* stream) {
-  if (!tracks_order_ || stream->host_version_seen == host_version_) return;
-  stream->host_version_seen = host_version_;
-  stream->clock.merge(host_clock_);
+  if (!tracks_order_) return;
+  stream->clock.set(kHostActor, host_tick_);
+  const HostThreads::Knowledge& host = threads_.current();
+  if (stream->host_version_seen == host.version) return;
+  stream->host_version_seen = host.version;
+  stream->clock.merge(host.clock);
 }
 
 Ticket Streams::prepare(const StreamRef& stream) {
@@ -169,6 +186,10 @@ Ticket Streams::prepare(const StreamRef& stream) {
 }
 
 void Streams::submit(Lock& lock, const StreamRef& stream, Operation operation) {
+  if (tracks_order_) {
+    auto* const function = std::get_if<HostFunction>(&operation.body);
+    if (function != nullptr) function->clock = stream->clock;
+  }
   machine_->scheduler.enqueue(lock, stream, std::move(operation));
 }
 
@@ -263,7 +284,7 @@ CUresult Streams::query(Lock& lock, const StreamRef& stream) {
     busy = first_busy();
   }
   if (busy != covered.end()) return CUDA_ERROR_NOT_READY;
-  host_learns(clock_of(covered));
+  all_learn(clock_of(covered));
   return CUDA_SUCCESS;
 }
 
@@ -279,17 +300,6 @@ void Streams::acquire_value(Stream* stream, Address address) {
 void Streams::forget_values(Address address, std::size_t size_bytes) {
   value_clocks_.erase(value_clocks_.lower_bound(address),
                       value_clocks_.lower_bound(address + size_bytes));
-}
-
-void Streams::host_learns(const VectorClock& clock) {
-  if (tracks_order_ && host_clock_.merge(clock)) ++host_version_;
-}
-
-Ticket Streams::host_tick() {
-  const Ticket tick = host_clock_.at(kHostActor) + 1;
-  host_clock_.set(kHostActor, tick);
-  ++host_version_;
-  return tick;
 }
 
 }  // namespace spillover::emulator

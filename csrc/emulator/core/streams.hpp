@@ -14,6 +14,7 @@
 
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
+#include "emulator/core/host_threads.hpp"
 #include "emulator/core/scheduler.hpp"
 #include "emulator/core/stream.hpp"
 #include "emulator/core/types.hpp"
@@ -77,10 +78,17 @@ class Streams {
   // anything.
   void order_with_default(const StreamRef& stream);
 
-  // What the host knows; its own ticks count its accesses to pinned memory.
-  VectorClock& host_clock() { return host_clock_; }
-  void host_learns(const VectorClock& clock);
-  Ticket host_tick();
+  // What the calling thread and all others know of the streams (host_threads.hpp).
+  HostThreads& threads() { return threads_; }
+  void host_learns(const VectorClock& clock) {
+    if (tracks_order_) threads_.learn(clock);
+  }
+  void all_learn(const VectorClock& clock) {
+    if (tracks_order_) threads_.learn_for_all(clock);
+  }
+
+  // Counts the host's accesses to pinned memory.
+  Ticket host_tick() { return ++host_tick_; }
 
   std::size_t live_count() const { return table_.size(); }
 
@@ -118,8 +126,8 @@ class Streams {
   ActorId next_actor_ = kHostActor + 1;
   std::vector<RetiredActor> retired_;
   std::map<Address, VectorClock> value_clocks_;
-  VectorClock host_clock_;
-  std::uint64_t host_version_ = 1;  // changes with host_clock_
+  HostThreads threads_;
+  Ticket host_tick_ = 0;
 };
 
 }  // namespace spillover::emulator

@@ -10,6 +10,7 @@
 #include <new>
 #include <utility>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
@@ -41,6 +42,7 @@ CUresult with_driver(const char* name, Body&& body) {
   if (admitted != CUDA_SUCCESS) return finish_call(name, admitted);
   Machine& machine = Machine::instance();
   const ReportScope reports;
+  const CallScope call(name);
   try {
     Lock lock(machine.mutex);
     machine.scheduler.perturb(lock);

@@ -11,11 +11,14 @@ from spillover.emulator._command import run
 from spillover.emulator._control import (
     HostAccess,
     LiveResources,
+    acquire,
     clear_hazards,
     hazards,
     host_access,
+    leaks,
     live,
     peak_bytes,
+    release,
 )
 from spillover.emulator._options import HazardPolicy, Options, Schedule
 
@@ -25,12 +28,15 @@ __all__ = [
     "LiveResources",
     "Options",
     "Schedule",
+    "acquire",
     "clear_hazards",
     "enable",
     "hazards",
     "host_access",
     "is_enabled",
+    "leaks",
     "live",
     "peak_bytes",
+    "release",
     "run",
 ]

@@ -8,6 +8,7 @@ has been imported with its own libraries this silently does nothing, hence the c
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import importlib.abc
 import importlib.util
@@ -21,7 +22,7 @@ from typing import Any
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _libraries
+from spillover.emulator import _libraries, _stacks, _threads
 from spillover.emulator._options import HazardPolicy, Options, Schedule
 
 _lock = threading.Lock()
@@ -36,6 +37,8 @@ def enable(
     seed: int = 0,
     hazards: HazardPolicy = "raise",
     poison: bool = True,
+    uninitialized: bool = False,
+    leaks: bool = False,
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -56,6 +59,10 @@ def enable(
         ``off``, ``count``, ``warn`` or ``raise``; see :class:`Options`.
     poison
         Fill fresh and freed device memory with 0xFF bytes.
+    uninitialized
+        Report reads of device memory that was never written; see :class:`Options`.
+    leaks
+        Print what the process still holds of the driver when it ends.
 
     Returns
     -------
@@ -78,6 +85,8 @@ def enable(
             seed=seed,
             hazards=hazards,
             poison=poison,
+            uninitialized=uninitialized,
+            leaks=leaks,
         )
     )
 
@@ -99,6 +108,11 @@ def activate(options: Options) -> bool:
         _require_clean_process()
         os.environ.update(options.environment())
         _libraries.load()
+        if options.hazards != "off":
+            _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
+            _stacks.install()
+        if options.leaks:
+            atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.
         sys.meta_path.insert(0, _TorchFinder())
         _active = options
@@ -139,6 +153,15 @@ def _print_summary(owner_pid: int) -> None:
     )
 
 
+def _print_leaks(owner_pid: int) -> None:
+    from spillover.emulator import _control
+
+    if os.getpid() != owner_pid:
+        return
+    for text in _control.leaks():
+        print(f"spillover emulator: {text}", file=sys.stderr)
+
+
 def _require_clean_process() -> None:
     if "torch" in sys.modules:
         raise StateError(
@@ -165,9 +188,13 @@ def _after_torch_import() -> None:
         )
     from spillover import _build
 
-    torch.ops.load_library(str(_build.build("emulator")))  # type: ignore[no-untyped-call]
+    library = str(_build.build("emulator"))
+    torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
+        # Torch's allocator takes trackers once it is set up.
+        follow_blocks = ctypes.CDLL(library).spillover_emulator_aten_follow_blocks
+        torch.cuda._lazy_call(follow_blocks)
 
 
 def _watch_tolist(tensor_class: Any) -> None:
