@@ -383,5 +383,6 @@ if __name__ == "__main__":
         schedule=sys.argv[1],  # type: ignore[arg-type]
         hazards="count",
         uninitialized=True,
+        blocks=True,
     )
     print(json.dumps(run_all()))

@@ -18,7 +18,7 @@ void follow(const TraceEntry& entry) {
   if (entry.action_ == TraceEntry::ALLOC) {
     spillover_emulator_block_begin(pointer, entry.size_);
   } else if (entry.action_ == TraceEntry::FREE_REQUESTED) {
-    spillover_emulator_block_end(pointer);
+    spillover_emulator_block_end(pointer, entry.size_);
   }
 }
 

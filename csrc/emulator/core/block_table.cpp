@@ -37,12 +37,16 @@ void BlockTable::insert(Address address, Block block) {
   blocks_.emplace(address, std::move(block));
 }
 
-void BlockTable::end(Address address, SiteId site, std::shared_ptr<const VectorClock> clock) {
+void BlockTable::end(Address address, std::size_t size_bytes, SiteId site,
+                     std::shared_ptr<const VectorClock> clock) {
   const auto position = blocks_.find(address);
-  if (position == blocks_.end()) return;
-  position->second.ended = true;
-  position->second.ended_at = site;
-  position->second.clock = std::move(clock);
+  if (position != blocks_.end()) {
+    position->second.ended = true;
+    position->second.ended_at = site;
+    position->second.clock = std::move(clock);
+  } else if (size_bytes != 0) {
+    insert(address, Block{address + size_bytes, 0, 0, true, site, std::move(clock)});
+  }
 }
 
 const Block* BlockTable::find(Address address, Address* begin) const {

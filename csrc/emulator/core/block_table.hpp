@@ -43,7 +43,9 @@ class BlockTable {
     }
     insert(address, Block{end, order, site, false, 0, nullptr});
   }
-  void end(Address address, SiteId site, std::shared_ptr<const VectorClock> clock);
+  // Also of a block whose beginning nobody told.
+  void end(Address address, std::size_t size_bytes, SiteId site,
+           std::shared_ptr<const VectorClock> clock);
   void forget(Address address, std::size_t size_bytes);
 
   // The block that holds the address, or nullptr.

@@ -26,7 +26,9 @@ using emulator::StreamRef;
 
 namespace {
 
-thread_local emulator::SiteId operator_site = 0;
+// Where this thread's current operator was called.
+constexpr emulator::SiteId kNotTaken = ~emulator::SiteId{0};
+thread_local emulator::SiteId operator_site = kNotTaken;
 
 // The machine, where there is anything to check; nullptr otherwise.
 Machine* checking_machine() {
@@ -94,8 +96,7 @@ int spillover_emulator_operator_begin(void* stream) {
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
   const emulator::ReportScope reports;
-  const emulator::CallScope call("operator");
-  operator_site = emulator::current_site();
+  operator_site = kNotTaken;
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
@@ -111,7 +112,8 @@ int spillover_emulator_operator_access(void* stream, const char* name,
   Machine& machine = Machine::instance();
   if (!machine.hazards.enabled()) return CUDA_SUCCESS;
   const emulator::ReportScope reports;
-  // The stack is that of its beginning: taking it again would double what it costs.
+  // Taken once an operator, however often it says what it touches.
+  if (operator_site == kNotTaken) operator_site = emulator::take_site();
   const emulator::CallScope call("operator", operator_site);
   const Lock lock(machine.mutex);
   StreamRef target;
@@ -230,13 +232,13 @@ void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
       [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
 }
 
-void spillover_emulator_block_end(const void* pointer) {
+void spillover_emulator_block_end(const void* pointer, size_t size_bytes) {
   Machine* const machine = checking_machine();
   if (machine == nullptr) return;
   const emulator::CallScope call("allocator");
   const Lock lock(machine->mutex);
-  machine->hazards.blocks().end(reinterpret_cast<Address>(pointer), emulator::current_site(),
-                                machine->streams.threads().snapshot());
+  machine->hazards.blocks().end(reinterpret_cast<Address>(pointer), size_bytes,
+                                emulator::current_site(), machine->streams.threads().snapshot());
 }
 
 void spillover_emulator_set_stacks(uint32_t (*capture)(void),

@@ -56,7 +56,7 @@ void spillover_emulator_forget(uint64_t token);
 /* A caching allocator gave a block to the program, or took it back. Never called while a lock of
  * the emulated device is held. */
 void spillover_emulator_block_begin(const void* pointer, size_t size_bytes);
-void spillover_emulator_block_end(const void* pointer);
+void spillover_emulator_block_end(const void* pointer, size_t size_bytes);
 
 /* Where calls come from: capture names the calling thread's stack by a number (0: none) and format
  * puts it into words, one line a frame. Neither may call CUDA; format may be called with a lock of

@@ -18,11 +18,15 @@ void set_stack_functions(CaptureFunction capture, FormatFunction format) {
   capture_function.store(capture, std::memory_order_release);
 }
 
+SiteId take_site() {
+  const CaptureFunction capture = capture_function.load(std::memory_order_acquire);
+  return capture == nullptr ? 0 : capture();
+}
+
 CallScope::CallScope(const char* name) : is_outermost_(call_name == nullptr) {
   if (!is_outermost_) return;
   call_name = name;
-  const CaptureFunction capture = capture_function.load(std::memory_order_acquire);
-  call_site = capture == nullptr ? 0 : capture();
+  call_site = take_site();
 }
 
 CallScope::CallScope(const char* name, SiteId site) : is_outermost_(call_name == nullptr) {

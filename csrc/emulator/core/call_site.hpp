@@ -33,6 +33,8 @@ class CallScope {
   const bool is_outermost_;
 };
 
+SiteId take_site();
+
 // Of the call that this thread is in; 0 and "" outside of one.
 SiteId current_site();
 const char* current_call();

@@ -39,6 +39,8 @@ def enable(
     poison: bool = True,
     uninitialized: bool = False,
     leaks: bool = False,
+    blocks: bool = False,
+    stacks: bool = True,
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -63,6 +65,10 @@ def enable(
         Report reads of device memory that was never written; see :class:`Options`.
     leaks
         Print what the process still holds of the driver when it ends.
+    blocks
+        Find uses of blocks that torch's caching allocator has taken back; see :class:`Options`.
+    stacks
+        Say in reports where the program made the calls.
 
     Returns
     -------
@@ -87,6 +93,8 @@ def enable(
             poison=poison,
             uninitialized=uninitialized,
             leaks=leaks,
+            blocks=blocks,
+            stacks=stacks,
         )
     )
 
@@ -110,7 +118,8 @@ def activate(options: Options) -> bool:
         _libraries.load()
         if options.hazards != "off":
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
-            _stacks.install()
+            if options.stacks:
+                _stacks.install()
         if options.leaks:
             atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.
@@ -192,9 +201,27 @@ def _after_torch_import() -> None:
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
+        _follow_blocks(library)
+
+
+def _follow_blocks(library: str) -> None:
+    """Have torch's allocator tell the checker of its blocks, once that is of use.
+
+    It costs about a microsecond an allocation. Between threads it is needed, since an allocator
+    hands on under a lock of its own what one thread knew when it freed a block.
+    """
+    from torch import cuda
+
+    @functools.lru_cache(maxsize=1)
+    def follow() -> None:
         # Torch's allocator takes trackers once it is set up.
-        follow_blocks = ctypes.CDLL(library).spillover_emulator_aten_follow_blocks
-        torch.cuda._lazy_call(follow_blocks)
+        function = ctypes.CDLL(library).spillover_emulator_aten_follow_blocks
+        cuda._lazy_call(function)  # type: ignore[no-untyped-call]
+
+    if _active is not None and (_active.blocks or _active.uninitialized):
+        follow()
+    else:
+        _threads.before_first_start(follow)
 
 
 def _watch_tolist(tensor_class: Any) -> None:

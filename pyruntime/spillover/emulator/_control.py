@@ -39,7 +39,7 @@ def hazards() -> list[str]:
 
 
 def _texts(function: Callable[[int, ctypes.Array[ctypes.c_char] | None, int], int]) -> list[str]:
-    texts = []
+    texts: list[str] = []
     for index in itertools.count():
         length = function(index, None, 0)
         if length == 0:

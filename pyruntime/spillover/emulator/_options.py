@@ -22,7 +22,7 @@ _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
 _VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
-_FLAGS = ("poison", "uninitialized", "leaks")
+_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks")
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -52,6 +52,12 @@ class Options:
         writing nothing, so this is for programs without them.
     leaks
         Print what the process still holds of the driver when it ends.
+    blocks
+        Follow the blocks of torch's caching allocator (or of this package's): finds uses of a block
+        that was taken back, and says which block a report is about. About a microsecond an
+        allocation; on by itself once the program starts threads, and with ``uninitialized``.
+    stacks
+        Say in reports where the program made the calls: about a tenth of a microsecond a call.
     """
 
     devices: int = 1
@@ -62,6 +68,8 @@ class Options:
     poison: bool = True
     uninitialized: bool = False
     leaks: bool = False
+    blocks: bool = False
+    stacks: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, bool) or not isinstance(self.devices, int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from typing import cast
 
 from spillover.emulator import _libraries
 
@@ -20,4 +19,5 @@ def install() -> bool:
 
     function = _libraries.driver().spillover_emulator_set_stacks
     address = ctypes.cast(function, ctypes.c_void_p).value
-    return cast("bool", _emulator_stacks.install(address))
+    assert address is not None
+    return _emulator_stacks.install(address)

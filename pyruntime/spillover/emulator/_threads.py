@@ -186,6 +186,17 @@ class SimpleQueue(queue.SimpleQueue):  # type: ignore[type-arg]
         return self.get(block=False)
 
 
+_before_first_start: list[Callable[[], None]] = []
+
+
+def before_first_start(function: Callable[[], None]) -> None:
+    """Call ``function`` when Python starts a thread; at once where it has."""
+    if threading.active_count() > 1:
+        function()
+    else:
+        _before_first_start.append(function)
+
+
 _allocate_lock = threading.Lock
 _make_rlock = threading.RLock
 
@@ -212,6 +223,8 @@ def _watch_threads() -> None:
 
     @functools.wraps(start)
     def watched_start(self: Any) -> None:
+        while _before_first_start:
+            _before_first_start.pop()()
         self._spillover_token = _Token()
         self._spillover_token.release()
         start(self)
