@@ -72,9 +72,8 @@ def order(before: int, after: int) -> None:
 
 def operator(on: int, name: str, pointer: int, *, write: bool, size: int = SIZE) -> int:
     """Pretend to run an operator of this name on a range of memory; what the checker says."""
-    call("spillover_emulator_operator_begin", on)
     touched = _libraries.Range(pointer, size, int(write))
-    return call("spillover_emulator_operator_access", on, name.encode(), byref(touched), 1)
+    return call("spillover_emulator_operator_begin", on, name.encode(), byref(touched), 1)
 
 
 def host_access(pointer: int, *, write: bool, size: int = SIZE) -> int:

@@ -5,6 +5,7 @@
 
 #include "allocator/pools.hpp"
 #include "base/error.hpp"
+#include "driver/fork_guard.hpp"
 
 namespace {
 
@@ -60,8 +61,20 @@ spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, vo
 }
 
 spillover_status spillover_free(void* pointer) {
-  if (pointer == nullptr) return SPILLOVER_OK;
+  if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
   return guarded([&] { spillover::segment_of(pointer).pool->free(pointer); });
+}
+
+spillover_status spillover_try_free(void* pointer) {
+  if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
+  bool is_freed = true;
+  const spillover_status status =
+      guarded([&] { is_freed = spillover::segment_of(pointer).pool->try_free(pointer); });
+  return status == SPILLOVER_OK && !is_freed ? SPILLOVER_BUSY : status;
+}
+
+int spillover_in_forked_child(void) {
+  return spillover::in_forked_child() ? 1 : 0;
 }
 
 spillover_status spillover_record_stream(void* pointer, void* stream) {

@@ -22,7 +22,8 @@ typedef enum spillover_status {
   SPILLOVER_INVALID_ARGUMENT = 1,
   SPILLOVER_OUT_OF_MEMORY = 2,
   SPILLOVER_DRIVER_FAILURE = 3,
-  SPILLOVER_BROKEN_STATE = 4
+  SPILLOVER_BROKEN_STATE = 4,
+  SPILLOVER_BUSY = 5 /* of spillover_try_free only */
 } spillover_status;
 
 /* Counters of one class of blocks. Units: bytes for *_bytes, else numbers. */
@@ -84,8 +85,19 @@ const char* spillover_last_error(void);
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
 /* Gives a block back. It may be handed out again on its own stream at once, on others only after
- * the work of every stream noted by spillover_record_stream is complete. NULL is allowed. */
+ * the work of every stream noted by spillover_record_stream is complete. NULL is allowed.
+ *
+ * In a forked child of a process that has used CUDA it does nothing and succeeds: the block is the
+ * parent's, and the child lets go of its copies of tensors like of any object. Every other function
+ * fails there. */
 spillover_status spillover_free(void* pointer);
+
+/* As spillover_free, but never waits: not for another thread in the pool, which may itself wait for
+ * the device, and not for the device. SPILLOVER_BUSY: nothing has happened, call spillover_free. */
+spillover_status spillover_try_free(void* pointer);
+
+/* Whether this process is such a forked child: 1 or 0. */
+int spillover_in_forked_child(void);
 
 /* Notes that the block is used on a stream other than the one it was allocated for. */
 spillover_status spillover_record_stream(void* pointer, void* stream);

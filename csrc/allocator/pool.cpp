@@ -179,9 +179,7 @@ void Pool::free(void* pointer) {
   if (pointer == nullptr) return;
   const std::lock_guard lock(mutex_);
   Block* block = find_live(pointer);
-  const SizeClass size_class = block->segment->size_class;
-  subtract(statistics_.allocation, size_class, 1);
-  subtract(statistics_.allocated_bytes, size_class, block->size_bytes);
+  count_freed(*block);
   if (block->uses.empty()) {
     make_free(block);
     return;
@@ -189,6 +187,23 @@ void Pool::free(void* pointer) {
   block->state = BlockState::kWaiting;
   const RelaxedCaptureScope relaxed;
   pending_.add(block);
+}
+
+bool Pool::try_free(void* pointer) {
+  if (pointer == nullptr) return true;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return false;
+  Block* block = find_live(pointer);
+  if (!block->uses.empty()) return false;
+  count_freed(*block);
+  make_free(block);
+  return true;
+}
+
+void Pool::count_freed(const Block& block) {
+  const SizeClass size_class = block.segment->size_class;
+  subtract(statistics_.allocation, size_class, 1);
+  subtract(statistics_.allocated_bytes, size_class, block.size_bytes);
 }
 
 void Pool::record_stream(void* pointer, StreamHandle stream) {

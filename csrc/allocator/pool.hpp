@@ -41,6 +41,10 @@ class Pool {
   // Throws ConfigError unless pointer is the start of a live block. Null is allowed.
   void free(void* pointer);
 
+  // As free(), but false, with nothing done, where it would have to wait: for the mutex, whose
+  // holder may wait for the device, or for a stream that was noted and is gone.
+  bool try_free(void* pointer);
+
   // Throws ConfigError unless pointer is the start of a live block.
   void record_stream(void* pointer, StreamHandle stream);
 
@@ -88,6 +92,7 @@ class Pool {
   // noexcept: bookkeeping that cannot get a few bytes of host memory stops the process, since half
   // of a merge would corrupt the pool.
   void make_free(Block* block) noexcept;
+  void count_freed(const Block& block);
   void absorb_next(Block* block);
   void release_free_segments();
   [[noreturn]] void throw_out_of_memory(const Request& request);

@@ -27,14 +27,19 @@ namespace {
 // Every method is called with the GIL held.
 class PythonTicket {
  public:
-  PythonTicket(std::shared_ptr<Ticket> ticket, py::buffer_info&& memory, py::object gate_event)
-      : ticket_(std::move(ticket)),
-        memory_(std::make_unique<py::buffer_info>(std::move(memory))),
+  // Made before the request starts: what follows the start must not fail, as the I/O threads have
+  // the memory by then.
+  PythonTicket(py::buffer_info&& memory, py::object gate_event)
+      : memory_(std::make_unique<py::buffer_info>(std::move(memory))),
         gate_event_(std::move(gate_event)) {}
   PythonTicket(const PythonTicket&) = delete;
   PythonTicket& operator=(const PythonTicket&) = delete;
 
+  void* address() const { return memory_->ptr; }
+  void started(std::shared_ptr<Ticket> ticket) noexcept { ticket_ = std::move(ticket); }
+
   ~PythonTicket() {
+    if (ticket_ == nullptr) return;  // The request did not start.
     const py::gil_scoped_release released;
     ticket_->wait_quietly();
   }
@@ -94,14 +99,14 @@ py::tuple write(DiskStore& store, const py::buffer& buffer, py::object after) {
   py::buffer_info info = contiguous_memory(buffer, false);
   const size_t size_bytes = size_of(info);
   WriteGate gate = gate_for(after);
+  auto ticket = std::make_unique<PythonTicket>(std::move(info), std::move(after));
   WriteRequest request;
   {
     const py::gil_scoped_release released;
-    request = store.write(info.ptr, size_bytes, std::move(gate));
+    request = store.write(ticket->address(), size_bytes, std::move(gate));
   }
-  return py::make_tuple(
-      std::move(request.payload),
-      std::make_unique<PythonTicket>(std::move(request.ticket), std::move(info), std::move(after)));
+  ticket->started(std::move(request.ticket));
+  return py::make_tuple(std::move(request.payload), std::move(ticket));
 }
 
 std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload> payload,
@@ -111,12 +116,12 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
     throw ConfigError("the buffer has " + std::to_string(size_of(info)) +
                       " bytes and the payload " + std::to_string(payload->size_bytes()));
   }
-  std::shared_ptr<Ticket> ticket;
+  auto ticket = std::make_unique<PythonTicket>(std::move(info), py::none());
   {
     const py::gil_scoped_release released;
-    ticket = store.read(std::move(payload), info.ptr);
+    ticket->started(store.read(std::move(payload), ticket->address()));
   }
-  return std::make_unique<PythonTicket>(std::move(ticket), std::move(info), py::none());
+  return ticket;
 }
 
 std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int device,

@@ -25,18 +25,15 @@ void raise(const char* class_name, const Error& error) {
   PyErr_SetObject(type.ptr(), type(py::str(error.what())).ptr());
 }
 
-// OSError takes errno, text and file name; without an errno only the text, or it would print "Errno
-// 0".
+// OSError takes errno, text and file name. Without an errno it gets the text alone: with a file
+// name and no errno it would print "[Errno None] None" in the text's place. Messages name the file
+// anyhow.
 void raise_storage_error(const char* class_name, const StorageError& error) {
   const py::object type = error_class(class_name);
-  const py::str path(error.path());
-  py::object instance;
-  if (error.native_error() != 0) {
-    instance = type(error.native_error(), py::str(error.what()), path);
-  } else {
-    instance = type(py::str(error.what()));
-    instance.attr("filename") = path;
-  }
+  const py::str text(error.what());
+  const py::object instance = error.native_error() != 0
+                                  ? type(error.native_error(), text, py::str(error.path()))
+                                  : type(text);
   PyErr_SetObject(type.ptr(), instance.ptr());
 }
 

@@ -33,23 +33,25 @@ WriteRequest DiskStore::write(const void* data, size_t size_bytes, WriteGate gat
   core_->check_open();
   core_->account_write(size_bytes);
   std::shared_ptr<DiskPayload> payload;
+  // A failing piece empties the payload's list, so it is copied before the first is submitted.
+  std::vector<Extent> extents;
+  std::shared_ptr<Ticket> ticket;
+  std::shared_ptr<WriteGate> shared_gate;
   try {
     payload = std::make_shared<DiskPayload>(core_, size_bytes, core_->allocate(size_bytes));
+    extents = payload->extents();
+    ticket = std::make_shared<Ticket>(extents.size());
+    if (gate) shared_gate = std::make_shared<WriteGate>(std::move(gate));
   } catch (...) {
     core_->cancel_write(size_bytes);
     throw;
   }
-  // A failing piece empties the payload's list, so its length is read before the first is
-  // submitted.
-  std::vector<size_t> sizes;
-  for (const Extent& extent : payload->extents()) sizes.push_back(extent.size_bytes);
-  auto ticket = std::make_shared<Ticket>(sizes.size());
-  auto shared_gate = gate ? std::make_shared<WriteGate>(std::move(gate)) : nullptr;
-  // The I/O threads only read through this pointer: the direction says so.
+  // From here on nothing throws: I/O threads have the memory.
+  // They only read through this pointer: the direction says so.
   auto* bytes = static_cast<std::byte*>(const_cast<void*>(data));
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    core_->submit({Direction::kWrite, payload, i, bytes, ticket, shared_gate});
-    bytes += sizes[i];
+  for (size_t i = 0; i < extents.size(); ++i) {
+    core_->submit({Direction::kWrite, payload, i, bytes, ticket, shared_gate}, extents[i].folder);
+    bytes += extents[i].size_bytes;
   }
   return {std::move(payload), std::move(ticket)};
 }
@@ -66,7 +68,8 @@ std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, vo
   auto ticket = std::make_shared<Ticket>(payload->extents().size());
   auto* bytes = static_cast<std::byte*>(data);
   for (size_t i = 0; i < payload->extents().size(); ++i) {
-    core_->submit({Direction::kRead, payload, i, bytes, ticket, nullptr});
+    core_->submit({Direction::kRead, payload, i, bytes, ticket, nullptr},
+                  payload->extents()[i].folder);
     bytes += payload->extents()[i].size_bytes;
   }
   return ticket;

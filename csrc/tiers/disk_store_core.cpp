@@ -130,11 +130,17 @@ void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
   }
 }
 
-void DiskStoreCore::submit(Piece piece) {
+void DiskStoreCore::submit(Piece piece, size_t folder) noexcept {
   ++pending_extents_;
-  Folder& folder = *folders_[piece.payload->extents_[piece.extent].folder];
-  if (folder.queue.push(std::move(piece))) return;
-  finish(piece, std::make_exception_ptr(StateError("the disk store was closed meanwhile")));
+  std::exception_ptr error;
+  try {
+    // A piece that is not taken is left as it was, also where this throws.
+    if (folders_[folder]->queue.push(std::move(piece))) return;
+    error = std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
+  } catch (...) {
+    error = std::current_exception();
+  }
+  finish(piece, std::move(error));
 }
 
 void DiskStoreCore::serve(Folder& folder) noexcept {

@@ -42,7 +42,10 @@ class DiskStoreCore {
   void cancel_write(size_t size_bytes) { written_bytes_ -= size_bytes; }
   std::vector<Extent> allocate(size_t size_bytes);
   void release(const std::vector<Extent>& extents) noexcept;
-  void submit(Piece piece);
+  // Blocks while the folder's queue is full. A piece that cannot be queued fails, which its ticket
+  // tells: others of its request may be under way, so the caller's memory must be held all the
+  // same.
+  void submit(Piece piece, size_t folder) noexcept;
   void close() noexcept;
   void check_open() const;
   DiskStats stats() const;

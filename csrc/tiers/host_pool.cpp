@@ -177,13 +177,9 @@ void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
     const size_t missing_bytes = size_bytes - (options_.limit_bytes - reserved_bytes_);
     std::vector<HostMapping> victims = take_idle(missing_bytes);
     if (victims.empty()) throw_over_budget(size_bytes, requested_bytes);
-    size_t freed_bytes = 0;
-    for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
     lock.unlock();
-    victims.clear();
+    unmap(std::move(victims));
     lock.lock();
-    // Only now: the budget holds for what is really mapped.
-    reserved_bytes_ -= freed_bytes;
   }
   reserved_bytes_ += size_bytes;
   reserved_bytes_max_ = std::max(reserved_bytes_max_, reserved_bytes_);
@@ -193,18 +189,25 @@ void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
 // be asked for again.
 void HostPool::give_back_surplus() {
   std::vector<HostMapping> victims;
-  size_t freed_bytes = 0;
   {
     const std::lock_guard lock(mutex_);
     const size_t idle_bytes = reserved_bytes_ - used_bytes_;
     const size_t kept_bytes = used_bytes_max_ / 8 + kIdleBytesMin;
     if (idle_bytes <= kept_bytes) return;
     victims = take_idle(idle_bytes - kept_bytes);
-    for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
   }
+  unmap(std::move(victims));
+}
+
+// Gives what take_idle() took back to the system; returns its bytes. The mutex must not be held.
+size_t HostPool::unmap(std::vector<HostMapping> victims) {
+  size_t freed_bytes = 0;
+  for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
   victims.clear();
   const std::lock_guard lock(mutex_);
+  // Only now: the budget holds for what is really mapped.
   reserved_bytes_ -= freed_bytes;
+  return freed_bytes;
 }
 
 // The longest idle mappings, and slabs without a used slot, of at least wanted_bytes where there
@@ -244,12 +247,7 @@ size_t HostPool::trim() {
     const std::lock_guard lock(mutex_);
     victims = take_idle(SIZE_MAX);
   }
-  size_t freed_bytes = 0;
-  for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
-  victims.clear();
-  const std::lock_guard lock(mutex_);
-  reserved_bytes_ -= freed_bytes;
-  return freed_bytes;
+  return unmap(std::move(victims));
 }
 
 HostStats HostPool::stats() const {

@@ -107,6 +107,7 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   void reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes, size_t requested_bytes);
   void give_back_surplus();
   std::vector<HostMapping> take_idle(size_t wanted_bytes);
+  size_t unmap(std::vector<HostMapping> victims);
   void add_used(size_t size_bytes);
   [[noreturn]] void throw_over_budget(size_t size_bytes, size_t requested_bytes) const;
 

@@ -52,7 +52,13 @@ int open_and_unlink(int folder, int flags) {
     const int file =
         openat(folder, name.data(), flags | O_CREAT | O_EXCL | O_NOFOLLOW, S_IRUSR | S_IWUSR);
     if (file < 0 && errno == EEXIST) continue;
-    if (file >= 0) unlinkat(folder, name.data(), 0);
+    if (file >= 0 && unlinkat(folder, name.data(), 0) != 0) {
+      // A file with a name would outlive the process and show the data to others.
+      const int native_error = errno;
+      close(file);
+      errno = native_error;
+      return -1;
+    }
     return file;
   }
   errno = EEXIST;

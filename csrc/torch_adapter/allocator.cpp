@@ -28,7 +28,8 @@ void report_free_failure(void* pointer, const char* reason) noexcept {
 }
 
 void delete_block(void* pointer) noexcept {
-  if (pointer == nullptr) return;
+  // In a forked child the block is the parent's, and History's lock may be held for ever.
+  if (pointer == nullptr || C10_UNLIKELY(spillover_in_forked_child() != 0)) return;
   if (C10_UNLIKELY(History::instance().watching())) {
     try {
       History::instance().on_free(pointer);
@@ -40,7 +41,12 @@ void delete_block(void* pointer) noexcept {
     (*trace)->trace_gpu_memory_deallocation(c10::DeviceType::CUDA,
                                             reinterpret_cast<uintptr_t>(pointer));
   }
-  if (spillover_free(pointer) != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
+  spillover_status status = spillover_try_free(pointer);
+  if (C10_UNLIKELY(status == SPILLOVER_BUSY)) {
+    const GilRelease no_gil;
+    status = spillover_free(pointer);
+  }
+  if (status != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
 }
 
 // The same as a plain function pointer: deleters are compared to tell whose block it is.
@@ -114,7 +120,8 @@ void Allocator::copy_data(void* destination, const void* source, size_t size_byt
 void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream stream) {
   // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
   if (!data.get() || data.get_deleter() != &raw_delete_block) return;
-  check_pool(spillover_record_stream(data.get(), stream.stream()), "record_stream");
+  check_pool(without_gil([&] { return spillover_record_stream(data.get(), stream.stream()); }),
+             "record_stream");
 }
 
 void* Allocator::getBaseAllocation(void* pointer, size_t* size_bytes) {
@@ -150,7 +157,8 @@ double Allocator::getMemoryFraction(c10::DeviceIndex device) {
 }
 
 void Allocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
-  check_pool(spillover_set_memory_fraction(device, fraction), "setting the memory fraction");
+  check_pool(without_gil([&] { return spillover_set_memory_fraction(device, fraction); }),
+             "setting the memory fraction");
 }
 
 void Allocator::emptyCache(c10::MempoolId_t pool) {
@@ -186,11 +194,13 @@ c10::CachingDeviceAllocator::DeviceStats Allocator::getDeviceStats(c10::DeviceIn
 }
 
 void Allocator::resetAccumulatedStats(c10::DeviceIndex device) {
-  check_pool(spillover_reset_accumulated_stats(device), "resetting the statistics");
+  check_pool(without_gil([&] { return spillover_reset_accumulated_stats(device); }),
+             "resetting the statistics");
 }
 
 void Allocator::resetPeakStats(c10::DeviceIndex device) {
-  check_pool(spillover_reset_peak_stats(device), "resetting the peaks");
+  check_pool(without_gil([&] { return spillover_reset_peak_stats(device); }),
+             "resetting the peaks");
 }
 
 cuda_allocator::SnapshotInfo Allocator::snapshot(c10::MempoolId_t pool, bool include_traces) {

@@ -5,8 +5,10 @@
 //
 // Note [GIL]: the pool may wait for the device when memory runs out. A host function on that device
 // may need the interpreter lock, so no thread waits in the pool while it holds the lock. Most of
-// torch's operators have released it before they allocate; what is left is direct calls such as
-// torch.cuda.caching_allocator_alloc and torch.accelerator.empty_cache.
+// torch's operators have released it before they allocate, but tensors are freed, and statistics
+// read, by threads that hold it. The pool's mutex is such a wait too, as its holder may wait for
+// the device. So every call that takes the mutex gives up the lock first; frees, which are many, do
+// so only where spillover_try_free() has found that they would wait.
 #pragma once
 
 #include <Python.h>
@@ -27,5 +29,12 @@ class GilRelease {
  private:
   PyThreadState* const thread_state_;
 };
+
+// Calls the pool without the interpreter lock.
+template <class Call>
+auto without_gil(Call call) {
+  const GilRelease no_gil;
+  return call();
+}
 
 }  // namespace spillover::torch_adapter

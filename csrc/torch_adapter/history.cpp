@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "torch_adapter/gil.hpp"
 #include "torch_adapter/pool.hpp"
 
 namespace spillover::torch_adapter {
@@ -57,7 +58,31 @@ void History::attach_tracker(Tracker tracker) {
 }
 
 void History::start_watching() {
-  if (!watching_.exchange(true)) enter_live_blocks();
+  if (watching_) return;
+  std::unordered_map<const void*, Live> stale;  // what a thread entered after the last watch ended
+  // Whoever holds the mutex waits for the pool.
+  const GilRelease no_gil;
+  const std::lock_guard walk(walk_mutex_);
+  if (watching_) return;
+  {
+    const std::lock_guard lock(mutex_);
+    live_.swap(stale);
+    is_walking_ = true;
+    watching_ = true;
+  }
+  try {
+    enter_live_blocks();
+  } catch (...) {
+    end_walk();
+    throw;
+  }
+  end_walk();
+}
+
+void History::end_walk() {
+  const std::lock_guard lock(mutex_);
+  is_walking_ = false;
+  freed_in_walk_.clear();
 }
 
 void History::enter_live_blocks() {
@@ -82,9 +107,12 @@ void History::enter_live_blocks() {
                                       static_cast<cudaStream_t>(segment->stream), nullptr});
       }
     };
-    check_pool(spillover_visit_segments(device, visit, &walk), "listing the live blocks");
+    check_pool(without_gil([&] { return spillover_visit_segments(device, visit, &walk); }),
+               "listing the live blocks");
     const std::lock_guard lock(mutex_);
-    for (auto& [pointer, block] : walk.found) live_.try_emplace(pointer, std::move(block));
+    for (auto& [pointer, block] : walk.found) {
+      if (!freed_in_walk_.contains(pointer)) live_.try_emplace(pointer, std::move(block));
+    }
   }
 }
 
@@ -150,6 +178,8 @@ void History::on_free(void* pointer) {
   {
     const std::lock_guard lock(mutex_);
     profiled_ |= profiling;
+    // The walk may have seen it live already.
+    if (is_walking_) freed_in_walk_.insert(pointer);
     const auto found = live_.find(pointer);
     if (found == live_.end()) return;
     block = std::move(found->second);

@@ -23,6 +23,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 namespace spillover::torch_adapter {
@@ -88,6 +89,7 @@ class History {
   Context gather(RecordContext level) const;
   void start_watching();
   void enter_live_blocks();
+  void end_walk();
   void record(const TraceEntry& entry);
   void tell_profiler(const Live& block, void* pointer, int64_t change_bytes);
 
@@ -96,8 +98,11 @@ class History {
   std::atomic<CreateContext> context_recorder_{nullptr};
   std::atomic<RecordContext> when_{RecordContext::NEVER};
 
+  std::mutex walk_mutex_;  // Held while the blocks older than a watch are entered; before mutex_.
   mutable std::mutex mutex_;
   // Guarded by mutex_.
+  bool is_walking_ = false;
+  std::unordered_set<const void*> freed_in_walk_;
   int device_count_ = 0;
   size_t entries_max_ = 0;
   std::vector<TraceEntry::Action> skipped_;

@@ -2,6 +2,8 @@
 
 #include <c10/util/Exception.h>
 
+#include "torch_adapter/gil.hpp"
+
 namespace spillover::torch_adapter {
 
 void check_pool(spillover_status status, const char* operation) {
@@ -13,19 +15,22 @@ void check_pool(spillover_status status, const char* operation) {
 
 spillover_stats_t pool_stats(c10::DeviceIndex device) {
   spillover_stats_t stats{};
-  check_pool(spillover_stats(device, &stats), "reading the statistics");
+  check_pool(without_gil([&] { return spillover_stats(device, &stats); }),
+             "reading the statistics");
   return stats;
 }
 
 size_t pool_largest_free_bytes(c10::DeviceIndex device) {
   size_t size_bytes = 0;
-  check_pool(spillover_largest_free(device, &size_bytes), "looking for the largest free block");
+  check_pool(without_gil([&] { return spillover_largest_free(device, &size_bytes); }),
+             "looking for the largest free block");
   return size_bytes;
 }
 
 double pool_memory_fraction(c10::DeviceIndex device) {
   double fraction = 1.0;
-  check_pool(spillover_memory_fraction(device, &fraction), "reading the memory fraction");
+  check_pool(without_gil([&] { return spillover_memory_fraction(device, &fraction); }),
+             "reading the memory fraction");
   return fraction;
 }
 

@@ -71,7 +71,8 @@ SnapshotInfo take_snapshot(int device_count) {
   snapshot.config_metadata = native_settings();
   for (int device = 0; device < device_count; ++device) {
     Walk walk{static_cast<c10::DeviceIndex>(device), &snapshot.segments};
-    check_pool(spillover_visit_segments(device, &visit, &walk), "taking a snapshot");
+    check_pool(without_gil([&] { return spillover_visit_segments(device, &visit, &walk); }),
+               "taking a snapshot");
   }
   // The pool is unlocked again, so History may take its own lock.
   for (auto& segment : snapshot.segments) {

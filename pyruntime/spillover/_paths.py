@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import spillover
+from spillover._errors import StateError
 
 
 def package_folder(name: str) -> Path:
@@ -16,14 +17,14 @@ def package_folder(name: str) -> Path:
 
     Raises
     ------
-    FileNotFoundError
+    StateError
         The installation lacks it; the message says how to repair that.
     """
     for root in spillover.__path__:
         folder = Path(root) / name
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(
+    raise StateError(
         f"this installation of spillover has no folder {name!r} "
         f"(searched {', '.join(map(str, spillover.__path__))}); reinstall it with 'pip install .'"
     )

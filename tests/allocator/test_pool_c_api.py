@@ -102,3 +102,21 @@ def test_the_header_is_plain_c(tmp_path: Path) -> None:
         ],
         check=True,
     )
+
+
+def test_try_free_frees_or_says_that_it_would_wait(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    busy = 5
+    library.spillover_try_free.argtypes = [ctypes.c_void_p]
+    address = alloc(library, 1000)
+    live = pool.stats()["allocation"]["all"]["current"]
+    assert library.spillover_try_free(address) == OK
+    assert pool.stats()["allocation"]["all"]["current"] == live - 1
+    assert library.spillover_try_free(address) == INVALID_ARGUMENT
+    assert library.spillover_try_free(None) == OK
+
+    noted = alloc(library, 1000)
+    assert library.spillover_record_stream(noted, 2) == OK  # the per-thread default stream
+    assert library.spillover_try_free(noted) == busy
+    assert library.spillover_device_of(noted) == 0
+    assert library.spillover_free(noted) == OK
+    pool.check_invariants()

@@ -132,3 +132,47 @@ def test_plain_adapter_without_a_compiler(
         assert spillover.allocator.stats()["reserved_bytes.all.current"] < 10 * MiB
         """
     run_emulated(textwrap.dedent(code))
+
+
+def test_what_keeps_the_adapter_from_being_compiled(
+    run_emulated: Callable[..., object], tmp_path: Path
+) -> None:
+    """Whatever it is, "full" says it in a sentence and "auto" goes on with the plain adapter."""
+    code = f"""
+        import torch
+        import logging, os, pathlib, warnings
+        import spillover
+
+        folder = pathlib.Path({str(tmp_path)!r})
+        (folder / "shared").mkdir()
+        (folder / "shared").chmod(0o777)
+        texts = []
+        handler = logging.Handler()
+        handler.emit = lambda record: texts.append(record.getMessage())
+        logging.getLogger("spillover").addHandler(handler)
+        for variable, value, error_type in [
+            ("CXX", "g++ '-m64", spillover.ConfigError),
+            ("SPILLOVER_CACHE_DIR", "~nosuchuser", spillover.ConfigError),
+            ("SPILLOVER_CACHE_DIR", str(folder / "shared"), spillover.ConfigError),
+            ("SPILLOVER_CACHE_DIR", "/proc/self/task", spillover.BuildError),
+        ]:
+            before = os.environ.get(variable)
+            os.environ[variable] = value
+            try:
+                spillover.allocator.install(adapter="full")
+            except error_type as error:
+                assert "set " in str(error) or "run " in str(error), error
+            else:
+                raise AssertionError("no error")
+            if value != "/proc/self/task":
+                os.environ.pop(variable)
+                if before is not None:
+                    os.environ[variable] = before
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert spillover.allocator.install()
+        assert [text for text in texts if "plain pluggable" in text] == [str(caught[0].message)]
+        assert torch.ones(3, device="cuda").sum().item() == 3
+        assert spillover.allocator.stats()["allocation.all.allocated"] > 0
+        """
+    run_emulated(textwrap.dedent(code))

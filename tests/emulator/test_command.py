@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import py_compile
 import subprocess
 import sys
 import textwrap
@@ -85,6 +87,9 @@ def test_exit_code_and_signal_reach_the_caller() -> None:
         (["--devices", "0", "--", "true"], "devices must be 1 to 16, got 0"),
         (["--", "no-such-program"], "there is no program 'no-such-program'"),
         ([], "name a command"),
+        (["--", "python", "-I", "x.py"], "python -I leaves PYTHONPATH out, through which"),
+        (["--", sys.executable, "-u", "-W", "ignore", "-BE", "-c", "1"], "python -E leaves"),
+        (["--", "python3.11", "-X", "dev", "-S", "x.py"], "python -S leaves sitecustomize out"),
     ],
 )
 def test_wrong_input(arguments: list[str], message: str) -> None:
@@ -102,6 +107,70 @@ def test_another_interpreter_runs_until_it_wants_torch(tmp_path: Path) -> None:
     result = emulate("--", python, "-c", "import torch")
     assert result.returncode == 2
     assert "cannot import spillover" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["-c", "print(5)", "-I"], ["-WE", "-c", "print(5)"], ["-W", "default::ImportWarning", "-c5"]],
+)
+def test_what_only_looks_like_isolation(arguments: list[str]) -> None:
+    result = emulate("--", "python", *arguments)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", ["module", "package", "bytecode"])
+def test_a_hidden_sitecustomize_runs_too(tmp_path: Path, kind: str) -> None:
+    if kind == "package":
+        (tmp_path / "sitecustomize").mkdir()
+        (tmp_path / "sitecustomize" / "__init__.py").write_text("from sitecustomize import part\n")
+        (tmp_path / "sitecustomize" / "part.py").write_text("import sys; sys.hidden = 7\n")
+    else:
+        source = tmp_path / "sitecustomize.py"
+        source.write_text("import sys; sys.hidden = 7\n")
+        if kind == "bytecode":
+            py_compile.compile(str(source), cfile=str(source.with_suffix(".pyc")))
+            source.unlink()
+    code = "import sys, sitecustomize; print(sys.hidden, sitecustomize.__file__)"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = emulate("--", "python", "-c", code, env={**os.environ, "PYTHONPATH": path})
+    assert result.stdout.startswith(f"7 {tmp_path}"), result.stderr
+
+
+def test_an_incomplete_installation_changes_nothing(tmp_path: Path) -> None:
+    code = """
+        import os, pathlib, sys
+        import spillover
+        from spillover.emulator import _libraries
+
+        folder = pathlib.Path(sys.argv[1])
+        for path in _libraries.folder().iterdir():
+            if path.name.startswith("lib") and path.name != "libcudart.so.13":
+                (folder / path.name).symlink_to(path)
+        _libraries.folder = lambda: folder
+        before = dict(os.environ)
+        try:
+            spillover.emulator.enable()
+        except spillover.StateError as error:
+            assert f"lacks libcudart.so.13 in {folder}; reinstall" in str(error), error
+        else:
+            raise AssertionError("no error")
+        (folder / "libcudart.so.13").write_text("no library")
+        try:
+            spillover.emulator.enable()
+        except spillover.StateError as error:
+            assert "libcudart.so.13 does not load" in str(error), error
+        else:
+            raise AssertionError("no error")
+        assert dict(os.environ) == before
+        assert not spillover.emulator.is_enabled()
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_file_that_is_no_program(tmp_path: Path) -> None:

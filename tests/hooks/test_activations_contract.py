@@ -122,6 +122,35 @@ def test_cpu_models_are_left_alone() -> None:
     assert context.stats.tensors == 0
 
 
+def test_an_alias_made_after_a_write_through_data_is_copied_again(x: torch.Tensor) -> None:
+    with offload_activations(min_bytes=1) as context:
+        y = (x * 2).detach()
+        first = (x * y.data).sum()
+        torch.cuda.synchronize()
+        # Moves the counter of this alias only; the next one begins at zero again.
+        y.data.fill_(5)
+        second = (x * y.data).sum()
+    second.backward()
+    assert torch.equal(x.grad, torch.full_like(x, 5))
+    x.grad = None
+    first.backward()
+    assert torch.equal(x.grad, 2 * x.detach())
+    assert context.stats.host_bytes == 2 * y.nbytes
+
+
+def test_writes_after_backward_are_ordered_after_the_copies(x: torch.Tensor) -> None:
+    hidden = x * 2
+    with offload_activations(min_bytes=1):
+        out = hidden.exp()
+    out.sum().backward()
+    with torch.no_grad():
+        out.zero_()  # The checker would report it.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        hidden.detach().zero_()
+
+
 def test_a_small_part_of_a_large_storage_is_copied_alone(x: torch.Tensor) -> None:
     large = x.repeat(16, 1)
     part = large[100:140]
@@ -222,11 +251,11 @@ def test_a_failed_write_keeps_the_bytes_in_host_memory(tmp_path: Path, x: torch.
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        with context:
-            out = y.exp()
+        context.__enter__()
+        out = y.exp()
         _saved_transfers.settle()
         with pytest.raises(StorageError, match="writing") as caught:
-            context.__enter__().__exit__(None, None, None)
+            context.__exit__(None, None, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
@@ -302,6 +331,15 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         ({"min_bytes": "much"}, "min_bytes"),
         ({"prefetch": -1}, "prefetch"),
         ({"host": "some"}, "host"),
+        ({"host": -1}, "host"),
+        ({"prefetch": "abc"}, "prefetch"),
+        ({"model": 5}, "model"),
+        ({"tier": "disk", "disk": 7}, "DiskStore"),
+        ({"tier": "disk", "directory": ""}, "directory"),
+        ({"tier": "disk", "directory": 5}, "directory"),
+        ({"tier": "disk", "directory": []}, "directory"),
+        ({"tier": "disk", "directory": [tmp_path, ""]}, "directory"),
+        ({"tier": "disk", "directory": tmp_path, "write_limit": "x"}, "write_limit"),
     ]:
         with pytest.raises(ConfigError, match=text):
             offload_activations(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from spillover import ConfigError, HostOutOfMemory
-from spillover.optim import AdamW, _staging
+from spillover.optim import AdamW, _adamw, _staging
 
 
 @pytest.mark.parametrize(
@@ -60,3 +61,104 @@ def test_default_device() -> None:
     finally:
         torch.set_default_device(None)
     assert all(value.device.type == "cpu" for value in optimizer.state[weight].values())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("betas", (0.9, 1.0)),
+        ("eps", -1e-8),
+        ("weight_decay", "much"),
+        ("capturable", True),
+        ("differentiable", True),
+    ],
+)
+def test_wrong_options_of_a_group(option: str, value: Any) -> None:
+    first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    optimizer = AdamW([first])
+    with pytest.raises(ConfigError, match=f"^{option}"):
+        optimizer.add_param_group({"params": [second], option: value})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ConfigError, match=f"^{option}"):
+        AdamW([{"params": [first], option: value}])
+    optimizer.add_param_group({"params": [second], "lr": 0.5})
+    assert optimizer.param_groups[1]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("failing", range(6))
+def test_a_step_without_memory_for_its_state_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, failing: int
+) -> None:
+    def make() -> tuple[list[nn.Parameter], AdamW]:
+        weights = [nn.Parameter(torch.full((4,), i + 1.0, dtype=dtype).cuda()) for i in range(2)]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        return weights, AdamW(weights, lr=0.1)
+
+    weights, optimizer = make()
+    empty = _adamw.empty_pinned
+    calls: list[Any] = []
+
+    def refuse(shape: Any, dtype: torch.dtype) -> torch.Tensor:
+        calls.append(shape)
+        if len(calls) > failing:
+            raise HostOutOfMemory("on purpose")
+        return empty(shape, dtype)
+
+    twins, twin = make()
+    twin.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(_adamw, "empty_pinned", refuse)
+        if failing < (4 if dtype == torch.float32 else 6):
+            with pytest.raises(HostOutOfMemory):
+                optimizer.step()
+            assert [weight[0].item() for weight in weights] == [1.0, 2.0]
+            # What a checkpoint taken now holds is whole.
+            torch.optim.AdamW(weights).load_state_dict(optimizer.state_dict())
+            assert all(len(entry) in (0, 3, 4) for entry in optimizer.state.values())
+    if calls and len(calls) > failing:
+        optimizer.step()
+        assert all(map(torch.equal, weights, twins))
+
+
+def test_a_checkpoint_of_adam_becomes_one_of_adamw() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    adam = torch.optim.Adam([weight], lr=0.25)
+    adam.step()
+    optimizer = AdamW([weight])
+    optimizer.load_state_dict(adam.state_dict())
+    assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+    assert optimizer.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("source", ["ours", "torch"])
+def test_checkpoints_are_exchanged_after_each_kind_of_step(
+    dtype: torch.dtype, options: dict[str, Any], source: str
+) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(64, dtype=dtype, device="cuda"))
+    makes: dict[str, Any] = {"ours": AdamW, "torch": torch.optim.AdamW}
+    first = makes[source]([weight], lr=0.125, **options)
+    for _ in range(2):
+        weight.grad = torch.randn_like(weight)
+        first.step()
+    twin = nn.Parameter(weight.detach().clone())
+    second = makes["torch" if source == "ours" else "ours"]([twin], lr=9.0)
+    # Torch's would share its step count with ours otherwise.
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.param_groups[0]["amsgrad"] is options.get("amsgrad", False)
+    assert second.param_groups[0]["maximize"] is options.get("maximize", False)
+    weight.grad = torch.randn_like(weight)
+    twin.grad = weight.grad.clone()
+    first.step()
+    second.step()
+    # Torch rounds the moments to the weight's type.
+    tolerance = 1e-6 if dtype == torch.float32 else 4e-3
+    torch.testing.assert_close(twin, weight, atol=tolerance, rtol=2 * tolerance)
+    second.load_state_dict(second.state_dict())

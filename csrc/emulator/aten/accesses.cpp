@@ -89,16 +89,13 @@ void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges)
   append_runs(base, run * element_bytes, element_bytes, is_written, dimensions, runs, ranges);
 }
 
-void begin_operator(cudaStream_t stream, const char* name) {
-  const int status = spillover_emulator_operator_begin(stream);
-  TORCH_CHECK(status == 0, "spillover emulator: operator ", name,
+void begin_operator(cudaStream_t stream, const char* name, const RangeList& ranges) {
+  const int status = spillover_emulator_operator_begin(stream, name, ranges.data(), ranges.size());
+  if (C10_LIKELY(status == 0)) return;
+  TORCH_CHECK(status != SPILLOVER_EMULATOR_HAZARD,
+              "spillover emulator: ", spillover_emulator_last_hazard());
+  TORCH_CHECK(false, "spillover emulator: operator ", name,
               " cannot run: its stream refuses work with CUDA error ", status);
-}
-
-void report_operator_access(cudaStream_t stream, const char* name, const RangeList& ranges) {
-  if (ranges.empty()) return;
-  const int status = spillover_emulator_operator_access(stream, name, ranges.data(), ranges.size());
-  TORCH_CHECK(status == 0, "spillover emulator: ", spillover_emulator_last_hazard());
 }
 
 void report_host_access(const char* name, const RangeList& ranges) {

@@ -21,14 +21,13 @@ bool hazards_enabled();
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges);
 
 // Waits until the stream's next operator may run: memory then holds what a GPU's kernel would see.
-// Throws c10::Error where the stream takes no more work, because an earlier operation failed.
-void begin_operator(cudaStream_t stream, const char* name);
+// Tells the checker that the operator touches these ranges.
+// Throws c10::Error where the stream takes no more work, because an earlier operation failed, and
+// where an access is a hazard and the policy is "raise".
+void begin_operator(cudaStream_t stream, const char* name, const RangeList& ranges);
 
-// Tells the checker that the stream's current operator touches these ranges.
-// Throws c10::Error where that is a hazard and the policy is "raise".
-void report_operator_access(cudaStream_t stream, const char* name, const RangeList& ranges);
-
-// The same for a CPU operator on host memory, of which the checker looks at the pinned part.
+// Tells it what a CPU operator touches of host memory, of which the checker looks at the pinned
+// part.
 void report_host_access(const char* name, const RangeList& ranges);
 
 }  // namespace spillover::emulator

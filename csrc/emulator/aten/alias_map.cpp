@@ -3,8 +3,6 @@
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/TensorImpl.h>
 
-#include <cstring>
-
 #include "emulator/core/c_api.h"
 
 namespace spillover::emulator {
@@ -70,25 +68,24 @@ at::Tensor AliasMap::alias(const at::Tensor& tensor, bool is_written) {
   return host;
 }
 
-void AliasMap::move_back(AliasedStorage& storage) {
+void AliasMap::move_back(const AliasedStorage& storage, Arrivals& arrivals) {
   const c10::StorageImpl* host = storage.host.unsafeGetStorageImpl();
   TORCH_CHECK(storage.device->resizable(), "Trying to resize storage that is not resizable");
   const size_t size_bytes = host->nbytes();
   storage.device->set_data_ptr_noswap(storage.device->allocator()->allocate(size_bytes));
   storage.device->set_nbytes(size_bytes);
   if (size_bytes == 0) return;
-  void* target = spillover_emulator_host_pointer(storage.device->data());
-  std::memcpy(target, host->data(), size_bytes);
+  arrivals.push_back({storage.device->data(), host->data(), size_bytes, storage.host});
 }
 
-void AliasMap::commit_resizes() {
+void AliasMap::commit_resizes(Arrivals& arrivals) {
   for (AliasedTensor& tensor : tensors_) {
     if (!tensor.is_written) continue;
     const c10::TensorImpl* host = tensor.host.unsafeGetTensorImpl();
     const size_t index = find_storage(tensor.device->unsafe_storage().unsafeGetStorageImpl());
     if (index != kNotFound && storages_[index].host.data() != storages_[index].host_data) {
       AliasedStorage& storage = storages_[index];
-      move_back(storage);
+      move_back(storage, arrivals);
       storage.host_data = const_cast<void*>(storage.host.data());
     }
     if (host->sizes() == tensor.device->sizes() && host->strides() == tensor.device->strides() &&

@@ -20,6 +20,16 @@ inline bool is_device_tensor(const at::Tensor& tensor) {
   return tensor.defined() && tensor.is_cuda() && tensor.layout() == at::kStrided;
 }
 
+// Bytes of a CPU kernel's result that are to go to newly allocated device memory.
+struct Arrival {
+  const void* target;  // a device address
+  const void* bytes;
+  size_t size_bytes;
+  c10::Storage owner;  // of the bytes
+};
+
+using Arrivals = c10::SmallVector<Arrival, 4>;
+
 class AliasMap {
  public:
   AliasMap() = default;
@@ -31,8 +41,8 @@ class AliasMap {
 
   // Carries what the kernel did to the written tensors' shapes and storages over to the CUDA
   // tensors: a CPU kernel that resizes an out= argument moves the alias's storage into ordinary
-  // memory.
-  void commit_resizes();
+  // memory. Its bytes still have to be brought to the device; they are added to arrivals.
+  void commit_resizes(Arrivals& arrivals);
 
   // The CUDA storage that a CPU result lives in, or nullptr where the result is fresh memory.
   c10::StorageImpl* device_storage_of(const at::Tensor& host_tensor) const;
@@ -51,7 +61,7 @@ class AliasMap {
 
   const AliasedStorage& alias_storage(const c10::Storage& storage, bool is_written);
   size_t find_storage(const c10::StorageImpl* storage) const;
-  void move_back(AliasedStorage& storage);
+  static void move_back(const AliasedStorage& storage, Arrivals& arrivals);
 
   c10::SmallVector<AliasedStorage, 6> storages_;
   c10::SmallVector<AliasedTensor, 6> tensors_;

@@ -23,13 +23,12 @@ bool is_plain(const at::Tensor& self, const at::Tensor& source) {
 void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   constexpr const char* kName = "aten::copy_";
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(self.device().index());
-  begin_operator(stream.stream(), kName);
+  RangeList ranges;
   if (hazards_enabled()) {
-    RangeList ranges;
     append_ranges(self, /*is_written=*/true, ranges);
     append_ranges(source, /*is_written=*/false, ranges);
-    report_operator_access(stream.stream(), kName, ranges);
   }
+  begin_operator(stream.stream(), kName, ranges);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceWorkScope device_work;
   AliasMap aliases;

@@ -77,20 +77,28 @@ class Placement {
 class OperatorCall {
  public:
   OperatorCall(const OperatorPlan& plan, const c10::cuda::CUDAStream& stream)
-      : plan_(plan), stream_(stream), checking_(hazards_enabled()) {}
+      : plan_(plan),
+        device_(stream.device_index()),
+        stream_(stream.stream()),
+        checking_(hazards_enabled()) {}
 
-  // Replaces the arguments on the stack by what the CPU kernel works on; keeps the originals.
-  void convert_arguments(c10::IValue* arguments) {
+  // Replaces the arguments on the stack by what the CPU kernel works on, keeps the originals, and
+  // waits until the kernel may read them.
+  void begin(c10::IValue* arguments) {
     for (size_t i = 0; i < plan_.arguments.size(); ++i) {
       originals_.push_back(std::move(arguments[i]));
       arguments[i] = convert(originals_.back(), plan_.arguments[i]);
     }
-    report();
+    enter();
+    ranges_.clear();
   }
 
   // Replaces the results on the stack by CUDA tensors.
   void convert_results(torch::jit::Stack* stack, size_t first) {
-    aliases_.commit_resizes();
+    aliases_.commit_resizes(arrivals_);
+    for (const Arrival& resized : arrivals_) {
+      ranges_.push_back({resized.target, resized.size_bytes, /*is_write=*/1});
+    }
     for (size_t i = first; i < stack->size(); ++i) {
       const size_t result = i - first;
       const bool known = result < plan_.returned_arguments.size();
@@ -100,8 +108,8 @@ class OperatorCall {
         convert_result((*stack)[i]);
       }
     }
-    report();
-    if (plan_.synchronizes_host || has_mask_) c10::cuda::stream_synchronize(stream_.stream());
+    fill_arrivals();
+    if (plan_.synchronizes_host || has_mask_) c10::cuda::stream_synchronize(stream_);
   }
 
  private:
@@ -113,7 +121,7 @@ class OperatorCall {
       case ArgumentKind::kTensorList:
         return value.isList() ? convert_list(value, argument.is_written) : value;
       case ArgumentKind::kGenerator:
-        return host_generator(value, stream_.device_index());
+        return host_generator(value, device_);
       case ArgumentKind::kDevice:
         return c10::Device(c10::DeviceType::CPU);
       case ArgumentKind::kOther:
@@ -165,7 +173,7 @@ class OperatorCall {
                                 plan_.name, " is not emulated where it returns a tensor of layout ",
                                 host.layout(), "; run it on the CPU");
     if (c10::StorageImpl* storage = aliases_.device_storage_of(host)) return view(host, storage);
-    at::Tensor device = copy_to_device(host);
+    at::Tensor device = allocate_like(host);
     if (checking_) append_ranges(device, /*is_written=*/true, ranges_);
     return device;
   }
@@ -182,9 +190,10 @@ class OperatorCall {
     return device;
   }
 
-  // A new CUDA tensor with a CPU result's bytes. It is put together here and not by torch's
-  // factory, whose checks of devices and options are a large part of what a small operator costs.
-  at::Tensor copy_to_device(const at::Tensor& host) const {
+  // A new CUDA tensor that is to have a CPU result's bytes. It is put together here and not by
+  // torch's factory, whose checks of devices and options are a large part of what a small operator
+  // costs.
+  at::Tensor allocate_like(const at::Tensor& host) {
     // Equal strides on both sides: the covering extent can be copied at once, gaps included.
     int64_t extent = host.numel() == 0 ? 0 : 1;
     for (int64_t i = 0; extent != 0 && i < host.dim(); ++i) {
@@ -202,29 +211,38 @@ class OperatorCall {
     if (host.is_neg()) impl->_set_neg(true);
     if (host.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
     if (size_bytes != 0) {
-      // While the kernel ran, another host thread may have made this stream wait for a copy into
-      // this very memory, and then freed it. On a device the kernel would come after that wait.
-      begin_operator(stream_.stream(), plan_.name.c_str());
-      std::memcpy(spillover_emulator_host_pointer(device.storage().data()), host.const_data_ptr(),
-                  size_bytes);
+      arrivals_.push_back(
+          {device.storage().data(), host.const_data_ptr(), size_bytes, host.storage()});
     }
     return device;
   }
 
-  void report() {
-    if (ranges_.empty()) return;
+  void enter() {
     const OperandScope operands(plan_, originals_.data(), originals_.size());
-    report_operator_access(stream_.stream(), plan_.name.c_str(), ranges_);
-    ranges_.clear();
+    begin_operator(stream_, plan_.name.c_str(), ranges_);
+  }
+
+  // Writes the results into the memory that was allocated for them. While the kernel ran, another
+  // host thread may have made this stream wait for a copy into this very memory, and then freed it:
+  // on a device the kernel would come after that wait, so the operator begins once more.
+  void fill_arrivals() {
+    if (arrivals_.empty() && ranges_.empty()) return;
+    enter();
+    for (const Arrival& arrival : arrivals_) {
+      std::memcpy(spillover_emulator_host_pointer(arrival.target), arrival.bytes,
+                  arrival.size_bytes);
+    }
   }
 
   const OperatorPlan& plan_;
-  const c10::cuda::CUDAStream& stream_;
+  const c10::DeviceIndex device_;
+  const cudaStream_t stream_;
   const bool checking_;
   bool has_mask_ = false;
   AliasMap aliases_;
   Values originals_;
   RangeList ranges_;
+  Arrivals arrivals_;
 };
 
 bool has_several_devices() {
@@ -261,8 +279,6 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
       has_several_devices() ? std::optional(c10::Device(c10::DeviceType::CUDA, placement.device()))
                             : std::nullopt);
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(placement.device());
-  begin_operator(stream.stream(), plan_.name.c_str());
-
   // Autograd and autocast have had their turn: the CPU operators below must not have one too.
   const c10::impl::ExcludeDispatchKeyGuard below_autograd(
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
@@ -270,7 +286,7 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
   if (plan_.uses_cublas) ensure_cublas_workspace(stream);
 
   OperatorCall call(plan_, stream);
-  call.convert_arguments(stack->data() + first);
+  call.begin(stack->data() + first);
   run_on_host(op, stack);
   call.convert_results(stack, first);
 }

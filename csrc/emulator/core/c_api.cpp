@@ -26,10 +26,6 @@ using emulator::StreamRef;
 
 namespace {
 
-// Where this thread's current operator was called.
-constexpr emulator::SiteId kNotTaken = ~emulator::SiteId{0};
-thread_local emulator::SiteId operator_site = kNotTaken;
-
 // The machine, where there is anything to check; nullptr otherwise.
 Machine* checking_machine() {
   if (!emulator::process_ready()) return nullptr;
@@ -55,6 +51,10 @@ CUresult find_stream(Machine& machine, void* handle, StreamRef* stream) {
   return CUDA_SUCCESS;
 }
 
+AccessKind kind_of(const spillover_emulator_range& range) {
+  return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+}
+
 bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
   const auto address = reinterpret_cast<Address>(range.pointer);
   return range.size_bytes != 0 && machine.is_device_accessible(address, range.size_bytes);
@@ -62,20 +62,26 @@ bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
 
 // Checks and records all ranges. Under the policy "raise" the caller does not perform what is
 // hazardous, so none of it is recorded then.
-template <typename Visit>
-CUresult access_all(Machine& machine, const spillover_emulator_range* ranges, std::size_t count,
-                    Visit&& visit) {
+int access_all(Machine& machine, const emulator::Access& access, const emulator::VectorClock& clock,
+               const spillover_emulator_range* ranges, std::size_t count) {
   const auto visit_all = [&](Recording recording) {
     bool found = false;
     for (std::size_t i = 0; i < count; ++i) {
-      const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
-      const auto address = reinterpret_cast<Address>(ranges[i].pointer);
-      found = visit(recording, kind, address, ranges[i].size_bytes) || found;
+      if (!is_tracked(machine, ranges[i])) continue;
+      found = machine.record(access, clock, kind_of(ranges[i]),
+                             reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes,
+                             recording) ||
+              found;
     }
     return found;
   };
-  if (machine.hazards.raises() && visit_all(Recording::kNo)) return CUDA_ERROR_UNKNOWN;
-  return machine.hazard_status(visit_all(Recording::kYes));
+  if (!machine.hazards.raises()) {
+    visit_all(Recording::kYes);
+    return CUDA_SUCCESS;
+  }
+  if (visit_all(Recording::kNo)) return SPILLOVER_EMULATOR_HAZARD;
+  visit_all(Recording::kYes);
+  return CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -90,49 +96,31 @@ void* spillover_emulator_host_pointer(const void* pointer) {
   return reinterpret_cast<void*>(Machine::instance().addresses.to_host(address));
 }
 
-int spillover_emulator_operator_begin(void* stream) {
+int spillover_emulator_operator_begin(void* stream, const char* name,
+                                      const spillover_emulator_range* ranges, size_t range_count) {
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   // Its stream waits for the callback, which would wait for its stream.
   if (emulator::in_callback()) return CUDA_ERROR_NOT_PERMITTED;
   Machine& machine = Machine::instance();
   const emulator::ReportScope reports;
-  operator_site = kNotTaken;
+  const emulator::CallScope call("operator");
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
   const CUresult result = find_stream(machine, stream, &target);
   if (result != CUDA_SUCCESS) return result;
   machine.streams.perform(lock, target);
-  return machine.sticky_error(target->device);
-}
-
-int spillover_emulator_operator_access(void* stream, const char* name,
-                                       const spillover_emulator_range* ranges, size_t range_count) {
-  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
-  Machine& machine = Machine::instance();
-  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
-  const emulator::ReportScope reports;
-  // Taken once an operator, however often it says what it touches.
-  if (operator_site == kNotTaken) operator_site = emulator::take_site();
-  const emulator::CallScope call("operator", operator_site);
-  const Lock lock(machine.mutex);
-  StreamRef target;
-  const CUresult result = find_stream(machine, stream, &target);
-  if (result != CUDA_SUCCESS) return result;
-  machine.streams.order_after_host(target.get());
+  const CUresult error = machine.sticky_error(target->device);
+  if (error != CUDA_SUCCESS || !machine.hazards.enabled()) return error;
   for (size_t i = 0; i < range_count; ++i) {
     // Whatever the policy: the operator would crash on such memory.
-    const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
-    if (!machine.check_usable(*target, name, kind, reinterpret_cast<Address>(ranges[i].pointer),
-                              ranges[i].size_bytes)) {
-      return CUDA_ERROR_ILLEGAL_ADDRESS;
+    if (!machine.check_usable(*target, name, kind_of(ranges[i]),
+                              reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes)) {
+      return SPILLOVER_EMULATOR_HAZARD;
     }
   }
-  return access_all(machine, ranges, range_count,
-                    [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
-                      return machine.record_access(*target, target->enqueued, name, kind, address,
-                                                   size, recording);
-                    });
+  const emulator::Access access = machine.access_of(*target, target->enqueued, name);
+  return access_all(machine, access, target->clock, ranges, range_count);
 }
 
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
@@ -149,10 +137,8 @@ int spillover_emulator_host_access(const char* name, const spillover_emulator_ra
   }
   const emulator::CallScope call(name);
   const Lock lock(machine.mutex);
-  return access_all(machine, ranges, range_count,
-                    [&](Recording recording, AccessKind kind, Address address, std::size_t size) {
-                      return machine.record_host_access(name, kind, address, size, recording);
-                    });
+  return access_all(machine, machine.host_access_of(name),
+                    machine.streams.threads().current().clock, ranges, range_count);
 }
 
 size_t spillover_emulator_pinned_count(void) {

@@ -26,18 +26,21 @@ typedef struct spillover_emulator_range {
  * is. */
 void* spillover_emulator_host_pointer(const void* pointer);
 
+/* Returned where the policy is "raise" and a hazard was found; spillover_emulator_last_hazard has
+ * its text. No CUresult is negative. */
+#define SPILLOVER_EMULATOR_HAZARD (-1)
+
 /* An operator is about to run on the CPU on behalf of stream: runs everything that the stream's
- * next operation depends on, so that memory holds what a GPU's kernel would see. Blocks. */
-int spillover_emulator_operator_begin(void* stream);
+ * next operation depends on, so that memory holds what a GPU's kernel would see, and tells the
+ * checker what the operator, called name, touches. An operator calls again once its outputs are
+ * allocated and before it writes to them: they may be memory that other threads left work on
+ * meanwhile. Ranges in device or pinned host memory count, others are ignored. Blocks. Returns 0,
+ * SPILLOVER_EMULATOR_HAZARD or a CUresult. */
+int spillover_emulator_operator_begin(void* stream, const char* name,
+                                      const spillover_emulator_range* ranges, size_t range_count);
 
-/* Tells the checker what the operator begun last on this thread touches; may be called again once
- * its outputs are known (after allocation). Ranges in device or pinned host memory count, others
- * are ignored. Returns 999 (CUDA_ERROR_UNKNOWN) when the policy is "raise" and a hazard was found;
- * spillover_emulator_last_hazard has the text. */
-int spillover_emulator_operator_access(void* stream, const char* name,
-                                       const spillover_emulator_range* ranges, size_t range_count);
-
-/* The same for the host itself (a CPU operator, a disk engine) on pinned memory. */
+/* Tells the checker what the host itself (a CPU operator, a disk engine) touches of pinned memory.
+ * Returns 0 or SPILLOVER_EMULATOR_HAZARD. */
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
                                    size_t range_count);
 

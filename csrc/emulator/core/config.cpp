@@ -30,6 +30,11 @@ constexpr Unit kUnits[] = {{"", 1},
                            {"GB", 1e9},
                            {"TB", 1e12}};
 
+// The same bounds as in Python's options: what a context and torch's first segments fit into, and
+// what the address range has room for.
+constexpr std::size_t kVramBytesMin = std::size_t{4} << 20;
+constexpr std::size_t kVramBytesMax = std::size_t{1} << 40;
+
 bool parse_bytes(const char* text, std::size_t* bytes) {
   char* end = nullptr;
   const double number = std::strtod(text, &end);
@@ -59,14 +64,14 @@ class Reader {
   Reader(const char* (*variable)(const char*), Config* config)
       : variable_(variable), config_(config) {}
 
-  void bytes(const char* name, std::size_t minimum, std::size_t* value) {
+  void vram(const char* name, std::size_t* value) {
     const char* text = lookup(name);
     std::size_t parsed = 0;
     if (text == nullptr) {
-    } else if (parse_bytes(text, &parsed) && parsed >= minimum) {
+    } else if (parse_bytes(text, &parsed) && parsed >= kVramBytesMin && parsed <= kVramBytesMax) {
       *value = parsed;
     } else {
-      complain(name, text, "a number of bytes of at least 2 MiB, such as 512MiB or 8GiB");
+      complain(name, text, "4MiB to 1TiB");
     }
     describe(name, std::to_string(*value));
   }
@@ -133,7 +138,7 @@ Config read_config(const char* (*variable)(const char*)) {
   Config config;
   Reader reader(variable, &config);
   reader.integer("SPILLOVER_EMULATOR_DEVICES", 1, kDeviceCountMax, &config.device_count);
-  reader.bytes("SPILLOVER_EMULATOR_VRAM", kGranularityBytes, &config.vram_bytes);
+  reader.vram("SPILLOVER_EMULATOR_VRAM", &config.vram_bytes);
   reader.choice("SPILLOVER_EMULATOR_SCHEDULE", kSchedules, &config.schedule);
   reader.integer("SPILLOVER_EMULATOR_SEED", 0, std::numeric_limits<std::int64_t>::max(),
                  &config.seed);

@@ -70,20 +70,36 @@ bool Machine::is_live(Address address, std::size_t size_bytes, bool is_write) {
   return virtual_memory.accessible(address, size_bytes, is_write);
 }
 
+Access Machine::access_of(const Stream& stream, Ticket ticket, const char* name) {
+  return {.name = hazards.intern(name),
+          .actor = stream.actor,
+          .tick = ticket,
+          .stream_id = stream.id,
+          .order = hazards.next_order(),
+          .site = current_site()};
+}
+
+Access Machine::host_access_of(const char* name) {
+  return {.name = hazards.intern(name),
+          .actor = kHostActor,
+          .tick = streams.host_tick(),
+          .stream_id = 0,
+          .order = hazards.next_order(),
+          .site = current_site()};
+}
+
 bool Machine::record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
-                            Address address, std::size_t size_bytes, Recording recording) {
+                            Address address, std::size_t size_bytes) {
   if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
-  const Access access{hazards.intern(name), stream.actor,  ticket, stream.id,
-                      hazards.next_order(), current_site()};
-  return record(access, stream.clock, kind, address, size_bytes, recording);
+  return record(access_of(stream, ticket, name), stream.clock, kind, address, size_bytes,
+                Recording::kYes);
 }
 
 bool Machine::record_host_access(const char* name, AccessKind kind, Address address,
-                                 std::size_t size_bytes, Recording recording) {
+                                 std::size_t size_bytes) {
   if (!hazards.enabled() || !is_device_accessible(address, size_bytes)) return false;
-  const Access access{hazards.intern(name), kHostActor,    streams.host_tick(), 0,
-                      hazards.next_order(), current_site()};
-  return record(access, streams.threads().current().clock, kind, address, size_bytes, recording);
+  return record(host_access_of(name), streams.threads().current().clock, kind, address, size_bytes,
+                Recording::kYes);
 }
 
 bool Machine::record(const Access& access, const VectorClock& clock, AccessKind kind,
@@ -176,7 +192,7 @@ bool Machine::check_usable(const Stream& stream, const char* name, AccessKind ki
   const bool is_write = kind != AccessKind::kRead;
   const bool live = is_live(address, size_bytes, is_write);
   if (live && (config.device_count == 1 || can_reach(stream.device, address))) return true;
-  const Access access{hazards.intern(name), stream.actor, stream.enqueued, stream.id, 0, 0};
+  const Access access = access_of(stream, stream.enqueued, name);
   const ByteRange range{address, size_bytes};
   std::string text = describe_access(access, kind, range);
   const ObjectHistory& history = hazards.history();

@@ -64,10 +64,16 @@ class Machine {
   // Tells the checker of an access to memory that it follows; other memory is ignored. The ticket
   // is that of the stream's latest operation. True when there was a hazard.
   bool record_access(const Stream& stream, Ticket ticket, const char* name, AccessKind kind,
-                     Address address, std::size_t size_bytes,
-                     Recording recording = Recording::kYes);
+                     Address address, std::size_t size_bytes);
   bool record_host_access(const char* name, AccessKind kind, Address address,
-                          std::size_t size_bytes, Recording recording = Recording::kYes);
+                          std::size_t size_bytes);
+
+  // The same in two steps, for callers with many ranges: what the access is, and each of its
+  // ranges, which must be device-accessible.
+  Access access_of(const Stream& stream, Ticket ticket, const char* name);
+  Access host_access_of(const char* name);
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
+              std::size_t size_bytes, Recording recording);
 
   // What a call returns that found a hazard, or did not.
   CUresult hazard_status(bool found) const {
@@ -131,8 +137,6 @@ class Machine {
  private:
   bool can_reach(int device, Address address);
   bool is_aliased(const ByteRange& range) const;
-  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
-              std::size_t size_bytes, Recording recording);
 };
 
 }  // namespace spillover::emulator

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from spillover._errors import BuildError
+from spillover._errors import BuildError, ConfigError
 
 _JOBS_MAX = 4
 _LINES_SHOWN_MAX = 40
@@ -32,30 +32,45 @@ def find_compiler() -> Compiler:
     ------
     BuildError
         There is none, or it does not run.
+    ConfigError
+        ``$CXX`` is not a command.
     """
     configured = os.environ.get("CXX")
     names = [configured] if configured else ["c++", "g++", "clang++"]
     for name in names:
-        command = shlex.split(name)
-        path = shutil.which(command[0]) if command else None
+        words = _split(name)
+        path = shutil.which(words[0]) if words else None
         if path is not None:
-            return Compiler(command=(path, *command[1:]), identity=_identify(path))
+            command = (path, *words[1:])
+            return Compiler(command=command, identity=_identify(command))
     raise BuildError(
         f"no C++ compiler was found (looked for {', '.join(names)}); install one, for example "
         "with 'apt install g++', or set CXX to its path"
     )
 
 
-def _identify(path: str) -> str:
+def _split(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(
+            f"CXX={command!r} is not a command ({error}); set it to a C++ compiler, such as "
+            "'g++' or 'ccache g++'"
+        ) from error
+
+
+def _identify(command: tuple[str, ...]) -> str:
+    # With the arguments: of "ccache g++" it is g++ that compiles, and that may be missing.
+    shown = shlex.join(command)
     try:
         result = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=60, check=False
+            [*command, "--version"], capture_output=True, text=True, timeout=60, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"the C++ compiler {path} does not run: {error}") from error
+        raise BuildError(f"the C++ compiler {shown} does not run: {error}") from error
     if result.returncode != 0:
         raise BuildError(
-            f"the C++ compiler {path} does not run: '{path} --version' ended with exit code "
+            f"the C++ compiler {shown} does not run: '{shown} --version' ended with exit code "
             f"{result.returncode}: {result.stderr.strip()}"
         )
     return result.stdout.strip()

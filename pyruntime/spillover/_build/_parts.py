@@ -7,7 +7,6 @@ import platform
 import sys
 import sysconfig
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,7 +74,8 @@ def build(part: Part) -> Path:
     BuildError
         There is no compiler, or it failed.
     ConfigError
-        There is no CUDA build of torch, or the cache folder is not private.
+        There is no CUDA build of torch, the cache folder is not private, or ``$CXX`` or
+        ``$SPILLOVER_CACHE_DIR`` is malformed.
     """
     recipe = _RECIPES[part]
     facts = _torch.torch_facts()
@@ -97,16 +97,9 @@ def build(part: Part) -> Path:
     )
 
 
-def build_all(progress: Callable[[str], None] | None = None) -> list[Path]:
-    """Compile every part; ``progress`` is called with one line before and after each."""
-    paths = []
-    for part in _PARTS:
-        if progress is not None:
-            progress(f"building {_RECIPES[part].description} ...")
-        paths.append(build(part))
-        if progress is not None:
-            progress(f"{_RECIPES[part].description}: {paths[-1]}")
-    return paths
+def build_all() -> list[Path]:
+    """Compile every part that is not in the cache; raises as ``build()``."""
+    return [build(part) for part in _PARTS]
 
 
 def _source_folder(recipe: _Recipe) -> Path:

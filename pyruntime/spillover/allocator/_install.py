@@ -51,7 +51,8 @@ def install(*, adapter: Adapter = "auto") -> bool:
     Raises
     ------
     ConfigError
-        There is no CUDA build of torch, or an option is wrong.
+        There is no CUDA build of torch, or an option is wrong; with ``adapter="full"`` also a
+        cache folder that others may write to.
     StateError
         CUDA is initialised in this process already.
     BuildError
@@ -110,10 +111,11 @@ def _install_best(*, allow_plain: bool) -> Literal["full", "plain"]:
 
     try:
         module = _load(_build.build("adapter"))
-    except BuildError as error:
+    except (BuildError, ConfigError) as error:
         if not allow_plain:
             raise
-        message = f"{error} Torch's plain pluggable allocator is used instead. {_PLAIN_LACKS}."
+        reason = str(error).rstrip(".")
+        message = f"{reason}. Torch's plain pluggable allocator is used instead. {_PLAIN_LACKS}."
         logger.warning(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         _install_plain()

@@ -62,7 +62,7 @@ def emulate(
         typer.Option(help="What unordered accesses do: off, count, warn (default) or raise."),
     ] = None,
     poison: Annotated[
-        bool | None, typer.Option(help="Fill fresh and freed device memory with NaN bytes.")
+        bool | None, typer.Option(help="Fill memory that the driver gives or takes with NaN.")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
@@ -113,7 +113,10 @@ def run(
         list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")
     ] = None,
 ) -> None:
-    """Run an unmodified script with Spillover's allocator in place of PyTorch's own."""
+    """Run an unmodified script with Spillover's allocator in place of PyTorch's own.
+
+    Children that the script spawns, such as torchrun's workers, keep PyTorch's allocator.
+    """
     from spillover._errors import ConfigError
 
     if not script.is_file():

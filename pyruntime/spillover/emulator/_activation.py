@@ -60,7 +60,7 @@ def enable(
     hazards
         ``off``, ``count``, ``warn`` or ``raise``; see :class:`Options`.
     poison
-        Fill fresh and freed device memory with 0xFF bytes.
+        Fill what the driver hands out and takes back with 0xFF bytes; see :class:`Options`.
     uninitialized
         Report reads of device memory that was never written; see :class:`Options`.
     leaks
@@ -80,8 +80,8 @@ def enable(
     ConfigError
         An option is wrong.
     StateError
-        torch or a real CUDA library is loaded already, or the emulator is enabled with other
-        options.
+        torch or a real CUDA library is loaded already, the emulator is enabled with other options,
+        or the installation is incomplete.
     """
     return activate(
         Options(
@@ -114,8 +114,10 @@ def activate(options: Options) -> bool:
                 )
             return True
         _require_clean_process()
-        os.environ.update(options.environment())
         _libraries.load()
+        # The driver reads them at its first call. After the load: where that fails, the process
+        # and its children go on as if nothing had been asked for.
+        os.environ.update(options.environment())
         if options.hazards != "off":
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
             if options.stacks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,17 @@ from typing import NoReturn
 from spillover._errors import ConfigError
 from spillover._settings import enabled
 from spillover.emulator._options import ACTIVE_VARIABLE, Options
+
+
+_PYTHON = re.compile(r"(python|pypy)[0-9.]*t?")
+#: Python's options that end the list of options, take a value, or keep our sitecustomize out.
+_LAST_OPTIONS = "cm"
+_OPTIONS_WITH_VALUE = "WX"
+_BLIND_OPTIONS = {
+    "I": "leaves PYTHONPATH out",
+    "E": "leaves PYTHONPATH out",
+    "S": "leaves sitecustomize out",
+}
 
 
 def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -48,7 +60,8 @@ def run(command: Sequence[str], options: Options | None = None) -> int:
     Raises
     ------
     ConfigError
-        The program does not exist or cannot be started, or an option is wrong.
+        The program does not exist or cannot be started, an option is wrong, or the command is
+        Python with an option that keeps the emulation out.
     """
     program, child_environment = _prepare(command, options)
     try:
@@ -82,6 +95,7 @@ def _prepare(command: Sequence[str], options: Options | None) -> tuple[str, dict
         raise ConfigError("name a command, such as: spillover emulate -- python train.py")
     if not enabled():
         raise ConfigError("SPILLOVER=0 switches the emulated device off; unset it, or set it to 1")
+    _require_site(command)
     child_environment = environment(options)
     program = shutil.which(command[0], path=child_environment["PATH"])
     if program is None:
@@ -89,3 +103,30 @@ def _prepare(command: Sequence[str], options: Options | None) -> tuple[str, dict
             raise ConfigError(f"{command[0]!r} is not executable; put python in front of it")
         raise ConfigError(f"there is no program {command[0]!r} on the PATH")
     return program, child_environment
+
+
+def _require_site(command: Sequence[str]) -> None:
+    """Refuse ``python -I`` and the like: it would run without emulation, and without a word."""
+    if not _PYTHON.fullmatch(Path(command[0]).name):
+        return
+    words = iter(command[1:])
+    for word in words:
+        if not word.startswith("-") or word in ("-", "--"):
+            return
+        if word.startswith("--"):
+            if word == "--check-hash-based-pycs":
+                next(words, None)
+            continue
+        for index, letter in enumerate(word[1:], start=1):
+            if letter in _BLIND_OPTIONS:
+                raise ConfigError(
+                    f"python -{letter} {_BLIND_OPTIONS[letter]}, through which the emulated device "
+                    f"reaches a process; leave -{letter} out, or call spillover.emulator.enable() "
+                    "in the script"
+                )
+            if letter in _LAST_OPTIONS:
+                return
+            if letter in _OPTIONS_WITH_VALUE:
+                if index == len(word) - 1:
+                    next(words, None)
+                break

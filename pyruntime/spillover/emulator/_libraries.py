@@ -9,8 +9,10 @@ from pathlib import Path
 from spillover._errors import StateError
 from spillover._paths import library_path
 
-#: In the order of their dependencies. The second runtime serves torch builds for CUDA 12.
+#: In the order of their dependencies.
 _NAMES = ("libcuda.so.1", "libcudart.so.13", "libcudart.so.12", "libnvidia-ml.so.1")
+#: Serves torch builds for CUDA 12; an installation may do without.
+_OPTIONAL = "libcudart.so.12"
 
 _loaded: dict[str, ctypes.CDLL] = {}
 
@@ -31,12 +33,29 @@ def folder() -> Path:
 
 
 def load() -> None:
-    """Load the emulated libraries into this process; call it before torch is imported."""
-    for name in _NAMES:
-        path = folder() / name
-        if path.exists():
+    """Load the emulated libraries into this process; call it before torch is imported.
+
+    Raises
+    ------
+    StateError
+        The installation is incomplete; nothing has been loaded then, or a library is damaged.
+    """
+    names = [name for name in _NAMES if name != _OPTIONAL or (folder() / name).is_file()]
+    missing = [name for name in names if not (folder() / name).is_file()]
+    if missing:
+        raise StateError(
+            f"this installation of spillover lacks {', '.join(missing)} in {folder()}; reinstall "
+            "it with 'pip install .'"
+        )
+    for name in names:
+        try:
             # torch's own loader opens its libraries locally too; SONAMEs are process-wide.
-            _loaded[name] = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            _loaded[name] = ctypes.CDLL(str(folder() / name), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            raise StateError(
+                f"the emulated {name} does not load ({error}); reinstall spillover with "
+                "'pip install .'"
+            ) from error
 
 
 def is_ours(maps_line: str) -> bool:

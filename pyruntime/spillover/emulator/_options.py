@@ -46,7 +46,8 @@ class Options:
         What the happens-before checker does with an access that nothing orders: ``off``, ``count``,
         ``warn`` (on stderr) or ``raise`` (the call fails).
     poison
-        Fill fresh and freed device memory with 0xFF bytes (NaN as a float).
+        Fill what the driver hands out and takes back with 0xFF bytes (NaN as a float). Blocks that
+        torch's cache reuses without the driver are not filled.
     uninitialized
         Report reads of device memory that was never written. Kernels of the project's own count as
         writing nothing, so this is for programs without them.

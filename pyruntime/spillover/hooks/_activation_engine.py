@@ -394,8 +394,10 @@ class ActivationEngine:
         try:
             self._prefetch(soon, compute)
         except torch.OutOfMemoryError:
-            # Backward itself needs memory too: give back what is here ahead of time, and take less.
-            budget.prefetch_bytes //= 2
+            # Backward itself needs memory too: give back what is here ahead of time, and from now
+            # on leave it half of what there was room for.
+            held = max(self._order.resident_bytes(), view.copy.extent.size_bytes)
+            budget.prefetch_bytes = min(budget.prefetch_bytes, held) // 2
             self._order.drop_all(but=view.copy)
 
     def _prefetch(self, soon: list[SavedCopy], compute: torch.cuda.Stream) -> None:

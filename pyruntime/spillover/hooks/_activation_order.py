@@ -81,6 +81,11 @@ class BackwardOrder:
         ]
         return max(uses, default=-1)
 
+    def resident_bytes(self) -> int:
+        """Bytes on the device of copies that came back."""
+        present = (reference() for reference in self._resident)
+        return sum(copy.extent.size_bytes for copy in present if copy and copy.flat is not None)
+
     def drop_all(self, but: SavedCopy) -> None:
         """Drop from the device whatever came back, except for one; it can come back again."""
         for copy in (reference() for reference in self._resident):

@@ -8,13 +8,16 @@ whose note [Ordering of saved-tensor copies] has the design.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -24,7 +27,7 @@ from spillover._errors import ConfigError
 from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._units import parse_bytes
-from spillover.hooks._activation_engine import ActivationEngine, EngineOptions
+from spillover.hooks._activation_engine import ActivationEngine, EngineOptions, PoolSource
 from spillover.hooks._saved_transfers import finish_departures, lock, transfers
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -32,9 +35,43 @@ Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Longer than any backlog that the byte budgets allow, so that a full queue does not block a hook.
 _DISK_QUEUE_LENGTH = 4096
 
-_caches_lock = threading.Lock()
-_pools: dict[tuple[int, int], HostPool] = {}
-_stores: dict[tuple[object, ...], DiskStore] = {}
+# How many pools, and how many stores, are kept that no context uses.
+_IDLE_MAX = 2
+
+_Resource = TypeVar("_Resource", HostPool, DiskStore)
+
+
+class _Shared(Generic[_Resource]):
+    """Pools or stores by what they were asked for: those in use, and the last few.
+
+    A context that is made at each training step finds the pool of the step before, since pinned
+    memory is too dear to be made again; contexts with ever different budgets leave nothing behind.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._live: weakref.WeakValueDictionary[Hashable, _Resource] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[Hashable, _Resource] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], _Resource]) -> _Resource:
+        """The resource for ``key`` in this process."""
+        key = (os.getpid(), key)
+        dropped: list[_Resource] = []  # They die after the lock was released.
+        with self._lock:
+            found = self._live.get(key)
+            if found is None:
+                found = self._live[key] = make()
+            self._recent[key] = found
+            self._recent.move_to_end(key)
+            while len(self._recent) > _IDLE_MAX:
+                dropped.append(self._recent.popitem(last=False)[1])
+        return found
+
+
+_pools: _Shared[HostPool] = _Shared()
+_stores: _Shared[DiskStore] = _Shared()
+# What was written counts against a limit for as long as the process lives.
+_limited_stores: list[DiskStore] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +193,8 @@ def offload_activations(
     prefetch
         How many bytes backward brings back ahead of their use; also bounds what it holds for later
         uses. 0 brings back each tensor when it is asked for; any other budget brings at least one
-        ahead. Where the device's memory runs out, less is brought ahead from then on. By default
-        128 MiB, or a sixteenth of the device's memory if that is less.
+        ahead. Where that finds no device memory, half of what there was room for is brought ahead
+        from then on. By default 128 MiB, or a sixteenth of the device's memory if that is less.
     inflight
         How many bytes may be on their way out of the device, and how many from there to disk.
         Beyond it, the forward pass blocks until a copy is complete. By default 256 MiB, or a
@@ -217,45 +254,67 @@ def offload_activations(
         raise ConfigError("tier='disk' needs either directory= or disk=")
     if disk is not None and write_limit is not None:
         raise ConfigError("write_limit goes with directory=; give it to the DiskStore instead")
+    if disk is not None and not isinstance(disk, DiskStore):
+        raise ConfigError(f"disk must be a DiskStore, not {disk!r}; folders go to directory=")
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(f"model must be a torch.nn.Module, not {model!r}")
     options = EngineOptions(
         min_bytes=parse_bytes(min_bytes, name="min_bytes"),
         prefetch_bytes=None if prefetch is None else parse_bytes(prefetch, name="prefetch"),
         inflight_bytes=None if inflight is None else parse_bytes(inflight, name="inflight"),
     )
-    limit = None if host is None or isinstance(host, HostPool) else parse_bytes(host, name="host")
+    host_limit = None
+    if host is not None and not isinstance(host, HostPool):
+        host_limit = parse_bytes(host, name="host")
+    folders = None if directory is None else _folders(directory)
+    limit = None if write_limit is None else parse_bytes(write_limit, name="write_limit")
     if not enabled():
         return OffloadedActivations(None, None)
-    if directory is not None:
-        disk = _store(directory, write_limit)
+    if folders is not None:
+        disk = _store(folders, limit)
+    return OffloadedActivations(
+        ActivationEngine(options, _pool_source(host, host_limit), disk), model
+    )
+
+
+def _pool_source(host: int | str | HostPool | None, limit_bytes: int | None) -> PoolSource:
+    """Gives the pool when the first tensor is offloaded, and holds it as long as the context."""
+    held: list[HostPool] = [host] if isinstance(host, HostPool) else []
 
     def pool() -> HostPool:
-        if isinstance(host, HostPool):
-            return host
-        return host_pool() if limit is None else _pool(limit)
+        if held:
+            return held[0]
+        if limit_bytes is None:
+            return host_pool()  # Which knows of forks.
+        held.append(_pools.get(limit_bytes, functools.partial(_make_pool, limit_bytes)))
+        return held[-1]
 
-    return OffloadedActivations(ActivationEngine(options, pool, disk), model)
-
-
-def _pool(limit_bytes: int) -> HostPool:
-    """The pool of contexts with this budget: pinned memory is too dear to be made at each step."""
-    key = (os.getpid(), limit_bytes)
-    with _caches_lock:
-        pool = _pools.get(key)
-        if pool is None:
-            pool = HostPool(limit_bytes=limit_bytes, device=torch.cuda.current_device())
-            _pools[key] = pool
-        return pool
+    return pool
 
 
-def _store(directory: Folders, write_limit: int | str | None) -> DiskStore:
-    """The store of contexts with these folders, for the same reason."""
-    folders = [directory] if isinstance(directory, str | os.PathLike) else list(directory)
-    paths = [str(Path(folder).expanduser().absolute()) for folder in folders]
-    limit = None if write_limit is None else parse_bytes(write_limit, name="write_limit")
-    key = (os.getpid(), limit, *paths)
-    with _caches_lock:
-        store = _stores.get(key)
-        if store is None:
-            store = DiskStore(paths, write_limit_bytes=limit, queue_length_max=_DISK_QUEUE_LENGTH)
-            _stores[key] = store
-        return store
+def _make_pool(limit_bytes: int) -> HostPool:
+    return HostPool(limit_bytes=limit_bytes, device=torch.cuda.current_device())
+
+
+def _folders(directory: Folders) -> tuple[str, ...]:
+    given = [directory] if isinstance(directory, str | os.PathLike) else directory
+    try:
+        folders = [os.fspath(folder) for folder in given]
+    except TypeError:
+        folders = []
+    # An empty path would be the working directory.
+    if not folders or not all(isinstance(folder, str) and folder for folder in folders):
+        raise ConfigError(f"directory must be a folder or a list of folders, not {directory!r}")
+    return tuple(str(Path(folder).expanduser().absolute()) for folder in folders)
+
+
+def _store(folders: tuple[str, ...], limit: int | None) -> DiskStore:
+    def make() -> DiskStore:
+        made = DiskStore(
+            list(folders), write_limit_bytes=limit, queue_length_max=_DISK_QUEUE_LENGTH
+        )
+        if limit is not None:
+            _limited_stores.append(made)
+        return made
+
+    return _stores.get((limit, folders), make)

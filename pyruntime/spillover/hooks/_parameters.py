@@ -44,7 +44,8 @@ class StreamStats:
     streamed_bytes
         Pinned host memory that holds the streamed weights.
     resident_bytes
-        Weights that stay on the device: resident blocks and everything outside of blocks.
+        Weights that stay on the device: resident blocks and everything outside of blocks. After
+        ``remove()`` nothing is streamed or resident any more.
     device_bytes
         Streamed weights that are on the device now.
     fetched_bytes, fetches
@@ -83,15 +84,16 @@ class StreamedParameters:
         """Figures of this moment; cheap, and does not wait for the device."""
         streamer = self._streamer
         blocks = streamer.blocks if streamer is not None else []
+        removed = streamer is not None and streamer.closed
         streamed = {id(weight.parameter) for block in blocks for weight in block.weights}
         return StreamStats(
             blocks_streamed=len(blocks),
-            blocks_resident=self._blocks_resident,
+            blocks_resident=0 if removed else self._blocks_resident,
             streamed_bytes=sum(block.size_bytes for block in blocks),
             resident_bytes=sum(
                 parameter.nbytes
                 for parameter in self._model.parameters()
-                if id(parameter) not in streamed
+                if not removed and id(parameter) not in streamed
             ),
             device_bytes=sum(block.size_bytes for block in blocks if block.buffer is not None),
             fetched_bytes=streamer.copies.fetched_bytes if streamer is not None else 0,
@@ -316,7 +318,11 @@ def stream_parameters(
     once within one autocast region is cast once a call, so there the sum of its gradient may round
     otherwise than without streaming. ``clip_grad_norm_`` and ``get_total_norm`` combine norms
     device by device, so with gradients on the host and on the device the total norm, and what
-    follows from clipping by it, may differ in the last bits from the all-resident run.
+    follows from clipping by it, may differ in the last bits from the all-resident run. A step of
+    the model's optimizer in one thread while forward runs in another only waits for the copies
+    under way, as a step inside of forward does: blocks that run later see the new weights, and a
+    block that runs at that moment raises StateError when it looks for its weights again. Let
+    forward return first.
     """
     if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
         raise ConfigError(f"prefetch must be a number of blocks, 0 or more, not {prefetch!r}")

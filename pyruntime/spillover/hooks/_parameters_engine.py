@@ -70,7 +70,9 @@ def _synchronize(device: torch.device, owner: int) -> None:
 class WeightStreamer:
     """Owns the device copies of a model's streamed blocks. Used by one host thread at a time.
 
-    Optimizers may step in any thread at any time: ``host_may_write`` looks before it touches.
+    Optimizers may step in any thread at any time: ``host_may_write`` looks before it touches. Which
+    thread runs the model's forward is not known, so a step of the model's own optimizer during it
+    is taken for one inside of it.
     """
 
     def __init__(self, device: torch.device, blocks: list[StreamedBlock], prefetch: int) -> None:
@@ -334,6 +336,8 @@ class WeightStreamer:
         # The handle may live on for long; what it no longer needs should die now.
         self._leaf_hooks.clear()
         self.gradients.release()
+        self.blocks.clear()  # One list with that of the copies.
+        self._order = BlockOrder([])
         self.closed = True
 
 

@@ -106,10 +106,6 @@ class AdamW(torch.optim.Optimizer):
         tier: Literal["host"] = "host",
     ) -> None:
         _check_tier(tier)
-        _check_not_negative("lr", lr)
-        _check_betas(betas)
-        _check_not_negative("eps", eps)
-        _check_not_negative("weight_decay", weight_decay)
         # The keys after maximize are those of torch.optim.AdamW, so that it can load our groups.
         defaults = {
             "lr": lr,
@@ -120,10 +116,12 @@ class AdamW(torch.optim.Optimizer):
             "maximize": maximize,
             **_TORCH_GROUP_OPTIONS,
         }
+        _check_options(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; see the class for what they may be."""
+        """Add parameters; see the class for what they and their options may be."""
+        _check_options(param_group)
         params = param_group.get("params", ())
         if not isinstance(params, torch.Tensor):
             params = list(params)
@@ -142,6 +140,8 @@ class AdamW(torch.optim.Optimizer):
                 group.setdefault(key, value)
             for key, option in _TORCH_GROUP_OPTIONS.items():
                 group.setdefault(key, option)
+            # A checkpoint of torch's Adam says otherwise; torch's AdamW takes it over so, too.
+            group["decoupled_weight_decay"] = True
         for parameter, entry in self.state.items():
             if isinstance(parameter, torch.Tensor):
                 for name, value in list(entry.items()):
@@ -234,26 +234,30 @@ class AdamW(torch.optim.Optimizer):
             )
         # Moved or converted since it was added, perhaps.
         check_parameter(parameter)
-        state = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+        found = self.state.get(parameter, {})
+        # Entered only when it is complete: where memory runs out on the way, a checkpoint must not
+        # hold half of it.
+        fresh: dict[str, Any] = {}
+        if "step" not in found:
+            fresh["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
         names = ["exp_avg", "exp_avg_sq"] + (["max_exp_avg_sq"] if group["amsgrad"] else [])
         for name in names:
-            if name not in state:
-                state[name] = _empty_state(parameter).zero_()
+            if name not in found:
+                fresh[name] = _empty_state(parameter).zero_()
         if parameter.dtype != torch.float32:
-            self._refresh_master(parameter, state)
+            if "master" in found:
+                self._refresh_master(parameter, found["master"])
+            else:
+                fresh["master"] = _empty_state(parameter).copy_(parameter)
+        state = self.state[parameter]
+        state.update(fresh)
         if tuple(gradient.stride()) != tuple(parameter.stride()):
             gradient = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         yield Work(parameter, gradient, state, group)
 
-    def _refresh_master(self, parameter: torch.Tensor, state: dict[str, Any]) -> None:
-        master = state.get("master")
-        if master is None:
-            state["master"] = _empty_state(parameter).copy_(parameter)
-            return
+    def _refresh_master(self, parameter: torch.Tensor, master: torch.Tensor) -> None:
         if self._versions.get(parameter) == _identity(parameter):
             return
         weight = parameter.to("cpu")
@@ -372,6 +376,18 @@ def _place(name: str, value: Any, parameter: torch.Tensor) -> Any:
     if not isinstance(tensor, torch.Tensor) or tensor.shape != parameter.shape:
         return tensor
     return _empty_state(parameter).copy_(tensor)
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check the options that are given for one group, or for all of them."""
+    for name in ("lr", "eps", "weight_decay"):
+        if name in options:
+            _check_not_negative(name, options[name])
+    if "betas" in options:
+        _check_betas(options["betas"])
+    for name in ("capturable", "differentiable"):
+        if options.get(name):
+            raise ConfigError(f"{name}=True is not supported: the step runs on the host")
 
 
 def _check_not_negative(name: str, value: Any) -> None:

@@ -3,20 +3,28 @@
 Python imports ``sitecustomize`` at start, before the script. One that this hides runs after it.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import sys
 
 
 def _run_hidden_sitecustomize() -> None:
+    """Run the one that Python would have found without ours: a file, a package or bytecode."""
     here = os.path.dirname(os.path.abspath(__file__))
-    for entry in sys.path:
-        candidate = os.path.join(entry or ".", "sitecustomize.py")
-        if os.path.abspath(entry or ".") != here and os.path.isfile(candidate):
-            spec = importlib.util.spec_from_file_location("sitecustomize", candidate)
-            if spec is not None and spec.loader is not None:
-                spec.loader.exec_module(importlib.util.module_from_spec(spec))
-            return
+    rest = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]
+    spec = importlib.machinery.PathFinder.find_spec("sitecustomize", rest)
+    if spec is None or spec.loader is None:
+        return
+    ours = sys.modules["sitecustomize"]
+    module = importlib.util.module_from_spec(spec)
+    # A package finds its own submodules by this name.
+    sys.modules["sitecustomize"] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules["sitecustomize"] = ours
+        raise
 
 
 def _stop(reason: str) -> None:
@@ -51,7 +59,7 @@ def _activate() -> None:
     try:
         if activate(Options.from_environment()):
             report_at_exit()
-    except (SpilloverError, FileNotFoundError) as error:
+    except SpilloverError as error:
         _stop(str(error))
 
 
