@@ -384,7 +384,7 @@ GROUPS: dict[str, tuple[Callable[[], Any], ...]] = {
 }
 
 #: Quick enough for every test run.
-QUICK_GROUPS = ("native", "offload")
+QUICK_GROUPS = ("offload",)
 
 
 def measure(group: str, schedule: str, *, uninitialized: bool = False) -> dict[str, list[str]]:
