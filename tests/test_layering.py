@@ -38,7 +38,7 @@ PYTHON = re.compile(r"Python\.h|pybind11/")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 SOURCES = sorted(
-    path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".hpp", ".h", ".cu", ".inc"}
+    path for path in CSRC.rglob("*") if path.suffix in {".c", ".cpp", ".hpp", ".h", ".cu", ".inc"}
 )
 
 

@@ -115,7 +115,10 @@ def test_handover_is_seen(handover: Handover) -> None:
             tensor.add_(1)
         side.synchronize()
 
-    handover(work, lambda: tensor.mul_(2) and None)
+    def use() -> None:
+        tensor.mul_(2)
+
+    handover(work, use)
     assert tensor.sum().item() == 2 << 12
 
 
