@@ -107,7 +107,8 @@ CUresult remove_host_region(Machine& machine, Lock& lock, Address address, HostR
                                ? CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED
                                : CUDA_ERROR_INVALID_VALUE;
   if (find_region(machine, address, kind) == nullptr) {
-    machine.report_double_free(address);
+    // Unregistering twice gives nothing away twice: the memory is the program's own.
+    if (kind != HostRegionKind::kRegistered) machine.report_double_free(address);
     return missing;
   }
   settle(machine, lock, -1);
