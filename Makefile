@@ -19,11 +19,11 @@ setup: $(STAMPS)/adapter
 demo: setup
 	$(BIN)/python examples/demo.py
 
-test: setup
+test: setup $(STAMPS)/stacks
 	$(BIN)/python -m pytest -q -n auto
 
 # Everything, with long samples: figures in notes come from here.
-soak: setup
+soak: setup $(STAMPS)/stacks
 	SPILLOVER_SOAK=1 $(BIN)/python -m pytest -q -n auto --timeout 1200
 
 # On a machine with an NVIDIA GPU, in any environment that has torch: PYTHON=python make test-gpu
@@ -58,6 +58,12 @@ $(STAMPS)/packages: pyproject.toml | $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet $(BUILD_TOOLS)
 	$(BIN)/python tools/install_dependencies.py torch test plots
+	touch $@
+
+# The stacks that tests run on the emulated device. Tests skip those that cannot be installed, so
+# this is tried once; remove the stamp to try again.
+$(STAMPS)/stacks: pyproject.toml tools/install_dependencies.py | $(STAMPS)/packages
+	$(BIN)/python tools/install_dependencies.py --optional stacks
 	touch $@
 
 $(STAMPS)/lint: pyproject.toml | $(STAMPS)/packages

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks import _harness
+from benchmarks import _harness, _opdb
 from benchmarks._hazards import clean, kinds
 
 # Runs in a process of its own for each policy of the checker; prints one JSON object.
@@ -172,6 +172,30 @@ def _measure(policy: str, *, quick: bool) -> dict[str, Any]:
     return result
 
 
+#: The quick form compares these few; figures come from the full form.
+_QUICK_OPERATORS = ("add", "nn_functional_linear", "nn_functional_dropout", "to_sparse", "svd")
+
+
+def _compare_operators(*, quick: bool) -> tuple[dict[str, int], dict[str, Any]]:
+    """Counts of torch's own operator samples that agree with the CPU, and the others by name."""
+    metrics: dict[str, int] = {}
+    details: dict[str, Any] = {}
+    modes = {
+        "opdb": "float32",
+        "opdb_bf16": "bfloat16",
+        "opdb_sparse": "sparse",
+        "opdb_accesses": "accesses",
+    }
+    for prefix, mode in modes.items():
+        report = _opdb.run(mode, names=_QUICK_OPERATORS if quick else None)
+        for status in ("pass", "fail", "skip"):
+            metrics[f"{prefix}_{status}"] = report.count(status)
+            if status != "pass":
+                details[f"{prefix}_{status}"] = report.named(status)
+        details[f"{prefix}_absent"] = report.count("absent")
+    return metrics, details
+
+
 def run(*, quick: bool) -> dict[str, Any]:
     """Measure with the happens-before checker on (as tests and users run it) and off."""
     checked, unchecked = _measure("raise", quick=quick), _measure("off", quick=quick)
@@ -180,6 +204,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         return _harness.spread([row["added_us"] for row in result["operators"].values()])
 
     judged, judged_details = _judge(quick=quick)
+    agreement, disagreement = _compare_operators(quick=quick)
     return {
         "metrics": {
             **judged,
@@ -188,12 +213,20 @@ def run(*, quick: bool) -> dict[str, Any]:
             "op_overhead_unchecked_us_median": added(unchecked)["median"],
             "copy_launch_us_median": checked["copy_us"],
             "event_record_us_median": checked["event_record_us"],
+            **agreement,
         },
-        "details": {"checked": checked, "unchecked": unchecked, "hazards": judged_details},
+        "details": {
+            "checked": checked,
+            "unchecked": unchecked,
+            "hazards": judged_details,
+            "opdb": disagreement,
+        },
         "notes": [
             "added by emulation to the same operator on the CPU, 1,024 elements, one thread, "
             "checker on; median over operators of medians over paired repeats",
             "hazard_overhead: fastest training step of a small GPT with the checker, over without",
             "emulated times say nothing about a GPU",
+            "opdb: operators of torch's op_db whose first 4 samples agree with the CPU, forward "
+            "and backward (bf16: forward); skipped and differing ones are named in the details",
         ],
     }

@@ -23,7 +23,11 @@ ALLOWED = {
     "torch_adapter": {"allocator/c_api.h"},
     "emulator/core": set(),
     "emulator/libcuda": {"emulator/core"},
-    "emulator/libcudart": {"emulator/core/c_api.h", "emulator/core/kernel_api.h"},
+    "emulator/libcudart": {
+        "emulator/core/c_api.h",
+        "emulator/core/fault_api.h",
+        "emulator/core/kernel_api.h",
+    },
     "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
     "emulator/aten": {"emulator/core/c_api.h"},
     "emulator/python": {"emulator/core/c_api.h"},

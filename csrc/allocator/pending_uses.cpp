@@ -28,10 +28,10 @@ bool PendingUses::start(Block* block, const StreamKey& stream) {
     }
     if (outcome != RecordOutcome::kStreamGone) return false;
     synchronize_device(device_);
-  } catch (const DriverError&) {
-    // The device cannot be waited for now, for example because a capture is under way: the use
-    // stays deferred, so the block is not handed out. A device that has failed tells so at the next
-    // poll.
+  } catch (const Error&) {
+    // No event can be had, or the device cannot be waited for now, for example because a capture is
+    // under way: the use stays deferred, so the block is not handed out. A device that has failed
+    // tells so at the next poll.
     return false;
   }
   finish_use(block);

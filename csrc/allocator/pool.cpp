@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdio>
+#include <exception>
 #include <limits>
 #include <utility>
 
@@ -276,7 +277,11 @@ void Pool::absorb_next(Block* block) {
   blocks_.erase(next->address);
 }
 
+// A segment that the driver fails to free goes all the same: whether it did its work before the
+// error is not known, and memory that may be free must never be handed out. Throws the first such
+// error when every segment has had its turn.
 void Pool::release_free_segments() {
+  std::exception_ptr failure;
   for (auto position = segments_.begin(); position != segments_.end();) {
     Segment& segment = *position->second;
     Block* block = segment.first;
@@ -286,7 +291,12 @@ void Pool::release_free_segments() {
     }
     const DeviceAddress address = segment.address();
     const size_t size_bytes = segment.size_bytes();
-    segment.memory.release();  // Throws before anything has changed.
+    try {
+      segment.memory.release();
+    } catch (const Error&) {
+      if (segment.memory.address() != 0) throw;  // The driver was not even asked.
+      if (!failure) failure = std::current_exception();
+    }
     const auto bin = bins_.find({segment.stream, segment.size_class});
     bin->second.erase(block);
     if (bin->second.empty()) bins_.erase(bin);
@@ -296,6 +306,7 @@ void Pool::release_free_segments() {
     blocks_.erase(address);
     position = segments_.erase(position);
   }
+  if (failure) std::rethrow_exception(failure);
 }
 
 void Pool::trim() {

@@ -13,6 +13,7 @@ void register_errors(pybind11::module_& module);
 void register_driver(pybind11::module_& module);
 void register_allocator(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
+void register_storage_faults(pybind11::module_& module);
 
 using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
 

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <atomic>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -81,6 +82,27 @@ ContextScope::ContextScope(int device) {
 }
 
 ContextScope::~ContextScope() {
+  if (!is_pushed_) return;
+  CUcontext popped = nullptr;
+  SPILLOVER_RELEASE_CALL(cuCtxPopCurrent, &popped);
+}
+
+ReleaseContextScope::ReleaseContextScope(int device) noexcept {
+  try {
+    // Known already, as the resource was made in it.
+    auto* context = static_cast<CUcontext>(PrimaryContext::of(device).handle());
+    const DriverFunctions& functions = driver_functions();
+    CUcontext current = nullptr;
+    if (functions.p_cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == context) return;
+    // The first attempt may return an error of earlier work.
+    is_pushed_ = functions.p_cuCtxPushCurrent(context) == CUDA_SUCCESS ||
+                 functions.p_cuCtxPushCurrent(context) == CUDA_SUCCESS;
+  } catch (const std::exception&) {
+    // The release is tried with what is current, and reports by itself if that does not do.
+  }
+}
+
+ReleaseContextScope::~ReleaseContextScope() {
   if (!is_pushed_) return;
   CUcontext popped = nullptr;
   SPILLOVER_RELEASE_CALL(cuCtxPopCurrent, &popped);

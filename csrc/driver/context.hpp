@@ -40,6 +40,19 @@ class ContextScope {
   bool is_pushed_ = false;
 };
 
+// The same for destructors: never throws. What holds device resources must ask the driver to
+// release them even if it cannot say which context is current, since nobody asks again.
+class ReleaseContextScope {
+ public:
+  explicit ReleaseContextScope(int device) noexcept;
+  ~ReleaseContextScope();
+  ReleaseContextScope(const ReleaseContextScope&) = delete;
+  ReleaseContextScope& operator=(const ReleaseContextScope&) = delete;
+
+ private:
+  bool is_pushed_ = false;
+};
+
 // Lets this thread make calls, such as cuMemAlloc, that a stream capture elsewhere in the process
 // would otherwise forbid and that would invalidate it. Does nothing where the driver knows no
 // modes.

@@ -1,7 +1,5 @@
 #include "driver/device_memory.hpp"
 
-#include <cstdio>
-#include <exception>
 #include <utility>
 
 #include "driver/check_result.hpp"
@@ -22,18 +20,14 @@ std::optional<DeviceMemory> DeviceMemory::try_allocate(int device, size_t size_b
 void DeviceMemory::release() {
   if (address_ == 0) return;
   const ContextScope scope(device_);
-  SPILLOVER_CHECKED_CALL(cuMemFree, static_cast<CUdeviceptr>(address_));
-  address_ = 0;
+  const DeviceAddress address = std::exchange(address_, 0);
+  SPILLOVER_CHECKED_CALL(cuMemFree, static_cast<CUdeviceptr>(address));
 }
 
 DeviceMemory::~DeviceMemory() {
   if (address_ == 0 || in_forked_child()) return;
-  try {
-    const ContextScope scope(device_);
-    SPILLOVER_RELEASE_CALL(cuMemFree, static_cast<CUdeviceptr>(address_));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "spillover: device memory could not be released: %s\n", error.what());
-  }
+  const ReleaseContextScope scope(device_);
+  SPILLOVER_RELEASE_CALL(cuMemFree, static_cast<CUdeviceptr>(address_));
 }
 
 DeviceMemory::DeviceMemory(DeviceMemory&& other) noexcept

@@ -24,7 +24,9 @@ class DeviceMemory {
   DeviceAddress address() const { return address_; }
   size_t size_bytes() const { return size_bytes_; }
 
-  // Gives the memory back. Throws DriverError and keeps it where the driver refuses.
+  // Gives the memory back. Throws DriverError: with address() unchanged where the driver could not
+  // be asked, and 0 where it returned an error, of which nobody knows whether the memory is free
+  // now.
   void release();
 
  private:

@@ -3,8 +3,6 @@
 #include <unistd.h>
 
 #include <cstdint>
-#include <cstdio>
-#include <exception>
 #include <string>
 #include <utility>
 
@@ -38,13 +36,24 @@ PinnedRegion::PinnedRegion(int device, void* address, size_t size_bytes)
 }
 
 PinnedRegion::~PinnedRegion() {
-  if (address_ == nullptr || in_forked_child()) return;
-  try {
-    const ContextScope scope(device_);
-    SPILLOVER_RELEASE_CALL(cuMemHostUnregister, address_);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "spillover: host memory could not be unpinned: %s\n", error.what());
+  release();
+}
+
+bool PinnedRegion::release() noexcept {
+  if (address_ == nullptr || in_forked_child()) return true;
+  const DriverFunctions* functions = driver_functions_if_usable();
+  if (functions == nullptr) return true;  // The driver has shut down and released everything.
+  void* const address = std::exchange(address_, nullptr);
+  const ReleaseContextScope scope(device_);
+  CUresult result = functions->p_cuMemHostUnregister(address);
+  // The call may have done its work and returned an error of earlier work; the range is ours, so
+  // asking again does no harm.
+  if (result != CUDA_SUCCESS && result != CUDA_ERROR_DEINITIALIZED) {
+    report_failure(result, "cuMemHostUnregister");
+    result = functions->p_cuMemHostUnregister(address);
   }
+  return result == CUDA_SUCCESS || result == CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED ||
+         result == CUDA_ERROR_DEINITIALIZED;
 }
 
 PinnedRegion::PinnedRegion(PinnedRegion&& other) noexcept

@@ -15,6 +15,10 @@ class PinnedRegion {
   // lock more memory, and DriverError. Blocks: pinning touches every page.
   PinnedRegion(int device, void* address, size_t size_bytes);
   ~PinnedRegion();
+
+  // Unpins the memory ahead of the destructor. False where the driver may still hold it, which is
+  // reported: the memory must not be given to anyone else then.
+  bool release() noexcept;
   PinnedRegion(PinnedRegion&& other) noexcept;
   PinnedRegion& operator=(PinnedRegion&& other) noexcept;
   PinnedRegion(const PinnedRegion&) = delete;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -43,7 +44,12 @@ HostMapping::HostMapping(size_t size_bytes, Pinning pinning, int device) : size_
 
 HostMapping::~HostMapping() {
   if (address_ == nullptr) return;
-  pinned_.reset();
+  if (pinned_ && !pinned_->release()) {
+    // The device may still reach these pages, so nobody else may get them.
+    std::fprintf(stderr, "spillover: %s of host memory stays mapped, as it cannot be unpinned\n",
+                 format_bytes(size_bytes_).c_str());
+    return;
+  }
   munmap(address_, size_bytes_);
 }
 

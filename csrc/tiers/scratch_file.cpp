@@ -14,6 +14,8 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "tiers/extent_space.hpp"
+#include "tiers/file_operations.hpp"
 
 namespace spillover {
 namespace {
@@ -23,6 +25,11 @@ namespace {
 constexpr uint64_t kGrowthBytesMin = 16 * kMiB;
 constexpr uint64_t kGrowthBytesMax = 256 * kMiB;
 
+constexpr mode_t kMode = S_IRUSR | S_IWUSR;
+
+// How often a transfer is repeated that moves no whole block, before it counts as failed.
+constexpr int kAttemptsMax = 1000;
+
 std::string describe(int native_error) {
   return std::string(std::strerror(native_error)) + " (errno " + std::to_string(native_error) + ")";
 }
@@ -31,8 +38,8 @@ std::string describe(int native_error) {
 void make_folders(const std::string& folder) {
   for (size_t end = folder.find('/', 1);; end = folder.find('/', end + 1)) {
     const std::string part = folder.substr(0, end);
-    if (mkdir(part.c_str(), 0700) != 0 && errno != EEXIST && errno != EISDIR && errno != EROFS &&
-        errno != EACCES) {
+    if (file_operations().make_folder(part.c_str(), 0700) != 0 && errno != EEXIST &&
+        errno != EISDIR && errno != EROFS && errno != EACCES) {
       const int native_error = errno;
       throw StorageError("cannot make the spill folder " + part + ": " + describe(native_error),
                          part, native_error);
@@ -50,16 +57,14 @@ int open_and_unlink(int folder, int flags) {
     std::snprintf(name.data(), name.size(), ".spillover-%016llx",
                   static_cast<unsigned long long>(number));
     const int file =
-        openat(folder, name.data(), flags | O_CREAT | O_EXCL | O_NOFOLLOW, S_IRUSR | S_IWUSR);
+        file_operations().open(folder, name.data(), flags | O_CREAT | O_EXCL | O_NOFOLLOW, kMode);
     if (file < 0 && errno == EEXIST) continue;
-    if (file >= 0 && unlinkat(folder, name.data(), 0) != 0) {
-      // A file with a name would outlive the process and show the data to others.
-      const int native_error = errno;
-      close(file);
-      errno = native_error;
-      return -1;
-    }
-    return file;
+    if (file < 0 || file_operations().unlink(folder, name.data()) == 0) return file;
+    // A file that keeps its name would be there for others to read after the process is gone.
+    const int native_error = errno;
+    close(file);
+    errno = native_error;
+    return -1;
   }
   errno = EEXIST;
   return -1;
@@ -67,9 +72,16 @@ int open_and_unlink(int folder, int flags) {
 
 int open_unnamed(int folder, int flags) {
   // O_EXCL here forbids giving the file a name later.
-  const int file = openat(folder, ".", flags | O_TMPFILE | O_EXCL, S_IRUSR | S_IWUSR);
+  const int file = file_operations().open(folder, ".", flags | O_TMPFILE | O_EXCL, kMode);
   if (file >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != ENOENT)) return file;
   return open_and_unlink(folder, flags);
+}
+
+// What a transfer has achieved; see Note [Short transfers].
+size_t whole_blocks(ssize_t count, size_t size_bytes) {
+  if (count <= 0) return 0;
+  const auto moved_bytes = static_cast<size_t>(count);
+  return moved_bytes >= size_bytes ? size_bytes : round_down(moved_bytes, kDiskBlockBytes);
 }
 
 bool means_full(int native_error) {
@@ -82,7 +94,8 @@ ScratchFile::ScratchFile(const std::string& folder, Preallocation preallocation)
     : folder_(folder), is_preallocated_(preallocation == Preallocation::kReserve) {
   if (folder.empty()) throw ConfigError("a spill folder must have a name");
   make_folders(folder);
-  const int directory = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  const int directory =
+      file_operations().open(AT_FDCWD, folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
   if (directory < 0) {
     const int native_error = errno;
     throw StorageError("cannot open the spill folder " + folder + ": " + describe(native_error),
@@ -131,11 +144,9 @@ void ScratchFile::reserve(uint64_t end) {
   for (const uint64_t target : {round_up(end + step, kMiB), end}) {
     int native_error = EINTR;
     while (native_error == EINTR) {
-      // Not posix_fallocate: where the file system cannot, that one writes zeros instead.
-      native_error = fallocate(descriptor_, 0, static_cast<off_t>(reserved_end_),
-                               static_cast<off_t>(target - reserved_end_)) == 0
-                         ? 0
-                         : errno;
+      const uint64_t missing_bytes = target - reserved_end_;
+      native_error =
+          file_operations().allocate(descriptor_, reserved_end_, missing_bytes) == 0 ? 0 : errno;
     }
     if (native_error == 0) {
       reserved_end_ = target;
@@ -151,37 +162,54 @@ void ScratchFile::reserve(uint64_t end) {
   }
 }
 
+// Note [Short transfers]: O_DIRECT takes whole blocks only, so a transfer that ends inside a block
+// is taken up again at that block's start. One that moves less than a block makes no progress and
+// is repeated; so is one that was interrupted. Each has an end: a disk that never gets further has
+// failed.
 void ScratchFile::write_at(const std::byte* data, size_t size_bytes, uint64_t offset) const {
+  int attempts = 0;
   while (size_bytes > 0) {
-    const ssize_t written = pwrite(descriptor_, data, size_bytes, static_cast<off_t>(offset));
-    if (written < 0) {
-      if (errno == EINTR || errno == EAGAIN) continue;
+    const ssize_t count = file_operations().write(descriptor_, data, size_bytes, offset);
+    if (count < 0 && errno != EINTR && errno != EAGAIN) {
       throw_error("writing", offset, size_bytes, errno);
     }
     // A disk that fills up takes a part; the next attempt then says ENOSPC.
-    if (written == 0) throw_error("writing", offset, size_bytes, ENOSPC);
-    data += written;
-    offset += static_cast<uint64_t>(written);
-    size_bytes -= static_cast<size_t>(written);
+    if (count == 0) throw_error("writing", offset, size_bytes, ENOSPC);
+    const size_t moved_bytes = whole_blocks(count, size_bytes);
+    if (moved_bytes == 0) {
+      if (++attempts == kAttemptsMax) {
+        throw_error("writing", offset, size_bytes, count < 0 ? errno : EIO);
+      }
+      continue;
+    }
+    attempts = 0;
+    data += moved_bytes;
+    offset += moved_bytes;
+    size_bytes -= moved_bytes;
   }
 }
 
 void ScratchFile::read_at(std::byte* data, size_t size_bytes, uint64_t offset) const {
+  int attempts = 0;
   while (size_bytes > 0) {
-    const ssize_t count = pread(descriptor_, data, size_bytes, static_cast<off_t>(offset));
-    if (count < 0) {
-      if (errno == EINTR || errno == EAGAIN) continue;
+    const ssize_t count = file_operations().read(descriptor_, data, size_bytes, offset);
+    if (count < 0 && errno != EINTR && errno != EAGAIN) {
       throw_error("reading", offset, size_bytes, errno);
     }
-    if (count == 0) {
+    const size_t moved_bytes = whole_blocks(count, size_bytes);
+    const bool is_last_attempt = moved_bytes == 0 && ++attempts == kAttemptsMax;
+    if (is_last_attempt && count < 0) throw_error("reading", offset, size_bytes, errno);
+    if (count == 0 || is_last_attempt) {
       throw CorruptDataError("the scratch file in " + folder_ + " ends at offset " +
                                  std::to_string(offset) + ", where " + format_bytes(size_bytes) +
                                  " more were written: it was cut by another program",
                              folder_, EIO);
     }
-    data += count;
-    offset += static_cast<uint64_t>(count);
-    size_bytes -= static_cast<size_t>(count);
+    if (moved_bytes == 0) continue;
+    attempts = 0;
+    data += moved_bytes;
+    offset += moved_bytes;
+    size_bytes -= moved_bytes;
   }
 }
 

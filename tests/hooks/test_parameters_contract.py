@@ -19,7 +19,7 @@ from streamed_models import (
 )
 from torch import nn
 
-from spillover import StateError, stream_parameters
+from spillover import StateError, emulator, stream_parameters
 
 
 def stack(count: int = 4) -> nn.Sequential:
@@ -276,6 +276,24 @@ def test_a_model_dropped_without_remove_is_collected() -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+def test_device_copies_of_a_dropped_model_are_given_back() -> None:
+    def drop_one() -> None:
+        model = stack()
+        stream_parameters(model)
+        model(inputs()).sum().backward()
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated(), emulator.live().events
+
+    drop_one()
+    before = held()
+    for _ in range(3):
+        drop_one()
+    assert held() == before
 
 
 # ---- clear errors ------------------------------------------------------------------------------

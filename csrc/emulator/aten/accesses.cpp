@@ -1,5 +1,6 @@
 #include "emulator/aten/accesses.hpp"
 
+#include <c10/cuda/CUDAException.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -94,8 +95,8 @@ void begin_operator(cudaStream_t stream, const char* name, const RangeList& rang
   if (C10_LIKELY(status == 0)) return;
   TORCH_CHECK(status != SPILLOVER_EMULATOR_HAZARD,
               "spillover emulator: ", spillover_emulator_last_hazard());
-  TORCH_CHECK(false, "spillover emulator: operator ", name,
-              " cannot run: its stream refuses work with CUDA error ", status);
+  // The error of a launch that failed, as torch reports it on a GPU.
+  C10_CUDA_CHECK(static_cast<cudaError_t>(status));
 }
 
 void report_host_access(const char* name, const RangeList& ranges) {

@@ -22,8 +22,8 @@ void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges)
 
 // Waits until the stream's next operator may run: memory then holds what a GPU's kernel would see.
 // Tells the checker that the operator touches these ranges.
-// Throws c10::Error where the stream takes no more work, because an earlier operation failed, and
-// where an access is a hazard and the policy is "raise".
+// Throws c10::AcceleratorError where the stream takes no work, as a failed launch does, and
+// c10::Error where an access is a hazard and the policy is "raise".
 void begin_operator(cudaStream_t stream, const char* name, const RangeList& ranges);
 
 // Tells it what a CPU operator touches of host memory, of which the checker looks at the pinned

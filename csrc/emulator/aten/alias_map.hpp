@@ -23,7 +23,7 @@ inline bool is_device_tensor(const at::Tensor& tensor) {
 // Bytes of a CPU kernel's result that are to go to newly allocated device memory.
 struct Arrival {
   const void* target;  // a device address
-  const void* bytes;
+  const void* bytes;   // nullptr where they lie at the target already
   size_t size_bytes;
   c10::Storage owner;  // of the bytes
 };
@@ -33,6 +33,7 @@ using Arrivals = c10::SmallVector<Arrival, 4>;
 class AliasMap {
  public:
   AliasMap() = default;
+  ~AliasMap();
   AliasMap(const AliasMap&) = delete;
   AliasMap& operator=(const AliasMap&) = delete;
 
@@ -59,7 +60,9 @@ class AliasMap {
     bool is_written;
   };
 
-  const AliasedStorage& alias_storage(const c10::Storage& storage, bool is_written);
+  void add_storage(c10::StorageImpl* device, c10::Storage host, void* host_data);
+  // A CPU tensor over the storage, of the right type and nothing else.
+  at::Tensor make_alias(const at::Tensor& tensor, bool is_written);
   size_t find_storage(const c10::StorageImpl* storage) const;
   static void move_back(const AliasedStorage& storage, Arrivals& arrivals);
 

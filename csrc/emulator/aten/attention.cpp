@@ -3,8 +3,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <c10/cuda/CUDAFunctions.h>
 
 #include <array>
 #include <limits>
@@ -24,21 +22,6 @@ constexpr int64_t kLogsumexpAlignment = 32;
 
 OptionalTensor given(const OptionalTensor& tensor) {
   return is_given(tensor) ? tensor : std::nullopt;
-}
-
-// Only dropout draws random numbers, and only then does the generator move.
-PhiloxPosition dropout_position(double dropout) {
-  if (dropout == 0.0) return {0, 0};
-  return take_position(default_generator(c10::cuda::current_device()));
-}
-
-Tensor as_long_scalar(uint64_t value) {
-  return at::scalar_tensor(static_cast<int64_t>(value), at::kLong);
-}
-
-PhiloxPosition position_of(const Tensor& seed, const Tensor& offset) {
-  return {static_cast<uint64_t>(seed.item<int64_t>()),
-          static_cast<uint64_t>(offset.item<int64_t>())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> efficient(const Tensor& query, const Tensor& key,
@@ -69,20 +52,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_backward(
     std::optional<double> scale) {
   if (!grad_out.defined()) return {};
   const bool has_bias = bias.defined();
-  const PhiloxPosition position = dropout == 0.0 ? PhiloxPosition{0, 0} : position_of(seed, offset);
+  const PhiloxPosition position = from_seed_and_offset(seed, offset, dropout);
   const AttentionOptions options{has_bias ? OptionalTensor(bias) : std::nullopt, dropout, is_causal,
                                  scale, position};
   const AttentionGradients grads =
       attention_backward(grad_out, query, key, value, output, logsumexp.narrow(2, 0, query.size(2)),
                          options, has_bias && grad_input_mask[3]);
   return {grads.query, grads.key, grads.value, grads.bias};
-}
-
-Tensor as_rng_state(PhiloxPosition position) {
-  Tensor state = at::empty({2}, at::kUInt64);
-  state.mutable_data_ptr<uint64_t>()[0] = position.seed;
-  state.mutable_data_ptr<uint64_t>()[1] = position.offset;
-  return state;
 }
 
 using FlashResult =
@@ -114,10 +90,7 @@ std::tuple<Tensor, Tensor, Tensor> flash_backward(
     bool is_causal, const Tensor& rng_state, const Tensor& /*unused*/,
     std::optional<double> scale) {
   if (!grad_out.defined()) return {};
-  PhiloxPosition position{0, 0};
-  if (dropout > 0.0) {
-    position = {rng_state.const_data_ptr<uint64_t>()[0], rng_state.const_data_ptr<uint64_t>()[1]};
-  }
+  const PhiloxPosition position = from_rng_state(rng_state, dropout);
   const AttentionGradients grads =
       attention_backward(grad_out, query, key, value, output, logsumexp,
                          {std::nullopt, dropout, is_causal, scale, position}, false);

@@ -8,7 +8,8 @@
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <c10/cuda/CUDAFunctions.h>
 
 #include <cmath>
 #include <limits>
@@ -141,11 +142,31 @@ AttentionGradients attention_backward(const Tensor& grad_out, const Tensor& quer
   return result;
 }
 
-Tensor bottom_right_causal_bias(int64_t query_length, int64_t key_length,
-                                const at::TensorOptions& options) {
-  return at::zeros({1, 1, query_length, key_length}, options)
-      .masked_fill_(causal_mask(query_length, key_length, key_length - query_length),
-                    kMinusInfinity);
+PhiloxPosition dropout_position(double dropout) {
+  if (dropout == 0.0) return {0, 0};
+  return take_position(default_generator(c10::cuda::current_device()));
+}
+
+Tensor as_rng_state(PhiloxPosition position) {
+  Tensor state = at::empty({2}, at::kUInt64);
+  state.mutable_data_ptr<uint64_t>()[0] = position.seed;
+  state.mutable_data_ptr<uint64_t>()[1] = position.offset;
+  return state;
+}
+
+PhiloxPosition from_rng_state(const Tensor& state, double dropout) {
+  if (dropout == 0.0) return {0, 0};
+  return {state.const_data_ptr<uint64_t>()[0], state.const_data_ptr<uint64_t>()[1]};
+}
+
+Tensor as_long_scalar(uint64_t value) {
+  return at::scalar_tensor(static_cast<int64_t>(value), at::kLong);
+}
+
+PhiloxPosition from_seed_and_offset(const Tensor& seed, const Tensor& offset, double dropout) {
+  if (dropout == 0.0) return {0, 0};
+  return {static_cast<uint64_t>(seed.item<int64_t>()),
+          static_cast<uint64_t>(offset.item<int64_t>())};
 }
 
 }  // namespace spillover::emulator

@@ -47,8 +47,16 @@ AttentionGradients attention_backward(const at::Tensor& grad_out, const at::Tens
                                       const at::Tensor& output, const at::Tensor& logsumexp,
                                       const AttentionOptions& options, bool wants_bias);
 
-// The bias that lets query i of m see keys up to i + n - m (the corner at the bottom right).
-at::Tensor bottom_right_causal_bias(int64_t query_length, int64_t key_length,
-                                    const at::TensorOptions& options);
+// Where this call's dropout mask is drawn from. Only dropout draws random numbers, and only then
+// does the device's generator move.
+PhiloxPosition dropout_position(double dropout);
+
+// How the kernels hand that position from the forward to the backward: flash attention as one
+// tensor, memory-efficient attention as two.
+at::Tensor as_rng_state(PhiloxPosition position);
+PhiloxPosition from_rng_state(const at::Tensor& state, double dropout);
+at::Tensor as_long_scalar(uint64_t value);
+PhiloxPosition from_seed_and_offset(const at::Tensor& seed, const at::Tensor& offset,
+                                    double dropout);
 
 }  // namespace spillover::emulator

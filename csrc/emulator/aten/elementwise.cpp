@@ -66,6 +66,24 @@ Tensor baddbmm_dtype(const Tensor& self, const Tensor& batch1, const Tensor& bat
   return at::baddbmm(self.to(dtype), batch1.to(dtype), batch2.to(dtype), beta, alpha);
 }
 
+Tensor& mm_dtype_out(const Tensor& self, const Tensor& mat2, ScalarType dtype, Tensor& out) {
+  return out.copy_(mm_dtype(self, mat2, dtype));
+}
+
+Tensor& bmm_dtype_out(const Tensor& self, const Tensor& mat2, ScalarType dtype, Tensor& out) {
+  return out.copy_(bmm_dtype(self, mat2, dtype));
+}
+
+Tensor& addmm_dtype_out(const Tensor& self, const Tensor& mat1, const Tensor& mat2,
+                        ScalarType dtype, const Scalar& beta, const Scalar& alpha, Tensor& out) {
+  return out.copy_(addmm_dtype(self, mat1, mat2, dtype, beta, alpha));
+}
+
+Tensor& baddbmm_dtype_out(const Tensor& self, const Tensor& batch1, const Tensor& batch2,
+                          ScalarType dtype, const Scalar& beta, const Scalar& alpha, Tensor& out) {
+  return out.copy_(baddbmm_dtype(self, batch1, batch2, dtype, beta, alpha));
+}
+
 }  // namespace
 
 void add_elementwise_kernels(KernelTable& table) {
@@ -76,6 +94,10 @@ void add_elementwise_kernels(KernelTable& table) {
   add_kernel<&bmm_dtype>(table, "aten::bmm.dtype");
   add_kernel<&addmm_dtype>(table, "aten::addmm.dtype");
   add_kernel<&baddbmm_dtype>(table, "aten::baddbmm.dtype");
+  add_kernel<&mm_dtype_out>(table, "aten::mm.dtype_out");
+  add_kernel<&bmm_dtype_out>(table, "aten::bmm.dtype_out");
+  add_kernel<&addmm_dtype_out>(table, "aten::addmm.dtype_out");
+  add_kernel<&baddbmm_dtype_out>(table, "aten::baddbmm.dtype_out");
 }
 
 }  // namespace spillover::emulator

@@ -73,13 +73,19 @@ class Placement {
   std::optional<c10::Device> conflict_;
 };
 
+// Asking torch for a stream's handle switches devices there and back, which the default stream, the
+// most common one, does not need: its handle is null.
+cudaStream_t raw_stream(const c10::cuda::CUDAStream& stream) {
+  return stream.id() == 0 ? nullptr : stream.stream();
+}
+
 // One call of one operator: the conversion of its arguments and results.
 class OperatorCall {
  public:
   OperatorCall(const OperatorPlan& plan, const c10::cuda::CUDAStream& stream)
       : plan_(plan),
         device_(stream.device_index()),
-        stream_(stream.stream()),
+        stream_(raw_stream(stream)),
         checking_(hazards_enabled()) {}
 
   // Replaces the arguments on the stack by what the CPU kernel works on, keeps the originals, and
@@ -229,6 +235,7 @@ class OperatorCall {
     if (arrivals_.empty() && ranges_.empty()) return;
     enter();
     for (const Arrival& arrival : arrivals_) {
+      if (arrival.bytes == nullptr) continue;
       std::memcpy(spillover_emulator_host_pointer(arrival.target), arrival.bytes,
                   arrival.size_bytes);
     }

@@ -18,9 +18,11 @@ using KernelTable = std::unordered_map<std::string, c10::KernelFunction>;
 
 void add_attention_kernels(KernelTable& table);
 void add_varlen_attention_kernels(KernelTable& table);
+void add_efficient_attention_kernels(KernelTable& table);
 void add_normalization_kernels(KernelTable& table);
 void add_recurrent_kernels(KernelTable& table);
 void add_elementwise_kernels(KernelTable& table);
+void add_upcast_kernels(KernelTable& table);
 
 inline bool is_given(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();

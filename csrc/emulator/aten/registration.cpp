@@ -15,6 +15,7 @@
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/own_kernels.hpp"
 #include "emulator/aten/plan.hpp"
+#include "emulator/aten/sparse_kernel.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -30,6 +31,11 @@ const std::unordered_set<std::string_view> kKeptOperators = {
     "aten::_fused_sdp_choice",    // Reads device properties; the same choice as on a GPU.
     "aten::_local_scalar_dense",  // Must really synchronise the stream.
     "aten::_pin_memory",
+    "aten::_to_sparse",  // These are made of dense operators.
+    "aten::_to_sparse_bsc",
+    "aten::_to_sparse_bsr",
+    "aten::_to_sparse_csc",
+    "aten::_to_sparse_csr",
     "aten::_use_cudnn_ctc_loss",  // Answers no while cuDNN is off, or absent.
     "aten::_use_miopen_ctc_loss",
     "aten::empty",
@@ -49,40 +55,6 @@ const std::unordered_set<std::string_view> kChoosingOperators = {
     "aten::convolution_backward",
     "aten::convolution_backward_overrideable",
     "aten::convolution_overrideable",
-};
-
-// Sparse kernels that only handle metadata, or are made of operators on the dense indices and
-// values. The others launch kernels of their own.
-const std::unordered_set<std::string_view> kSparseKernelsWithLaunches = {
-    "aten::_coalesce",
-    "aten::_sparse_broadcast_to",
-    "aten::_sparse_csr_prod",
-    "aten::_sparse_csr_sum",
-    "aten::_sparse_log_softmax",
-    "aten::_sparse_log_softmax_backward_data",
-    "aten::_sparse_mask_projection",
-    "aten::_sparse_softmax",
-    "aten::_sparse_softmax_backward_data",
-    "aten::_sparse_sparse_matmul",
-    "aten::_sparse_sum_backward",
-    "aten::_spsolve",
-    "aten::add",
-    "aten::add_",
-    "aten::addmm",
-    "aten::addmm_",
-    "aten::addmv",
-    "aten::baddbmm",
-    "aten::bmm",
-    "aten::hspmm",
-    "aten::index_select",
-    "aten::mm",
-    "aten::mv",
-    "aten::sparse_mask",
-    "aten::sparse_sampled_addmm",
-    "aten::sspaddmm",
-    "aten::sub",
-    "aten::sub_",
-    "aten::triangular_solve",
 };
 
 const char* reason_for_refusal(std::string_view name) {
@@ -128,9 +100,11 @@ class Registrar {
   Registrar() {
     add_attention_kernels(own_kernels_);
     add_varlen_attention_kernels(own_kernels_);
+    add_efficient_attention_kernels(own_kernels_);
     add_normalization_kernels(own_kernels_);
     add_recurrent_kernels(own_kernels_);
     add_elementwise_kernels(own_kernels_);
+    add_upcast_kernels(own_kernels_);
   }
 
   void register_all() {
@@ -139,8 +113,8 @@ class Registrar {
       const auto op = c10::Dispatcher::singleton().findSchema(name);
       if (!op) continue;
       register_on_device(*op);
-      register_sparse(*op, DispatchKey::SparseCUDA);
-      register_sparse(*op, DispatchKey::SparseCsrCUDA);
+      register_sparse(*op, DispatchKey::SparseCUDA, DispatchKey::SparseCPU);
+      register_sparse(*op, DispatchKey::SparseCsrCUDA, DispatchKey::SparseCsrCPU);
       if (hazards_enabled()) register_watch(*op);
     }
     add(c10::OperatorName("aten::copy_", ""), DispatchKey::CUDA,
@@ -169,9 +143,15 @@ class Registrar {
     }
   }
 
-  void register_sparse(const c10::OperatorHandle& op, DispatchKey key) {
-    if (!has_kernel(op, key) || kSparseKernelsWithLaunches.count(op.schema().name()) == 0) return;
-    add_unsupported(op, key, "sparse kernels are not emulated");
+  void register_sparse(const c10::OperatorHandle& op, DispatchKey key, DispatchKey host_key) {
+    if (!has_kernel(op, key) || !launches_sparse_kernels(op.schema().name())) return;
+    if (has_kernel(op, host_key)) {
+      add(op.operator_name(), key,
+          c10::KernelFunction::makeFromBoxedFunctor(
+              std::make_unique<EmulatedSparseOperator>(OperatorPlan(op.schema()), host_key)));
+    } else {
+      add_unsupported(op, key, "the CPU has no kernel for sparse tensors to run instead");
+    }
   }
 
   // See Note [Watching CPU operators].

@@ -1,15 +1,16 @@
-// Attention on (batch, length, heads, size) tensors and on sequences of unequal length packed one
-// after the other: what nested tensors and torch.nn.attention.varlen call on CUDA.
+// Flash attention on (batch, length, heads, size) tensors and on sequences of unequal length packed
+// one after the other: what nested tensors and torch.nn.attention.varlen call on CUDA.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <tuple>
-#include <vector>
 
 #include "emulator/aten/attention_math.hpp"
 #include "emulator/aten/own_kernels.hpp"
+#include "emulator/aten/sequences.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -22,39 +23,60 @@ void require_emulated(bool condition, const char* name, const char* what) {
                               " is not emulated with ", what, "; run it on a real GPU");
 }
 
-// One sequence: where its queries and keys lie in the packed tensors.
-struct Sequence {
-  int64_t query_start, query_length, key_start, key_length;
+// Negative limits mean none. Flash attention's causal mask has its corner at the bottom right.
+Window flash_window(bool is_causal, std::optional<int64_t> left, std::optional<int64_t> right) {
+  Window window;
+  if (left.value_or(-1) >= 0) window.left = left;
+  if (right.value_or(-1) >= 0) window.right = right;
+  if (is_causal) window.right = 0;
+  return window;
+}
+
+// What one call says about all of its sequences.
+struct FlashSettings {
+  Window window;
+  double dropout;
+  std::optional<double> scale;
+  PhiloxPosition position;
+
+  AttentionOptions options(int64_t query_length, int64_t key_length, const Tensor& like,
+                           size_t index = 0) const {
+    AttentionOptions result = options_for(window, query_length, key_length, like);
+    result.dropout = dropout;
+    result.scale = scale;
+    result.position = position_of_sequence(position, index);
+    return result;
+  }
 };
 
-std::vector<Sequence> sequences_of(const Tensor& query_offsets, const Tensor& key_offsets) {
-  const Tensor queries = query_offsets.to(at::kLong).contiguous();
-  const Tensor keys = key_offsets.to(at::kLong).contiguous();
-  const int64_t* q = queries.const_data_ptr<int64_t>();
-  const int64_t* k = keys.const_data_ptr<int64_t>();
-  std::vector<Sequence> sequences;
-  for (int64_t i = 0; i + 1 < queries.numel(); ++i) {
-    sequences.push_back({q[i], q[i + 1] - q[i], k[i], k[i + 1] - k[i]});
-  }
-  return sequences;
-}
+struct PackedForward {
+  Tensor output;
+  Tensor logsumexp;
+};
 
-// (length, heads, size) rows of a packed tensor as (1, heads, length, size).
-Tensor rows(const Tensor& packed, int64_t start, int64_t length) {
-  return packed.narrow(0, start, length).unsqueeze(0).transpose(1, 2);
-}
-
-AttentionOptions options_for(bool is_causal, std::optional<double> scale, int64_t query_length,
-                             int64_t key_length, const Tensor& like) {
-  AttentionOptions options;
-  options.scale = scale;
-  // Flash attention's causal mask has its corner at the bottom right.
-  if (is_causal && query_length == key_length) {
-    options.is_causal = true;
-  } else if (is_causal) {
-    options.bias = bottom_right_causal_bias(query_length, key_length, like.options());
+PackedForward packed_forward(const Tensor& query, const Tensor& key, const Tensor& value,
+                             const OptionalTensor& query_offsets, const OptionalTensor& key_offsets,
+                             const FlashSettings& settings) {
+  if (!is_given(query_offsets)) {
+    const AttentionResult result =
+        attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+                  settings.options(query.size(1), key.size(1), query));
+    return {result.output.transpose(1, 2), result.logsumexp.to(at::kFloat).contiguous()};
   }
-  return options;
+  PackedForward whole{at::empty_like(query),
+                      at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat))};
+  const std::vector<Sequence> sequences = sequences_of(*query_offsets, *key_offsets);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Sequence& s = sequences[i];
+    if (s.query_length == 0) continue;
+    const AttentionResult result = attention(
+        rows_of(query, s.query_start, s.query_length), rows_of(key, s.key_start, s.key_length),
+        rows_of(value, s.key_start, s.key_length),
+        settings.options(s.query_length, s.key_length, query, i));
+    rows_of(whole.output, s.query_start, s.query_length).copy_(result.output);
+    whole.logsumexp.narrow(1, s.query_start, s.query_length).copy_(result.logsumexp.squeeze(0));
+  }
+  return whole;
 }
 
 using FlashForward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -67,69 +89,65 @@ FlashForward packed_flash_forward(
     const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
     const OptionalTensor& block_table, std::optional<int64_t> /*num_splits*/) {
   constexpr const char* kName = "aten::_flash_attention_forward";
-  require_emulated(dropout == 0.0, kName, "dropout");
   require_emulated(!return_debug_mask, kName, "return_debug_mask=True");
-  require_emulated(window_left.value_or(-1) < 0 && (is_causal || window_right.value_or(-1) < 0),
-                   kName, "a window");
   require_emulated(!is_given(seqused_k) && !is_given(alibi_slopes) && !is_given(block_table), kName,
                    "seqused_k, alibi_slopes or block_table");
-  const Tensor rng_state = at::zeros_like(at::empty({2}, at::kUInt64));
-  const Tensor unused = at::empty({}, at::kUInt64);
-  const Tensor debug_mask = at::empty({0}, query.options());
-  if (!is_given(cum_seq_q)) {
-    const AttentionResult result =
-        attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-                  options_for(is_causal, scale, query.size(1), key.size(1), query));
-    return {result.output.transpose(1, 2), result.logsumexp.to(at::kFloat).contiguous(), rng_state,
-            unused, debug_mask};
-  }
-  const Tensor output = at::empty_like(query);
-  const Tensor logsumexp =
-      at::empty({query.size(1), query.size(0)}, query.options().dtype(at::kFloat));
-  for (const Sequence& s : sequences_of(*cum_seq_q, *cum_seq_k)) {
-    if (s.query_length == 0) continue;
-    const AttentionResult result =
-        attention(rows(query, s.query_start, s.query_length), rows(key, s.key_start, s.key_length),
-                  rows(value, s.key_start, s.key_length),
-                  options_for(is_causal, scale, s.query_length, s.key_length, query));
-    rows(output, s.query_start, s.query_length).copy_(result.output);
-    logsumexp.narrow(1, s.query_start, s.query_length).copy_(result.logsumexp.squeeze(0));
-  }
-  return {output, logsumexp, rng_state, unused, debug_mask};
+  const PhiloxPosition position = dropout_position(dropout);
+  const PackedForward result = packed_forward(
+      query, key, value, cum_seq_q, cum_seq_k,
+      {flash_window(is_causal, window_left, window_right), dropout, scale, position});
+  return {result.output, result.logsumexp, as_rng_state(position), at::empty({}, at::kUInt64),
+          at::empty({0}, query.options())};
+}
+
+// The form for inference, into an output that the caller brings.
+Tensor packed_flash_forward_inplace(
+    const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value,
+    const OptionalTensor& cum_seq_q, const OptionalTensor& cum_seq_k, int64_t max_q, int64_t max_k,
+    double dropout, bool is_causal, bool return_debug_mask, std::optional<double> scale,
+    std::optional<int64_t> window_left, std::optional<int64_t> window_right,
+    const OptionalTensor& seqused_k, const OptionalTensor& alibi_slopes,
+    const OptionalTensor& block_table, std::optional<int64_t> num_splits) {
+  TORCH_CHECK(dropout == 0.0, "_flash_attention_forward_no_dropout_inplace takes no dropout");
+  const FlashForward result = packed_flash_forward(
+      query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout, is_causal, return_debug_mask,
+      scale, window_left, window_right, seqused_k, alibi_slopes, block_table, num_splits);
+  out.copy_(std::get<0>(result));
+  return std::get<1>(result);
 }
 
 std::tuple<Tensor, Tensor, Tensor> packed_flash_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& output, const Tensor& logsumexp, const Tensor& cum_seq_q, const Tensor& cum_seq_k,
-    int64_t /*max_q*/, int64_t /*max_k*/, double dropout, bool is_causal,
-    const Tensor& /*rng_state*/, const Tensor& /*unused*/, std::optional<double> scale,
-    std::optional<int64_t> window_left, std::optional<int64_t> window_right) {
-  constexpr const char* kName = "aten::_flash_attention_backward";
-  require_emulated(dropout == 0.0, kName, "dropout");
-  require_emulated(window_left.value_or(-1) < 0 && (is_causal || window_right.value_or(-1) < 0),
-                   kName, "a window");
+    int64_t /*max_q*/, int64_t /*max_k*/, double dropout, bool is_causal, const Tensor& rng_state,
+    const Tensor& /*unused*/, std::optional<double> scale, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right) {
   if (!grad_out.defined()) return {};
+  const FlashSettings settings{flash_window(is_causal, window_left, window_right), dropout, scale,
+                               from_rng_state(rng_state, dropout)};
   if (!cum_seq_q.defined()) {
     const AttentionGradients grads = attention_backward(
         grad_out.transpose(1, 2), query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-        output.transpose(1, 2), logsumexp,
-        options_for(is_causal, scale, query.size(1), key.size(1), query), /*wants_bias=*/false);
+        output.transpose(1, 2), logsumexp, settings.options(query.size(1), key.size(1), query),
+        /*wants_bias=*/false);
     return {grads.query.transpose(1, 2), grads.key.transpose(1, 2), grads.value.transpose(1, 2)};
   }
   const Tensor grad_query = at::zeros_like(query);
   const Tensor grad_key = at::zeros_like(key);
   const Tensor grad_value = at::zeros_like(value);
-  for (const Sequence& s : sequences_of(cum_seq_q, cum_seq_k)) {
+  const std::vector<Sequence> sequences = sequences_of(cum_seq_q, cum_seq_k);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const Sequence& s = sequences[i];
     if (s.query_length == 0) continue;
     const AttentionGradients grads = attention_backward(
-        rows(grad_out, s.query_start, s.query_length), rows(query, s.query_start, s.query_length),
-        rows(key, s.key_start, s.key_length), rows(value, s.key_start, s.key_length),
-        rows(output, s.query_start, s.query_length),
+        rows_of(grad_out, s.query_start, s.query_length),
+        rows_of(query, s.query_start, s.query_length), rows_of(key, s.key_start, s.key_length),
+        rows_of(value, s.key_start, s.key_length), rows_of(output, s.query_start, s.query_length),
         logsumexp.narrow(1, s.query_start, s.query_length).unsqueeze(0),
-        options_for(is_causal, scale, s.query_length, s.key_length, query), /*wants_bias=*/false);
-    rows(grad_query, s.query_start, s.query_length).copy_(grads.query);
-    rows(grad_key, s.key_start, s.key_length).copy_(grads.key);
-    rows(grad_value, s.key_start, s.key_length).copy_(grads.value);
+        settings.options(s.query_length, s.key_length, query, i), /*wants_bias=*/false);
+    rows_of(grad_query, s.query_start, s.query_length).copy_(grads.query);
+    rows_of(grad_key, s.key_start, s.key_length).copy_(grads.key);
+    rows_of(grad_value, s.key_start, s.key_length).copy_(grads.value);
   }
   return {grad_query, grad_key, grad_value};
 }
@@ -138,6 +156,8 @@ std::tuple<Tensor, Tensor, Tensor> packed_flash_backward(
 
 void add_varlen_attention_kernels(KernelTable& table) {
   add_kernel<&packed_flash_forward>(table, "aten::_flash_attention_forward");
+  add_kernel<&packed_flash_forward_inplace>(table,
+                                            "aten::_flash_attention_forward_no_dropout_inplace");
   add_kernel<&packed_flash_backward>(table, "aten::_flash_attention_backward");
 }
 

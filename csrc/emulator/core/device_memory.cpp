@@ -12,11 +12,17 @@ constexpr std::size_t kPageBytes = 4096;
 Budget::Budget(std::size_t capacity_bytes) : capacity_bytes_(capacity_bytes) {}
 
 bool Budget::charge(int device, std::size_t size_bytes) {
+  if (size_bytes > free_bytes(device)) return false;
   Use& use = devices_[index(device)];
-  if (size_bytes > capacity_bytes_ - use.used_bytes) return false;
   use.used_bytes += size_bytes;
   use.peak_bytes = std::max(use.peak_bytes, use.used_bytes);
   return true;
+}
+
+std::size_t Budget::free_bytes(int device) const {
+  const Use& use = devices_[index(device)];
+  const std::size_t left = capacity_bytes_ - use.used_bytes;
+  return left - std::min(left, use.occupied_bytes);
 }
 
 void Budget::refund(int device, std::size_t size_bytes) {

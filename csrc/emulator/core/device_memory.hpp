@@ -4,7 +4,8 @@
 // Owned by the Machine; guarded by Machine::mutex.
 //
 // Invariant: for each device, used = the sum of charged_bytes of its allocations and physical
-// handles, and used <= capacity.
+// handles, and used <= capacity. What another process occupies may come and go at any time, so used
+// and occupied together may exceed the capacity, as long as nothing new is charged then.
 #pragma once
 
 #include <cuda.h>
@@ -25,14 +26,21 @@ class Budget {
   bool charge(int device, std::size_t size_bytes);
   void refund(int device, std::size_t size_bytes);
 
+  // Sets what another process holds on the device.
+  void occupy(int device, std::size_t size_bytes) {
+    devices_[index(device)].occupied_bytes = size_bytes;
+  }
+
   std::size_t capacity_bytes() const { return capacity_bytes_; }
   std::size_t used_bytes(int device) const { return devices_[index(device)].used_bytes; }
+  std::size_t free_bytes(int device) const;
   std::size_t peak_bytes(int device) const { return devices_[index(device)].peak_bytes; }
 
  private:
   struct Use {
     std::size_t used_bytes = 0;
     std::size_t peak_bytes = 0;
+    std::size_t occupied_bytes = 0;
   };
 
   static std::size_t index(int device) { return static_cast<std::size_t>(device); }

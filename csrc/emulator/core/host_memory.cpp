@@ -11,12 +11,18 @@ constexpr std::size_t kPageBytes = 4096;
 
 }  // namespace
 
+void HostMemory::insert(const HostRegion& region) {
+  regions_.emplace(region.address, region);
+  if (region.kind != HostRegionKind::kManaged) pinned_bytes_ += region.size_bytes;
+}
+
 CUresult HostMemory::allocate(HostRegion request, Address* address) {
+  if (!may_pin(request)) return CUDA_ERROR_OUT_OF_MEMORY;
   void* memory = mmap(nullptr, round_up(request.size_bytes, kPageBytes), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
   request.address = reinterpret_cast<Address>(memory);
-  regions_.emplace(request.address, request);
+  insert(request);
   *address = request.address;
   return CUDA_SUCCESS;
 }
@@ -29,7 +35,8 @@ CUresult HostMemory::add(const HostRegion& request) {
       return CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED;
     }
   }
-  regions_.emplace(request.address, request);
+  if (!may_pin(request)) return CUDA_ERROR_OUT_OF_MEMORY;
+  insert(request);
   return CUDA_SUCCESS;
 }
 
@@ -37,6 +44,7 @@ void HostMemory::remove(Address address) {
   const auto position = regions_.find(address);
   const HostRegion region = position->second;
   regions_.erase(position);
+  if (region.kind != HostRegionKind::kManaged) pinned_bytes_ -= region.size_bytes;
   if (region.kind == HostRegionKind::kRegistered) return;
   munmap(reinterpret_cast<void*>(region.address), round_up(region.size_bytes, kPageBytes));
 }

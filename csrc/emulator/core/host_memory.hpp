@@ -7,6 +7,7 @@
 #include <cuda.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <map>
 
 #include "emulator/core/types.hpp"
@@ -25,7 +26,11 @@ struct HostRegion {
 
 class HostMemory {
  public:
-  // kind is kAllocated or kManaged.
+  // The most bytes that may be pinned (allocated or registered) at a time, as a container's limit
+  // on locked memory sets it. What is pinned already stays.
+  void limit_pinned(std::size_t size_bytes) { pinned_bytes_max_ = size_bytes; }
+
+  // kind is kAllocated or kManaged. CUDA_ERROR_OUT_OF_MEMORY past the limit.
   CUresult allocate(HostRegion request, Address* address);
 
   // Takes the program's own memory in; request.kind is kRegistered.
@@ -43,7 +48,16 @@ class HostMemory {
   const std::map<Address, HostRegion>& regions() const { return regions_; }
 
  private:
+  bool may_pin(const HostRegion& request) const {
+    return request.kind == HostRegionKind::kManaged || pinned_bytes_max_ == SIZE_MAX ||
+           (pinned_bytes_ <= pinned_bytes_max_ &&
+            request.size_bytes <= pinned_bytes_max_ - pinned_bytes_);
+  }
+  void insert(const HostRegion& region);
+
   std::map<Address, HostRegion> regions_;
+  std::size_t pinned_bytes_ = 0;  // of regions that are not managed
+  std::size_t pinned_bytes_max_ = SIZE_MAX;
 };
 
 }  // namespace spillover::emulator

@@ -93,9 +93,14 @@ struct FreeMemory {
   Address address = 0;
 };
 
+// Holds the stream until it is released: a kernel that hangs (see Scheduler::add_hold).
+struct Hold {
+  std::uint64_t id = 0;
+};
+
 struct Operation {
   std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
-               FreeMemory>
+               FreeMemory, Hold>
       body;
   const char* name = "";
 

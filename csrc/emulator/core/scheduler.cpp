@@ -86,7 +86,7 @@ bool Scheduler::is_satisfied(const WaitValue& wait) const {
 bool Scheduler::is_ready(const Stream& stream) const {
   if (stream.running || stream.pending.empty()) return false;
   const Operation& front = stream.pending.front();
-  if (front.is_host_function() || must_wait_for_bodies(front)) return false;
+  if (front.is_host_function() || must_wait_for_bodies(front) || is_held(front)) return false;
   if (const auto* wait = std::get_if<WaitForTicket>(&front.body)) {
     return wait->stream->completed >= wait->ticket;
   }
@@ -101,6 +101,7 @@ bool Scheduler::run_until(Lock& lock, const StreamRef& target, Ticket ticket, Pa
     Ticket ticket;
   };
   std::vector<Goal> goals{{target, ticket}};
+  TimePoint give_up = TimePoint::max();  // set when the wait comes to a hold
   while (!goals.empty()) {
     Stream* const stream = goals.back().stream.get();
     if (stream->completed >= goals.back().ticket) {
@@ -124,6 +125,11 @@ bool Scheduler::run_until(Lock& lock, const StreamRef& target, Ticket ticket, Pa
       changed_.wait(lock);
       continue;
     }
+    if (is_held(front)) {
+      if (patience == Patience::kNone) return false;
+      wait_for_release(lock, std::get<Hold>(front.body).id, &give_up);
+      continue;
+    }
     const auto* value = std::get_if<WaitValue>(&front.body);
     if (value != nullptr && !is_satisfied(*value)) {
       if (patience == Patience::kNone) return false;
@@ -133,6 +139,32 @@ bool Scheduler::run_until(Lock& lock, const StreamRef& target, Ticket ticket, Pa
     run_front(lock, stream);
   }
   return true;
+}
+
+std::uint64_t Scheduler::add_hold(std::chrono::milliseconds patience) {
+  holds_.emplace(next_hold_, patience);
+  return next_hold_++;
+}
+
+bool Scheduler::release_hold(Lock& lock, std::uint64_t id) {
+  if (holds_.erase(id) == 0) return false;
+  changed_.notify_all();
+  work_queued_.notify_one();
+  host_function_queued_.notify_one();
+  if (schedule_ != Schedule::kEager) return true;
+  // What came behind it could not run when it was enqueued.
+  for (const StreamRef& stream : std::vector<StreamRef>(active_)) {
+    advance(lock, stream, stream->enqueued);
+  }
+  return true;
+}
+
+// One wait for a hold, which others may end as well. Throws WaitTimedOut.
+void Scheduler::wait_for_release(Lock& lock, std::uint64_t id, TimePoint* give_up) {
+  if (*give_up == TimePoint::max()) *give_up = std::chrono::steady_clock::now() + holds_.at(id);
+  if (changed_.wait_until(lock, *give_up) == std::cv_status::timeout && holds_.contains(id)) {
+    throw WaitTimedOut{};
+  }
 }
 
 void Scheduler::run_front(Lock& lock, Stream* stream) {
@@ -145,6 +177,9 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
     const bool is_body = !operation.is_host_function();
     bodies_running_ += is_body ? 1 : 0;
     lock.unlock();
+    if (stream->delay_us > 0) {
+      std::this_thread::sleep_for(std::chrono::microseconds(stream->delay_us));
+    }
     perform_operation(*machine_, operation);
     lock.lock();
     bodies_running_ -= is_body ? 1 : 0;
@@ -226,10 +261,14 @@ void Scheduler::serve_host_functions() {
       next = std::min(next, stream->host_function_due);
     }
     if (due != nullptr) {
-      drain(lock, due, due->host_function_ticket);
-      // What came behind it, on this stream or on one that waits for it, could not run when it was
-      // enqueued.
-      if (schedule_ == Schedule::kEager) run_all_ready(lock);
+      try {
+        drain(lock, due, due->host_function_ticket);
+        // What came behind it, on this stream or on one that waits for it, could not run when it
+        // was enqueued.
+        if (schedule_ == Schedule::kEager) run_all_ready(lock);
+      } catch (const WaitTimedOut&) {
+        due->host_function_due = std::chrono::steady_clock::now() + kHostFunctionDelay;
+      }
     } else if (next == TimePoint::max()) {
       host_function_queued_.wait(lock);
     } else {

@@ -10,9 +10,11 @@
 // the mutex while an operation runs.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -24,6 +26,10 @@ namespace spillover::emulator {
 
 class Machine;
 
+// Thrown where a thread has waited for a held stream as long as the hold allows. The call that
+// waits has had no effect and returns CUDA_ERROR_TIMEOUT.
+struct WaitTimedOut {};
+
 class Scheduler {
  public:
   Scheduler(Machine* machine, const Config& config);
@@ -34,7 +40,7 @@ class Scheduler {
   // The same, and runs it at once on the eager schedule.
   void enqueue(Lock& lock, const StreamRef& stream, Operation operation);
 
-  // Blocks until the stream has completed the ticket.
+  // Blocks until the stream has completed the ticket. Throws WaitTimedOut.
   void drain(Lock& lock, const StreamRef& stream, Ticket ticket) {
     if (stream->completed < ticket) run_until(lock, stream, ticket, Patience::kBlock);
   }
@@ -46,6 +52,12 @@ class Scheduler {
   void advance(Lock& lock, const StreamRef& stream, Ticket ticket) {
     if (stream->completed < ticket) run_until(lock, stream, ticket, Patience::kNone);
   }
+
+  // A new hold, for an operation of that id. Whoever waits for it gives up after patience.
+  std::uint64_t add_hold(std::chrono::milliseconds patience);
+
+  // False where there is no such hold (any more).
+  bool release_hold(Lock& lock, std::uint64_t id);
 
   const std::vector<StreamRef>& active_streams() const { return active_; }
 
@@ -64,12 +76,17 @@ class Scheduler {
   enum class Patience { kBlock, kNone };
 
   bool run_until(Lock& lock, const StreamRef& target, Ticket ticket, Patience patience);
+  void wait_for_release(Lock& lock, std::uint64_t id, TimePoint* give_up);
   void run_front(Lock& lock, Stream* stream);
   void run_random(Lock& lock);
 
   // True when the first operation in the queue can run to its end without waiting for anyone.
   bool is_ready(const Stream& stream) const;
   bool is_satisfied(const WaitValue& wait) const;
+  bool is_held(const Operation& operation) const {
+    const auto* hold = std::get_if<Hold>(&operation.body);
+    return hold != nullptr && holds_.contains(hold->id);
+  }
 
   // Memory is not unmapped under a copy that is running, be it one that should have been waited
   // for.
@@ -97,6 +114,8 @@ class Scheduler {
   std::size_t next_start_ = 0;
   int bodies_running_ = 0;
   std::mt19937_64 random_;
+  std::map<std::uint64_t, std::chrono::milliseconds> holds_;  // not yet released
+  std::uint64_t next_hold_ = 1;
   std::condition_variable changed_;  // an operation finished
   std::condition_variable host_function_queued_;
   std::condition_variable work_queued_;

@@ -47,6 +47,7 @@ struct Stream {
   std::size_t active_index = kNotActive;
   Ticket host_function_ticket = 0;  // of the last host function enqueued
   TimePoint host_function_due;      // when the background thread takes it up
+  unsigned delay_us = 0;            // by which every body takes longer
 
   // Polling; see Events::query and Streams::query.
   int query_count = 0;

@@ -1,6 +1,6 @@
 // The one way into the driver: each cu* function is one call of plain(), with_driver() or
-// with_context(), so that initialisation, forks, callbacks, sticky errors, the random schedule and,
-// later, injected faults and the virtual clock are handled in one place.
+// with_context(), so that initialisation, forks, callbacks, sticky errors, the random schedule and
+// injected faults are handled in one place.
 //
 // Any thread may call; bodies of with_driver and with_context run with Machine::mutex held.
 #pragma once
@@ -12,6 +12,7 @@
 
 #include "emulator/core/call_site.hpp"
 #include "emulator/core/context.hpp"
+#include "emulator/core/fault_api.h"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
 #include "emulator/core/report.hpp"
@@ -29,10 +30,40 @@ inline CUresult admit() {
 // Sees every outcome on its way out. Reports failures where SPILLOVER_EMULATOR_VERBOSE asks for it.
 CUresult finish_call(const char* name, CUresult result);
 
+// What an injected fault makes of a call; costs one predictable branch where nothing is injected.
+class Injection {
+ public:
+  explicit Injection(const char* name) {
+    if (__atomic_load_n(&spillover_emulator_observes_calls, __ATOMIC_RELAXED) == 0) return;
+    at_once_ = static_cast<CUresult>(spillover_emulator_observe_call(name, &late_));
+  }
+
+  CUresult at_once() const { return at_once_; }
+
+  // The call's result after its work is done.
+  CUresult of(CUresult result) const {
+    return late_ == CUDA_SUCCESS || result != CUDA_SUCCESS ? result : static_cast<CUresult>(late_);
+  }
+
+ private:
+  CUresult at_once_ = CUDA_SUCCESS;
+  int late_ = CUDA_SUCCESS;
+};
+
 // A function that needs neither a device nor state, and works even in a forked child.
 template <typename Body>
 CUresult plain(const char* name, Body&& body) {
-  return finish_call(name, std::forward<Body>(body)());
+  const Injection injection(name);
+  if (injection.at_once() != CUDA_SUCCESS) return finish_call(name, injection.at_once());
+  return finish_call(name, injection.of(std::forward<Body>(body)()));
+}
+
+// body() -> CUresult, for a function of nothing but the calling thread's own state. Without a lock:
+// torch asks for the current device several times an operator.
+template <typename Body>
+CUresult with_thread(const char* name, Body&& body) {
+  const CUresult admitted = admit();
+  return finish_call(name, admitted == CUDA_SUCCESS ? std::forward<Body>(body)() : admitted);
 }
 
 // body(Machine&, Lock&) -> CUresult
@@ -40,15 +71,19 @@ template <typename Body>
 CUresult with_driver(const char* name, Body&& body) {
   const CUresult admitted = admit();
   if (admitted != CUDA_SUCCESS) return finish_call(name, admitted);
+  const Injection injection(name);
+  if (injection.at_once() != CUDA_SUCCESS) return finish_call(name, injection.at_once());
   Machine& machine = Machine::instance();
   const ReportScope reports;
   const CallScope call(name);
   try {
     Lock lock(machine.mutex);
     machine.scheduler.perturb(lock);
-    return finish_call(name, std::forward<Body>(body)(machine, lock));
+    return finish_call(name, injection.of(std::forward<Body>(body)(machine, lock)));
   } catch (const std::bad_alloc&) {
     return finish_call(name, CUDA_ERROR_OUT_OF_MEMORY);
+  } catch (const WaitTimedOut&) {
+    return finish_call(name, CUDA_ERROR_TIMEOUT);
   }
 }
 

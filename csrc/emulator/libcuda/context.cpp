@@ -9,6 +9,7 @@ using emulator::Lock;
 using emulator::Machine;
 using emulator::with_context;
 using emulator::with_driver;
+using emulator::with_thread;
 
 namespace {
 
@@ -139,7 +140,7 @@ CUresult cuCtxSetCurrent(CUcontext handle) {
 }
 
 CUresult cuCtxGetCurrent(CUcontext* handle) {
-  return with_driver(__func__, [=](Machine&, Lock&) {
+  return with_thread(__func__, [=] {
     if (handle == nullptr) return CUDA_ERROR_INVALID_VALUE;
     Context* context = CurrentContext::get();
     *handle = context == nullptr ? nullptr : context->handle();
@@ -165,7 +166,7 @@ CUresult cuCtxPopCurrent_v2(CUcontext* handle) {
 }
 
 CUresult cuCtxGetDevice(CUdevice* device) {
-  return with_driver(__func__, [=](Machine&, Lock&) {
+  return with_thread(__func__, [=] {
     if (device == nullptr) return CUDA_ERROR_INVALID_VALUE;
     const Context* context = CurrentContext::get();
     if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;

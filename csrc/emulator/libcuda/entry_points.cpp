@@ -5,10 +5,11 @@
 // function of cuda.h that is not here is not emulated: it is "not found", as in a driver that is
 // older than the function.
 #include <algorithm>
-#include <cctype>
 #include <cstring>
+#include <string>
 #include <string_view>
 
+#include "emulator/core/fault_plan.hpp"
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
@@ -149,13 +150,6 @@ const EntryPoint kEntryPoints[] = {
 #pragma GCC diagnostic pop
 // clang-format on
 
-// Cuts suffix off the end of text; false if it is not there.
-bool cut(std::string_view* text, std::string_view suffix) {
-  if (!text->ends_with(suffix)) return false;
-  text->remove_suffix(suffix.size());
-  return true;
-}
-
 // A name taken apart.
 struct Request {
   std::string_view symbol;  // with the version
@@ -165,13 +159,10 @@ struct Request {
 
 Request parse(std::string_view text) {
   Request request;
-  request.is_per_thread = cut(&text, "_ptsz") || cut(&text, "_ptds");
+  request.is_per_thread = text.ends_with("_ptsz") || text.ends_with("_ptds");
+  if (request.is_per_thread) text.remove_suffix(5);
   request.symbol = text;
-  if (text.size() > 3 && text[text.size() - 3] == '_' && text[text.size() - 2] == 'v' &&
-      std::isdigit(static_cast<unsigned char>(text.back())) != 0) {
-    text.remove_suffix(3);
-  }
-  request.name = text;
+  request.name = emulator::documented_name(text);
   return request;
 }
 
@@ -222,6 +213,16 @@ CUresult cuGetProcAddress_v2(const char* name, void** function, int cuda_version
 CUresult cuGetProcAddress(const char* name, void** function, int cuda_version, cuuint64_t flags) {
   return emulator::plain(__func__,
                          [=] { return look_up(name, function, cuda_version, flags, nullptr); });
+}
+
+size_t spillover_emulator_function_names(char* out, size_t capacity) {
+  std::string text;
+  for (const EntryPoint& entry : kEntryPoints) {
+    if (&entry != kEntryPoints && (&entry)[-1].name == entry.name) continue;
+    text += std::string(entry.name) + "\n";
+  }
+  if (out != nullptr && capacity > 0) out[text.copy(out, capacity - 1)] = '\0';
+  return text.size();
 }
 
 }  // extern "C"

@@ -44,9 +44,8 @@ extern "C" {
 
 CUresult cuMemGetInfo(std::size_t* free_bytes, std::size_t* total_bytes) {
   return with_context(__func__, [=](Machine& machine, Lock&, Context& context) {
-    const std::size_t capacity = machine.budget.capacity_bytes();
-    if (free_bytes != nullptr) *free_bytes = capacity - machine.budget.used_bytes(context.device);
-    if (total_bytes != nullptr) *total_bytes = capacity;
+    if (free_bytes != nullptr) *free_bytes = machine.budget.free_bytes(context.device);
+    if (total_bytes != nullptr) *total_bytes = machine.budget.capacity_bytes();
     return CUDA_SUCCESS;
   });
 }

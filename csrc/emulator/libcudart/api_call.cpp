@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "emulator/core/fault_api.h"
 #include "emulator/libcudart/runtime.hpp"
 
 namespace spillover::emulator::runtime {
@@ -72,9 +73,15 @@ CUresult prepare(Requirement requirement) {
 }  // namespace
 
 ApiCall::ApiCall(const char* name, Requirement requirement) noexcept
-    : name_(name), status_(to_runtime(prepare(requirement))) {}
+    : name_(name), status_(cudaSuccess) {
+  if (__atomic_load_n(&spillover_emulator_observes_calls, __ATOMIC_RELAXED) != 0) {
+    status_ = static_cast<cudaError_t>(spillover_emulator_observe_call(name, &late_error_));
+  }
+  if (status_ == cudaSuccess) status_ = to_runtime(prepare(requirement));
+}
 
 cudaError_t ApiCall::finish(cudaError_t outcome) noexcept {
+  if (outcome == cudaSuccess) outcome = static_cast<cudaError_t>(late_error_);
   if (outcome == cudaSuccess) return outcome;
   if (is_sticky(outcome)) sticky_error.store(outcome);
   last_error = outcome;
@@ -85,10 +92,8 @@ cudaError_t ApiCall::finish(cudaError_t outcome) noexcept {
 }
 
 CUresult current_device(CUdevice* device) noexcept {
-  CUcontext context = nullptr;
-  const CUresult result = cuCtxGetCurrent(&context);
-  if (result != CUDA_SUCCESS) return result;
-  if (context != nullptr) return cuCtxGetDevice(device);
+  const CUresult result = cuCtxGetDevice(device);
+  if (result != CUDA_ERROR_INVALID_CONTEXT) return result;
   *device = chosen_device;
   return CUDA_SUCCESS;
 }

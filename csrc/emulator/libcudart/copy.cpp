@@ -8,39 +8,48 @@ namespace {
 
 enum class Wait { kNo, kYes };
 
-bool is_attribute_set(CUpointer_attribute attribute, CUdeviceptr address) {
-  unsigned int value = 0;
-  return cuPointerGetAttribute(&value, attribute, address) == CUDA_SUCCESS && value != 0;
-}
+// What the driver knows of one pointer. A pointer that it does not know is pageable host memory.
+class Place {
+ public:
+  explicit Place(const void* pointer) {
+    const CUdeviceptr address = device_pointer(pointer);
+    look_up(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address, &type_);
+    if (type_ == CU_MEMORYTYPE_DEVICE) {
+      look_up(CU_POINTER_ATTRIBUTE_IS_MANAGED, address, &is_managed_);
+    }
+  }
 
-// Device memory that the host cannot touch.
-bool is_device_only(const void* pointer) {
-  unsigned int type = 0;
-  const CUdeviceptr address = device_pointer(pointer);
-  return cuPointerGetAttribute(&type, CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address) == CUDA_SUCCESS &&
-         type == CU_MEMORYTYPE_DEVICE &&
-         !is_attribute_set(CU_POINTER_ATTRIBUTE_IS_MANAGED, address);
-}
+  CUresult error() const { return error_; }
+  // Device memory that the host cannot touch.
+  bool is_device_only() const { return type_ == CU_MEMORYTYPE_DEVICE && is_managed_ == 0; }
+  // Memory that a GPU can touch: its own, and host memory that is pinned.
+  bool is_device_visible() const { return type_ != 0; }
 
-// Memory that a GPU can touch: its own, and host memory that is pinned.
-bool is_device_visible(const void* pointer) {
-  return is_attribute_set(CU_POINTER_ATTRIBUTE_MEMORY_TYPE, device_pointer(pointer));
-}
+ private:
+  void look_up(CUpointer_attribute attribute, CUdeviceptr address, unsigned* value) {
+    const CUresult result = cuPointerGetAttribute(value, attribute, address);
+    if (result == CUDA_SUCCESS) return;
+    *value = 0;
+    if (result != CUDA_ERROR_INVALID_VALUE) error_ = result;
+  }
+
+  CUresult error_ = CUDA_SUCCESS;
+  unsigned type_ = 0;
+  unsigned is_managed_ = 0;
+};
 
 // Whether two pointers fit the direction that the caller names. With unified addressing CUDA finds
 // the direction by itself and uses the name only to refuse what cannot be.
-bool fits(cudaMemcpyKind kind, const void* destination, const void* source) {
+bool fits(cudaMemcpyKind kind, const Place& destination, const Place& source) {
   switch (kind) {
     case cudaMemcpyHostToHost:
-      return !is_device_only(destination) && !is_device_only(source);
+      return !destination.is_device_only() && !source.is_device_only();
     case cudaMemcpyHostToDevice:
-      return is_device_visible(destination) && !is_device_only(source);
+      return destination.is_device_visible() && !source.is_device_only();
     case cudaMemcpyDeviceToHost:
-      return !is_device_only(destination) && is_device_visible(source);
+      return !destination.is_device_only() && source.is_device_visible();
     case cudaMemcpyDeviceToDevice:
-      return is_device_visible(destination) && is_device_visible(source);
-    case cudaMemcpyDefault:
-      return true;
+      return destination.is_device_visible() && source.is_device_visible();
     default:
       return false;
   }
@@ -48,7 +57,13 @@ bool fits(cudaMemcpyKind kind, const void* destination, const void* source) {
 
 cudaError_t check_direction(cudaMemcpyKind kind, const void* destination, const void* source) {
   if (static_cast<unsigned int>(kind) > cudaMemcpyDefault) return cudaErrorInvalidMemcpyDirection;
-  return fits(kind, destination, source) ? cudaSuccess : cudaErrorInvalidValue;
+  if (kind == cudaMemcpyDefault) return cudaSuccess;
+  const Place to(destination);
+  const Place from(source);
+  for (const CUresult error : {to.error(), from.error()}) {
+    if (error != CUDA_SUCCESS) return runtime::to_runtime(error);
+  }
+  return fits(kind, to, from) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 cudaError_t copy(void* destination, const void* source, size_t count, cudaMemcpyKind kind,

@@ -28,5 +28,13 @@ foreach(name IN LISTS names)
     endif()
   endforeach()
   string(APPEND code "NOT_EMULATED(${name}, \"${reason}\")\n")
+  string(APPEND function_names "    \"${name}\",\n")
 endforeach()
+# All of them, for those who choose a function by name (fault_api.h); ends with a null pointer.
+string(APPEND code
+  "const char* const* spillover_emulator_runtime_functions(void);\n"
+  "const char* const* spillover_emulator_runtime_functions(void) {\n"
+  "  static const char* const names[] = {\n${function_names}    0};\n"
+  "  return names;\n"
+  "}\n")
 file(WRITE "${OUTPUT}" "${code}")

@@ -5,7 +5,7 @@
 // Everything here may be called from any thread.
 //
 // Note [One seam]: each exported function is one call of plain(), with_driver() or with_context(),
-// so that last errors, forks, lazy contexts and, later, injected faults are handled in one place.
+// so that last errors, forks, lazy contexts and injected faults are handled in one place.
 #pragma once
 
 #include <cuda.h>
@@ -43,6 +43,7 @@ class ApiCall {
 
  private:
   const char* name_;
+  int late_error_ = 0;  // to be returned in place of success
   cudaError_t status_;
 };
 

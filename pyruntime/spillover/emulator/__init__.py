@@ -20,17 +20,34 @@ from spillover.emulator._control import (
     peak_bytes,
     release,
 )
+from spillover.emulator._faults import (
+    Fault,
+    Injection,
+    StorageFault,
+    calls,
+    faults,
+    slow,
+    stuck,
+)
 from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "Fault",
     "HazardPolicy",
     "HostAccess",
+    "Injection",
     "LiveResources",
     "Options",
     "Schedule",
+    "StorageFault",
+    "SweepFailure",
+    "SweepReport",
     "acquire",
+    "calls",
     "clear_hazards",
     "enable",
+    "faults",
     "hazards",
     "host_access",
     "is_enabled",
@@ -39,4 +56,7 @@ __all__ = [
     "peak_bytes",
     "release",
     "run",
+    "slow",
+    "stuck",
+    "sweep",
 ]

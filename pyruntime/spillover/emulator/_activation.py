@@ -18,11 +18,11 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _libraries, _stacks, _threads
+from spillover.emulator import _libraries, _library_operators, _stacks, _threads
 from spillover.emulator._options import HazardPolicy, Options, Schedule
 
 _lock = threading.Lock()
@@ -201,6 +201,8 @@ def _after_torch_import() -> None:
 
     library = str(_build.build("emulator"))
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    _library_operators.watch(torch, library)
+    _refuse_jiterator(torch._C)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
         _follow_blocks(library)
@@ -224,6 +226,18 @@ def _follow_blocks(library: str) -> None:
         follow()
     else:
         _threads.before_first_start(follow)
+
+
+def _refuse_jiterator(bindings: Any) -> None:
+    """Jiterator compiles CUDA source for the GPU at hand; without one torch crashes."""
+
+    def refuse(code: str, name: str, *arguments: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"spillover emulator: the jiterator's function {name} is not emulated: it is CUDA "
+            "source that a real GPU must compile and run"
+        )
+
+    bindings._cuda_jiterator_compile_and_launch_kernel = refuse
 
 
 def _watch_tolist(tensor_class: Any) -> None:

@@ -15,7 +15,6 @@ from spillover._errors import ConfigError
 from spillover._settings import enabled
 from spillover.emulator._options import ACTIVE_VARIABLE, Options
 
-
 _PYTHON = re.compile(r"(python|pypy)[0-9.]*t?")
 #: Python's options that end the list of options, take a value, or keep our sitecustomize out.
 _LAST_OPTIONS = "cm"

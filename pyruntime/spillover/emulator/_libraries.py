@@ -27,6 +27,19 @@ class Range(ctypes.Structure):
     )
 
 
+class FaultRow(ctypes.Structure):
+    """``spillover_emulator_fault`` of the C interface."""
+
+    _fields_ = (
+        ("function", ctypes.c_char_p),
+        ("first_call", ctypes.c_uint64),
+        ("times", ctypes.c_uint64),
+        ("probability", ctypes.c_double),
+        ("error", ctypes.c_int),
+        ("timing", ctypes.c_int),
+    )
+
+
 def folder() -> Path:
     """Where the emulated libraries lie."""
     return library_path("emulator")
@@ -73,7 +86,8 @@ def driver() -> ctypes.CDLL:
             "the emulated device is not enabled in this process; call spillover.emulator.enable() "
             "before importing torch, or run under 'spillover emulate'"
         )
-    size, text = ctypes.c_size_t, ctypes.c_char_p
+    size, text, status = ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int
+    number, stream = ctypes.c_uint64, ctypes.c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "cuInit": (ctypes.c_int, [ctypes.c_uint]),
         "spillover_emulator_hazard_count": (size, []),
@@ -87,9 +101,37 @@ def driver() -> ctypes.CDLL:
         "spillover_emulator_live": (None, [ctypes.POINTER(size)] * 6),
         "spillover_emulator_peak_bytes": (size, [ctypes.c_int]),
         "spillover_emulator_config": (text, []),
+        "spillover_emulator_plan_begin": (None, [ctypes.POINTER(FaultRow), size, number]),
+        "spillover_emulator_plan_end": (None, []),
+        "spillover_emulator_call_counts": (size, [text, size]),
+        "spillover_emulator_faults_fired": (size, [text, size]),
+        "spillover_emulator_function_names": (size, [text, size]),
+        "spillover_emulator_error_names": (size, [text, size]),
+        "spillover_emulator_occupy": (status, [ctypes.c_int, size]),
+        "spillover_emulator_limit_pinned": (status, [size]),
+        "spillover_emulator_slow_stream": (status, [stream, ctypes.c_uint]),
+        "spillover_emulator_hold_stream": (
+            status,
+            [stream, ctypes.c_uint, ctypes.POINTER(number)],
+        ),
+        "spillover_emulator_release_stream": (status, [number]),
     }
+    _declare(library, signatures)
+    return library
+
+
+@functools.lru_cache(maxsize=1)
+def runtime() -> ctypes.CDLL:
+    """The emulated CUDA runtime with the one function of its own that Python calls declared."""
+    driver()  # which says what is wrong where the emulator is off
+    library = next(loaded for name, loaded in _loaded.items() if name.startswith("libcudart.so"))
+    names = ctypes.POINTER(ctypes.c_char_p)
+    _declare(library, {"spillover_emulator_runtime_functions": (names, [])})
+    return library
+
+
+def _declare(library: ctypes.CDLL, signatures: dict[str, tuple[object, list[object]]]) -> None:
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype = result
         function.argtypes = arguments
-    return library

@@ -105,7 +105,19 @@ class WeightStreamer:
 
     def _watch(self, block: StreamedBlock, weight: StreamedWeight) -> Any:
         """Have the leaf's gradient leave once autograd has summed it; also if it thaws later."""
-        ready = functools.partial(self._gradient_ready, block, weight)
+        # Weak: the collector of cycles does not see a tensor's hooks, so a model that is dropped
+        # without remove() would never go.
+        streamer, of_block, of_weight = weakref.ref(self), weakref.ref(block), weakref.ref(weight)
+
+        def ready(leaf: torch.Tensor) -> None:
+            alive, its_block, its_weight = streamer(), of_block(), of_weight()
+            if alive is None or its_block is None or its_weight is None:
+                raise StateError(
+                    "a model whose weights are streamed was dropped before its backward; keep the "
+                    "model or its handle until then"
+                )
+            alive._gradient_ready(its_block, its_weight, leaf)
+
         frozen = not weight.leaf.requires_grad
         weight.leaf.requires_grad_(True)
         handle = weight.leaf.register_post_accumulate_grad_hook(ready)  # type: ignore[no-untyped-call]

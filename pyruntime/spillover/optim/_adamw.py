@@ -183,6 +183,9 @@ class AdamW(torch.optim.Optimizer):
         HostOutOfMemory
             There is no memory for the state or for staging; no weight, moment or step count has
             been changed then.
+        RuntimeError
+            A CUDA call failed on the way. Some weights are updated then and others are not, so a
+            repeated step would update those twice: go on from a checkpoint.
         """
         loss = None
         if closure is not None:

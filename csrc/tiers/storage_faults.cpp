@@ -1,0 +1,215 @@
+#include "tiers/storage_faults.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string_view>
+#include <thread>
+#include <utility>
+
+#include "base/bytes.hpp"
+#include "base/error.hpp"
+#include "tiers/extent_space.hpp"
+
+namespace spillover {
+namespace {
+
+constexpr std::array<std::string_view, 6> kOperations = {"make_folder", "open", "unlink",
+                                                         "allocate",    "read", "write"};
+
+// Short transfers end on a sector of the disk, which need not be a block of ours.
+constexpr size_t kSectorBytes = 512;
+
+constexpr size_t kFiredMax = 10000;
+
+struct Free {
+  void operator()(void* pointer) const { std::free(pointer); }
+};
+using AlignedBytes = std::unique_ptr<std::byte, Free>;
+
+// splitmix64 of three numbers: the same call of the same plan gives the same in every run.
+uint64_t mix(uint64_t seed, uint64_t rule, uint64_t call) {
+  uint64_t x = seed + 0x9E3779B97F4A7C15ULL * (call + 1) + 0xD1B54A32D192ED03ULL * (rule + 1);
+  x = (x ^ (x >> 30U)) * 0xBF58476D1CE4E5B9ULL;
+  x = (x ^ (x >> 27U)) * 0x94D049BB133111EBULL;
+  return x ^ (x >> 31U);
+}
+
+std::string describe(const StorageFault& fault) {
+  switch (fault.kind) {
+    case StorageFaultKind::kError:
+      return "errno " + std::to_string(fault.native_error);
+    case StorageFaultKind::kShort:
+      return "short";
+    case StorageFaultKind::kFlip:
+      return "flip";
+    case StorageFaultKind::kTorn:
+      return "torn";
+    case StorageFaultKind::kDelay:
+      return "delay";
+  }
+  return "";
+}
+
+void check(const StorageFault& fault) {
+  if (std::find(kOperations.begin(), kOperations.end(), fault.operation) == kOperations.end()) {
+    throw ConfigError("there is no file operation " + fault.operation);
+  }
+  const bool is_write = fault.operation == "write";
+  const bool is_transfer = is_write || fault.operation == "read";
+  const bool fits = fault.kind == StorageFaultKind::kError ||
+                    fault.kind == StorageFaultKind::kDelay ||
+                    (fault.kind == StorageFaultKind::kTorn ? is_write : is_transfer);
+  if (!fits) throw ConfigError(fault.operation + " cannot have the fault " + describe(fault));
+  if (fault.kind == StorageFaultKind::kError && fault.native_error <= 0) {
+    throw ConfigError("an error has an errno above 0, not " + std::to_string(fault.native_error));
+  }
+}
+
+// About half, on a sector; never nothing, which would mean the end of the file.
+size_t shortened(size_t size_bytes) {
+  const size_t half = round_down(size_bytes / 2 + kSectorBytes, kSectorBytes);
+  return std::min(std::max(half, kSectorBytes), size_bytes);
+}
+
+void flip_bit(std::byte* data, size_t size_bytes, uint64_t random) {
+  data[(random >> 3U) % size_bytes] ^= std::byte{1} << (random & 7U);
+}
+
+}  // namespace
+
+StorageFaults& StorageFaults::instance() {
+  static auto& faults = *new StorageFaults;
+  return faults;
+}
+
+void StorageFaults::begin(std::vector<StorageFault> plan, uint64_t seed) {
+  std::vector<Rule> rules;
+  for (StorageFault& fault : plan) {
+    check(fault);
+    rules.push_back({std::move(fault)});
+  }
+  const std::lock_guard lock(mutex_);
+  rules_ = std::move(rules);
+  seed_ = seed;
+  calls_.clear();
+  fired_.clear();
+  is_active_ = true;
+  replace_file_operations(this);
+}
+
+void StorageFaults::end() {
+  const std::lock_guard lock(mutex_);
+  replace_file_operations(nullptr);
+  is_active_ = false;
+}
+
+std::map<std::string, uint64_t> StorageFaults::calls() const {
+  const std::lock_guard lock(mutex_);
+  return calls_;
+}
+
+std::vector<std::string> StorageFaults::fired() const {
+  const std::lock_guard lock(mutex_);
+  return fired_;
+}
+
+StorageFaults::Outcome StorageFaults::next_call(const char* operation) {
+  Outcome outcome;
+  const std::lock_guard lock(mutex_);
+  if (!is_active_) return outcome;
+  const uint64_t call = ++calls_[operation];
+  for (size_t i = 0; i < rules_.size(); ++i) {
+    Rule& rule = rules_[i];
+    const StorageFault& fault = rule.fault;
+    if (fault.operation != operation || call < fault.first_call) continue;
+    if (fault.times != 0 && rule.fired >= fault.times) continue;
+    const uint64_t random = mix(seed_, i, call);
+    if (static_cast<double>(random >> 11U) * 0x1.0p-53 >= fault.probability) continue;
+    ++rule.fired;
+    if (fired_.size() < kFiredMax) {
+      fired_.push_back(fault.operation + " " + std::to_string(call) + ": " + describe(fault));
+    }
+    outcome.random = mix(random, i, call);
+    if (fault.kind == StorageFaultKind::kError) outcome.native_error = fault.native_error;
+    if (fault.kind == StorageFaultKind::kShort) outcome.is_short = true;
+    if (fault.kind == StorageFaultKind::kTorn) outcome.is_torn = true;
+    if (fault.kind == StorageFaultKind::kFlip) outcome.is_flipped = true;
+    if (fault.kind == StorageFaultKind::kDelay) outcome.delay_us += fault.delay_us;
+  }
+  return outcome;
+}
+
+template <typename Body>
+int StorageFaults::run(const char* operation, Body&& body) {
+  const Outcome outcome = next_call(operation);
+  std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
+  if (outcome.native_error == 0) return body();
+  errno = outcome.native_error;
+  return -1;
+}
+
+int StorageFaults::make_folder(const char* path, mode_t mode) {
+  return run("make_folder", [&] { return FileOperations::make_folder(path, mode); });
+}
+
+int StorageFaults::open(int folder, const char* name, int flags, mode_t mode) {
+  return run("open", [&] { return FileOperations::open(folder, name, flags, mode); });
+}
+
+int StorageFaults::unlink(int folder, const char* name) {
+  return run("unlink", [&] { return FileOperations::unlink(folder, name); });
+}
+
+int StorageFaults::allocate(int file, uint64_t offset, uint64_t size_bytes) {
+  return run("allocate", [&] { return FileOperations::allocate(file, offset, size_bytes); });
+}
+
+ssize_t StorageFaults::read(int file, std::byte* data, size_t size_bytes, uint64_t offset) {
+  const Outcome outcome = next_call("read");
+  std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
+  if (outcome.native_error != 0) {
+    errno = outcome.native_error;
+    return -1;
+  }
+  const ssize_t count = FileOperations::read(file, data, size_bytes, offset);
+  if (count <= 0) return count;
+  const auto read_bytes = static_cast<size_t>(count);
+  if (outcome.is_flipped) flip_bit(data, read_bytes, outcome.random);
+  if (!outcome.is_short) return count;
+  const size_t kept_bytes = shortened(read_bytes);
+  std::memset(data + kept_bytes, 0xFF, read_bytes - kept_bytes);
+  return static_cast<ssize_t>(kept_bytes);
+}
+
+ssize_t StorageFaults::write(int file, const std::byte* data, size_t size_bytes, uint64_t offset) {
+  const Outcome outcome = next_call("write");
+  std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
+  if (outcome.native_error != 0) {
+    errno = outcome.native_error;
+    return -1;
+  }
+  AlignedBytes changed;
+  if (outcome.is_flipped) {
+    changed.reset(static_cast<std::byte*>(
+        std::aligned_alloc(kDiskBlockBytes, round_up(size_bytes, kDiskBlockBytes))));
+    if (changed == nullptr) {
+      errno = ENOMEM;
+      return -1;
+    }
+    std::memcpy(changed.get(), data, size_bytes);
+    flip_bit(changed.get(), size_bytes, outcome.random);
+    data = changed.get();
+  }
+  if (!outcome.is_short && !outcome.is_torn) {
+    return FileOperations::write(file, data, size_bytes, offset);
+  }
+  const ssize_t count = FileOperations::write(file, data, shortened(size_bytes), offset);
+  return outcome.is_torn && count > 0 ? static_cast<ssize_t>(size_bytes) : count;
+}
+
+}  // namespace spillover

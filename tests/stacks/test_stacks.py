@@ -1,0 +1,97 @@
+"""Common stacks run unmodified on the emulated device, without a report of the checker.
+
+The programs are scripts in ``programs/``. Starting a process and importing a stack takes longer
+than running it, so those that share a stack share a process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spillover.emulator import Options, Schedule
+
+PROGRAMS = Path(__file__).with_name("programs")
+
+GROUPS = {
+    "huggingface": (
+        "transformers_generate",
+        "transformers_trainer",
+        "accelerate_loop",
+        "peft_lora",
+        "diffusers_unet",
+    ),
+    "torch": (
+        "torch_allocator",
+        "torch_autocast",
+        "torch_checkpoint",
+        "torch_compile",
+        "torch_data_loader",
+        "torchvision_boxes",
+        "torchvision_resnet",
+        "lightning_fit",
+    ),
+    "ddp": ("ddp_gloo",),
+    "fsdp2": ("fsdp2_gloo",),
+    "spillover": ("spillover_llama",),
+}
+NAMES = sorted(path.stem for path in PROGRAMS.glob("[a-z]*.py"))
+
+
+def run_programs(names: tuple[str, ...], options: Options) -> None:
+    """Run them in one process; skip, after the others have run, for those that cannot."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(PROGRAMS), *names],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, **options.environment()},
+        check=False,
+    )
+    outcomes = [
+        json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"program"')
+    ]
+    failed = [f"{o['program']}:\n{o['reason']}" for o in outcomes if o["outcome"] == "failed"]
+    assert not failed, "\n".join(failed) + result.stderr[-4000:]
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [o["program"] for o in outcomes] == list(names)
+    skipped = [f"{o['program']}: {o['reason']}" for o in outcomes if o["outcome"] == "skipped"]
+    if skipped:
+        passed = len(names) - len(skipped)
+        pytest.skip(f"{'; '.join(skipped)}" + (f" ({passed} others passed)" if passed else ""))
+
+
+def test_each_program_is_in_a_group() -> None:
+    assert sorted(name for group in GROUPS.values() for name in group) == NAMES
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_stacks(group: str) -> None:
+    run_programs(GROUPS[group], Options(vram="2GiB", schedule="late", hazards="raise"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("schedule", "seed"), [("eager", 0), ("threaded", 0), ("random", 1), ("random", 2)]
+)
+@pytest.mark.parametrize("group", GROUPS)
+def test_stacks_on_other_schedules(group: str, schedule: Schedule, seed: int) -> None:
+    run_programs(GROUPS[group], Options(vram="2GiB", schedule=schedule, seed=seed, hazards="raise"))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("program", NAMES)
+def test_each_program_is_a_script(program: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", str(PROGRAMS / f"{program}.py")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert result.returncode in (0, 77), result.stderr
