@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from benchmarks import _harness, _opdb
+from benchmarks._hazards import clean, kinds
 
 # Runs in a process of its own for each policy of the checker; prints one JSON object.
 _PROGRAM = r"""
@@ -89,6 +90,74 @@ print(json.dumps(result))
 """
 
 
+# The ordinary training step of a small GPT, checker on or off; prints the fastest step in seconds.
+_STEP_PROGRAM = r"""
+import sys, time
+import spillover.emulator
+spillover.emulator.enable(vram="1GiB", hazards=sys.argv[1])
+import torch
+import torch.nn.functional as F
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+nn = torch.nn
+layers = [nn.TransformerEncoderLayer(192, 6, 768, dropout=0.0, batch_first=True) for _ in range(4)]
+model = nn.Sequential(nn.Embedding(256, 192), *layers, nn.Linear(192, 256)).cuda()
+optimizer = torch.optim.AdamW(model.parameters())
+tokens = torch.randint(256, (4, 64), device="cuda")
+seconds = []
+for _ in range(int(sys.argv[2])):
+    start = time.perf_counter()
+    loss = F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    loss.item()
+    seconds.append(time.perf_counter() - start)
+print(min(seconds))
+"""
+
+
+def _step_seconds(policy: str, *, quick: bool) -> float:
+    output = subprocess.run(
+        [sys.executable, "-c", _STEP_PROGRAM, policy, "5" if quick else "30"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    return float(output.splitlines()[-1])
+
+
+def _judge(*, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metrics of the checker as a judge, and what it reported where it should not have."""
+    schedules = ("late",) if quick else ("late", "eager", "threaded", "random")
+    groups = clean.QUICK_GROUPS if quick else tuple(clean.GROUPS)
+    missed, alarms, programs = [], {}, 0
+    for schedule in schedules:
+        reports = kinds.measure(schedule)
+        for kind in kinds.KINDS:
+            name = kind.program.__name__
+            if not kinds.caught(kind, reports[f"{name}/broken"]):
+                missed.append(f"{name} ({schedule})")
+            if reports[f"{name}/corrected"]:
+                alarms[f"{name} ({schedule})"] = reports[f"{name}/corrected"]
+    for group in groups:
+        for schedule in schedules:
+            found = clean.measure(group, schedule)
+            programs += len(found) if schedule == schedules[0] else 0
+            alarms.update({f"{k} ({group}, {schedule})": v for k, v in found.items() if v})
+    missed_programs = {name.split(" ")[0] for name in missed}
+    checked, unchecked = (_step_seconds(policy, quick=quick) for policy in ("raise", "off"))
+    metrics = {
+        "hazard_kinds_planted": len(kinds.KINDS),
+        "hazard_kinds_caught": len(kinds.KINDS) - len(missed_programs),
+        "hazard_programs": programs,
+        "hazard_false_alarms": sum(len(texts) for texts in alarms.values()),
+        "hazard_overhead": checked / unchecked,
+    }
+    return metrics, {"missed": missed, "false_alarms": alarms}
+
+
 def _measure(policy: str, *, quick: bool) -> dict[str, Any]:
     repeats, calls = (5, 200) if quick else (21, 1000)
     output = subprocess.run(
@@ -134,9 +203,11 @@ def run(*, quick: bool) -> dict[str, Any]:
     def added(result: dict[str, Any]) -> dict[str, float]:
         return _harness.spread([row["added_us"] for row in result["operators"].values()])
 
+    judged, judged_details = _judge(quick=quick)
     agreement, disagreement = _compare_operators(quick=quick)
     return {
         "metrics": {
+            **judged,
             "op_overhead_us_median": added(checked)["median"],
             "op_overhead_us_max": added(checked)["max"],
             "op_overhead_unchecked_us_median": added(unchecked)["median"],
@@ -144,10 +215,16 @@ def run(*, quick: bool) -> dict[str, Any]:
             "event_record_us_median": checked["event_record_us"],
             **agreement,
         },
-        "details": {"checked": checked, "unchecked": unchecked, "opdb": disagreement},
+        "details": {
+            "checked": checked,
+            "unchecked": unchecked,
+            "hazards": judged_details,
+            "opdb": disagreement,
+        },
         "notes": [
             "added by emulation to the same operator on the CPU, 1,024 elements, one thread, "
             "checker on; median over operators of medians over paired repeats",
+            "hazard_overhead: fastest training step of a small GPT with the checker, over without",
             "emulated times say nothing about a GPU",
             "opdb: operators of torch's op_db whose first 4 samples agree with the CPU, forward "
             "and backward (bf16: forward); skipped and differing ones are named in the details",

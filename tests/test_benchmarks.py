@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-EXPECTED = {"emulator": {"op_overhead_us_median", "opdb_pass", "opdb_bf16_pass"}}
+EXPECTED = {
+    "emulator": {
+        "op_overhead_us_median",
+        "opdb_pass",
+        "opdb_bf16_pass",
+        "hazard_kinds_caught",
+        "hazard_false_alarms",
+    }
+}
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

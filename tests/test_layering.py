@@ -30,9 +30,10 @@ ALLOWED = {
     },
     "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
     "emulator/aten": {"emulator/core/c_api.h"},
+    "emulator/python": {"emulator/core/c_api.h"},
 }
 CUDA_LAYERS = {"driver", "torch_adapter"}
-PYTHON_LAYERS = {"bindings", "torch_adapter"}
+PYTHON_LAYERS = {"bindings", "torch_adapter", "emulator/python"}
 TORCH_LAYERS = {"torch_adapter", "emulator/aten"}
 
 CUDA = re.compile(r"cuda(_runtime(_api)?)?\.h|driver_types\.h")
@@ -41,7 +42,7 @@ PYTHON = re.compile(r"Python\.h|pybind11/")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.MULTILINE)
 
 SOURCES = sorted(
-    path for path in CSRC.rglob("*") if path.suffix in {".cpp", ".hpp", ".h", ".cu", ".inc"}
+    path for path in CSRC.rglob("*") if path.suffix in {".c", ".cpp", ".hpp", ".h", ".cu", ".inc"}
 )
 
 

@@ -33,6 +33,7 @@ NOT_REGISTERED = 713
 NOT_PERMITTED = 800
 NOT_SUPPORTED = 801
 HAZARD = 999
+REFUSED = -1  # SPILLOVER_EMULATOR_HAZARD
 
 LEGACY = 1
 PER_THREAD = 2
@@ -247,15 +248,16 @@ class Driver:
         self, stream: int, name: str, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()
     ) -> int:
         """Pretend to run an operator on (pointer, size) ranges; its hazard status."""
-        self("spillover_emulator_operator_begin", stream)
         ranges = ranges_of(reads, writes)
-        return self.status(
-            "spillover_emulator_operator_access", stream, name.encode(), ranges, len(ranges)
+        status = self.status(
+            "spillover_emulator_operator_begin", stream, name.encode(), ranges, len(ranges)
         )
+        return HAZARD if status == REFUSED else status
 
     def host_access(self, *, reads: Sequence[Any] = (), writes: Sequence[Any] = ()) -> int:
         ranges = ranges_of(reads, writes)
-        return self.status("spillover_emulator_host_access", b"host code", ranges, len(ranges))
+        status = self.status("spillover_emulator_host_access", b"host code", ranges, len(ranges))
+        return HAZARD if status == REFUSED else status
 
     def hazards(self) -> list[str]:
         texts = []

@@ -15,7 +15,6 @@ from driver_ctypes import (
     Buffer,
     Driver,
     expect,
-    ranges_of,
     run_program,
 )
 
@@ -239,12 +238,10 @@ def outputs_allocated_after_launch() -> None:
     side, main, pointer = cuda.stream(), cuda.stream(), cuda.alloc(SIZE)
     cuda.fill(pointer, 1, SIZE, side)
     event = cuda.record(side)
-    cuda("spillover_emulator_operator_begin", main)
+    expect(SUCCESS, cuda.operator(main, "aten::empty"))
     while cuda.status("cuEventQuery", event) == NOT_READY:
         pass
-    ranges = ranges_of([], [(pointer, SIZE)])
-    access = ("spillover_emulator_operator_access", main, b"aten::empty", ranges, 1)
-    expect(SUCCESS, cuda.status(*access))
+    expect(SUCCESS, cuda.operator(main, "aten::empty", writes=[(pointer, SIZE)]))
 
 
 def recycled_streams() -> None:

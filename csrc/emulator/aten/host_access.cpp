@@ -1,6 +1,7 @@
 #include "emulator/aten/host_access.hpp"
 
 #include "emulator/aten/accesses.hpp"
+#include "emulator/aten/operands.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/core/c_api.h"
 
@@ -32,6 +33,7 @@ void WatchedOperator::report(const c10::IValue* arguments) const {
       }
     }
   }
+  const OperandScope operands(plan_, arguments, plan_.arguments.size());
   report_host_access(plan_.name.c_str(), ranges);
 }
 

@@ -12,6 +12,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/operands.hpp"
 #include "emulator/aten/random.hpp"
 #include "emulator/aten/workspace.hpp"
 #include "emulator/core/c_api.h"
@@ -94,7 +95,7 @@ class OperatorCall {
       originals_.push_back(std::move(arguments[i]));
       arguments[i] = convert(originals_.back(), plan_.arguments[i]);
     }
-    begin_operator(stream_, plan_.name.c_str(), ranges_);
+    enter();
     ranges_.clear();
   }
 
@@ -222,12 +223,17 @@ class OperatorCall {
     return device;
   }
 
+  void enter() {
+    const OperandScope operands(plan_, originals_.data(), originals_.size());
+    begin_operator(stream_, plan_.name.c_str(), ranges_);
+  }
+
   // Writes the results into the memory that was allocated for them. While the kernel ran, another
   // host thread may have made this stream wait for a copy into this very memory, and then freed it:
   // on a device the kernel would come after that wait, so the operator begins once more.
   void fill_arrivals() {
     if (arrivals_.empty() && ranges_.empty()) return;
-    begin_operator(stream_, plan_.name.c_str(), ranges_);
+    enter();
     for (const Arrival& arrival : arrivals_) {
       if (arrival.bytes == nullptr) continue;
       std::memcpy(spillover_emulator_host_pointer(arrival.target), arrival.bytes,

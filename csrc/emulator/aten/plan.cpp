@@ -132,7 +132,7 @@ OperatorPlan::OperatorPlan(const c10::FunctionSchema& schema)
     const int index = static_cast<int>(arguments.size());
     const ArgumentKind kind = kind_of(argument.type());
     const c10::AliasInfo* info = argument.alias_info();
-    arguments.push_back({kind, info != nullptr && info->isWrite()});
+    arguments.push_back({kind, info != nullptr && info->isWrite(), argument.name()});
     if (kind == ArgumentKind::kGenerator) generator_index = index;
     if (kind == ArgumentKind::kDevice) device_index = index;
     has_tensor_arguments |= kind == ArgumentKind::kTensor || kind == ArgumentKind::kTensorList;

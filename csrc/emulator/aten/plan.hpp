@@ -17,6 +17,7 @@ enum class ArgumentKind : uint8_t { kTensor, kTensorList, kGenerator, kDevice, k
 struct ArgumentPlan {
   ArgumentKind kind;
   bool is_written;
+  std::string name;
 };
 
 struct OperatorPlan {

@@ -145,6 +145,55 @@ bool AccessMap::record_read(Address begin, Address end, const Access& access,
   return found;
 }
 
+bool AccessMap::find_conflict(Address begin, Address end, AccessKind kind, const Access& access,
+                              const VectorClock& clock, Conflict* conflict) {
+  if (begin >= end) return false;
+  auto position = find_exact(begin, end);
+  if (position == segments_.end()) {
+    position = segments_.upper_bound(begin);
+    if (position != segments_.begin() && std::prev(position)->second.end > begin) --position;
+  }
+  for (; position != segments_.end() && position->first < end; ++position) {
+    const Segment& segment = position->second;
+    if (!is_ordered(segment.write, access, clock)) {
+      *conflict = {segment.write, kind_of_write(segment.write)};
+      return true;
+    }
+    if (kind == AccessKind::kRead) continue;
+    for (const Access& read : segment.reads) {
+      if (is_ordered(read, access, clock)) continue;
+      *conflict = {read, AccessKind::kRead};
+      return true;
+    }
+  }
+  return false;
+}
+
+Address AccessMap::find_unwritten(Address begin, Address end, std::uint64_t order) const {
+  auto position = segments_.upper_bound(begin);
+  if (position != segments_.begin() && std::prev(position)->second.end > begin) --position;
+  Address cursor = begin;
+  for (; cursor < end; ++position) {
+    if (position == segments_.end() || position->first > cursor) return cursor;
+    const Access& write = position->second.write;
+    if (write.name == nullptr || write.is_free || write.order < order) return cursor;
+    cursor = position->second.end;
+  }
+  return end;
+}
+
+void AccessMap::copy(Address begin, Address end, Address place) {
+  auto position = first_inside(begin, end);
+  std::vector<std::pair<Address, Segment>> found;
+  for (; position != segments_.end() && position->first < end; ++position) {
+    found.emplace_back(*position);
+  }
+  for (auto& [first, segment] : found) {
+    segment.end = segment.end - begin + place;
+    segments_.emplace(first - begin + place, std::move(segment));
+  }
+}
+
 void AccessMap::clear(Address begin, Address end) {
   if (begin >= end) return;
   const auto first = first_inside(begin, end);

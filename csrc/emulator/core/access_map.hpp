@@ -12,6 +12,7 @@
 #include <map>
 #include <vector>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
 
@@ -22,15 +23,23 @@ struct Access {
   ActorId actor = kHostActor;
   Ticket tick = 0;
   std::uint64_t stream_id = 0;
+  std::uint64_t order = 0;  // counts all accesses, in the order of the calls
+  SiteId site = 0;
   bool is_free = false;  // of a write: it was a stream-ordered free
 };
 
 enum class AccessKind { kRead, kWrite, kFree };
 
+struct ByteRange {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+};
+
 // An earlier access that a new one is not ordered after.
 struct Conflict {
   Access earlier;
   AccessKind earlier_kind = AccessKind::kRead;
+  bool reused = false;  // a caching allocator handed the bytes out again in between
 };
 
 class AccessMap {
@@ -41,10 +50,18 @@ class AccessMap {
   bool record(Address begin, Address end, AccessKind kind, const Access& access,
               const VectorClock& clock, Conflict* conflict);
 
+  // The same without recording anything.
+  bool find_conflict(Address begin, Address end, AccessKind kind, const Access& access,
+                     const VectorClock& clock, Conflict* conflict);
+
+  // The first byte of [begin, end) that was not written since `order`; end if there is none.
+  Address find_unwritten(Address begin, Address end, std::uint64_t order) const;
+
+  // Repeats what is known of [begin, end) at another place, of which nothing is known.
+  void copy(Address begin, Address end, Address place);
+
   // Forgets [begin, end).
   void clear(Address begin, Address end);
-
-  std::size_t segment_count() const { return segments_.size(); }
 
  private:
   struct Segment {

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <vector>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/fault_api.h"
 #include "emulator/core/hazard_checker.hpp"
+#include "emulator/core/hazard_text.hpp"
 #include "emulator/core/kernel_api.h"
 #include "emulator/core/kernels.hpp"
 #include "emulator/core/machine.hpp"
@@ -19,9 +22,26 @@ using emulator::AccessKind;
 using emulator::Address;
 using emulator::Lock;
 using emulator::Machine;
+using emulator::Recording;
 using emulator::StreamRef;
 
 namespace {
+
+// The machine, where there is anything to check; nullptr otherwise.
+Machine* checking_machine() {
+  if (!emulator::process_ready()) return nullptr;
+  Machine& machine = Machine::instance();
+  return machine.hazards.enabled() ? &machine : nullptr;
+}
+
+size_t copy_text(const std::string& text, char* out, size_t capacity) {
+  if (out != nullptr && capacity > 0) {
+    const std::size_t length = std::min(text.size(), capacity - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = '\0';
+  }
+  return text.size();
+}
 
 // The stream that a handle means; a default stream where no context is current is device 0's, since
 // torch's threads may come here before they made a call of the runtime's.
@@ -30,6 +50,10 @@ CUresult find_stream(Machine& machine, void* handle, StreamRef* stream) {
   if (result != CUDA_ERROR_INVALID_CONTEXT) return result;
   *stream = machine.streams.legacy(0);
   return CUDA_SUCCESS;
+}
+
+AccessKind kind_of(const spillover_emulator_range& range) {
+  return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
 }
 
 // An operator or a kernel of a test counts as the launch that it would be on a GPU. A launch has no
@@ -46,20 +70,28 @@ bool is_tracked(const Machine& machine, const spillover_emulator_range& range) {
   return range.size_bytes != 0 && machine.is_device_accessible(address, range.size_bytes);
 }
 
-int hazard_result(const Machine& machine, bool found) {
-  return found && machine.hazards.raises() ? SPILLOVER_EMULATOR_HAZARD : CUDA_SUCCESS;
-}
-
-// A hazard in any of the ranges is reported, but all of them are recorded.
-template <typename Record>
-bool record_all(const spillover_emulator_range* ranges, std::size_t count, Record&& record) {
-  bool found = false;
-  for (std::size_t i = 0; i < count; ++i) {
-    const AccessKind kind = ranges[i].is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
-    found =
-        record(kind, reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes) || found;
+// Checks and records all ranges. Under the policy "raise" the caller does not perform what is
+// hazardous, so none of it is recorded then.
+int access_all(Machine& machine, const emulator::Access& access, const emulator::VectorClock& clock,
+               const spillover_emulator_range* ranges, std::size_t count) {
+  const auto visit_all = [&](Recording recording) {
+    bool found = false;
+    for (std::size_t i = 0; i < count; ++i) {
+      if (!is_tracked(machine, ranges[i])) continue;
+      found = machine.record(access, clock, kind_of(ranges[i]),
+                             reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes,
+                             recording) ||
+              found;
+    }
+    return found;
+  };
+  if (!machine.hazards.raises()) {
+    visit_all(Recording::kYes);
+    return CUDA_SUCCESS;
   }
-  return found;
+  if (visit_all(Recording::kNo)) return SPILLOVER_EMULATOR_HAZARD;
+  visit_all(Recording::kYes);
+  return CUDA_SUCCESS;
 }
 
 }  // namespace
@@ -82,6 +114,8 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
   const int injected = observe_launch();
   if (injected != CUDA_SUCCESS) return injected;
   Machine& machine = Machine::instance();
+  const emulator::ReportScope reports;
+  const emulator::CallScope call("operator");
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
@@ -94,27 +128,33 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
   }
   const CUresult error = machine.sticky_error(target->device);
   if (error != CUDA_SUCCESS || !machine.hazards.enabled()) return error;
-  const bool found = record_all(
-      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
-        return machine.record_access(*target, target->enqueued, name, kind, address, size_bytes);
-      });
-  return hazard_result(machine, found);
+  for (size_t i = 0; i < range_count; ++i) {
+    // Whatever the policy: the operator would crash on such memory.
+    if (!machine.check_usable(*target, name, kind_of(ranges[i]),
+                              reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes)) {
+      return SPILLOVER_EMULATOR_HAZARD;
+    }
+  }
+  const emulator::Access access = machine.access_of(*target, target->enqueued, name);
+  return access_all(machine, access, target->clock, ranges, range_count);
 }
 
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
                                    size_t range_count) {
   if (!emulator::process_ready()) return CUDA_SUCCESS;
   Machine& machine = Machine::instance();
-  if (!machine.hazards.enabled()) return CUDA_SUCCESS;
+  // What a host function touches is ordered with its stream, which knows nothing of it.
+  if (!machine.hazards.enabled() || emulator::in_callback()) return CUDA_SUCCESS;
+  const emulator::ReportScope reports;
+  {
+    const Lock lock(machine.mutex);
+    const auto tracked = [&](const auto& range) { return is_tracked(machine, range); };
+    if (std::none_of(ranges, ranges + range_count, tracked)) return CUDA_SUCCESS;
+  }
+  const emulator::CallScope call(name);
   const Lock lock(machine.mutex);
-  const bool any_tracked = std::any_of(
-      ranges, ranges + range_count, [&](const auto& range) { return is_tracked(machine, range); });
-  if (!any_tracked) return CUDA_SUCCESS;
-  const bool found = record_all(
-      ranges, range_count, [&](AccessKind kind, Address address, std::size_t size_bytes) {
-        return machine.record_host_access(name, kind, address, size_bytes);
-      });
-  return hazard_result(machine, found);
+  return access_all(machine, machine.host_access_of(name),
+                    machine.streams.threads().current().clock, ranges, range_count);
 }
 
 size_t spillover_emulator_pinned_count(void) {
@@ -142,13 +182,77 @@ size_t spillover_emulator_hazard_text(size_t index, char* out, size_t capacity) 
   Machine& machine = Machine::instance();
   const Lock lock(machine.mutex);
   if (index >= machine.hazards.text_count()) return 0;
-  const std::string& text = machine.hazards.text(index);
-  if (out != nullptr && capacity > 0) {
-    const std::size_t length = std::min(text.size(), capacity - 1);
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-  }
-  return text.size();
+  return copy_text(machine.hazards.text(index), out, capacity);
+}
+
+size_t spillover_emulator_leak_text(size_t index, char* out, size_t capacity) {
+  if (out != nullptr && capacity > 0) *out = '\0';
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return 0;
+  const Lock lock(machine->mutex);
+  const std::vector<std::string> texts = machine->hazards.history().live_texts();
+  return index < texts.size() ? copy_text(texts[index], out, capacity) : 0;
+}
+
+void spillover_emulator_thread_begin(void) {
+  emulator::HostThreads::begin();
+}
+
+void spillover_emulator_thread_end(void) {
+  emulator::HostThreads::end();
+}
+
+void spillover_emulator_release(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().release(token);
+}
+
+void spillover_emulator_acquire(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().acquire(token);
+}
+
+void spillover_emulator_forget(uint64_t token) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const Lock lock(machine->mutex);
+  machine->streams.threads().forget(token);
+}
+
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const emulator::CallScope call("allocator");
+  const Lock lock(machine->mutex);
+  machine->hazards.blocks().begin(
+      reinterpret_cast<Address>(pointer), size_bytes, machine->hazards.next_order(),
+      emulator::current_site(),
+      [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
+}
+
+void spillover_emulator_block_end(const void* pointer, size_t size_bytes) {
+  Machine* const machine = checking_machine();
+  if (machine == nullptr) return;
+  const emulator::CallScope call("allocator");
+  const Lock lock(machine->mutex);
+  machine->hazards.blocks().end(reinterpret_cast<Address>(pointer), size_bytes,
+                                emulator::current_site(), machine->streams.threads().snapshot());
+}
+
+void spillover_emulator_set_stacks(uint32_t (*capture)(void),
+                                   size_t (*format)(uint32_t site, char* out, size_t capacity)) {
+  emulator::set_stack_functions(capture, format);
+}
+
+void spillover_emulator_set_operand_describer(size_t (*describer)(const void* address,
+                                                                  size_t size_bytes, void* context,
+                                                                  char* out, size_t capacity),
+                                              void* context) {
+  emulator::set_argument_describer(describer, context);
 }
 
 void spillover_emulator_hazards_clear(void) {
@@ -169,6 +273,7 @@ int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*
   const int injected = observe_launch();
   if (injected != CUDA_SUCCESS) return injected;
   Machine& machine = Machine::instance();
+  const emulator::ReportScope reports;
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;

@@ -44,6 +44,38 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
                                    size_t range_count);
 
+/* The calling thread has a clock of its own from begin to end: it knows of streams only what it
+ * waited for, and what other threads release to it. Threads that never call these know all that any
+ * thread knows. */
+void spillover_emulator_thread_begin(void);
+void spillover_emulator_thread_end(void);
+
+/* What the calling thread knows of the streams is handed to whoever acquires the same token later:
+ * the identity of a lock, a queue, a message. forget frees what a token holds. */
+void spillover_emulator_release(uint64_t token);
+void spillover_emulator_acquire(uint64_t token);
+void spillover_emulator_forget(uint64_t token);
+
+/* A caching allocator gave a block to the program, or took it back. Never called while a lock of
+ * the emulated device is held. */
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes);
+void spillover_emulator_block_end(const void* pointer, size_t size_bytes);
+
+/* Where calls come from: capture names the calling thread's stack by a number (0: none) and format
+ * puts it into words, one line a frame. Neither may call CUDA; format may be called with a lock of
+ * the emulated device held. */
+void spillover_emulator_set_stacks(uint32_t (*capture)(void),
+                                   size_t (*format)(uint32_t site, char* out, size_t capacity));
+
+/* What an address is to the operator that the calling thread runs, for reports; NULL for none. */
+void spillover_emulator_set_operand_describer(size_t (*describer)(const void* address,
+                                                                  size_t size_bytes, void* context,
+                                                                  char* out, size_t capacity),
+                                              void* context);
+
+/* What the program holds now, one text each, with where it was made; read like hazard_text. */
+size_t spillover_emulator_leak_text(size_t index, char* out, size_t capacity);
+
 /* Live pinned regions (allocated and registered); 0 lets callers skip host accesses. */
 size_t spillover_emulator_pinned_count(void);
 

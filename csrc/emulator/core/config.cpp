@@ -4,8 +4,6 @@
 
 #include <cerrno>
 #include <cmath>
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -146,6 +144,7 @@ Config read_config(const char* (*variable)(const char*)) {
                  &config.seed);
   reader.choice("SPILLOVER_EMULATOR_HAZARDS", kPolicies, &config.hazards);
   reader.flag("SPILLOVER_EMULATOR_POISON", &config.poison);
+  reader.flag("SPILLOVER_EMULATOR_UNINITIALIZED", &config.uninitialized);
   reader.integer("SPILLOVER_EMULATOR_QUERY_SPINS", 0, 1000000000, &config.query_spins);
   reader.integer("SPILLOVER_EMULATOR_COPY_DELAY_US", 0, 60000000, &config.copy_delay_us);
   reader.flag("SPILLOVER_EMULATOR_VERBOSE", &config.verbose);
@@ -157,22 +156,6 @@ const Config& config() {
   static const Config* const instance = new Config(
       read_config([](const char* name) { return static_cast<const char*>(std::getenv(name)); }));
   return *instance;
-}
-
-void report(const char* format, ...) {
-  char text[2048];
-  const int prefix = std::snprintf(text, sizeof text, "spillover emulator: ");
-  va_list arguments;
-  va_start(arguments, format);
-  const int length = std::vsnprintf(text + prefix, sizeof text - static_cast<std::size_t>(prefix),
-                                    format, arguments);
-  va_end(arguments);
-  std::size_t end =
-      static_cast<std::size_t>(prefix) + static_cast<std::size_t>(length < 0 ? 0 : length);
-  if (end > sizeof text - 2) end = sizeof text - 2;
-  text[end] = '\n';
-  text[end + 1] = '\0';
-  std::fputs(text, stderr);
 }
 
 }  // namespace spillover::emulator

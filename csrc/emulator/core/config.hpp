@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "emulator/core/report.hpp"
+
 namespace spillover::emulator {
 
 // When queued operations run. Each is a legal behaviour of a GPU; a correct program cannot tell.
@@ -31,6 +33,7 @@ struct Config {
   std::uint64_t seed = 0;
   HazardPolicy hazards = HazardPolicy::kWarn;
   bool poison = true;
+  bool uninitialized = false;  // reads of device memory that was never written are hazards
   int query_spins = 16;
   int copy_delay_us = 0;
   bool verbose = false;
@@ -46,8 +49,5 @@ const Config& config();
 
 // Reads a configuration from a function like getenv. Split off so that it can be tested.
 Config read_config(const char* (*variable)(const char* name));
-
-// Writes "spillover emulator: <message>" and a newline to stderr in one piece.
-void report(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace spillover::emulator

@@ -21,12 +21,25 @@ CUevent Events::create(Context* context, unsigned flags) {
   event->flags = flags;
   CUevent handle = nullptr;
   table_.insert(std::move(event), &handle);
+  if (machine_->hazards.enabled()) {
+    machine_->hazards.history().begin(ObjectHistory::Kind::kEvent,
+                                      reinterpret_cast<Address>(handle), 0);
+  }
   return handle;
+}
+
+void Events::destroy(CUevent handle) {
+  if (machine_->hazards.enabled()) {
+    machine_->hazards.history().end(ObjectHistory::Kind::kEvent, reinterpret_cast<Address>(handle));
+  }
+  table_.erase(handle);
 }
 
 Event* Events::find(CUevent handle) {
   std::unique_ptr<Event>* found = table_.find(handle);
-  return found == nullptr ? nullptr : found->get();
+  if (found != nullptr) return found->get();
+  machine_->report_dead_handle(ObjectHistory::Kind::kEvent, reinterpret_cast<Address>(handle));
+  return nullptr;
 }
 
 CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
@@ -34,7 +47,7 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   machine_->streams.order_with_default(stream);
   event->stream = stream;
   event->query_count = 0;
-  event->host_knows = false;
+  event->all_know = false;
   if (!event->has_timing()) {
     // Nothing has to happen at the event's turn, so the mark is the last operation's end.
     event->ticket = stream->enqueued;
@@ -51,16 +64,8 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   return CUDA_SUCCESS;
 }
 
-void Events::host_learns(Event* event) {
-  if (std::exchange(event->host_knows, true)) return;
-  machine_->streams.host_learns(event->clock);
-}
-
 void Events::synchronize(Lock& lock, Event* event) {
-  if (event->is_complete()) {
-    host_learns(event);
-    return;
-  }
+  if (event->is_complete()) return machine_->streams.host_learns(event->clock);
   const StreamRef stream = event->stream;
   const Ticket ticket = event->ticket;
   const VectorClock clock = event->clock;
@@ -79,7 +84,7 @@ CUresult Events::query(Lock& lock, CUevent handle) {
     if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   }
   if (!event->is_complete()) return CUDA_ERROR_NOT_READY;
-  host_learns(event);
+  if (!std::exchange(event->all_know, true)) machine_->streams.all_learn(event->clock);
   return CUDA_SUCCESS;
 }
 

@@ -27,7 +27,7 @@ struct Event {
   StreamRef stream;  // nullptr: never recorded, which counts as complete
   Ticket ticket = 0;
   VectorClock clock;
-  bool host_knows = false;          // the host has merged this record's clock
+  bool all_know = false;            // every host thread has this record's clock
   std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
   int query_count = 0;
 
@@ -40,7 +40,7 @@ class Events {
   explicit Events(Machine* machine);
 
   CUevent create(Context* context, unsigned flags);
-  void destroy(CUevent handle) { table_.erase(handle); }
+  void destroy(CUevent handle);
 
   // nullptr for a handle that is no live event.
   Event* find(CUevent handle);
@@ -58,8 +58,6 @@ class Events {
   std::size_t live_count() const { return table_.size(); }
 
  private:
-  void host_learns(Event* event);
-
   Machine* machine_;
   HandleTable<std::unique_ptr<Event>> table_;
 };

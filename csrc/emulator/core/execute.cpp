@@ -132,7 +132,12 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     machine.release_allocation(free->address);
     return false;
   }
-  return std::holds_alternative<Kernel>(operation.body) || operation.is_host_function();
+  if (const auto* function = std::get_if<HostFunction>(&operation.body)) {
+    // It tells other threads of it by means that nobody sees.
+    machine.streams.all_learn(function->clock);
+    return true;
+  }
+  return std::holds_alternative<Kernel>(operation.body);
 }
 
 void perform_operation(Machine& machine, Operation& operation) {

@@ -17,8 +17,9 @@ enum class HandleReuse {
   kAtOnce,  // as CUDA does with streams; code that keys on a handle alone has to survive it
 };
 
-// Handles are tag (bits 48-55), generation (32-47), index (8-31) and 8 zero bits: like pointers
-// they are aligned, which torch relies on, and larger than the special handles 0, 1 and 2.
+// Handles are tag (bits 56-62), generation (28-55), index (4-27) and 4 zero bits: like pointers
+// they are aligned and not negative, which torch relies on, and larger than the special handles 0,
+// 1 and 2. A slot whose generations are used up is left alone for ever.
 template <typename Object>
 class HandleTable {
  public:
@@ -54,7 +55,7 @@ class HandleTable {
     Slot& slot = slots_[index];
     slot.live = false;
     if (reuse_ == HandleReuse::kNever) ++slot.generation;
-    free_.push_back(index);
+    if (slot.generation <= kGenerationMax) free_.push_back(index);
     --size_;
     return std::exchange(slot.object, Object{});
   }
@@ -71,14 +72,15 @@ class HandleTable {
  private:
   struct Slot {
     Object object{};
-    std::uint16_t generation = 0;
+    std::uint32_t generation = 0;
     bool live = false;
   };
 
-  static constexpr unsigned kIndexShift = 8;
+  static constexpr unsigned kIndexShift = 4;
   static constexpr std::uintptr_t kIndexMask = (std::uintptr_t{1} << 24) - 1;
-  static constexpr unsigned kGenerationShift = 32;
-  static constexpr unsigned kTagShift = 48;
+  static constexpr unsigned kGenerationShift = 28;
+  static constexpr std::uint32_t kGenerationMax = (std::uint32_t{1} << 28) - 1;
+  static constexpr unsigned kTagShift = 56;
 
   std::uintptr_t encode(std::size_t index) const {
     return std::uintptr_t{tag_} << kTagShift |

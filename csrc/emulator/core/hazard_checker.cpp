@@ -1,64 +1,16 @@
 #include "emulator/core/hazard_checker.hpp"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <utility>
+
+#include "emulator/core/hazard_text.hpp"
 
 namespace spillover::emulator {
 namespace {
 
 // Of a type without a destructor, so that it can be read while a thread or the process ends.
-thread_local char last_hazard_text[1024] = "";
-
-const char* word(AccessKind kind) {
-  switch (kind) {
-    case AccessKind::kRead:
-      return "read";
-    case AccessKind::kWrite:
-      return "write";
-    case AccessKind::kFree:
-      return "free";
-  }
-  return "access";
-}
-
-std::string place(const Access& access) {
-  if (access.actor == kHostActor) return "the host";
-  return "stream " + std::to_string(access.stream_id);
-}
-
-std::string describe(const Access& access) {
-  std::string text = std::string("by ") + access.name + " on " + place(access);
-  if (access.actor != kHostActor) text += " (operation " + std::to_string(access.tick) + ")";
-  return text;
-}
-
-// What the program should do about it.
-std::string advice(AccessKind earlier, AccessKind later, bool on_host) {
-  const std::string before = word(earlier);
-  if (later == AccessKind::kFree && on_host) {
-    return "free it later: synchronise with the stream, or with an event recorded after the " +
-           before;
-  }
-  if (on_host) {
-    return "the host must wait: synchronise with the stream, or with an event recorded after the " +
-           before;
-  }
-  const std::string who = later == AccessKind::kRead    ? "reader"
-                          : later == AccessKind::kWrite ? "writer"
-                                                        : "stream that frees";
-  return "make the " + who + " wait: record an event after the " + before + " and wait for it";
-}
-
-std::string explain(const Conflict& conflict, const Access& access, AccessKind kind,
-                    Address address, std::size_t size_bytes) {
-  char range[64];
-  std::snprintf(range, sizeof range, "%zu bytes at 0x%zx ", size_bytes, address);
-  return std::string("hazard: ") + word(kind) + " of " + range + describe(access) +
-         " is not ordered after " + word(conflict.earlier_kind) + " " + describe(conflict.earlier) +
-         "; " + advice(conflict.earlier_kind, kind, access.actor == kHostActor);
-}
+thread_local char last_hazard_text[4096] = "";
 
 }  // namespace
 
@@ -77,14 +29,65 @@ const char* HazardChecker::intern(const char* name) {
 }
 
 bool HazardChecker::record(const Access& access, const VectorClock& clock, AccessKind kind,
-                           Address address, std::size_t size_bytes) {
+                           const ByteRange& range, Address key, Recording recording) {
   Conflict conflict;
-  if (!accesses_.record(address, address + size_bytes, kind, access, clock, &conflict))
-    return false;
+  const Address end = key + range.size_bytes;
+  const bool found = recording == Recording::kYes
+                         ? accesses_.record(key, end, kind, access, clock, &conflict)
+                         : accesses_.find_conflict(key, end, kind, access, clock, &conflict);
+  if (!found) return false;
+  Address block_begin = 0;
+  const Block* block = blocks_.find(range.address, &block_begin);
+  conflict.reused = block != nullptr && conflict.earlier.order < block->begun;
   std::string pair = std::string(conflict.earlier.name) + "|" + place(conflict.earlier) + "|" +
                      access.name + "|" + place(access) + "|" + word(kind);
-  add_report(explain(conflict, access, kind, address, size_bytes), std::move(pair));
+  add_report(explain_conflict({conflict, access, kind, range, block, block_begin}, history_),
+             std::move(pair));
   return true;
+}
+
+bool HazardChecker::check_block(const Access& access, AccessKind kind, const ByteRange& range) {
+  if (blocks_.empty() || kind == AccessKind::kFree) return false;
+  Address begin = 0;
+  const Block* block = blocks_.find(range.address, &begin);
+  if (block == nullptr || !block->ended) return false;
+  std::string text = describe_access(access, kind, range) +
+                     " after the allocator took the block back\n  kind: use after free";
+  const std::string made = describe_site(block->begun_at, "    ");
+  const std::string ended = describe_site(block->ended_at, "    ");
+  text += "\n  memory: block of " + std::to_string(block->end - begin) +
+          " bytes of a caching allocator";
+  if (!made.empty()) text += ", handed out at:" + made;
+  if (!ended.empty()) text += "\n  taken back at:" + ended;
+  text += describe_use(kind, range, access.site);
+  text += "\n  keep a reference to the tensor for as long as its address is in use";
+  report_misuse(text, std::string("block|") + access.name);
+  return true;
+}
+
+bool HazardChecker::check_written(const Access& access, AccessKind kind, const ByteRange& range) {
+  if (kind != AccessKind::kRead) return false;
+  Address begin = 0;
+  const Block* block = blocks_.find(range.address, &begin);
+  const Address end = range.address + range.size_bytes;
+  const Address first =
+      accesses_.find_unwritten(range.address, end, block == nullptr ? 0 : block->begun);
+  if (first == end) return false;
+  report_misuse(describe_access(access, kind, range) +
+                    " reads bytes that were never written, from byte " +
+                    std::to_string(first - range.address) + " on\n  kind: uninitialised read" +
+                    describe_use(kind, range, access.site) +
+                    "\n  write the memory first; torch.empty and cudaMalloc leave it as it is",
+                std::string("unwritten|") + access.name);
+  return true;
+}
+
+void HazardChecker::report_misuse(const std::string& text, std::string pair) {
+  add_report(explain_misuse(text), std::move(pair));
+}
+
+void HazardChecker::copy_history(const ByteRange& range, Address key) {
+  accesses_.copy(range.address, range.address + range.size_bytes, key);
 }
 
 void HazardChecker::add_report(std::string text, std::string pair) {
@@ -99,6 +102,7 @@ void HazardChecker::add_report(std::string text, std::string pair) {
 
 void HazardChecker::forget(Address address, std::size_t size_bytes) {
   accesses_.clear(address, address + size_bytes);
+  blocks_.forget(address, size_bytes);
 }
 
 void HazardChecker::clear_reports() {

@@ -12,10 +12,15 @@
 #include <vector>
 
 #include "emulator/core/access_map.hpp"
+#include "emulator/core/block_table.hpp"
 #include "emulator/core/config.hpp"
+#include "emulator/core/object_history.hpp"
 #include "emulator/core/types.hpp"
 
 namespace spillover::emulator {
+
+// Whether an access is kept once it has been checked: one that the caller may still refuse is not.
+enum class Recording { kYes, kNo };
 
 class HazardChecker {
  public:
@@ -27,9 +32,26 @@ class HazardChecker {
   // A copy of name that lives for ever; equal names give equal pointers.
   const char* intern(const char* name);
 
-  // Records an access and reports the first hazard in it. True when there was one.
-  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
-              std::size_t size_bytes);
+  // Records an access and reports the first hazard in it. True when there was one. Its history is
+  // kept at key, which is range.address but for aliased memory.
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind,
+              const ByteRange& range, Address key, Recording recording);
+
+  // Reports a use of something that is gone or was never there. pair says what it is alike to, so
+  // that its like is reported once.
+  void report_misuse(const std::string& text, std::string pair);
+
+  // The same where the checker can say so from what it records: a read of bytes that were never
+  // written, and a use of a block that a caching allocator has taken back. True when there was one.
+  bool check_block(const Access& access, AccessKind kind, const ByteRange& range);
+  bool check_written(const Access& access, AccessKind kind, const ByteRange& range);
+
+  BlockTable& blocks() { return blocks_; }
+  ObjectHistory& history() { return history_; }
+  std::uint64_t next_order() { return ++order_; }
+
+  // What is known of a range is known of the range of the same size at key from now on too.
+  void copy_history(const ByteRange& range, Address key);
 
   // Forgets what happened to memory that goes back to the driver.
   void forget(Address address, std::size_t size_bytes);
@@ -53,6 +75,9 @@ class HazardChecker {
 
   const HazardPolicy policy_;
   AccessMap accesses_;
+  BlockTable blocks_;
+  ObjectHistory history_;
+  std::uint64_t order_ = 0;
   std::unordered_set<std::string> names_;
   std::vector<CachedName> name_cache_{kNameCacheSize};
   std::size_t count_ = 0;

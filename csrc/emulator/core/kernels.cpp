@@ -1,15 +1,34 @@
 #include "emulator/core/kernels.hpp"
 
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <memory>
 #include <utility>
 
 #include "emulator/core/config.hpp"
 
 namespace spillover::emulator {
+namespace {
+
+// The name as the source code has it; a name that is not mangled stays as it is.
+std::string demangled(const std::string& name) {
+  int status = 0;
+  const std::unique_ptr<char, decltype(&std::free)> text(
+      abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status), &std::free);
+  return status == 0 ? text.get() : name;
+}
+
+}  // namespace
 
 void Kernels::add(RegisteredKernel kernel) {
-  RegisteredKernel& place = kernels_[kernel.name];
-  place = std::move(kernel);
+  const auto [position, is_new] = kernels_.try_emplace(kernel.name);
+  RegisteredKernel& place = position->second;
+  // The name stays where it is: queued operations point to its characters.
+  if (is_new) place.name = position->first;
+  place.body = kernel.body;
+  place.user = kernel.user;
+  place.parameter_bytes = std::move(kernel.parameter_bytes);
 }
 
 RegisteredKernel* Kernels::find(const std::string& name) {
@@ -17,7 +36,7 @@ RegisteredKernel* Kernels::find(const std::string& name) {
   if (position != kernels_.end()) return &position->second;
   if (!std::exchange(reported_[name], true) || config().verbose) {
     report("kernel %s has no body on the host, so it cannot run on the emulated device",
-           name.c_str());
+           demangled(name).c_str());
   }
   return nullptr;
 }

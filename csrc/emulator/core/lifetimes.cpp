@@ -9,10 +9,13 @@ namespace {
 void settle(Machine& machine, Lock& lock, int device) {
   machine.streams.synchronize_device(lock, device);
   machine.scheduler.wait_for_running_bodies(lock);
+  // Allocators free under locks of their own, and hand on what they learn by it.
+  if (machine.hazards.enabled()) machine.streams.threads().publish();
 }
 
-void forget(Machine& machine, Address address, std::size_t size_bytes) {
-  if (machine.hazards.enabled()) machine.hazards.forget(address, size_bytes);
+CUresult not_freeable(Machine& machine, Address address) {
+  machine.report_double_free(address);
+  return CUDA_ERROR_INVALID_VALUE;
 }
 
 // An allocation that starts exactly here and that nobody is freeing already.
@@ -41,6 +44,7 @@ CUresult allocate_device_memory(Machine& machine, Lock& lock, int device, std::s
     machine.scheduler.drain_device(lock, device);  // lets frees that are queued take their turn
     result = machine.device_memory.allocate(device, size_bytes, pool, address);
   }
+  if (result == CUDA_SUCCESS) machine.begin_memory(*address, size_bytes);
   if (result == CUDA_SUCCESS && pool != nullptr) {
     pool->add(machine.device_memory.find(*address)->charged_bytes);
   }
@@ -56,10 +60,10 @@ CUresult free_device_memory(Machine& machine, Lock& lock, Address address) {
   if (region != nullptr)
     return remove_host_region(machine, lock, address, HostRegionKind::kManaged);
   const Allocation* allocation = find_freeable(machine, address);
-  if (allocation == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (allocation == nullptr) return not_freeable(machine, address);
   settle(machine, lock, allocation->device);
   allocation = find_freeable(machine, address);  // another thread may have freed it meanwhile
-  if (allocation == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (allocation == nullptr) return not_freeable(machine, address);
   // Only work of another device can be left, which this call does not wait for.
   const bool found =
       machine.record_host_access("cuMemFree", AccessKind::kFree, address, allocation->size_bytes);
@@ -71,12 +75,14 @@ CUresult free_device_memory(Machine& machine, Lock& lock, Address address) {
 CUresult free_device_memory_async(Machine& machine, Lock& lock, const StreamRef& stream,
                                   Address address) {
   Allocation* allocation = find_freeable(machine, address);
-  if (allocation == nullptr || allocation->pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (allocation == nullptr) return not_freeable(machine, address);
+  if (allocation->pool == nullptr) return CUDA_ERROR_INVALID_VALUE;
   allocation->free_pending = true;
   ++machine.pending_frees;
   const Ticket ticket = machine.streams.prepare(stream);
   const bool found = machine.record_access(*stream, ticket, "cuMemFreeAsync", AccessKind::kFree,
                                            address, allocation->size_bytes);
+  machine.end_memory(address);
   Operation operation;
   operation.body = FreeMemory{address};
   operation.name = "cuMemFreeAsync";
@@ -90,8 +96,9 @@ CUresult unmap_memory(Machine& machine, Lock& lock, Address address, std::size_t
   if (whole != CUDA_SUCCESS) return whole;
   const bool found =
       machine.record_host_access("cuMemUnmap", AccessKind::kFree, address, size_bytes);
-  forget(machine, address, size_bytes);
+  if (machine.hazards.enabled()) machine.hazards.history().end_range(address, size_bytes);
   machine.virtual_memory.unmap(address, size_bytes);
+  machine.forget(address, size_bytes);
   return machine.hazard_status(found);
 }
 
@@ -99,11 +106,16 @@ CUresult remove_host_region(Machine& machine, Lock& lock, Address address, HostR
   const CUresult missing = kind == HostRegionKind::kRegistered
                                ? CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED
                                : CUDA_ERROR_INVALID_VALUE;
-  if (find_region(machine, address, kind) == nullptr) return missing;
+  if (find_region(machine, address, kind) == nullptr) {
+    // Unregistering twice gives nothing away twice: the memory is the program's own.
+    if (kind != HostRegionKind::kRegistered) machine.report_double_free(address);
+    return missing;
+  }
   settle(machine, lock, -1);
   const HostRegion* region = find_region(machine, address, kind);
   if (region == nullptr) return missing;
-  forget(machine, region->address, region->size_bytes);
+  machine.forget(region->address, region->size_bytes);
+  machine.end_memory(address);
   machine.host_memory.remove(address);
   return CUDA_SUCCESS;
 }

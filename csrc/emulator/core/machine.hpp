@@ -68,6 +68,13 @@ class Machine {
   bool record_host_access(const char* name, AccessKind kind, Address address,
                           std::size_t size_bytes);
 
+  // The same in two steps, for callers with many ranges: what the access is, and each of its
+  // ranges, which must be device-accessible.
+  Access access_of(const Stream& stream, Ticket ticket, const char* name);
+  Access host_access_of(const char* name);
+  bool record(const Access& access, const VectorClock& clock, AccessKind kind, Address address,
+              std::size_t size_bytes, Recording recording);
+
   // What a call returns that found a hazard, or did not.
   CUresult hazard_status(bool found) const {
     return found && hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_SUCCESS;
@@ -76,6 +83,33 @@ class Machine {
   CUresult& sticky_error(int device) {
     return devices[static_cast<std::size_t>(device)].sticky_error;
   }
+
+  // Whether an operator may use these bytes on the device, now. Otherwise reports why not: freed,
+  // unmapped, out of bounds, another device's.
+  bool check_usable(const Stream& stream, const char* name, AccessKind kind, Address address,
+                    std::size_t size_bytes);
+
+  // Reports the use of a stream or event that was destroyed, of memory that was freed twice;
+  // nothing where the program made the handle or address up.
+  void report_dead_handle(ObjectHistory::Kind kind, Address handle);
+  void report_double_free(Address address);
+
+  // Keeps the beginnings and ends of memory for reports.
+  void begin_memory(Address address, std::size_t size_bytes) {
+    if (hazards.enabled()) {
+      hazards.history().begin(ObjectHistory::Kind::kMemory, address, size_bytes);
+    }
+  }
+  void end_memory(Address address) {
+    if (hazards.enabled()) hazards.history().end(ObjectHistory::Kind::kMemory, address);
+  }
+
+  // Called when memory was mapped: carries over what happened to bytes that have two addresses from
+  // now on.
+  void follow_mapping(Address address, std::size_t size_bytes);
+
+  // Forgets what happened to memory that goes back to the driver.
+  void forget(Address address, std::size_t size_bytes);
 
   // Gives an allocation back, with what is known of its bytes. The memory must be idle.
   void release_allocation(Address address);
@@ -99,6 +133,10 @@ class Machine {
   HandleTable<std::unique_ptr<Pool>> pools;
   HandleTable<Module> modules;
   int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
+
+ private:
+  bool can_reach(int device, Address address);
+  bool is_aliased(const ByteRange& range) const;
 };
 
 }  // namespace spillover::emulator

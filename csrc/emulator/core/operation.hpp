@@ -16,6 +16,7 @@
 #include <variant>
 
 #include "emulator/core/types.hpp"
+#include "emulator/core/vector_clock.hpp"
 
 namespace spillover::emulator {
 
@@ -59,6 +60,7 @@ struct Kernel {
 struct HostFunction {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
+  VectorClock clock{};  // what is done when it runs, for the checker
 };
 
 // Holds the stream until another one has completed a ticket. Only ever names work that was enqueued

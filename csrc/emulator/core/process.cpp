@@ -32,11 +32,11 @@ bool in_callback() {
   return in_callback_flag;
 }
 
-CallbackScope::CallbackScope() {
+CallbackScope::CallbackScope() : previous_(in_callback_flag) {
   in_callback_flag = true;
 }
 CallbackScope::~CallbackScope() {
-  in_callback_flag = false;
+  in_callback_flag = previous_;
 }
 
 }  // namespace spillover::emulator

@@ -34,6 +34,9 @@ class CallbackScope {
   ~CallbackScope();
   CallbackScope(const CallbackScope&) = delete;
   CallbackScope& operator=(const CallbackScope&) = delete;
+
+ private:
+  const bool previous_;  // callbacks nest where one waits by itself for another stream's
 };
 
 }  // namespace spillover::emulator

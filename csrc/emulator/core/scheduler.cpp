@@ -7,6 +7,7 @@
 
 #include "emulator/core/execute.hpp"
 #include "emulator/core/machine.hpp"
+#include "emulator/core/report.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -21,6 +22,13 @@ constexpr auto kHostFunctionDelay = std::chrono::milliseconds(5);
 constexpr auto kValuePollInterval = std::chrono::microseconds(200);
 
 constexpr int kRandomStepsMax = 3;
+
+void write_reports(Lock* lock, ReportScope* reports) {
+  if (reports->empty()) return;
+  lock->unlock();
+  reports->write();
+  lock->lock();
+}
 
 }  // namespace
 
@@ -65,8 +73,10 @@ void Scheduler::append(const StreamRef& stream, Operation operation) {
 
 void Scheduler::enqueue(Lock& lock, const StreamRef& stream, Operation operation) {
   append(stream, std::move(operation));
-  if (schedule_ == Schedule::kEager) advance(lock, stream, stream->enqueued);
-  if (stream->pending.size() > kPendingMax) advance(lock, stream, stream->completed + 1);
+  if (schedule_ == Schedule::kEager) run_all_ready(lock);
+  if (stream->pending.size() <= kPendingMax) return;
+  // A full queue makes the host wait, also behind a host function.
+  run_until(lock, stream, stream->completed + 1, Patience::kBlock);
 }
 
 bool Scheduler::is_satisfied(const WaitValue& wait) const {
@@ -206,6 +216,11 @@ bool Scheduler::run_any(Lock& lock) {
   return false;
 }
 
+void Scheduler::run_all_ready(Lock& lock) {
+  while (!active_.empty() && run_any(lock)) {
+  }
+}
+
 void Scheduler::run_random(Lock& lock) {
   const auto steps = random_() % (kRandomStepsMax + 1);
   for (std::uint64_t step = 0; step < steps; ++step) {
@@ -229,8 +244,10 @@ void Scheduler::start_host_function_thread() {
 }
 
 void Scheduler::serve_host_functions() {
+  ReportScope reports;
   Lock lock(machine_->mutex);
   for (;;) {
+    write_reports(&lock, &reports);
     const TimePoint now = std::chrono::steady_clock::now();
     TimePoint next = TimePoint::max();
     StreamRef due;
@@ -246,8 +263,9 @@ void Scheduler::serve_host_functions() {
     if (due != nullptr) {
       try {
         drain(lock, due, due->host_function_ticket);
-        // What came behind it could not run when it was enqueued.
-        if (schedule_ == Schedule::kEager) advance(lock, due, due->enqueued);
+        // What came behind it, on this stream or on one that waits for it, could not run when it
+        // was enqueued.
+        if (schedule_ == Schedule::kEager) run_all_ready(lock);
       } catch (const WaitTimedOut&) {
         due->host_function_due = std::chrono::steady_clock::now() + kHostFunctionDelay;
       }
@@ -265,8 +283,10 @@ void Scheduler::start_worker() {
 }
 
 void Scheduler::work() {
+  ReportScope reports;
   Lock lock(machine_->mutex);
   for (;;) {
+    write_reports(&lock, &reports);
     if (run_any(lock)) continue;
     const bool polling = std::any_of(active_.begin(), active_.end(), [](const StreamRef& stream) {
       return !stream->pending.empty() &&

@@ -97,6 +97,9 @@ class Scheduler {
   // Runs one ready operation of any stream but host functions, from a rotating start.
   bool run_any(Lock& lock);
 
+  // The same until none is ready.
+  void run_all_ready(Lock& lock);
+
   void activate(const StreamRef& stream);
   void deactivate(Stream* stream);
 

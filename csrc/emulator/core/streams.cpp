@@ -47,7 +47,8 @@ Streams::Streams(Machine* machine, int device_count)
     : machine_(machine),
       tracks_order_(machine->hazards.enabled()),
       table_(kStreamTag, HandleReuse::kAtOnce),
-      blocking_(static_cast<std::size_t>(device_count)) {
+      blocking_(static_cast<std::size_t>(device_count)),
+      ended_(static_cast<std::size_t>(device_count)) {
   for (int device = 0; device < device_count; ++device) {
     legacy_.push_back(make(machine->contexts.primary(device), 0, 0, StreamKind::kLegacy));
   }
@@ -55,9 +56,12 @@ Streams::Streams(Machine* machine, int device_count)
 
 void Streams::take_actor(Stream* stream) {
   if (!tracks_order_) return;
+  const VectorClock& host = threads_.current().clock;
   const auto known = std::find_if(retired_.begin(), retired_.end(), [&](const RetiredActor& actor) {
-    return host_clock_.at(actor.actor) >= actor.last_tick;
+    return host.at(actor.actor) >= actor.last_tick;
   });
+  // Whoever launches on it got the handle from this thread.
+  stream->clock.merge(host);
   if (known == retired_.end()) {
     stream->actor = next_actor_++;
     return;
@@ -85,6 +89,10 @@ StreamRef Streams::create(Context* context, unsigned flags, int priority) {
   StreamRef stream = make(context, flags, priority, StreamKind::kCreated);
   table_.insert(stream, &stream->handle);
   if (stream->is_blocking()) blocking_[static_cast<std::size_t>(stream->device)].push_back(stream);
+  if (tracks_order_) {
+    machine_->hazards.history().begin(ObjectHistory::Kind::kStream,
+                                      reinterpret_cast<Address>(stream->handle), 0, stream->id);
+  }
   return stream;
 }
 
@@ -100,6 +108,10 @@ StreamRef Streams::per_thread(Context* context) {
 }
 
 void Streams::destroy(CUstream handle) {
+  if (tracks_order_) {
+    machine_->hazards.history().end(ObjectHistory::Kind::kStream,
+                                    reinterpret_cast<Address>(handle));
+  }
   close(table_.erase(handle));
 }
 
@@ -112,6 +124,7 @@ void Streams::retire(const Stream& stream) {
   if (stream.is_blocking()) {
     std::erase_if(blocking_[static_cast<std::size_t>(stream.device)],
                   [&](const StreamRef& other) { return other.get() == &stream; });
+    if (tracks_order_) ended_[static_cast<std::size_t>(stream.device)].merge(stream.clock);
   }
   if (tracks_order_) retired_.push_back({stream.actor, stream.enqueued, stream.device});
 }
@@ -120,7 +133,10 @@ CUresult Streams::find(CUstream handle, StreamRef* stream) {
   const auto value = reinterpret_cast<std::uintptr_t>(handle);
   if (value > reinterpret_cast<std::uintptr_t>(CU_STREAM_PER_THREAD)) {
     const StreamRef* found = table_.find(handle);
-    if (found == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    if (found == nullptr) {
+      machine_->report_dead_handle(ObjectHistory::Kind::kStream, value);
+      return CUDA_ERROR_INVALID_HANDLE;
+    }
     *stream = *found;
     return CUDA_SUCCESS;
   }
@@ -143,6 +159,10 @@ void Streams::order_with_default(const StreamRef& stream) {
     for (const StreamRef& other : blocking_[static_cast<std::size_t>(stream->device)]) {
       depend(stream, other, &other->seen_by_default);
     }
+    if (tracks_order_) {
+      VectorClock& ended = ended_[static_cast<std::size_t>(stream->device)];
+      if (stream->clock.merge(std::exchange(ended, VectorClock()))) ++stream->version;
+    }
   } else if (stream->is_blocking()) {
     depend(stream, legacy(stream->device), &stream->default_seen);
   }
@@ -150,9 +170,12 @@ void Streams::order_with_default(const StreamRef& stream) {
 }
 
 void Streams::order_after_host(Stream* stream) {
-  if (!tracks_order_ || stream->host_version_seen == host_version_) return;
-  stream->host_version_seen = host_version_;
-  stream->clock.merge(host_clock_);
+  if (!tracks_order_) return;
+  stream->clock.set(kHostActor, host_tick_);
+  const HostThreads::Knowledge& host = threads_.current();
+  if (stream->host_version_seen == host.version) return;
+  stream->host_version_seen = host.version;
+  stream->clock.merge(host.clock);
 }
 
 Ticket Streams::prepare(const StreamRef& stream) {
@@ -163,6 +186,10 @@ Ticket Streams::prepare(const StreamRef& stream) {
 }
 
 void Streams::submit(Lock& lock, const StreamRef& stream, Operation operation) {
+  if (tracks_order_) {
+    auto* const function = std::get_if<HostFunction>(&operation.body);
+    if (function != nullptr) function->clock = stream->clock;
+  }
   machine_->scheduler.enqueue(lock, stream, std::move(operation));
 }
 
@@ -186,10 +213,36 @@ void Streams::wait_for(const StreamRef& stream, const StreamRef& other, Ticket t
   machine_->scheduler.append(stream, std::move(wait));
 }
 
+std::vector<StreamRef> Streams::covered_by(const StreamRef& stream) const {
+  std::vector<StreamRef> covered{stream};
+  if (stream->kind == StreamKind::kLegacy) {
+    const auto& blocking = blocking_[static_cast<std::size_t>(stream->device)];
+    covered.insert(covered.end(), blocking.begin(), blocking.end());
+  }
+  return covered;
+}
+
+VectorClock Streams::clock_of(const std::vector<StreamRef>& streams) const {
+  VectorClock known;
+  if (!tracks_order_) return known;
+  for (const StreamRef& stream : streams) known.merge(stream->clock);
+  const StreamRef& first = streams.front();
+  if (first->kind == StreamKind::kLegacy) {
+    known.merge(ended_[static_cast<std::size_t>(first->device)]);
+  }
+  return known;
+}
+
+// Waiting for a stream puts nothing on it: what is not ordered before its last operation is not
+// waited for, and its next operation is ordered after nothing more.
 void Streams::synchronize(Lock& lock, const StreamRef& stream) {
-  order_with_default(stream);
-  const VectorClock clock = stream->clock;
-  machine_->scheduler.drain(lock, stream, stream->enqueued);
+  const std::vector<StreamRef> covered = covered_by(stream);
+  const VectorClock clock = clock_of(covered);
+  std::vector<Ticket> tickets;
+  for (const StreamRef& other : covered) tickets.push_back(other->enqueued);
+  for (std::size_t i = 0; i < covered.size(); ++i) {
+    machine_->scheduler.drain(lock, covered[i], tickets[i]);
+  }
   host_learns(clock);
 }
 
@@ -219,13 +272,19 @@ void Streams::synchronize_device(Lock& lock, int device) {
 }
 
 CUresult Streams::query(Lock& lock, const StreamRef& stream) {
-  order_with_default(stream);
-  if (!stream->idle() && ++stream->query_count > machine_->config.query_spins) {
+  const std::vector<StreamRef> covered = covered_by(stream);
+  const auto first_busy = [&] {
+    return std::find_if(covered.begin(), covered.end(),
+                        [](const StreamRef& other) { return !other->idle(); });
+  };
+  auto busy = first_busy();
+  if (busy != covered.end() && ++stream->query_count > machine_->config.query_spins) {
     stream->query_count = 0;
-    machine_->scheduler.advance(lock, stream, stream->completed + 1);
+    machine_->scheduler.advance(lock, *busy, (*busy)->completed + 1);
+    busy = first_busy();
   }
-  if (!stream->idle()) return CUDA_ERROR_NOT_READY;
-  host_learns(stream->clock);
+  if (busy != covered.end()) return CUDA_ERROR_NOT_READY;
+  all_learn(clock_of(covered));
   return CUDA_SUCCESS;
 }
 
@@ -238,15 +297,9 @@ void Streams::acquire_value(Stream* stream, Address address) {
   if (known != value_clocks_.end()) stream->clock.merge(known->second);
 }
 
-void Streams::host_learns(const VectorClock& clock) {
-  if (tracks_order_ && host_clock_.merge(clock)) ++host_version_;
-}
-
-Ticket Streams::host_tick() {
-  const Ticket tick = host_clock_.at(kHostActor) + 1;
-  host_clock_.set(kHostActor, tick);
-  ++host_version_;
-  return tick;
+void Streams::forget_values(Address address, std::size_t size_bytes) {
+  value_clocks_.erase(value_clocks_.lower_bound(address),
+                      value_clocks_.lower_bound(address + size_bytes));
 }
 
 }  // namespace spillover::emulator

@@ -14,6 +14,7 @@
 
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
+#include "emulator/core/host_threads.hpp"
 #include "emulator/core/scheduler.hpp"
 #include "emulator/core/stream.hpp"
 #include "emulator/core/types.hpp"
@@ -68,6 +69,7 @@ class Streams {
   // was enqueued before. A write that is enqueued later cannot be known yet.
   void release_value(const Stream& stream, Address address);
   void acquire_value(Stream* stream, Address address);
+  void forget_values(Address address, std::size_t size_bytes);
 
   // Called when a destroyed stream's last work is done.
   void retire(const Stream& stream);
@@ -76,10 +78,17 @@ class Streams {
   // anything.
   void order_with_default(const StreamRef& stream);
 
-  // What the host knows; its own ticks count its accesses to pinned memory.
-  VectorClock& host_clock() { return host_clock_; }
-  void host_learns(const VectorClock& clock);
-  Ticket host_tick();
+  // What the calling thread and all others know of the streams (host_threads.hpp).
+  HostThreads& threads() { return threads_; }
+  void host_learns(const VectorClock& clock) {
+    if (tracks_order_) threads_.learn(clock);
+  }
+  void all_learn(const VectorClock& clock) {
+    if (tracks_order_) threads_.learn_for_all(clock);
+  }
+
+  // Counts the host's accesses to pinned memory.
+  Ticket host_tick() { return ++host_tick_; }
 
   std::size_t live_count() const { return table_.size(); }
 
@@ -96,6 +105,11 @@ class Streams {
   void take_actor(Stream* stream);
   void depend(const StreamRef& stream, const StreamRef& other, std::uint64_t* seen);
 
+  // The streams whose work a synchronisation with this one covers: itself, and with the legacy
+  // stream those that order with it.
+  std::vector<StreamRef> covered_by(const StreamRef& stream) const;
+  VectorClock clock_of(const std::vector<StreamRef>& streams) const;
+
   // What everything enqueued so far on a device adds up to.
   VectorClock clock_of_device(int device) const;
 
@@ -105,12 +119,15 @@ class Streams {
   std::vector<StreamRef> legacy_;
   std::vector<std::vector<StreamRef>>
       blocking_;  // by device: streams that order with the legacy one
+  // By device: what such streams did before they were destroyed, and what the legacy stream's next
+  // operation will be ordered after.
+  std::vector<VectorClock> ended_;
   std::uint64_t next_id_ = 0;
   ActorId next_actor_ = kHostActor + 1;
   std::vector<RetiredActor> retired_;
   std::map<Address, VectorClock> value_clocks_;
-  VectorClock host_clock_;
-  std::uint64_t host_version_ = 1;  // changes with host_clock_
+  HostThreads threads_;
+  Ticket host_tick_ = 0;
 };
 
 }  // namespace spillover::emulator

@@ -78,7 +78,7 @@ CUresult VirtualMemory::place(std::size_t size_bytes, bool exportable, Physical*
     return physical->file < 0 ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
   }
   Store& store = stores_[static_cast<std::size_t>(physical->device)];
-  if (store.file < 0) {
+  if (!store.ranges.has_value()) {
     store.file = open_memory_file(kStoreBytes);
     if (store.file < 0) return CUDA_ERROR_OUT_OF_MEMORY;
     store.ranges.emplace(0, kStoreBytes);
@@ -134,8 +134,12 @@ void VirtualMemory::erase_if_unused(PhysicalId id) {
   } else {
     fallocate(physical.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
               static_cast<off_t>(physical.offset_bytes), static_cast<off_t>(physical.size_bytes));
-    stores_[static_cast<std::size_t>(physical.device)].ranges->give(physical.offset_bytes,
-                                                                    physical.size_bytes);
+    auto& ranges = stores_[static_cast<std::size_t>(physical.device)].ranges;
+    if (ranges.has_value()) ranges->give(physical.offset_bytes, physical.size_bytes);
+  }
+  if (physical.alias_key != 0) {
+    dead_keys_.push_back({physical.alias_key, physical.size_bytes});
+    --alias_count_;
   }
   budget_->refund(physical.device, physical.charged_bytes);
   physical_.erase(position);
@@ -224,10 +228,25 @@ CUresult VirtualMemory::map(Address address, std::size_t size_bytes, std::size_t
   mapping.address = address;
   mapping.size_bytes = size_bytes;
   mapping.physical = id;
+  mapping.offset_bytes = offset_bytes;
   mapping.device_access.assign(stores_.size(), CU_MEM_ACCESS_FLAGS_PROT_NONE);
   mappings_.emplace(address, std::move(mapping));
   ++physical_.at(id).mappings;
   return CUDA_SUCCESS;
+}
+
+bool VirtualMemory::note_alias(Address address, Mapping* first) {
+  const PhysicalId id = mappings_.at(address).physical;
+  Physical& physical = physical_.at(id);
+  if (physical.mappings < 2 || physical.alias_key != 0) return false;
+  const auto earlier = std::find_if(mappings_.begin(), mappings_.end(), [&](const auto& entry) {
+    return entry.second.physical == id && entry.first != address;
+  });
+  *first = earlier->second;
+  physical.alias_key = next_alias_key_;
+  next_alias_key_ += physical.size_bytes;
+  ++alias_count_;
+  return true;
 }
 
 CUresult VirtualMemory::check_unmap(Address address, std::size_t size_bytes) const {
@@ -297,12 +316,6 @@ bool VirtualMemory::find_reservation(Address address, Address* base,
   *base = position->first;
   *size_bytes = position->second;
   return true;
-}
-
-std::size_t VirtualMemory::charged_bytes() const {
-  std::size_t total = 0;
-  for (const auto& [id, physical] : physical_) total += physical.charged_bytes;
-  return total;
 }
 
 }  // namespace spillover::emulator

@@ -11,11 +11,13 @@
 
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "emulator/core/address_space.hpp"
@@ -36,12 +38,23 @@ struct Physical {
   bool owns_file = false;
   int references = 1;  // by create, import and retain
   int mappings = 0;
+  // Where the checker keeps what happens to these bytes once they are mapped twice; 0 before.
+  Address alias_key = 0;
+};
+
+// Note [Aliased mappings]: the checker knows bytes by the address that they were touched at. Bytes
+// that have two addresses have a key besides, a range outside every address space, where accesses
+// through all of their addresses meet. Keys are never used again.
+struct AliasKey {
+  Address address = 0;
+  std::size_t size_bytes = 0;
 };
 
 struct Mapping {
   Address address = 0;
   std::size_t size_bytes = 0;
   PhysicalId physical = 0;
+  std::size_t offset_bytes = 0;                     // in the physical memory
   unsigned access = CU_MEM_ACCESS_FLAGS_PROT_NONE;  // the widest that any device has
   std::vector<unsigned> device_access;              // indexed by device
 };
@@ -72,6 +85,32 @@ class VirtualMemory {
 
   CUresult set_access(Address address, std::size_t size_bytes, int device, unsigned access);
 
+  // See Note [Aliased mappings].
+  bool has_aliases() const { return alias_count_ > 0; }
+
+  // Calls visit(key, address, size_bytes) for each part of a range that has a key.
+  template <typename Visit>
+  void for_each_alias(Address address, std::size_t size_bytes, Visit&& visit) const {
+    const Address end = address + size_bytes;
+    auto position = mappings_.upper_bound(address);
+    if (position != mappings_.begin()) --position;
+    for (; position != mappings_.end() && position->first < end; ++position) {
+      const Mapping& mapping = position->second;
+      const Address begin = std::max(address, mapping.address);
+      const Address stop = std::min(end, mapping.address + mapping.size_bytes);
+      const Address key = physical_.at(mapping.physical).alias_key;
+      if (key == 0 || begin >= stop) continue;
+      visit(key + mapping.offset_bytes + (begin - mapping.address), begin, stop - begin);
+    }
+  }
+
+  // Gives the bytes mapped here a key if they have several addresses now and had one before; true
+  // if so. Then first is their earlier mapping.
+  bool note_alias(Address address, Mapping* first);
+
+  // Keys of memory that has gone since the last call.
+  std::vector<AliasKey> take_dead_keys() { return std::exchange(dead_keys_, {}); }
+
   const Mapping* find_mapping(Address address) const;
 
   // True when every byte is mapped and accessible (writable, where asked).
@@ -83,9 +122,6 @@ class VirtualMemory {
   std::size_t physical_count() const { return physical_.size(); }
   std::size_t mapping_count() const { return mappings_.size(); }
   std::size_t reservation_count() const { return reservations_.size(); }
-
-  // Bytes that live handles and mappings hold on all devices.
-  std::size_t charged_bytes() const;
 
  private:
   // One device's sparse file and which parts of it are taken; opened at first use.
@@ -105,6 +141,9 @@ class VirtualMemory {
   std::map<Address, std::size_t> reservations_;
   std::unordered_map<PhysicalId, Physical> physical_;
   PhysicalId next_id_ = 0x1000;
+  Address next_alias_key_ = Address{1} << 63U;
+  std::size_t alias_count_ = 0;  // live handles with a key
+  std::vector<AliasKey> dead_keys_;
   std::map<Address, Mapping> mappings_;
 };
 

@@ -10,10 +10,12 @@
 #include <new>
 #include <utility>
 
+#include "emulator/core/call_site.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/fault_api.h"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
+#include "emulator/core/report.hpp"
 #include "emulator/core/types.hpp"
 
 namespace spillover::emulator {
@@ -72,6 +74,8 @@ CUresult with_driver(const char* name, Body&& body) {
   const Injection injection(name);
   if (injection.at_once() != CUDA_SUCCESS) return finish_call(name, injection.at_once());
   Machine& machine = Machine::instance();
+  const ReportScope reports;
+  const CallScope call(name);
   try {
     Lock lock(machine.mutex);
     machine.scheduler.perturb(lock);

@@ -19,7 +19,10 @@ constexpr std::size_t kPitchBytes = 512;
 CUresult allocate_host(Machine& machine, const Context& context, std::size_t size_bytes,
                        HostRegionKind kind, unsigned flags, Address* address) {
   if (size_bytes == 0) return CUDA_ERROR_INVALID_VALUE;
-  return machine.host_memory.allocate({0, size_bytes, kind, flags, context.device}, address);
+  const CUresult result =
+      machine.host_memory.allocate({0, size_bytes, kind, flags, context.device}, address);
+  if (result == CUDA_SUCCESS) machine.begin_memory(*address, size_bytes);
+  return result;
 }
 
 CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_bytes, unsigned flags) {
@@ -123,8 +126,10 @@ CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int f
         machine.addresses.contains(address)) {
       return CUDA_ERROR_INVALID_VALUE;
     }
-    return machine.host_memory.add(
+    const CUresult added = machine.host_memory.add(
         {address, size_bytes, HostRegionKind::kRegistered, flags, context.device});
+    if (added == CUDA_SUCCESS) machine.begin_memory(address, size_bytes);
+    return added;
   });
 }
 

@@ -90,7 +90,9 @@ CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offse
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
-    return machine.virtual_memory.map(pointer, size_bytes, offset_bytes, handle);
+    const CUresult mapped = machine.virtual_memory.map(pointer, size_bytes, offset_bytes, handle);
+    if (mapped == CUDA_SUCCESS) machine.follow_mapping(pointer, size_bytes);
+    return mapped;
   });
 }
 

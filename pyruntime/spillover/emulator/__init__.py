@@ -11,11 +11,14 @@ from spillover.emulator._command import run
 from spillover.emulator._control import (
     HostAccess,
     LiveResources,
+    acquire,
     clear_hazards,
     hazards,
     host_access,
+    leaks,
     live,
     peak_bytes,
+    release,
 )
 from spillover.emulator._faults import (
     Fault,
@@ -40,6 +43,7 @@ __all__ = [
     "StorageFault",
     "SweepFailure",
     "SweepReport",
+    "acquire",
     "calls",
     "clear_hazards",
     "enable",
@@ -47,8 +51,10 @@ __all__ = [
     "hazards",
     "host_access",
     "is_enabled",
+    "leaks",
     "live",
     "peak_bytes",
+    "release",
     "run",
     "slow",
     "stuck",

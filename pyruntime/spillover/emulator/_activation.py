@@ -8,6 +8,7 @@ has been imported with its own libraries this silently does nothing, hence the c
 from __future__ import annotations
 
 import atexit
+import ctypes
 import functools
 import importlib.abc
 import importlib.util
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _libraries, _library_operators
+from spillover.emulator import _libraries, _library_operators, _stacks, _threads
 from spillover.emulator._options import HazardPolicy, Options, Schedule
 
 _lock = threading.Lock()
@@ -36,6 +37,10 @@ def enable(
     seed: int = 0,
     hazards: HazardPolicy = "raise",
     poison: bool = True,
+    uninitialized: bool = False,
+    leaks: bool = False,
+    blocks: bool = False,
+    stacks: bool = True,
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -56,6 +61,14 @@ def enable(
         ``off``, ``count``, ``warn`` or ``raise``; see :class:`Options`.
     poison
         Fill what the driver hands out and takes back with 0xFF bytes; see :class:`Options`.
+    uninitialized
+        Report reads of device memory that was never written; see :class:`Options`.
+    leaks
+        Print what the process still holds of the driver when it ends.
+    blocks
+        Find uses of blocks that torch's caching allocator has taken back; see :class:`Options`.
+    stacks
+        Say in reports where the program made the calls.
 
     Returns
     -------
@@ -78,6 +91,10 @@ def enable(
             seed=seed,
             hazards=hazards,
             poison=poison,
+            uninitialized=uninitialized,
+            leaks=leaks,
+            blocks=blocks,
+            stacks=stacks,
         )
     )
 
@@ -101,6 +118,12 @@ def activate(options: Options) -> bool:
         # The driver reads them at its first call. After the load: where that fails, the process
         # and its children go on as if nothing had been asked for.
         os.environ.update(options.environment())
+        if options.hazards != "off":
+            _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
+            if options.stacks:
+                _stacks.install()
+        if options.leaks:
+            atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.
         sys.meta_path.insert(0, _TorchFinder())
         _active = options
@@ -141,6 +164,15 @@ def _print_summary(owner_pid: int) -> None:
     )
 
 
+def _print_leaks(owner_pid: int) -> None:
+    from spillover.emulator import _control
+
+    if os.getpid() != owner_pid:
+        return
+    for text in _control.leaks():
+        print(f"spillover emulator: {text}", file=sys.stderr)
+
+
 def _require_clean_process() -> None:
     if "torch" in sys.modules:
         raise StateError(
@@ -173,6 +205,27 @@ def _after_torch_import() -> None:
     _refuse_jiterator(torch._C)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
+        _follow_blocks(library)
+
+
+def _follow_blocks(library: str) -> None:
+    """Have torch's allocator tell the checker of its blocks, once that is of use.
+
+    It costs about a microsecond an allocation. Between threads it is needed, since an allocator
+    hands on under a lock of its own what one thread knew when it freed a block.
+    """
+    from torch import cuda
+
+    @functools.lru_cache(maxsize=1)
+    def follow() -> None:
+        # Torch's allocator takes trackers once it is set up.
+        function = ctypes.CDLL(library).spillover_emulator_aten_follow_blocks
+        cuda._lazy_call(function)  # type: ignore[no-untyped-call]
+
+    if _active is not None and (_active.blocks or _active.uninitialized):
+        follow()
+    else:
+        _threads.before_first_start(follow)
 
 
 def _refuse_jiterator(bindings: Any) -> None:

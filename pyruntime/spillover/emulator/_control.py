@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,18 +32,56 @@ class LiveResources:
 def hazards() -> list[str]:
     """Texts of the hazards found since the start or the last ``clear_hazards()``, oldest first.
 
-    Each text names both accesses with their operators and streams, and what would order them.
+    The first line of a text names both accesses with their operators and streams, and what would
+    order them; further lines say which memory and operand, and where the program made both calls.
     """
-    library = _libraries.driver()
-    texts = []
-    for index in range(library.spillover_emulator_hazard_count()):
-        length = library.spillover_emulator_hazard_text(index, None, 0)
+    return _texts(_libraries.driver().spillover_emulator_hazard_text)
+
+
+def _texts(function: Callable[[int, ctypes.Array[ctypes.c_char] | None, int], int]) -> list[str]:
+    texts: list[str] = []
+    for index in itertools.count():
+        length = function(index, None, 0)
         if length == 0:
-            break
+            return texts
         buffer = ctypes.create_string_buffer(length + 1)
-        library.spillover_emulator_hazard_text(index, buffer, length + 1)
-        texts.append(buffer.value.decode())
-    return texts
+        function(index, buffer, length + 1)
+        texts.append(buffer.value.decode(errors="replace"))
+    raise AssertionError
+
+
+def leaks() -> list[str]:
+    """What the process holds of the driver now, one text each, with the stack that made it.
+
+    Device allocations and mappings, pinned memory, streams and events, from the driver's point of
+    view: a caching allocator's segments count until ``torch.cuda.empty_cache()``. Empty where the
+    checker is off.
+    """
+    return _texts(_libraries.driver().spillover_emulator_leak_text)
+
+
+def release(token: int | str) -> None:
+    """Hand what this thread knows of the device's work to whoever calls ``acquire(token)`` later.
+
+    For synchronisation that the checker cannot see (a flag that is polled, a pipe, a C extension's
+    queue): call it before the signal, and ``acquire`` with the same token after it was received.
+    Python's own locks, queues, futures and threads need no annotation.
+
+    Parameters
+    ----------
+    token
+        Names the signal; any number or text.
+    """
+    _libraries.driver().spillover_emulator_release(_token(token))
+
+
+def acquire(token: int | str) -> None:
+    """Take over what other threads knew when they called ``release(token)``."""
+    _libraries.driver().spillover_emulator_acquire(_token(token))
+
+
+def _token(token: int | str) -> int:
+    return hash(token) & (2**63 - 1) | 1 << 63
 
 
 def clear_hazards() -> None:

@@ -1,0 +1,61 @@
+// Blocks that a caching allocator hands out inside the memory it got from the driver, as far as it
+// tells (c_api.h, spillover_emulator_block_begin): a use of a block after it was taken back, and a
+// block that is handed out while a stream still works on it, cannot be seen from the driver.
+//
+// Owned by the HazardChecker; guarded by Machine::mutex.
+//
+// Invariant: blocks do not overlap. An ended block is kept until its bytes are handed out again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+
+#include "emulator/core/call_site.hpp"
+#include "emulator/core/types.hpp"
+#include "emulator/core/vector_clock.hpp"
+
+namespace spillover::emulator {
+
+struct Block {
+  Address end = 0;
+  std::uint64_t begun = 0;  // an access with a smaller order was to an earlier block
+  SiteId begun_at = 0;
+  bool ended = false;
+  SiteId ended_at = 0;
+  std::shared_ptr<const VectorClock> clock;  // what the thread that gave it back knew
+};
+
+class BlockTable {
+ public:
+  bool empty() const { return blocks_.empty(); }
+
+  // Calls learn(clock) for each ended block of whose bytes the new one is made: an allocator hands
+  // over under a lock of its own.
+  template <typename Learn>
+  void begin(Address address, std::size_t size_bytes, std::uint64_t order, SiteId site,
+             Learn&& learn) {
+    const Address end = address + size_bytes;
+    for (auto position = first_overlap(address); position != blocks_.end() && position->first < end;
+         ++position) {
+      if (position->second.clock != nullptr) learn(*position->second.clock);
+    }
+    insert(address, Block{end, order, site, false, 0, nullptr});
+  }
+  // Also of a block whose beginning nobody told.
+  void end(Address address, std::size_t size_bytes, SiteId site,
+           std::shared_ptr<const VectorClock> clock);
+  void forget(Address address, std::size_t size_bytes);
+
+  // The block that holds the address, or nullptr.
+  const Block* find(Address address, Address* begin) const;
+
+ private:
+  std::map<Address, Block>::iterator first_overlap(Address address);
+  void insert(Address address, Block block);
+
+  std::map<Address, Block> blocks_;
+};
+
+}  // namespace spillover::emulator
