@@ -1,6 +1,7 @@
 // Memory-efficient attention on (batch, length, heads, size) tensors and on packed sequences, with
 // the shapes and meanings of CUDA's results. scaled_dot_product_attention's own form of it is in
 // attention.cpp.
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
