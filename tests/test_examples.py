@@ -30,6 +30,7 @@ def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("spill-*")), "the spill folder was left behind"
 
 
+@pytest.mark.soak
 def test_demo_fails_when_a_claim_does_not_hold(tmp_path: Path) -> None:
     """With a limit that everything fits, plain PyTorch does not run out of memory."""
     result = demo("--steps", "2", "--batch", "1", "--limit", "2GiB", "--report", str(tmp_path))

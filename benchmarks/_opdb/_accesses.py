@@ -87,7 +87,9 @@ class Audit(TorchDispatchMode):
         before = {key: self._bytes_of(storage) for key, storage in _storages(arguments).items()}
         result = function(*args, **keywords)
         declared = _declared_writes(function, args, keywords)
-        self._inspect(function._schema.name, _storages(arguments), before, declared, result)
+        # Storages that the call gave to an argument, as set_ does, have no bytes from before.
+        after = {key: s for key, s in _storages(arguments).items() if key in before}
+        self._inspect(function._schema.name, after, before, declared, result)
         torch.cuda.synchronize()
         return result
 

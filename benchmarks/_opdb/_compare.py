@@ -276,11 +276,10 @@ class Comparison:
         sample = Sample(
             (drawn.input, *drawn.args), dict(drawn.kwargs), drawn.output_process_fn_grad
         )
+        on_device = self._on_device(op.formatted_name, sample)
         audit = _accesses.Audit()
         with audit:
-            execute(
-                functions.on_device, self._on_device(op.formatted_name, sample), backward=backward
-            )
+            execute(functions.on_device, on_device, backward=backward)
         assert not audit.defects, "; ".join(sorted(set(audit.defects)))
         self._compared.add("accesses")
 

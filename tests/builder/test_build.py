@@ -254,15 +254,6 @@ def test_clean_removes_every_entry(tiny_part: Callable[[], Path], cache: Path) -
     assert tiny_part() == built
 
 
-def test_build_all_tells_its_progress(
-    tiny_part: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_parts, "_PARTS", ("adapter",))
-    lines: list[str] = []
-    assert _build.build_all(progress=lines.append) == [tiny_part()]
-    assert len(lines) == 2
-
-
 FAKE_TORCH = """
 import sys, types
 torch = types.ModuleType("torch")

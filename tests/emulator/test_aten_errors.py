@@ -53,20 +53,8 @@ def test_scalars_and_indices_may_be_on_the_host() -> None:
             "aten::_conv_depthwise2d",
         ),
         (lambda x: torch._to_sparse_semi_structured(x), "aten::_to_sparse_semi_structured"),
-        (lambda x: x.to_sparse(), "aten::_to_sparse"),
-        (
-            lambda x: torch.mm(
-                torch.sparse_coo_tensor(
-                    torch.zeros(2, 1, dtype=torch.long, device="cuda"),
-                    torch.ones(1, device="cuda"),
-                    (3, 3),
-                ),
-                x,
-            ),
-            "aten::",
-        ),
     ],
-    ids=["cudnn", "depthwise", "semi-structured", "to_sparse", "sparse mm"],
+    ids=["cudnn", "depthwise", "semi-structured"],
 )
 def test_operator_that_is_not_emulated_names_itself(
     function: Callable[[torch.Tensor], Any], name: str

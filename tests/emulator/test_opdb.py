@@ -16,7 +16,7 @@ from spillover import emulator
 
 SEED = 3
 #: What fits the time that ``make test`` has.
-SAMPLED = {"float32": 40, "bfloat16": 25, "accesses": 150}
+SAMPLED = {"float32": 30, "bfloat16": 20, "accesses": 80}
 SOAK_MINIMUM = {"float32": 665, "bfloat16": 560, "sparse": 35, "accesses": 690}
 #: The operators that are most unlike the others: own kernels, sparse results, random numbers.
 ALWAYS = (

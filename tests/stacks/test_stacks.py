@@ -18,6 +18,8 @@ from spillover.emulator import Options, Schedule
 
 PROGRAMS = Path(__file__).with_name("programs")
 
+#: What fits the time that `make test` has; `make soak` runs every group.
+SAMPLED = ("torch", "fsdp2", "spillover")
 GROUPS = {
     "huggingface": (
         "transformers_generate",
@@ -70,7 +72,12 @@ def test_each_program_is_in_a_group() -> None:
     assert sorted(name for group in GROUPS.values() for name in group) == NAMES
 
 
-@pytest.mark.parametrize("group", GROUPS)
+SAMPLE = [
+    group if group in SAMPLED else pytest.param(group, marks=pytest.mark.soak) for group in GROUPS
+]
+
+
+@pytest.mark.parametrize("group", SAMPLE)
 def test_stacks(group: str) -> None:
     run_programs(GROUPS[group], Options(vram="2GiB", schedule="late", hazards="raise"))
 

@@ -30,6 +30,10 @@ class HostThreads {
   // What the calling thread knows.
   const Knowledge& current();
 
+  // All that any thread knows: what holds for memory that allocators hand from thread to thread
+  // under locks that nobody sees.
+  const VectorClock& everyone() const { return everyone_.clock; }
+
   // A copy of it that is shared between calls, to be kept with what the thread gives back.
   std::shared_ptr<const VectorClock> snapshot();
 

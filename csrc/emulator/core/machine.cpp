@@ -111,6 +111,13 @@ bool Machine::record(const Access& access, const VectorClock& clock, AccessKind 
       return true;
     }
   }
+  if (!addresses.contains(address) && !(access.actor == kHostActor && kind == AccessKind::kRead)) {
+    // Torch's cache of pinned memory gives a block that one thread has waited for to another. Only
+    // the host's reads ask for what the reading thread itself knows.
+    VectorClock known = clock;
+    known.merge(streams.threads().everyone());
+    return hazards.record(access, known, kind, range, address, recording);
+  }
   bool found = hazards.record(access, clock, kind, range, address, recording);
   // Freeing one address of several does not touch what runs through the others.
   if (!virtual_memory.has_aliases() || kind == AccessKind::kFree) return found;

@@ -63,7 +63,10 @@ CUresult plain(const char* name, Body&& body) {
 template <typename Body>
 CUresult with_thread(const char* name, Body&& body) {
   const CUresult admitted = admit();
-  return finish_call(name, admitted == CUDA_SUCCESS ? std::forward<Body>(body)() : admitted);
+  if (admitted != CUDA_SUCCESS) return finish_call(name, admitted);
+  const Injection injection(name);
+  if (injection.at_once() != CUDA_SUCCESS) return finish_call(name, injection.at_once());
+  return finish_call(name, injection.of(std::forward<Body>(body)()));
 }
 
 // body(Machine&, Lock&) -> CUresult
