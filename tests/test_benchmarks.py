@@ -35,6 +35,8 @@ def test_every_benchmark_is_tested() -> None:
     assert set(benchmarks("--list").stdout.split()) == set(EXPECTED)
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_quick(name: str, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
