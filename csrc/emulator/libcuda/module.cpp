@@ -2,11 +2,16 @@
 // name (kernel_api.h), and cannot be had otherwise.
 #include "emulator/core/kernels.hpp"
 
+#include <algorithm>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
+using emulator::AccessKind;
+using emulator::Address;
 using emulator::Lock;
 using emulator::Machine;
 using emulator::RegisteredKernel;
@@ -43,6 +48,20 @@ CUresult get_function(const char* name, void** function, void* module, const cha
   });
 }
 
+AccessKind kind_of(const spillover_emulator_range& range) {
+  return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+}
+
+// Whether all that a kernel says it touches is there for its device; a GPU would find out only when
+// the kernel runs.
+bool may_touch(Machine& machine, const emulator::Stream& stream, const RegisteredKernel& kernel,
+               const std::vector<spillover_emulator_range>& accesses) {
+  return std::all_of(accesses.begin(), accesses.end(), [&](const auto& range) {
+    return machine.check_usable(stream, kernel.name.c_str(), kind_of(range),
+                                reinterpret_cast<Address>(range.pointer), range.size_bytes);
+  });
+}
+
 CUresult launch(const char* name, CUfunction function, const spillover_emulator_launch_shape& shape,
                 CUstream handle, void** parameters, void** extra) {
   return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
@@ -53,13 +72,27 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     for (int axis = 0; axis < 3; ++axis) {
       if (shape.grid[axis] == 0 || shape.block[axis] == 0) return CUDA_ERROR_INVALID_VALUE;
     }
+    const auto accesses = kernel->accesses_of(shape, parameters);
+    if (!may_touch(machine, *stream, *kernel, accesses)) {
+      return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
+    }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
-    machine.streams.prepare(stream);
+    const emulator::Ticket ticket = machine.streams.prepare(stream);
+    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), {}};
+    bool found = false;
+    for (const spillover_emulator_range& range : accesses) {
+      const auto address = reinterpret_cast<Address>(range.pointer);
+      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind_of(range), address,
+                                    range.size_bytes) ||
+              found;
+      queued.ranges.push_back({address, range.size_bytes, range.is_write != 0});
+    }
     emulator::Operation operation;
-    operation.body = emulator::Kernel{emulator::KernelLaunch::run, launched.release()};
+    operation.body = std::move(queued);
     operation.name = kernel->name.c_str();
     machine.streams.submit(lock, stream, std::move(operation));
-    return machine.sticky_error(stream->device);
+    const CUresult hazard = machine.hazard_status(found);
+    return hazard != CUDA_SUCCESS ? hazard : machine.sticky_error(stream->device);
   });
 }
 
