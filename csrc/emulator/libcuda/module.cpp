@@ -48,6 +48,22 @@ CUresult get_function(const char* name, void** function, void* module, const cha
   });
 }
 
+// The limits that device_attributes.cpp tells. How much shared memory a kernel may have without
+// asking for more (cuFuncSetAttribute) is not held against it.
+bool is_launchable(const spillover_emulator_launch_shape& shape) {
+  constexpr unsigned kBlockMax[3] = {1024, 1024, 64};
+  constexpr unsigned kGridMax[3] = {2147483647, 65535, 65535};
+  constexpr std::uint64_t kThreadsMax = 1024;
+  constexpr unsigned kSharedBytesMax = 232448;
+  std::uint64_t threads = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (shape.grid[axis] == 0 || shape.grid[axis] > kGridMax[axis]) return false;
+    if (shape.block[axis] == 0 || shape.block[axis] > kBlockMax[axis]) return false;
+    threads *= shape.block[axis];
+  }
+  return threads <= kThreadsMax && shape.shared_bytes <= kSharedBytesMax;
+}
+
 AccessKind kind_of(const spillover_emulator_range& range) {
   return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
 }
@@ -69,9 +85,7 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (extra != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
     if (parameters == nullptr && !kernel->parameter_bytes.empty()) return CUDA_ERROR_INVALID_VALUE;
-    for (int axis = 0; axis < 3; ++axis) {
-      if (shape.grid[axis] == 0 || shape.block[axis] == 0) return CUDA_ERROR_INVALID_VALUE;
-    }
+    if (!is_launchable(shape)) return CUDA_ERROR_INVALID_VALUE;
     const auto accesses = kernel->accesses_of(shape, parameters);
     if (!may_touch(machine, *stream, *kernel, accesses)) {
       return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;

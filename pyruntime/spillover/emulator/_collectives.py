@@ -66,7 +66,9 @@ class Collectives:
         for place, device in enumerate(devices):
             own = tensor.is_cuda and place == 0
             copies.append(
-                tensor if own else tensor.detach().to(f"cuda:{device}", non_blocking=True, copy=True)
+                tensor
+                if own
+                else tensor.detach().to(f"cuda:{device}", non_blocking=True, copy=True)
             )
         return copies
 
@@ -140,7 +142,9 @@ class Collectives:
     def _reduced(self, inputs: Sequence[Any], where: Any, op: int) -> Any:
         """The reduction of all inputs, on the device of ``where``."""
         if not 0 <= op < len(self._reductions):
-            raise RuntimeError(f"reduction {op} is not emulated: use a sum, product, min, max or avg")
+            raise RuntimeError(
+                f"reduction {op} is not emulated: use a sum, product, min, max or avg"
+            )
         with self._torch.no_grad():
             total = inputs[0].to(where.device, non_blocking=True)
             for tensor in inputs[1:]:
@@ -170,7 +174,9 @@ class Collectives:
             raise RuntimeError("inputs must be on unique devices")
         for tensor in [*inputs, *(outputs or ())]:
             if not tensor.is_cuda or tensor.is_sparse or not tensor.is_contiguous():
-                raise RuntimeError("input and output elements must be dense contiguous CUDA tensors")
+                raise RuntimeError(
+                    "input and output elements must be dense contiguous CUDA tensors"
+                )
             if tensor.dtype != inputs[0].dtype:
                 raise RuntimeError("all inputs and outputs must be of the same Tensor dtype")
         if any(tensor.numel() != inputs[0].numel() for tensor in inputs):
