@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,30 +42,42 @@ def compile_for_host(source: Path, library: Path) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def compile_with_nvrtc(source: Path, architecture: str) -> bytes:
+def compile_with_nvrtc(source: Path, architecture: str) -> str:
     """Compile kernels to PTX, for which no GPU is needed."""
     libraries = [path for folder in cuda_folders() for path in folder.glob("lib/libnvrtc.so.*")]
     if not libraries:
         pytest.skip("NVRTC is not installed (torch's CUDA build brings it)")
-    # NVRTC asks the linker for this one by name alone.
-    for builtins in libraries[0].parent.glob("libnvrtc-builtins.so.*"):
-        ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-    nvrtc = ctypes.CDLL(str(libraries[0]))
-    program = ctypes.c_void_p()
-    created = nvrtc.nvrtcCreateProgram(
-        ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None
+    # In a process of its own: NVRTC has the linker look for a library that lies beside it.
+    result = subprocess.run(
+        [sys.executable, __file__, libraries[0], source, architecture, cuda_headers()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "LD_LIBRARY_PATH": str(libraries[0].parent)},
+        check=False,
     )
-    assert created == 0
-    options = [f"--gpu-architecture={architecture}", f"--include-path={cuda_headers()}"]
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def print_ptx(library: str, source: str, architecture: str, headers: str) -> None:
+    """Print what NVRTC makes of a source, or exit with its complaints."""
+    nvrtc = ctypes.CDLL(library)
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    path = Path(source)
+    text, name = path.read_bytes(), path.name.encode()
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text, name, 0, None, None) == 0
+    options = [f"--gpu-architecture={architecture}", f"--include-path={headers}"]
     array = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
-    status = nvrtc.nvrtcCompileProgram(program, len(options), array)
-    size = ctypes.c_size_t()
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    assert status == 0, log.value.decode()
+    if nvrtc.nvrtcCompileProgram(program, len(options), array) != 0:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        sys.exit(log.value.decode())
     nvrtc.nvrtcGetPTXSize(program, ctypes.byref(size))
-    text = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetPTX(program, text)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return text.value
+    ptx = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetPTX(program, ptx)
+    print(ptx.value.decode())
+
+
+if __name__ == "__main__":
+    print_ptx(*sys.argv[1:])

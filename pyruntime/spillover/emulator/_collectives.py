@@ -1,9 +1,9 @@
 """Collectives between the devices of one process, in place of NCCL's.
 
 ``nn.DataParallel``, ``torch.cuda.comm`` and ``torch.cuda.nccl`` use NCCL where the tensors are on
-several GPUs. NCCL runs kernels of its own, which need a GPU; here its bindings are replaced by copies
-and additions on the devices' current streams, which the checker sees like any others. Process groups
-have no NCCL: use gloo there.
+several GPUs. NCCL runs kernels of its own, which need a GPU; here its bindings are replaced by
+copies and additions on the current streams, which the checker sees like any others. Process
+groups have no NCCL: use gloo there.
 
 Sums are taken in the order of the devices; NCCL's order depends on its rings.
 """
@@ -59,8 +59,8 @@ class Collectives:
             raise RuntimeError("Expected at least one device to broadcast to")
         if tensor.is_cuda and tensor.get_device() != devices[0]:
             raise RuntimeError(
-                f"Expected first argument tensor on device {devices[0]}, the first to broadcast to, "
-                f"but found it on device {tensor.get_device()}"
+                f"Expected the tensor on device {devices[0]}, the first to broadcast to, but found "
+                f"it on device {tensor.get_device()}"
             )
         copies = []
         for place, device in enumerate(devices):
