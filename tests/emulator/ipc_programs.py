@@ -79,12 +79,12 @@ def producer() -> None:
     assert process.exitcode == 0, process.exitcode
     torch.cuda.ipc_collect()
 
+    refusal = ""
     try:
         torch.multiprocessing.reductions.reduce_tensor(tensor.requires_grad_() * 2)
     except RuntimeError as error:
-        assert "non-leaf" in str(error), error
-    else:
-        raise SystemExit("a tensor of a graph was sent")
+        refusal = str(error)
+    assert "non-leaf" in refusal, refusal
     assert not emulator.hazards(), emulator.hazards()
 
 

@@ -1,4 +1,4 @@
-"""Device memory and events that processes share: cuIpc* and shareable handles, against CUDA's words.
+"""Memory and events that processes share: cuIpc* and shareable handles, against CUDA's words.
 
 Each program starts a second process, :func:`peer`, which does what lines on its input say.
 """
