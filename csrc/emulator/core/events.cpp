@@ -23,6 +23,7 @@ CUevent Events::create(Context* context, unsigned flags) {
   if ((flags & CU_EVENT_INTERPROCESS) != 0) {
     event->mark = SharedMark::create();
     if (event->mark == nullptr) return nullptr;
+    event->record_number = event->mark->records();
   }
   return insert(std::move(event));
 }

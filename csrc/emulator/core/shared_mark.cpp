@@ -75,10 +75,10 @@ std::shared_ptr<SharedMark> SharedMark::create() {
   const std::shared_ptr<File> file = own_file();
   std::uint32_t index = 0;
   if (file == nullptr || !file->take(&index)) return nullptr;
-  Slot* const slot = file->slot(index);
-  slot->records.store(0);
-  slot->completed.store(0);
-  return std::shared_ptr<SharedMark>(new SharedMark(file, index, /*is_own=*/true));
+  // Counters go on where the place's last event left them: a process may wait for that one still.
+  std::shared_ptr<SharedMark> mark(new SharedMark(file, index, /*is_own=*/true));
+  mark->publish(mark->records());
+  return mark;
 }
 
 CUresult SharedMark::open(const Handle& handle, std::shared_ptr<SharedMark>* mark) {
