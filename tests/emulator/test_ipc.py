@@ -141,6 +141,10 @@ def peer() -> None:
             cuda.download(target, numbers[1], stream)
             cuda.sync(stream)
             answer = target.get()[0]
+        elif command == "wait":  # for an event, on the stream
+            cuda("cuStreamWaitEvent", stream, numbers[0], 0)
+        elif command == "drain":
+            answer = cuda.status("cuStreamSynchronize", stream)
         elif command == "query":
             answer = cuda.status("cuEventQuery", *numbers)
         elif command == "synchronize":
@@ -320,6 +324,20 @@ def an_event_is_not_early() -> None:
     cuda.sync(stream)
 
 
+def an_event_is_destroyed_under_a_waiter() -> None:
+    """Who waits for an event that is gone does not wait for the one that came after it."""
+    cuda = Sharing()
+    stream, event = cuda.stream(), cuda.shared_event()
+    with other_process() as other:
+        _, theirs = other.ask("open_event", cuda.export_event(event))
+        cuda.record(stream, event)
+        other.ask("wait", theirs)
+        cuda.sync(stream)
+        cuda("cuEventDestroy_v2", event)
+        cuda.shared_event()
+        assert other.ask("drain") == [str(SUCCESS)]
+
+
 def the_recorder_dies() -> None:
     """Work of a process that has ended is not waited for."""
     cuda = Sharing()
@@ -471,6 +489,7 @@ def test_memory_and_events(schedule: str) -> None:
 
 def test_lifetimes() -> None:
     run_program(two_ways, handles_that_are_gone, the_recorder_dies, closed_while_in_use)
+    run_program(an_event_is_destroyed_under_a_waiter)
     run_program(imported_memory_is_written, uninitialized=1)
 
 
