@@ -26,6 +26,7 @@ struct Access {
   std::uint64_t order = 0;  // counts all accesses, in the order of the calls
   SiteId site = 0;
   bool is_free = false;  // of a write: it was a stream-ordered free
+  bool in_graph = false;  // by a node of a graph
 };
 
 enum class AccessKind { kRead, kWrite, kFree };

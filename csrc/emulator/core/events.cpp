@@ -44,6 +44,14 @@ Event* Events::find(CUevent handle) {
 
 CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   if (event->context->device != stream->device) return CUDA_ERROR_INVALID_HANDLE;
+  mark(event, stream);
+  machine_->scheduler.settle(lock, stream, 0);
+  return CUDA_SUCCESS;
+}
+
+void Events::mark(Event* event, const StreamRef& stream) {
+  event->capture.reset();
+  event->capture_nodes.clear();
   machine_->streams.order_with_default(stream);
   event->stream = stream;
   event->query_count = 0;
@@ -52,7 +60,7 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
     // Nothing has to happen at the event's turn, so the mark is the last operation's end.
     event->ticket = stream->enqueued;
     event->clock = stream->clock;
-    return CUDA_SUCCESS;
+    return;
   }
   event->ticket = machine_->streams.prepare(stream);
   event->clock = stream->clock;
@@ -60,8 +68,7 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   Operation operation;
   operation.body = RecordTime{event->time};
   operation.name = "event record";
-  machine_->streams.submit(lock, stream, std::move(operation));
-  return CUDA_SUCCESS;
+  machine_->streams.append(stream, std::move(operation));
 }
 
 void Events::synchronize(Lock& lock, Event* event) {

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
@@ -20,6 +21,8 @@
 namespace spillover::emulator {
 
 class Machine;
+struct Capture;
+struct GraphNode;
 
 struct Event {
   Context* context = nullptr;
@@ -30,6 +33,9 @@ struct Event {
   bool all_know = false;            // every host thread has this record's clock
   std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
   int query_count = 0;
+  // Where it was last recorded on a stream that was being captured: after which nodes.
+  std::shared_ptr<Capture> capture;
+  std::vector<GraphNode*> capture_nodes;
 
   bool is_complete() const { return stream == nullptr || stream->completed >= ticket; }
   bool has_timing() const { return (flags & CU_EVENT_DISABLE_TIMING) == 0; }
@@ -46,6 +52,9 @@ class Events {
   Event* find(CUevent handle);
 
   CUresult record(Lock& lock, Event* event, const StreamRef& stream);
+
+  // The same for an event of the stream's device, without running anything.
+  void mark(Event* event, const StreamRef& stream);
 
   // The event may be destroyed or recorded again while this waits; it waits for the record of the
   // call.

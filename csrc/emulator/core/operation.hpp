@@ -13,7 +13,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
@@ -54,6 +56,38 @@ struct Fill {
 struct Kernel {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
+};
+
+// Bytes that a kernel of a graph touches.
+struct KernelAccess {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  bool is_write = false;
+};
+
+// A kernel that runs as often as graphs that hold it are launched. run returns a CUresult, and says
+// in `error` what went wrong.
+struct KernelBody {
+  int (*run)(void* argument, char* error, std::size_t capacity) = nullptr;
+  void* argument = nullptr;
+  void (*release)(void* argument) = nullptr;
+  std::vector<KernelAccess> accesses{};
+
+  KernelBody() = default;
+  KernelBody(KernelBody&& other) noexcept
+      : run(other.run),
+        argument(other.argument),
+        release(std::exchange(other.release, nullptr)),
+        accesses(std::move(other.accesses)) {}
+  KernelBody(const KernelBody&) = delete;
+  KernelBody& operator=(const KernelBody&) = delete;
+  ~KernelBody() {
+    if (release != nullptr) release(argument);
+  }
+};
+
+struct SharedKernel {
+  std::shared_ptr<const KernelBody> body;
 };
 
 // A callback into the program: may block, may take locks of the program's own.
@@ -99,7 +133,7 @@ struct Hold {
 };
 
 struct Operation {
-  std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
+  std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
                FreeMemory, Hold>
       body;
   const char* name = "";

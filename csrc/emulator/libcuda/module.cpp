@@ -3,6 +3,7 @@
 #include "emulator/core/kernels.hpp"
 
 #include <memory>
+#include <utility>
 
 #include "emulator/libcuda/api_call.hpp"
 
@@ -12,7 +13,7 @@ using emulator::Machine;
 using emulator::RegisteredKernel;
 using emulator::StreamRef;
 using emulator::with_driver;
-using emulator::with_stream;
+using emulator::with_work;
 
 namespace {
 
@@ -45,7 +46,7 @@ CUresult get_function(const char* name, void** function, void* module, const cha
 
 CUresult launch(const char* name, CUfunction function, const spillover_emulator_launch_shape& shape,
                 CUstream handle, void** parameters, void** extra) {
-  return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
     const RegisteredKernel* kernel = machine.kernels.check(function);
     if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (extra != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
@@ -54,6 +55,12 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
       if (shape.grid[axis] == 0 || shape.block[axis] == 0) return CUDA_ERROR_INVALID_VALUE;
     }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
+    if (stream->capture != nullptr) {
+      machine.captures.add(stream, kernel->name.c_str(),
+                           std::make_shared<const emulator::KernelBody>(
+                               emulator::KernelLaunch::shared(std::move(launched))));
+      return CUDA_SUCCESS;
+    }
     machine.streams.prepare(stream);
     emulator::Operation operation;
     operation.body = emulator::Kernel{emulator::KernelLaunch::run, launched.release()};
