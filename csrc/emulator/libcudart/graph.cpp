@@ -419,7 +419,7 @@ cudaError_t cudaGraphNodeGetEnabled(cudaGraphExec_t exec, cudaGraphNode_t node,
   return with_context(__func__, [=] { return cuGraphNodeGetEnabled(exec, node, is_enabled); });
 }
 
-// User objects, and the memory of graphs.
+// User objects.
 
 cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* pointer, cudaHostFn_t destroy,
                                  unsigned int count, unsigned int flags) {
@@ -444,26 +444,6 @@ cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object
 cudaError_t cudaGraphReleaseUserObject(cudaGraph_t graph, cudaUserObject_t object,
                                        unsigned int count) {
   return with_context(__func__, [=] { return cuGraphReleaseUserObject(graph, object, count); });
-}
-
-cudaError_t cudaDeviceGraphMemTrim(int device) {
-  return with_context(__func__, [=] { return cuDeviceGraphMemTrim(device); });
-}
-
-cudaError_t cudaDeviceGetGraphMemAttribute(int device, cudaGraphMemAttributeType attribute,
-                                           void* value) {
-  return with_context(__func__, [=] {
-    return cuDeviceGetGraphMemAttribute(device, static_cast<CUgraphMem_attribute>(attribute),
-                                        value);
-  });
-}
-
-cudaError_t cudaDeviceSetGraphMemAttribute(int device, cudaGraphMemAttributeType attribute,
-                                           void* value) {
-  return with_context(__func__, [=] {
-    return cuDeviceSetGraphMemAttribute(device, static_cast<CUgraphMem_attribute>(attribute),
-                                        value);
-  });
 }
 
 }  // extern "C"
