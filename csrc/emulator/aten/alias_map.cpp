@@ -95,8 +95,8 @@ at::Tensor AliasMap::make_alias(const at::Tensor& tensor, bool is_written) {
   c10::StorageImpl* device = tensor.storage().unsafeGetStorageImpl();
   const size_t known = find_storage(device);
   if (known == kNotFound) {
-    void* data = capturing_ ? captured_data_of(device, *capturing_)
-                            : host_data_of(device, is_written);
+    void* data =
+        capturing_ ? captured_data_of(device, *capturing_) : host_data_of(device, is_written);
     at::Tensor spare =
         c10::InferenceMode::is_enabled() ? at::Tensor() : SpareAliases::of_thread().take();
     if (spare.defined()) {

@@ -72,6 +72,16 @@ size_t extent_bytes(const at::Tensor& tensor) {
   return static_cast<size_t>(extent) * tensor.element_size();
 }
 
+// A CPU tensor's value as it is now. That it stands for a Python number decides the type of
+// results.
+at::Tensor value_of(const at::Tensor& tensor) {
+  at::Tensor value = tensor.clone();
+  if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
+    value.unsafeGetTensorImpl()->set_wrapped_number(true);
+  }
+  return value;
+}
+
 // Device memory that a new result goes to.
 struct Target {
   size_t result;
@@ -80,6 +90,7 @@ struct Target {
   size_t size_bytes;
   std::vector<int64_t> sizes;
   std::vector<int64_t> strides;
+  at::ScalarType type;
 };
 
 // What a node keeps: everything that a launch needs, and nothing that owns device memory.
@@ -96,9 +107,10 @@ class FrozenCall {
       } else if (argument.kind == ArgumentKind::kGenerator) {
         arguments_.emplace_back();
       } else {
-        arguments_.push_back(replace_tensors(
-            originals[i], argument, [&](const at::Tensor& tensor, bool is_written) {
-              return is_device_tensor(tensor) ? aliases.alias(tensor, is_written) : tensor.clone();
+        arguments_.push_back(
+            replace_tensors(originals[i], argument, [&](const at::Tensor& tensor, bool is_written) {
+              return is_device_tensor(tensor) ? aliases.alias(tensor, is_written)
+                                              : value_of(tensor);
             }));
       }
     }
@@ -126,9 +138,9 @@ class FrozenCall {
   void launch() const {
     // The thread may be in the middle of anything of torch's: only the CPU's kernels take part.
     const c10::impl::ForceDispatchKeyGuard below_everything(
-        c10::default_included_set,
-        c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView |
-            c10::autocast_dispatch_keyset | c10::python_ks);
+        c10::default_included_set, c10::default_excluded_set |
+                                       c10::autograd_dispatch_keyset_with_ADInplaceOrView |
+                                       c10::autocast_dispatch_keyset | c10::python_ks);
     const DeviceWorkScope device_work;
     const ReplayedPositions replayed(positions_);
     torch::jit::Stack stack(arguments_.begin(), arguments_.end());
@@ -140,9 +152,10 @@ class FrozenCall {
       const c10::IValue& value = stack.at(target.result);
       const at::Tensor result =
           value.isTensor() ? value.toTensor() : value.toListRef()[target.element].toTensor();
-      TORCH_CHECK(result.sizes() == target.sizes && result.strides() == target.strides,
-                  "a result has shape ", result.sizes(), " and had ",
-                  c10::IntArrayRef(target.sizes), " when the graph was captured");
+      TORCH_CHECK(result.sizes() == target.sizes && result.strides() == target.strides &&
+                      result.scalar_type() == target.type,
+                  "a result is ", result.scalar_type(), " ", result.sizes(), " and was ",
+                  target.type, " ", c10::IntArrayRef(target.sizes), " when the graph was captured");
       std::memcpy(target.bytes, result.const_data_ptr(), target.size_bytes);
     }
   }
@@ -288,7 +301,7 @@ class CapturedCall {
     keep(device.storage().data(), host.const_data_ptr(), size_bytes);
     append_ranges(device, /*is_written=*/true, ranges_);
     frozen->add_target({result, element, spillover_emulator_host_pointer(device.storage().data()),
-                        size_bytes, host.sizes().vec(), host.strides().vec()});
+                        size_bytes, host.sizes().vec(), host.strides().vec(), host.scalar_type()});
     return device;
   }
 

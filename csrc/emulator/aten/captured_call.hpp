@@ -26,7 +26,8 @@ using HostCall = std::function<void(torch::jit::Stack*)>;
 
 // Costs one predictable branch where nothing is being captured.
 inline bool is_capturing(const c10::cuda::CUDAStream& stream) {
-  if (C10_LIKELY(__atomic_load_n(&spillover_emulator_captures, __ATOMIC_RELAXED) == 0)) return false;
+  if (C10_LIKELY(__atomic_load_n(&spillover_emulator_captures, __ATOMIC_RELAXED) == 0))
+    return false;
   return spillover_emulator_is_capturing(stream.stream()) != 0;
 }
 

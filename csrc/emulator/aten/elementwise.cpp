@@ -33,8 +33,7 @@ TensorPair native_dropout(const Tensor& input, double p, std::optional<bool> tra
   if (train.has_value() && !*train) {
     return {input.clone(), at::ones_like(input, input.options().dtype(at::kBool))};
   }
-  return dropout_with(input, 1.0 - p,
-                      generator_at(take_default_position()));
+  return dropout_with(input, 1.0 - p, generator_at(take_default_position()));
 }
 
 // p is the probability of keeping an element here, and the mask holds bytes.

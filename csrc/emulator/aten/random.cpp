@@ -31,7 +31,8 @@ thread_local size_t next_replayed = 0;
 PhiloxPosition record_position(const at::Generator& generator) {
   auto* const impl = at::check_generator<at::CUDAGeneratorImpl>(generator);
   const at::PhiloxCudaState state = impl->philox_cuda_state(kOffsetStep);
-  TORCH_CHECK(state.captured_, "spillover emulator: a random operator is being captured on a stream "
+  TORCH_CHECK(state.captured_,
+              "spillover emulator: a random operator is being captured on a stream "
               "that is not its device's current one");
   recorded->push_back({state.seed_.ptr, state.offset_.ptr, state.offset_intragraph_});
   return {0, state.offset_intragraph_};

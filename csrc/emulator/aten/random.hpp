@@ -19,8 +19,8 @@ struct PhiloxPosition {
   uint64_t offset;
 };
 
-// A position whose seed and offset lie in device memory, where torch puts new ones before it replays
-// a graph.
+// A position whose seed and offset lie in device memory, where torch puts new ones before it
+// replays a graph.
 struct CapturedPosition {
   const int64_t* seed;
   const int64_t* offset;

@@ -124,7 +124,8 @@ bool Captures::invalidate_blocking(int device) {
   bool found = false;
   for (const auto& capture : active_) {
     for (const StreamRef& member : capture->members) {
-      if (member->capture == nullptr || !member->is_blocking() || member->device != device) continue;
+      if (member->capture == nullptr || !member->is_blocking() || member->device != device)
+        continue;
       invalidate(capture.get());
       found = true;
     }
@@ -180,9 +181,8 @@ CUresult Captures::check_unsafe_call() {
   bool found = false;
   for (const auto& capture : active_) {
     const bool is_own = capture->thread == std::this_thread::get_id();
-    const bool conflicts = is_own
-                               ? capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED
-                               : minds_others && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
+    const bool conflicts = is_own ? capture->mode != CU_STREAM_CAPTURE_MODE_RELAXED
+                                  : minds_others && capture->mode == CU_STREAM_CAPTURE_MODE_GLOBAL;
     if (!conflicts) continue;
     invalidate(capture.get());
     found = true;
@@ -210,8 +210,8 @@ CUresult Captures::status(const StreamRef& stream, CUstreamCaptureStatus* status
 
 GraphNode* Captures::add(const StreamRef& stream, const char* name, NodeWork work) {
   StreamCapture& mine = *stream->capture;
-  GraphNode* const node = machine_->graphs.add_node(mine.capture->graph, name, std::move(work),
-                                                    mine.tail);
+  GraphNode* const node =
+      machine_->graphs.add_node(mine.capture->graph, name, std::move(work), mine.tail);
   mine.tail.assign(1, node);
   return node;
 }

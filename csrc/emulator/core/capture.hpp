@@ -71,7 +71,7 @@ struct Capture {
 // The part of a capture that one stream has.
 struct StreamCapture {
   std::shared_ptr<Capture> capture;
-  std::vector<GraphNode*> tail;  // what the stream's next node depends on
+  std::vector<GraphNode*> tail;           // what the stream's next node depends on
   std::vector<CUgraphNode> tail_handles;  // as cuStreamGetCaptureInfo showed it
   std::vector<CUgraphEdgeData> tail_edges;
 };

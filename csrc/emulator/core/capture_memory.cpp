@@ -34,8 +34,8 @@ std::byte* CaptureMemory::write(Address address, std::size_t size_bytes) {
   }
   Part part{end - begin, std::make_unique<std::byte[]>(end - begin)};
   if (machine_->is_live(begin, end - begin, /*is_write=*/false)) {
-    std::memcpy(part.bytes.get(),
-                reinterpret_cast<const void*>(machine_->addresses.to_host(begin)), end - begin);
+    std::memcpy(part.bytes.get(), reinterpret_cast<const void*>(machine_->addresses.to_host(begin)),
+                end - begin);
   }
   for (auto old = position; old != last; ++old) {
     std::memcpy(part.bytes.get() + (old->first - begin), old->second.bytes.get(),

@@ -4,7 +4,8 @@
 //
 // Owned by Graphs, which the Machine owns; called with Machine::mutex held. What a graph held when
 // it was destroyed (user objects, the arguments of kernels) runs code of the program's at its end,
-// so whoever takes a graph or an executable out of its table lets it die after the mutex was let go.
+// so whoever takes a graph or an executable out of its table lets it die after the mutex was let
+// go.
 //
 // Invariants: a node's dependencies are nodes of its own graph; `dependents` is the other direction
 // of `dependencies`.
@@ -44,9 +45,9 @@ struct ChildGraphWork {
 };
 
 // std::monostate: an empty node, which only orders others.
-using NodeWork = std::variant<std::monostate, Copy, Fill, std::shared_ptr<const KernelBody>,
-                              HostFunction, WriteValue, WaitValue, EventRecordWork, EventWaitWork,
-                              ChildGraphWork>;
+using NodeWork =
+    std::variant<std::monostate, Copy, Fill, std::shared_ptr<const KernelBody>, HostFunction,
+                 WriteValue, WaitValue, EventRecordWork, EventWaitWork, ChildGraphWork>;
 
 struct GraphNode {
   CUgraphNode handle = nullptr;
@@ -78,8 +79,8 @@ struct Graph {
   CUgraph handle = nullptr;
   std::uint64_t id = 0;
   std::uint64_t next_node_id = 0;
-  bool is_embedded = false;    // the graph of a child node, which that node owns
-  bool is_capturing = false;   // a capture adds to it
+  bool is_embedded = false;                       // the graph of a child node, which that node owns
+  bool is_capturing = false;                      // a capture adds to it
   std::vector<std::unique_ptr<GraphNode>> nodes;  // in the order of their making
   // How often the graph holds each object, as CUDA counts it.
   std::map<CUuserObject, std::pair<UserObjectRef, unsigned>> user_objects;
@@ -112,8 +113,8 @@ class Graphs {
   // The caller's references: nullptr, or the object and their number.
   struct OwnedObject {
     UserObjectRef object;
-    unsigned count = 0;         // the program's own references
-    unsigned graph_count = 0;   // those of all graphs that still have their handle
+    unsigned count = 0;        // the program's own references
+    unsigned graph_count = 0;  // those of all graphs that still have their handle
   };
   OwnedObject* find_user_object(CUuserObject handle);
   // Forgets the handle once neither the program nor a graph counts on it. The object dies with the

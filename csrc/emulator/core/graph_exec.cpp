@@ -33,8 +33,10 @@ void for_each_access(const NodeWork& work, Visit&& visit) {
 }
 
 Copy copy_of(const Copy& copy) {
-  return {copy.destination, copy.destination_pitch, copy.source, copy.source_pitch,
-          copy.width_bytes, copy.height,            nullptr};
+  return {copy.destination, copy.destination_pitch,
+          copy.source,      copy.source_pitch,
+          copy.width_bytes, copy.height,
+          nullptr};
 }
 
 bool record_accesses(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
@@ -51,8 +53,8 @@ bool record_accesses(Machine& machine, const Stream& stream, Ticket ticket, cons
   access.in_graph = true;
   for_each_access(work, [&](Address address, std::size_t size_bytes, AccessKind kind) {
     if (size_bytes == 0 || !machine.is_device_accessible(address, size_bytes)) return;
-    found = machine.record(access, stream.clock, kind, address, size_bytes, Recording::kYes) ||
-            found;
+    found =
+        machine.record(access, stream.clock, kind, address, size_bytes, Recording::kYes) || found;
   });
   return found;
 }
@@ -89,10 +91,10 @@ void GraphExec::add_nodes(Machine& machine, const Graph& graph,
     made.source = node->original;
     made.type = node->type();
     made.work = node->work;
-    made.name = machine.hazards.intern(
-        (std::string(*node->name == '\0' ? "empty node" : node->name) + " in a graph (node " +
-         std::to_string(node->id) + ")")
-            .c_str());
+    made.name =
+        machine.hazards.intern((std::string(*node->name == '\0' ? "empty node" : node->name) +
+                                " in a graph (node " + std::to_string(node->id) + ")")
+                                   .c_str());
     if (node->dependencies.empty()) made.dependencies = before;
     for (const GraphNode* dependency : node->dependencies) {
       made.dependencies.push_back(places.at(dependency));
@@ -119,8 +121,9 @@ void GraphExec::add_nodes(Machine& machine, const Graph& graph,
 
 void GraphExec::assign_lanes() {
   constexpr std::size_t kNone = ~std::size_t{0};
-  std::vector<std::size_t> tails;              // by lane: its last node
-  std::vector<std::vector<std::size_t>> known(nodes_.size());  // by node and lane: last ancestor + 1
+  std::vector<std::size_t> tails;  // by lane: its last node
+  std::vector<std::vector<std::size_t>> known(
+      nodes_.size());  // by node and lane: last ancestor + 1
   for (std::size_t index = 0; index < nodes_.size(); ++index) {
     Node& node = nodes_[index];
     std::vector<std::size_t>& seen = known[index];
@@ -168,9 +171,10 @@ CUresult GraphExec::check_memory(Machine& machine, const Stream& stream) const {
           result = CUDA_ERROR_ILLEGAL_ADDRESS;
         }
       } else if (!machine.is_live(address, size_bytes, kind == AccessKind::kWrite)) {
-        report("illegal address: %s of %zu bytes at 0x%zx by %s: the memory was freed or unmapped "
-               "since the graph was made",
-               kind == AccessKind::kWrite ? "write" : "read", size_bytes, address, node.name);
+        report(
+            "illegal address: %s of %zu bytes at 0x%zx by %s: the memory was freed or unmapped "
+            "since the graph was made",
+            kind == AccessKind::kWrite ? "write" : "read", size_bytes, address, node.name);
         result = CUDA_ERROR_ILLEGAL_ADDRESS;
       }
     });

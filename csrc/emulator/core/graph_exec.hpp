@@ -75,8 +75,8 @@ class GraphExec {
   std::vector<StreamRef> lanes_;  // all but the first
   int lanes_device_ = -1;
   cuuint64_t flags_ = 0;
-  std::shared_ptr<Graph> graph_;       // a clone that nobody has a handle of
-  Done last_;                          // the end of the last launch
+  std::shared_ptr<Graph> graph_;  // a clone that nobody has a handle of
+  Done last_;                     // the end of the last launch
 };
 
 }  // namespace spillover::emulator

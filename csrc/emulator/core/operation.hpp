@@ -133,8 +133,8 @@ struct Hold {
 };
 
 struct Operation {
-  std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
-               FreeMemory, Hold>
+  std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime,
+               WriteValue, WaitValue, FreeMemory, Hold>
       body;
   const char* name = "";
 

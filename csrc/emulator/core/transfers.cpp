@@ -216,7 +216,8 @@ CUresult check_copy_node(Machine& machine, const Copy& copy, const char** name) 
 }
 
 CUresult check_fill_node(Machine& machine, const Fill& fill) {
-  const bool is_known = fill.element_bytes == 1 || fill.element_bytes == 2 || fill.element_bytes == 4;
+  const bool is_known =
+      fill.element_bytes == 1 || fill.element_bytes == 2 || fill.element_bytes == 4;
   if (!is_known || fill.width_elements == 0 || fill.height == 0 || fill.destination == 0 ||
       fill.destination % fill.element_bytes != 0 ||
       !is_extent(fill.pitch, fill.height, fill.width_elements) ||

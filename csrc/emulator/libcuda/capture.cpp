@@ -66,9 +66,8 @@ CUresult cuStreamBeginCapture_v2(CUstream handle, CUstreamCaptureMode mode) {
 }
 
 CUresult cuStreamBeginCaptureToGraph(CUstream handle, CUgraph graph_handle,
-                                     const CUgraphNode* dependencies,
-                                     const CUgraphEdgeData* edges, std::size_t count,
-                                     CUstreamCaptureMode mode) {
+                                     const CUgraphNode* dependencies, const CUgraphEdgeData* edges,
+                                     std::size_t count, CUstreamCaptureMode mode) {
   return with_stream(__func__, handle, [=](Machine& machine, Lock&, const StreamRef& stream) {
     Graph* const graph = machine.graphs.find(graph_handle);
     if (graph == nullptr || !is_mode(mode)) return CUDA_ERROR_INVALID_VALUE;

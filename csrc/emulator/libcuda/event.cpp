@@ -28,14 +28,12 @@ CUresult with_event(const char* name, CUevent handle, Body&& body) {
 }
 
 CUresult record(const char* name, CUevent handle, CUstream stream_handle, unsigned flags) {
-  return with_work(name, stream_handle,
-                     [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-                       Event* event = machine.events.find(handle);
-                       if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-                       return stream->capture != nullptr
-                                  ? machine.captures.record(stream, handle, event, flags)
-                                  : machine.events.record(lock, event, stream);
-                     });
+  return with_work(name, stream_handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+    Event* event = machine.events.find(handle);
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    return stream->capture != nullptr ? machine.captures.record(stream, handle, event, flags)
+                                      : machine.events.record(lock, event, stream);
+  });
 }
 
 }  // namespace

@@ -163,8 +163,8 @@ CUresult cuGraphGetRootNodes(CUgraph handle, CUgraphNode* nodes, std::size_t* co
   });
 }
 
-CUresult cuGraphGetEdges(CUgraph handle, CUgraphNode* from, CUgraphNode* to,
-                         CUgraphEdgeData* edges, std::size_t* count) {
+CUresult cuGraphGetEdges(CUgraph handle, CUgraphNode* from, CUgraphNode* to, CUgraphEdgeData* edges,
+                         std::size_t* count) {
   return with_graph(__func__, handle, [=](Machine&, Graph& graph) {
     if (count == nullptr || (from == nullptr) != (to == nullptr)) return CUDA_ERROR_INVALID_VALUE;
     std::vector<CUgraphNode> froms;
@@ -289,9 +289,9 @@ CUresult cuGraphExecNodeSetParams(CUgraphExec handle, CUgraphNode node,
 CUresult cuGraphNodeSetEnabled(CUgraphExec handle, CUgraphNode node, unsigned int is_enabled) {
   return with_exec(__func__, handle, [=](Machine&, GraphExec& exec) {
     GraphExec::Node* const mine = exec.find(node);
-    if (mine == nullptr || (mine->type != CU_GRAPH_NODE_TYPE_KERNEL &&
-                            mine->type != CU_GRAPH_NODE_TYPE_MEMCPY &&
-                            mine->type != CU_GRAPH_NODE_TYPE_MEMSET)) {
+    if (mine == nullptr ||
+        (mine->type != CU_GRAPH_NODE_TYPE_KERNEL && mine->type != CU_GRAPH_NODE_TYPE_MEMCPY &&
+         mine->type != CU_GRAPH_NODE_TYPE_MEMSET)) {
       return CUDA_ERROR_INVALID_VALUE;
     }
     mine->is_enabled = is_enabled != 0;

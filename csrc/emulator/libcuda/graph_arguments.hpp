@@ -77,8 +77,8 @@ CUresult copy_work(Machine& machine, const CUDA_MEMCPY3D* request, const char** 
                    NodeWork* work);
 CUresult fill_work(Machine& machine, const CUDA_MEMSET_NODE_PARAMS_v2& request, NodeWork* work);
 CUresult host_work(CUhostFn function, void* argument, NodeWork* work);
-CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request,
-                     const char** name, NodeWork* work);
+CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request, const char** name,
+                     NodeWork* work);
 CUresult work_of(Machine& machine, const CUgraphNodeParams& request, const char** name,
                  NodeWork* work);
 

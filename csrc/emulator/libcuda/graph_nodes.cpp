@@ -50,8 +50,8 @@ CUresult copy_work(Machine& machine, const CUDA_MEMCPY3D* request, const char** 
 }
 
 CUresult fill_work(Machine& machine, const CUDA_MEMSET_NODE_PARAMS_v2& request, NodeWork* work) {
-  const std::size_t pitch = request.height <= 1 ? request.width * request.elementSize
-                                                : request.pitch;
+  const std::size_t pitch =
+      request.height <= 1 ? request.width * request.elementSize : request.pitch;
   const Fill fill{request.dst,    pitch,         request.width,
                   request.height, request.value, request.elementSize};
   const CUresult valid = check_fill_node(machine, fill);
@@ -65,8 +65,8 @@ CUresult host_work(CUhostFn function, void* argument, NodeWork* work) {
   return CUDA_SUCCESS;
 }
 
-CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request,
-                     const char** name, NodeWork* work) {
+CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request, const char** name,
+                     NodeWork* work) {
   const void* const handle = request.func != nullptr ? static_cast<const void*>(request.func)
                                                      : static_cast<const void*>(request.kern);
   const RegisteredKernel* const kernel = machine.kernels.check(handle);
@@ -82,8 +82,8 @@ CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request
       {request.blockDimX, request.blockDimY, request.blockDimZ},
       request.sharedMemBytes};
   *name = kernel->name.c_str();
-  *work = std::make_shared<const KernelBody>(KernelLaunch::shared(
-      std::make_unique<KernelLaunch>(*kernel, shape, request.kernelParams)));
+  *work = std::make_shared<const KernelBody>(
+      KernelLaunch::shared(std::make_unique<KernelLaunch>(*kernel, shape, request.kernelParams)));
   return CUDA_SUCCESS;
 }
 
@@ -93,9 +93,9 @@ CUresult work_of(Machine& machine, const CUgraphNodeParams& request, const char*
     case CU_GRAPH_NODE_TYPE_KERNEL: {
       const CUDA_KERNEL_NODE_PARAMS_v3& kernel = request.kernel;
       const CUDA_KERNEL_NODE_PARAMS_v2 parameters{
-          kernel.func,      kernel.gridDimX,  kernel.gridDimY,       kernel.gridDimZ,
-          kernel.blockDimX, kernel.blockDimY, kernel.blockDimZ,      kernel.sharedMemBytes,
-          kernel.kernelParams, kernel.extra,  kernel.kern,           kernel.ctx};
+          kernel.func,         kernel.gridDimX,  kernel.gridDimY,  kernel.gridDimZ,
+          kernel.blockDimX,    kernel.blockDimY, kernel.blockDimZ, kernel.sharedMemBytes,
+          kernel.kernelParams, kernel.extra,     kernel.kern,      kernel.ctx};
       return kernel_work(machine, parameters, name, work);
     }
     case CU_GRAPH_NODE_TYPE_MEMCPY:
@@ -212,37 +212,37 @@ CUresult cuGraphMemcpyNodeSetParams(CUgraphNode node, const CUDA_MEMCPY3D* param
 CUresult cuGraphAddMemsetNode(CUgraphNode* node, CUgraph graph, const CUgraphNode* dependencies,
                               std::size_t count, const CUDA_MEMSET_NODE_PARAMS* parameters,
                               CUcontext context) {
-  return emulator::add(__func__, node, graph, dependencies, count,
-                       [=](Machine& machine, const char** name, NodeWork* work) {
-                         if (parameters == nullptr) return CUDA_ERROR_INVALID_VALUE;
-                         *name = "memset";
-                         return emulator::fill_work(
-                             machine,
-                             {parameters->dst, parameters->pitch, parameters->value,
-                              parameters->elementSize, parameters->width, parameters->height,
-                              context},
-                             work);
-                       });
+  return emulator::add(
+      __func__, node, graph, dependencies, count,
+      [=](Machine& machine, const char** name, NodeWork* work) {
+        if (parameters == nullptr) return CUDA_ERROR_INVALID_VALUE;
+        *name = "memset";
+        return emulator::fill_work(
+            machine,
+            {parameters->dst, parameters->pitch, parameters->value, parameters->elementSize,
+             parameters->width, parameters->height, context},
+            work);
+      });
 }
 
 CUresult cuGraphMemsetNodeSetParams(CUgraphNode node, const CUDA_MEMSET_NODE_PARAMS* parameters) {
-  return emulator::change(__func__, node, CU_GRAPH_NODE_TYPE_MEMSET,
-                          [=](Machine& machine, const char**, NodeWork* work) {
-                            if (parameters == nullptr) return CUDA_ERROR_INVALID_VALUE;
-                            return emulator::fill_work(
-                                machine,
-                                {parameters->dst, parameters->pitch, parameters->value,
-                                 parameters->elementSize, parameters->width, parameters->height,
-                                 nullptr},
-                                work);
-                          });
+  return emulator::change(
+      __func__, node, CU_GRAPH_NODE_TYPE_MEMSET,
+      [=](Machine& machine, const char**, NodeWork* work) {
+        if (parameters == nullptr) return CUDA_ERROR_INVALID_VALUE;
+        return emulator::fill_work(
+            machine,
+            {parameters->dst, parameters->pitch, parameters->value, parameters->elementSize,
+             parameters->width, parameters->height, nullptr},
+            work);
+      });
 }
 
 CUresult cuGraphMemsetNodeGetParams(CUgraphNode handle, CUDA_MEMSET_NODE_PARAMS* parameters) {
   return with_node(__func__, handle, [=](Machine&, GraphNode& node) {
     const auto* fill = std::get_if<emulator::Fill>(node.work.get());
     if (parameters == nullptr || fill == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    *parameters = {fill->destination, fill->pitch,          fill->value,
+    *parameters = {fill->destination,   fill->pitch,          fill->value,
                    fill->element_bytes, fill->width_elements, fill->height};
     return CUDA_SUCCESS;
   });
@@ -301,9 +301,8 @@ CUresult cuGraphAddEmptyNode(CUgraphNode* node, CUgraph graph, const CUgraphNode
                        [](Machine&, const char**, NodeWork*) { return CUDA_SUCCESS; });
 }
 
-CUresult cuGraphAddChildGraphNode(CUgraphNode* node, CUgraph graph,
-                                  const CUgraphNode* dependencies, std::size_t count,
-                                  CUgraph child) {
+CUresult cuGraphAddChildGraphNode(CUgraphNode* node, CUgraph graph, const CUgraphNode* dependencies,
+                                  std::size_t count, CUgraph child) {
   CUgraphNodeParams parameters{};
   parameters.type = CU_GRAPH_NODE_TYPE_GRAPH;
   parameters.graph.graph = child;

@@ -76,23 +76,27 @@ CUresult with_memory_work(const char* name, CUstream handle, Body&& body) {
 extern "C" {
 
 CUresult cuMemAllocAsync(CUdeviceptr* pointer, std::size_t size_bytes, CUstream handle) {
-  return with_memory_work(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    Pool* pool = machine.devices[static_cast<std::size_t>(stream->device)].current_pool;
-    return allocate(machine, lock, pool, stream, size_bytes, pointer);
-  });
+  return with_memory_work(
+      __func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+        Pool* pool = machine.devices[static_cast<std::size_t>(stream->device)].current_pool;
+        return allocate(machine, lock, pool, stream, size_bytes, pointer);
+      });
 }
 
 CUresult cuMemAllocFromPoolAsync(CUdeviceptr* pointer, std::size_t size_bytes,
                                  CUmemoryPool pool_handle, CUstream handle) {
-  return with_memory_work(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    return allocate(machine, lock, find_pool(machine, pool_handle), stream, size_bytes, pointer);
-  });
+  return with_memory_work(__func__, handle,
+                          [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+                            return allocate(machine, lock, find_pool(machine, pool_handle), stream,
+                                            size_bytes, pointer);
+                          });
 }
 
 CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
-  return with_memory_work(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    return emulator::free_device_memory_async(machine, lock, stream, pointer);
-  });
+  return with_memory_work(
+      __func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+        return emulator::free_device_memory_async(machine, lock, stream, pointer);
+      });
 }
 
 CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice device) {

@@ -34,15 +34,15 @@ CUstreamCaptureMode to_driver(cudaStreamCaptureMode mode) {
 
 CUDA_MEMCPY3D to_driver(const cudaMemcpy3DParms& request) {
   CUDA_MEMCPY3D parameters{};
-  parameters.srcMemoryType = request.srcArray != nullptr ? CU_MEMORYTYPE_ARRAY
-                                                         : CU_MEMORYTYPE_UNIFIED;
+  parameters.srcMemoryType =
+      request.srcArray != nullptr ? CU_MEMORYTYPE_ARRAY : CU_MEMORYTYPE_UNIFIED;
   parameters.srcDevice = device_pointer(request.srcPtr.ptr);
   parameters.srcPitch = request.srcPtr.pitch;
   parameters.srcXInBytes = request.srcPos.x;
   parameters.srcY = request.srcPos.y;
   parameters.srcZ = request.srcPos.z;
-  parameters.dstMemoryType = request.dstArray != nullptr ? CU_MEMORYTYPE_ARRAY
-                                                         : CU_MEMORYTYPE_UNIFIED;
+  parameters.dstMemoryType =
+      request.dstArray != nullptr ? CU_MEMORYTYPE_ARRAY : CU_MEMORYTYPE_UNIFIED;
   parameters.dstDevice = device_pointer(request.dstPtr.ptr);
   parameters.dstPitch = request.dstPtr.pitch;
   parameters.dstXInBytes = request.dstPos.x;
@@ -114,10 +114,9 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatu
                                      const cudaGraphEdgeData** edges, size_t* count) {
   return with_context(__func__, [=] {
     cuuint64_t number = 0;
-    const CUresult result =
-        cuStreamGetCaptureInfo(stream, reinterpret_cast<CUstreamCaptureStatus*>(status), &number,
-                               graph, dependencies,
-                               reinterpret_cast<const CUgraphEdgeData**>(edges), count);
+    const CUresult result = cuStreamGetCaptureInfo(
+        stream, reinterpret_cast<CUstreamCaptureStatus*>(status), &number, graph, dependencies,
+        reinterpret_cast<const CUgraphEdgeData**>(edges), count);
     if (id != nullptr) *id = number;
     return result;
   });
@@ -161,9 +160,8 @@ cudaError_t cudaGraphDestroyNode(cudaGraphNode_t node) {
 }
 
 cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type) {
-  return with_context(__func__, [=] {
-    return cuGraphNodeGetType(node, reinterpret_cast<CUgraphNodeType*>(type));
-  });
+  return with_context(
+      __func__, [=] { return cuGraphNodeGetType(node, reinterpret_cast<CUgraphNodeType*>(type)); });
 }
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
