@@ -306,7 +306,11 @@ def unsafe_calls_depend_on_modes() -> None:
     cuda = Driver()
     stream, pointer, mode = cuda.stream(), c_uint64(), c_int(RELAXED)
     done = cuda.record(cuda.stream())
-    for capture_mode, expected in ((GLOBAL, UNSUPPORTED), (THREAD_LOCAL, UNSUPPORTED), (RELAXED, 0)):
+    for capture_mode, expected in (
+        (GLOBAL, UNSUPPORTED),
+        (THREAD_LOCAL, UNSUPPORTED),
+        (RELAXED, 0),
+    ):
         for call in (("cuMemAlloc_v2", byref(pointer), SIZE), ("cuEventQuery", done)):
             begin(cuda, stream, capture_mode)
             expect(expected, cuda.status(*call))
