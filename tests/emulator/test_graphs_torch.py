@@ -300,7 +300,7 @@ def test_pools_are_shared_and_given_back() -> None:
     assert z[0].item() == 4
     first.reset()
     second.reset()
-    del x, y, z
+    x = y = z = torch.empty(0)
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == before
 
