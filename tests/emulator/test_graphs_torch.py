@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import gc
 import json
 import subprocess
 from collections.abc import Callable
@@ -288,6 +289,7 @@ def test_autocast_and_views() -> None:
 
 
 def test_pools_are_shared_and_given_back() -> None:
+    gc.collect()  # graphs of other tests
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     x = torch.ones(1 << 20, device="cuda")
@@ -301,8 +303,9 @@ def test_pools_are_shared_and_given_back() -> None:
     first.reset()
     second.reset()
     x = y = z = torch.empty(0)
+    gc.collect()
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_reserved() == before
+    assert torch.cuda.memory_reserved() <= before
 
 
 def test_debug_dump_and_kept_graphs(tmp_path: Path) -> None:
