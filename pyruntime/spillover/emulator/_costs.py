@@ -1,7 +1,7 @@
 """How long operators take on a card: the formulas of ``docs/cost-model.md``, in pure Python.
 
-The virtual clock computes the same durations in C++. Arithmetic is in doubles, in the order that the
-document writes it, and each duration is rounded up to whole nanoseconds once, at its end.
+The virtual clock computes the same durations in C++. Arithmetic is in doubles, in the order that
+the document writes it, and each duration is rounded up to whole nanoseconds once, at its end.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def _nanoseconds(value: float) -> int:
     return math.ceil(value)
 
 
+def _kernel_ns(gpu: GpuProfile, work_ns: float) -> int:
+    """Duration of a kernel whose work alone would take ``work_ns``."""
+    return _nanoseconds(gpu.kernel_ramp_us * 1000 + work_ns / gpu.sustained_efficiency)
+
+
 def peak_tflops(gpu: GpuProfile, dtype: DType) -> float:
     """Dense peak for elements of ``dtype``."""
     peak: float = getattr(gpu, f"peak_{dtype}_tflops")
@@ -56,7 +61,7 @@ def memory_rate_gb_s(gpu: GpuProfile, size_bytes: int) -> float:
 
 def bytes_bound_ns(gpu: GpuProfile, size_bytes: int) -> int:
     """An operator that only moves ``size_bytes``, reads and writes together."""
-    return _nanoseconds(gpu.kernel_ramp_us * 1000 + size_bytes / memory_rate_gb_s(gpu, size_bytes))
+    return _kernel_ns(gpu, size_bytes / memory_rate_gb_s(gpu, size_bytes))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,7 @@ def _product_ns(gpu: GpuProfile, shape: MatmulShape, *, rate_tflops: float, size
             partial = 0 if split == 1 else 2 * split * shape.batch * shape.m * shape.n * 4
             moved = size_bytes + partial
             best = min(best, max(math_ns, moved / memory_rate_gb_s(gpu, moved)))
-    return _nanoseconds(gpu.kernel_ramp_us * 1000 + best)
+    return _kernel_ns(gpu, best)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +208,7 @@ def attention_ns(gpu: GpuProfile, shape: AttentionShape, which: Pass, dtype: DTy
     kv = 2 * shape.batch * shape.kv_heads * shape.keys * shape.head_dim
     size_bytes = passes * (2 * q + kv) * SIZE_BYTES[dtype]
     memory_ns = size_bytes / memory_rate_gb_s(gpu, size_bytes)
-    return _nanoseconds(gpu.kernel_ramp_us * 1000 + max(math_ns, memory_ns))
+    return _kernel_ns(gpu, max(math_ns, memory_ns))
 
 
 CopyDirection = Literal["to_device", "to_host"]

@@ -1,7 +1,7 @@
 """Hardware profiles: rates of a card, its host and its disks, each with the source of its number.
 
-A profile file is TOML with the tables ``[gpu]``, ``[host]`` and ``[disk]``, any of them; a number is
-a table of ``value`` and ``source``. ``load("rtx4090+desktop+gen4x1")`` joins one of each.
+A profile file is TOML with the tables ``[gpu]``, ``[host]`` and ``[disk]``, any of them; a number
+is a table of ``value`` and ``source``. ``load("rtx4090+desktop+gen4x1")`` joins one of each.
 ``docs/profiles.md`` describes the format, ``docs/cost-model.md`` what each number does.
 """
 
@@ -72,6 +72,7 @@ class GpuProfile(_Part):
     attention_backward_efficiency: float = _number(maximum=1.25)
     attention_key_ramp: float = _number(maximum=100_000)
     attention_head_ramp: float = _number(maximum=100_000)
+    sustained_efficiency: float = _number(maximum=1)
     kernel_ramp_us: float = _number(maximum=1e6)
     kernel_gap_us: float = _number(maximum=1e6)
     launch_latency_us: float = _number(maximum=1e6)
@@ -296,7 +297,7 @@ def _locate(piece: str, text: str) -> dict[str, Path]:
 
 def _sections(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"profile {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
