@@ -127,7 +127,7 @@ def test_copies_host_and_disk_by_hand() -> None:
 def test_sustained_rates_give_the_same_durations(
     gpu: costs.GpuProfile, m: int, n: int, k: int
 ) -> None:
-    """Dividing the work by the efficiency, or multiplying it into every rate, is one and the same."""
+    """Dividing the work by the efficiency is the same as multiplying it into every rate."""
     other = gpu.sustained()
     shape = costs.MatmulShape(m=m, n=n, k=k)
     attention = costs.AttentionShape(
