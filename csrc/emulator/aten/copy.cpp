@@ -9,6 +9,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/brain_complex.hpp"
 #include "emulator/aten/captured_call.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/plan.hpp"
@@ -23,6 +24,23 @@ bool is_plain(const at::Tensor& self, const at::Tensor& source) {
          self.is_conj() == source.is_conj() && self.is_neg() == source.is_neg();
 }
 
+at::Tensor as_stored(const at::Tensor& tensor) {
+  return tensor.is_conj() ? tensor._conj() : tensor;
+}
+
+// torch's copy between CPU tensors, and what it lacks: to conjugate complex numbers of bfloat16.
+void copy_on_host(at::Tensor target, const at::Tensor& source) {
+  const bool conjugates = target.is_conj() != source.is_conj();
+  if (!conjugates ||
+      (target.scalar_type() != kBrainComplex && source.scalar_type() != kBrainComplex)) {
+    at::native::copy_(target, source, /*non_blocking=*/false);
+    return;
+  }
+  const at::Tensor wide = as_stored(source).to(at::kComplexFloat)._conj().resolve_conj();
+  at::Tensor stored = as_stored(target);
+  at::native::copy_(stored, wide, /*non_blocking=*/false);
+}
+
 void capture_copy(const at::Tensor& self, const at::Tensor& source,
                   const c10::cuda::CUDAStream& stream) {
   static const OperatorPlan plan(
@@ -33,8 +51,7 @@ void capture_copy(const at::Tensor& self, const at::Tensor& source,
   capture_call(
       plan,
       [](torch::jit::Stack* tensors) {
-        at::Tensor target = (*tensors)[0].toTensor();
-        at::native::copy_(target, (*tensors)[1].toTensor(), /*non_blocking=*/false);
+        copy_on_host((*tensors)[0].toTensor(), (*tensors)[1].toTensor());
         tensors->resize(1);
       },
       stream, &stack);
@@ -53,8 +70,8 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceWorkScope device_work;
   AliasMap aliases;
-  at::Tensor target = aliases.alias(self, /*is_written=*/true);
-  at::native::copy_(target, aliases.alias(source, /*is_written=*/false), /*non_blocking=*/false);
+  copy_on_host(aliases.alias(self, /*is_written=*/true),
+               aliases.alias(source, /*is_written=*/false));
 }
 
 }  // namespace
