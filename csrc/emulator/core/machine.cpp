@@ -37,6 +37,7 @@ Machine& Machine::instance() {
 Machine::Machine(const Config& machine_config)
     : config(machine_config),
       budget(config.vram_bytes),
+      clock(this, config),
       device_memory(&addresses, &budget, config.poison),
       virtual_memory(&addresses, &budget, config.poison, config.device_count),
       hazards(config.hazards),
@@ -224,6 +225,13 @@ bool Machine::check_usable(const Stream& stream, const char* name, AccessKind ki
   hazards.report_misuse(text + describe_use(kind, range, current_site()),
                         std::string("use|") + name);
   return false;
+}
+
+int Machine::device_of(Address address) {
+  const Allocation* allocation = device_memory.find(address);
+  if (allocation != nullptr) return allocation->device;
+  const Mapping* mapping = virtual_memory.find_mapping(address);
+  return mapping == nullptr ? -1 : virtual_memory.device_of(*mapping);
 }
 
 bool Machine::can_reach(int device, Address address) {

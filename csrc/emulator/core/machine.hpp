@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "emulator/core/address_space.hpp"
+#include "emulator/core/clock/clock.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/device_memory.hpp"
@@ -51,6 +52,9 @@ class Machine {
   explicit Machine(const Config& machine_config);
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
+
+  // The device whose memory lies there; -1 where nothing is.
+  int device_of(Address address);
 
   // Whether an operation may touch these bytes: live device memory, or any host memory.
   bool is_live(Address address, std::size_t size_bytes, bool is_write);
@@ -120,6 +124,7 @@ class Machine {
   const Config config;     // constant
   AddressSpace addresses;  // its translation is constant
   Budget budget;
+  Clock clock;
   DeviceMemory device_memory;
   VirtualMemory virtual_memory;
   HostMemory host_memory;
