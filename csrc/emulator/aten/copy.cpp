@@ -8,6 +8,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 
 namespace spillover::emulator {
@@ -34,6 +35,10 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   AliasMap aliases;
   at::Tensor target = aliases.alias(self, /*is_written=*/true);
   at::native::copy_(target, aliases.alias(source, /*is_written=*/false), /*non_blocking=*/false);
+  if (clock_enabled()) {
+    charge_kernel(stream.stream(), kName,
+                  bytes_bound_cost(tensor_bytes(self) + tensor_bytes(source)));
+  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include <optional>
 
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/plan.hpp"
 
 namespace spillover::emulator {
@@ -27,6 +28,7 @@ class EmulatedOperator final : public c10::OperatorKernel {
   void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) const;
 
   OperatorPlan plan_;
+  CostRule cost_rule_;
   std::optional<c10::KernelFunction> kernel_;
 };
 

@@ -7,6 +7,17 @@ accesses that nothing orders. Wall-clock time under the emulator says nothing ab
 """
 
 from spillover.emulator._activation import enable, is_enabled
+from spillover.emulator._clock import (
+    ClockReport,
+    MemoryPoint,
+    ResourceUse,
+    TimeShare,
+    advance,
+    busy,
+    clock_report,
+    now_ns,
+    write_trace,
+)
 from spillover.emulator._command import run
 from spillover.emulator._control import (
     HostAccess,
@@ -33,19 +44,26 @@ from spillover.emulator._options import HazardPolicy, Options, Schedule
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "ClockReport",
     "Fault",
     "HazardPolicy",
     "HostAccess",
     "Injection",
     "LiveResources",
+    "MemoryPoint",
     "Options",
+    "ResourceUse",
     "Schedule",
     "StorageFault",
     "SweepFailure",
     "SweepReport",
+    "TimeShare",
     "acquire",
+    "advance",
+    "busy",
     "calls",
     "clear_hazards",
+    "clock_report",
     "enable",
     "faults",
     "hazards",
@@ -53,10 +71,12 @@ __all__ = [
     "is_enabled",
     "leaks",
     "live",
+    "now_ns",
     "peak_bytes",
     "release",
     "run",
     "slow",
     "stuck",
     "sweep",
+    "write_trace",
 ]
