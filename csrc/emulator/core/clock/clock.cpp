@@ -237,9 +237,11 @@ bool Clock::run_until(Lock& lock, LaneId lane, Ticket ticket) {
         waited = true;
         break;
       case Timeline::Step::kReachedLimit: {
-        // Another thread may do something before anything happens on the device.
+        // Another thread may do something before the next thing happens on the device.
+        const Nanoseconds next = timeline_.next_moment();
+        if (next == kForever) return waited;
         lock.unlock();
-        turns_.yield(limit + 1);
+        turns_.yield(next);
         lock.lock();
         waited = true;
         break;

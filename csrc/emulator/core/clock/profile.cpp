@@ -83,6 +83,7 @@ std::string ClockProfile::read(std::string_view text) {
     text = end == std::string_view::npos ? std::string_view() : text.substr(end + 1);
     if (line.empty()) continue;
     const std::size_t equals = line.find('=');
+    if (line.substr(0, equals).ends_with(".name")) continue;  // a text
     double number = 0;
     const char* const last = line.data() + line.size();
     const bool is_number = equals != std::string_view::npos && [&] {

@@ -137,6 +137,9 @@ class Timeline {
 
   Nanoseconds now() const { return now_; }
 
+  // When anything happens next, if nothing else is submitted; kForever: nothing will.
+  Nanoseconds next_moment() const;
+
  private:
   struct Lane {
     LaneId id = 0;
@@ -173,7 +176,6 @@ class Timeline {
   void progress(Nanoseconds until);
   void finish_done();
   void set_rates();
-  Nanoseconds next_moment() const;
   const Lane* find(LaneId lane) const;
 
   const TimelineLimits limits_;
