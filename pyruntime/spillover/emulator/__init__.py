@@ -6,6 +6,7 @@ memory limits, streams, events and copies behave as on a GPU, and a happens-befo
 accesses that nothing orders. Wall-clock time under the emulator says nothing about a GPU.
 """
 
+from spillover.emulator import _costs as costs
 from spillover.emulator._activation import enable, is_enabled
 from spillover.emulator._clock import (
     ClockReport,
@@ -41,17 +42,24 @@ from spillover.emulator._faults import (
     stuck,
 )
 from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._profiles import DiskProfile, GpuProfile, HostProfile, Profile
+from spillover.emulator._profiles import load as load_profile
+from spillover.emulator._profiles import names as profile_names
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
     "ClockReport",
+    "DiskProfile",
     "Fault",
+    "GpuProfile",
     "HazardPolicy",
     "HostAccess",
+    "HostProfile",
     "Injection",
     "LiveResources",
     "MemoryPoint",
     "Options",
+    "Profile",
     "ResourceUse",
     "Schedule",
     "StorageFault",
@@ -64,6 +72,7 @@ __all__ = [
     "calls",
     "clear_hazards",
     "clock_report",
+    "costs",
     "enable",
     "faults",
     "hazards",
@@ -71,8 +80,10 @@ __all__ = [
     "is_enabled",
     "leaks",
     "live",
+    "load_profile",
     "now_ns",
     "peak_bytes",
+    "profile_names",
     "release",
     "run",
     "slow",

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from spillover._errors import ConfigError
 from spillover._units import parse_bytes
-from spillover.emulator import _profile
+from spillover.emulator import _profiles
 
 Schedule = Literal["late", "eager", "threaded", "random"]
 HazardPolicy = Literal["off", "count", "warn", "raise"]
@@ -110,7 +110,7 @@ class Options:
         if self.profile or self.trace:
             object.__setattr__(self, "clock", True)
         if self.profile:
-            _profile.values(self.profile)  # says which ones there are
+            _profiles.load(self.profile)  # says which ones there are
 
     @property
     def vram_bytes(self) -> int:
@@ -127,7 +127,9 @@ class Options:
             _PREFIX + "HAZARDS": self.hazards,
             **{_PREFIX + name.upper(): "1" if getattr(self, name) else "0" for name in _FLAGS},
             **{_PREFIX + name.upper(): getattr(self, name) for name in _TEXTS},
-            _profile.VALUES_VARIABLE: _profile.values(self.profile) if self.profile else "",
+            _PREFIX + "PROFILE_VALUES": _profiles.load(self.profile).flatten()
+            if self.profile
+            else "",
         }
 
     @classmethod
