@@ -24,13 +24,13 @@ ALLOWED = {
     "emulator/core": set(),
     "emulator/libcuda": {"emulator/core"},
     "emulator/libcudart": {
-        "emulator/core/c_api.h", "emulator/core/clock_api.h",
+        "emulator/core/c_api.h",
         "emulator/core/fault_api.h",
         "emulator/core/kernel_api.h",
     },
-    "emulator/libnvidia_ml": {"emulator/core/c_api.h", "emulator/core/clock_api.h"},
+    "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
     "emulator/aten": {"emulator/core/c_api.h", "emulator/core/clock_api.h"},
-    "emulator/python": {"emulator/core/c_api.h", "emulator/core/clock_api.h"},
+    "emulator/python": {"emulator/core/c_api.h"},
 }
 CUDA_LAYERS = {"driver", "torch_adapter"}
 PYTHON_LAYERS = {"bindings", "torch_adapter", "emulator/python"}
