@@ -105,3 +105,16 @@ def test_fastest_round_counts_and_the_first_does_not() -> None:
     calls: list[int] = []
     assert fastest_seconds(lambda: calls.append(1), rounds=3, calls=2) > 0
     assert len(calls) == (3 + 1) * 2
+
+
+@pytest.mark.gpu
+def test_a_real_card_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "card.toml"
+    write_profile(
+        measure_profile(BenchOptions(size="64MiB", matmul_size=2048, rounds=2)),
+        out,
+    )
+    gpu = emulator.load_profile(str(out)).gpu
+    assert gpu.sources["peak_bf16_tflops"].startswith("measured on ")
+    assert gpu.peak_bf16_tflops > gpu.peak_fp32_tflops
+    assert gpu.memory_bandwidth_gb_s > gpu.pcie_to_device_gb_s > gpu.pageable_to_device_gb_s / 2

@@ -123,6 +123,25 @@ def test_copies_host_and_disk_by_hand() -> None:
     assert costs.disk_ns(disk, size_bytes, "write") == 20_000 + 250_000_000
 
 
+@given(gpu=cards, m=sizes, n=sizes, k=sizes)
+def test_sustained_rates_give_the_same_durations(
+    gpu: costs.GpuProfile, m: int, n: int, k: int
+) -> None:
+    """Dividing the work by the efficiency is the same as multiplying it into every rate."""
+    other = gpu.sustained()
+    shape = costs.MatmulShape(m=m, n=n, k=k)
+    attention = costs.AttentionShape(
+        batch=1, heads=8, kv_heads=8, queries=m, keys=max(m, k), head_dim=64, causal=True
+    )
+    for duration in (
+        lambda card: costs.matmul_ns(card, shape, "bf16"),
+        lambda card: costs.bytes_bound_ns(card, m * n),
+        lambda card: costs.attention_ns(card, attention, "backward", "bf16"),
+    ):
+        # Two orders of arithmetic may round up to neighbouring nanoseconds.
+        assert abs(duration(gpu) - duration(other)) <= 1
+
+
 @given(gpu=cards, m=sizes, n=sizes, k=sizes, more=sizes)
 def test_matmul_never_beats_its_roofline_and_grows_with_k(
     gpu: costs.GpuProfile, m: int, n: int, k: int, more: int

@@ -59,6 +59,10 @@ def test_flat_text_has_every_number_once() -> None:
     assert float(items["gpu.pcie_to_device_gb_s"]) == profile.gpu.pcie_to_device_gb_s
     assert items["gpu.sm_count"] == "132"
     assert float(items["disk.read_gb_s"]) == profile.disk.read_gb_s
+    # The clock's formulas know no sustained efficiency: it is in the rates.
+    assert float(items["gpu.sustained_efficiency"]) == 1
+    share = profile.gpu.sustained_efficiency
+    assert float(items["gpu.matmul_efficiency"]) == profile.gpu.matmul_efficiency * share
 
 
 def write(path: Path, text: str) -> str:

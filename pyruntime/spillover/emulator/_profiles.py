@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_type_hints
 
@@ -83,6 +83,23 @@ class GpuProfile(_Part):
     pageable_to_device_gb_s: float = _number(maximum=10_000)
     pageable_to_host_gb_s: float = _number(maximum=10_000)
 
+    def sustained(self) -> GpuProfile:
+        """The card as a long training run sees it: ``sustained_efficiency`` is in the rates."""
+        share = self.sustained_efficiency
+        rates = {name: getattr(self, name) * share for name in _SUSTAINED}
+        return replace(self, **rates, sustained_efficiency=1.0)
+
+
+#: Every rate of a kernel's work: scaling all of them scales the work's duration.
+_SUSTAINED = (
+    "l2_bandwidth_gb_s",
+    "memory_efficiency",
+    "matmul_efficiency",
+    "convolution_efficiency",
+    "attention_forward_efficiency",
+    "attention_backward_efficiency",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class HostProfile(_Part):
@@ -124,11 +141,15 @@ class Profile:
         return self.gpu, self.host, self.disk
 
     def flatten(self) -> str:
-        """The profile as lines of ``section.key=value``, for the virtual clock."""
+        """The profile as lines of ``section.key=value``, for the virtual clock.
+
+        The card is as a training run sees it: ``GpuProfile.sustained``.
+        """
         return "".join(f"{key}={value}\n" for key, value in self._flat_items())
 
     def _flat_items(self) -> Iterator[tuple[str, str]]:
-        for section, part in zip(_KINDS, self.parts(), strict=True):
+        parts: tuple[_Part, ...] = (self.gpu.sustained(), self.host, self.disk)
+        for section, part in zip(_KINDS, parts, strict=True):
             yield f"{section}.name", part.name
             for name in part.numbers():
                 yield f"{section}.{name}", repr(getattr(part, name))
