@@ -105,7 +105,7 @@ struct Convolution {
     return {groups, outputs(), channels() * filter(), size(*x, 0) * spatial(*y)};
   }
   KernelCost cost(const ProductShape& shape) const {
-    if (channels() == 1) return bytes_bound_cost(bytes());
+    if (channels() == 1 && groups > 1) return bytes_bound_cost(bytes());
     const Card& card = Card::instance();
     return product_cost(shape, bytes(), card.peak(x->scalar_type()), card.convolution_efficiency);
   }
