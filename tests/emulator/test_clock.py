@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -318,9 +319,7 @@ def test_trace_and_summary_of_a_script(tmp_path: Path) -> None:
     script.write_text(
         "import subprocess, sys\n"
         "import torch, torch.nn.functional as F\n"
-        "from spillover import emulator\n"
-        + _STEP
-        + "side = torch.cuda.Stream()\n"
+        "from spillover import emulator\n" + _STEP + "side = torch.cuda.Stream()\n"
         "with torch.cuda.stream(side):\n"
         "    torch.ones(1 << 16).pin_memory().to('cuda', non_blocking=True)\n"
         "torch.cuda.current_stream().wait_stream(side)\n"
@@ -341,14 +340,16 @@ def test_trace_and_summary_of_a_script(tmp_path: Path) -> None:
     events, makespan = contents["traceEvents"], int(contents["otherData"]["makespan_ns"])
     spans = [event for event in events if event["ph"] == "X"]
     assert {event["ph"] for event in events} >= {"X", "M", "s", "f", "C"}
-    assert all(0 <= span["ts"] and (span["ts"] + span["dur"]) * 1000 <= makespan + 1 for span in spans)
+    assert all(
+        span["ts"] >= 0 and (span["ts"] + span["dur"]) * 1000 <= makespan + 1 for span in spans
+    )
     # Every resource does one thing at a time, and their sum is what the summary says.
     compute = sorted(
         (span["ts"], span["dur"])
         for span in spans
         if span["pid"] == 3 and span["args"]["resource"] == "compute"
     )
-    for (start, duration), (following, _) in zip(compute, compute[1:], strict=False):
+    for (start, duration), (following, _) in itertools.pairwise(compute):
         assert start + duration <= following + 1e-6
     busy_ms = sum(duration for _, duration in compute) / 1000
     summary = re.findall(r"compute of cuda:0: busy ([0-9.]+) ms", result.stderr)

@@ -221,7 +221,10 @@ def _after_torch_import() -> None:
     _refuse_jiterator(torch._C)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
+    if _active is not None and (_active.hazards != "off" or _active.clock):
         _follow_blocks(library)
+    if _active is not None and _active.clock:
+        _clock.watch_queries(torch)
 
 
 def _follow_blocks(library: str) -> None:

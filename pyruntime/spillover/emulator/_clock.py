@@ -1,19 +1,20 @@
-"""The virtual clock: what a program would take on the card of a profile. All times are simulated."""
+"""The virtual clock: what a program would take on a profile's card. All times are simulated."""
 
 from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from spillover._errors import ConfigError, SpilloverError, StateError
 from spillover._units import format_bytes
-from spillover.emulator import _libraries
+from spillover.emulator import _libraries, _turns
 
 HostResource = Literal["cpu-optimizer", "disk-read", "disk-write"]
 
@@ -81,8 +82,8 @@ class ClockReport:
     threads_ns
         The time that each followed thread of the host has reached.
     unseen_waits
-        How often a thread waited for another in a way that the clock does not see: above 0, times of
-        several threads may differ between runs.
+        How often a thread waited for another in a way that the clock does not see: above 0, times
+        of several threads may differ between runs.
     """
 
     profile: str
@@ -102,7 +103,7 @@ class ClockReport:
     samples_dropped: int
 
     def busy_ns(self, resource: str, device: int = 0) -> int:
-        """Busy time of a resource such as ``"compute"`` or ``"copy-in"``; 0 where it did nothing."""
+        """Busy time of a resource such as ``"compute"`` or ``"copy-in"``; 0 for an idle one."""
         return sum(
             use.busy_ns for use in self.resources if (use.name, use.device) == (resource, device)
         )
@@ -136,10 +137,12 @@ def busy(resource: HostResource, *, bytes: int = 0, ns: int | None = None) -> No
     size, duration = int(bytes), -1 if ns is None else int(ns)
     if size < 0 or (ns is not None and duration < 0):
         raise ConfigError("bytes and ns must not be negative")
-    if library.spillover_emulator_work(str(resource).encode(), size, duration) != 0:
+    if resource not in get_args(HostResource):
         raise ConfigError(
-            f"resource={resource!r} is not known; choose cpu-optimizer, disk-read or disk-write"
+            f"resource={resource!r} is not known; choose one of {', '.join(get_args(HostResource))}"
         )
+    _start_device(library)
+    library.spillover_emulator_work(resource.encode(), size, duration)
 
 
 def clock_report() -> ClockReport:
@@ -164,7 +167,9 @@ def write_trace(path: str | Path) -> None:
     _start_device(library)
     code = library.spillover_emulator_clock_trace(os.fsencode(path))
     if code != 0:
-        raise SpilloverError(f"the trace {os.fspath(path)!r} cannot be written: {os.strerror(code)}")
+        raise SpilloverError(
+            f"the trace {os.fspath(path)!r} cannot be written: {os.strerror(code)}"
+        )
 
 
 def begin(trace: str) -> None:
@@ -175,6 +180,24 @@ def begin(trace: str) -> None:
             raise ConfigError(f"trace={trace!r} lies in a folder that does not exist")
         os.environ.setdefault(_OWNER_VARIABLE, str(os.getpid()))
         atexit.register(_write_at_exit, trace, os.getpid())
+
+
+def watch_queries(torch: Any) -> None:
+    """A thread that polls lets others go first that are behind in virtual time.
+
+    The driver cannot do it: allocators poll under locks that other threads need.
+    """
+    for owner in (torch.cuda.Event, torch.cuda.Stream):
+        query = owner.query
+
+        @functools.wraps(query)
+        def watched_query(self: Any, query: Any = query) -> bool:
+            ready = bool(query(self))
+            if not ready:
+                _turns.give_way()
+            return ready
+
+        owner.query = watched_query
 
 
 def print_summary() -> None:
@@ -252,14 +275,17 @@ def _points(entries: list[tuple[int, int, bool, int]]) -> list[MemoryPoint]:
 
 
 def _parse(values: dict[str, Any]) -> ClockReport:
-    threads = {f"{entry['id']} {entry['name']}": entry["now_ns"] for entry in values.pop("threads")}
-    shares = {
-        name: _shares(values.pop(name))
-        for name in ("operations", "host_waits", "stalls", "critical_path")
+    converted: dict[str, Any] = dict(values)
+    for name in ("operations", "host_waits", "stalls", "critical_path"):
+        converted[name] = _shares(values[name])
+    for name in ("memory", "memory_peaks"):
+        converted[name] = _points(values[name])
+    converted["resources"] = [ResourceUse(**entry) for entry in values["resources"]]
+    threads = converted.pop("threads")
+    converted["threads_ns"] = {
+        f"{entry['id']} {entry['name']}": entry["now_ns"] for entry in threads
     }
-    points = {name: _points(values.pop(name)) for name in ("memory", "memory_peaks")}
-    resources = [ResourceUse(**entry) for entry in values.pop("resources")]
-    return ClockReport(resources=resources, threads_ns=threads, **shares, **points, **values)
+    return ClockReport(**converted)
 
 
 def _write_at_exit(trace: str, owner_pid: int) -> None:

@@ -198,7 +198,9 @@ class SimpleQueue(queue.SimpleQueue):  # type: ignore[type-arg]
 
         def take(blocking: bool, seconds: float) -> bool:
             try:
-                found.append(super(SimpleQueue, self).get(blocking, seconds if seconds >= 0 else None))
+                found.append(
+                    super(SimpleQueue, self).get(blocking, seconds if seconds >= 0 else None)
+                )
             except queue.Empty:
                 return False
             return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
+from typing import Any
 
 _NOT_FOLLOWED, _WOKEN, _TIMED_OUT, _PENDING = range(4)
 
@@ -51,13 +52,14 @@ def begin(library_path: str) -> None:
 
 def _watch_sleep(library: ctypes.CDLL) -> None:
     """A thread that sleeps is late by as much on the virtual clock; others go first meanwhile."""
-    sleep = time.sleep
+    module: Any = time
+    sleep = module.sleep
 
     def watched_sleep(seconds: float) -> None:
         sleep(seconds)
         library.spillover_emulator_advance(int(seconds * 1e9))
 
-    time.sleep = watched_sleep
+    module.sleep = watched_sleep
 
 
 def are_taken() -> bool:
@@ -111,6 +113,8 @@ def take(
         ``attempt(blocking, timeout)`` takes it, and says whether it could.
     token
         What ``wake()`` is called with when it may have become free.
+    blocking
+        Whether to wait where it is not free.
     timeout
         In seconds, virtual ones where threads take turns; negative: without end.
     """
