@@ -89,6 +89,7 @@ Clock::Clock(Machine* machine, const Config& config)
       queue_depth_(static_cast<std::size_t>(profile_.at("host.launch_queue_depth"))),
       launch_latency_(profile_.microseconds("gpu.launch_latency_us")),
       memory_bytes_(static_cast<std::size_t>(config.device_count)) {
+  if (enabled_) turns_.start();
   for (const CallCost& cost : kCallCosts) {
     for (const char* function : cost.functions) {
       call_costs_.emplace(function, profile_.microseconds(cost.key));

@@ -96,17 +96,31 @@ void HostTurns::begin(const char* name) {
   acting_ = first;
 }
 
+void HostTurns::start() {
+  current();
+  const Guard guard(mutex_);
+  if (is_started_) return;
+  for (const auto& [id, entry] : threads_) entry->state = State::kOutside;
+  holder_ = mine();
+  if (holder_ != nullptr) {
+    make_runnable(holder_, holder_->now);
+    acting_ = last_holder_ = holder_;
+  }
+  is_started_ = true;
+}
+
 std::uint32_t HostTurns::announce(const char* name) {
   HostThread& parent = current();
   Guard guard(mutex_);
-  if (Entry* const entry = mine()) take(guard, entry);
+  if (Entry* const entry = mine(); entry != nullptr && is_started_) take(guard, entry);
   auto entry = std::make_unique<Entry>();
   entry->id = next_id_++;
   entry->name = name;
   entry->now = parent.now.load();
   entry->resumed = parent.resumed;
   entry->waited_for = parent.waited_for;
-  make_runnable(entry.get(), entry->now);
+  entry->order_time = entry->now;
+  entry->state = is_started_ ? State::kRunnable : State::kOutside;
   const std::uint32_t id = entry->id;
   threads_.emplace(id, std::move(entry));
   return id;
@@ -118,7 +132,7 @@ void HostTurns::attach(std::uint32_t id) {
   const auto found = threads_.find(id);
   if (found == threads_.end()) return;
   followed = found->second.get();
-  take(guard, found->second.get());
+  if (is_started_) take(guard, found->second.get());
 }
 
 void HostTurns::end() {
@@ -136,7 +150,7 @@ void HostTurns::end() {
   acting_ = last_holder_;
   if (had_turn) {
     holder_ = nullptr;
-    pass();
+    if (is_started_) pass();
   }
 }
 
@@ -233,7 +247,7 @@ void HostTurns::yield() {
 
 void HostTurns::yield(Nanoseconds order_time) {
   Entry* const entry = mine();
-  if (entry == nullptr) return;
+  if (entry == nullptr || !is_started_) return;
   {
     const Guard guard(mutex_);
     if (threads_.size() == 1 && holder_ == entry) return;
@@ -251,7 +265,7 @@ void HostTurns::yield(Nanoseconds order_time) {
 
 HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
   Entry* const entry = mine();
-  if (entry == nullptr) return Outcome::kNotFollowed;
+  if (entry == nullptr || !is_started_) return Outcome::kNotFollowed;
   progress_.fetch_add(1, std::memory_order_relaxed);
   const Pause pause(*this);
   Guard guard(mutex_);
@@ -283,7 +297,7 @@ HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
 
 void HostTurns::resume() {
   Entry* const entry = mine();
-  if (entry == nullptr) return;
+  if (entry == nullptr || !is_started_) return;
   const Pause pause(*this);
   Guard guard(mutex_);
   if (entry->state != State::kRunnable) make_runnable(entry, entry->now);
@@ -300,12 +314,12 @@ void HostTurns::wake(std::uint64_t token) {
     make_runnable(entry.get(), entry->now);
     found = true;
   }
-  if (found && holder_ == nullptr) pass();
+  if (found && holder_ == nullptr && is_started_) pass();
 }
 
 Nanoseconds HostTurns::limit() {
   const Entry* const self = mine();
-  if (self == nullptr) return kForever;
+  if (self == nullptr || !is_started_) return kForever;
   const Guard guard(mutex_);
   Nanoseconds earliest = kForever;
   for (const auto& [id, entry] : threads_) {

@@ -13,6 +13,9 @@
 // sees (an import, a lock of C++, a pipe) is noticed when nothing has moved for half a second: the
 // turn passes on, and the report counts it as an unseen wait, since the order may then differ.
 //
+// Turns are taken from the device's start on: what a program does before (imports, compilers) has
+// no virtual time. Threads that run already join in at their next switching point.
+//
 // One object a process, leaked on purpose. Any thread may call. Its mutex is a leaf: it may be
 // locked with Machine::mutex held, never the other way around.
 #pragma once
@@ -54,6 +57,9 @@ class HostTurns {
 
   // Makes the calling thread the first one that is followed.
   void begin(const char* name);
+
+  // The device starts.
+  void start();
 
   // A thread is about to be started: its id. It calls attach when it runs, and end.
   std::uint32_t announce(const char* name);
@@ -119,6 +125,7 @@ class HostTurns {
   std::mutex mutex_;
   std::map<std::uint32_t, std::unique_ptr<Entry>> threads_;  // in the order of their ids
   std::vector<Recorder::ThreadEntry> ended_;
+  std::atomic<bool> is_started_{false};
   Entry* holder_ = nullptr;
   Entry* last_holder_ = nullptr;  // never dangling: the first thread where the last has ended
   std::uint32_t next_id_ = 0;
