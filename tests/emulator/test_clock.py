@@ -255,6 +255,30 @@ def test_user_timings_are_simulated() -> None:
     assert found["host"] == 123 + 1000 + costs.disk_ns(disk, 1 << 20, "read")
 
 
+def test_a_wait_that_nobody_sees_passes_the_turn_on() -> None:
+    found = run_clocked(
+        """
+        import os, threading, queue
+        x = torch.ones(8, device="cuda")
+        incoming, outgoing = os.pipe()
+        def answer():
+            os.write(outgoing, bytes([int(x.sum().item())]))
+        thread = threading.Thread(target=answer)
+        thread.start()
+        value = os.read(incoming, 1)[0]  # holds on to its turn
+        thread.join()
+        times_out = None
+        try:
+            queue.Queue().get(timeout=0.05)
+        except queue.Empty:
+            times_out = True
+        print(json.dumps({"value": value, "times_out": times_out,
+                          "unseen": emulator.clock_report().unseen_waits}))
+        """
+    )
+    assert found == {"value": 8, "times_out": True, "unseen": 1}
+
+
 def test_mistakes_are_sentences() -> None:
     found = run_clocked(
         """

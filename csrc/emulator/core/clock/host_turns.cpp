@@ -173,10 +173,10 @@ void HostTurns::make_runnable(Entry* entry, Nanoseconds order_time) {
 }
 
 // Who goes next: the earliest that can, or one whose wait is over before that.
-HostTurns::Entry* HostTurns::next() const {
+HostTurns::Entry* HostTurns::next(const Entry* except) const {
   Entry* best = nullptr;
   for (const auto& [id, entry] : threads_) {
-    if (entry->state != State::kRunnable) continue;
+    if (entry->state != State::kRunnable || entry.get() == except) continue;
     if (best == nullptr || entry->order_time < best->order_time) best = entry.get();
   }
   if (best == nullptr) return nullptr;
@@ -224,7 +224,7 @@ bool HostTurns::wait_a_while(Guard& guard, Entry* entry) {
   if (holder_ == nullptr) pass();
   if (holder_ != entry) entry->turn.wait_for(guard, kSlice);
   if (holder_ == entry) return true;
-  if (holder_ != nullptr && next() == entry && is_stuck()) {
+  if (holder_ != nullptr && next(holder_) == entry && is_stuck()) {
     ++unseen_waits_;
     holder_->state = State::kOutside;
     holder_ = nullptr;
@@ -266,11 +266,11 @@ void HostTurns::yield(Nanoseconds order_time) {
 HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
   Entry* const entry = mine();
   if (entry == nullptr || !is_started_) return Outcome::kNotFollowed;
-  progress_.fetch_add(1, std::memory_order_relaxed);
   const Pause pause(*this);
   Guard guard(mutex_);
   const bool is_new = holder_ == entry || entry->state == State::kOutside;
   if (is_new) {
+    progress_.fetch_add(1, std::memory_order_relaxed);
     take(guard, entry);
     entry->state = State::kBlocked;
     entry->token = token;

@@ -115,7 +115,7 @@ class HostTurns {
   class Pause;
 
   Entry* mine() const;
-  Entry* next() const;
+  Entry* next(const Entry* except = nullptr) const;
   void pass();
   void take(Guard& guard, Entry* entry);
   bool wait_a_while(Guard& guard, Entry* entry);

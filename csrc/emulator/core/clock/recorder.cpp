@@ -61,9 +61,9 @@ void Recorder::note_gap(const Span& span) {
     Nanoseconds waited = 0;
     if (span.cause.span == Origin::kNoSpan && span.host.resumed > last) {
       waited = std::min(span.host.resumed, span.start) - last;
-      stalls_["kernels were not launched: the host waited"] += waited;
+      stalls_["kernels were not launched: the host waited"].add(waited);
     }
-    if (gap > waited) stalls_[gap_cause(span)] += gap - waited;
+    if (gap > waited) stalls_[gap_cause(span)].add(gap - waited);
   }
   last = std::max(last, span.end);
 }
@@ -83,19 +83,13 @@ void Recorder::add(const Span& span) {
 
 void Recorder::add(const HostWait& wait) {
   if (wait.end <= wait.start) return;
-  WorkTotal& total = waits_[wait.cause];
-  ++total.count;
-  total.busy += wait.end - wait.start;
+  waits_[wait.cause].add(wait.end - wait.start);
   push(&host_waits_, wait, kWaitsMax, &waits_dropped_);
 }
 
 void Recorder::add(const MemorySample& sample) {
-  const std::pair<int, bool> key{sample.device, sample.by_allocator};
-  std::uint64_t& peak = memory_peaks_[key];
-  if (sample.bytes > peak) {
-    peak = sample.bytes;
-    memory_peak_times_[key] = sample.time;
-  }
+  MemorySample& peak = memory_peaks_[{sample.device, sample.by_allocator}];
+  if (sample.bytes > peak.bytes) peak = sample;
   push(&memory_, sample, kSamplesMax, &samples_dropped_);
 }
 
@@ -112,15 +106,12 @@ const Span* Recorder::find(std::uint64_t number) const {
   return nullptr;
 }
 
-bool Recorder::critical_path(Path* path) const {
+bool Recorder::critical_path(Shares* path) const {
   const auto latest = std::max_element(spans_.begin(), spans_.end(),
                                        [](const Span& a, const Span& b) { return a.end < b.end; });
   const Span* span = latest == spans_.end() ? nullptr : &*latest;
   const auto add = [&](const std::string& name, Nanoseconds time) {
-    if (time <= 0) return;
-    PathPart& part = (*path)[name];
-    part.time += time;
-    ++part.count;
+    if (time > 0) (*path)[name].add(time);
   };
   while (span != nullptr) {
     add(span->name, span->end - span->start);

@@ -67,24 +67,31 @@ class Recorder {
   bool write_trace(const char* path, const Facts& facts) const;  // Chrome's format; false: errno
 
  private:
-  struct PathPart {
+  struct Share {
     Nanoseconds time = 0;
     std::uint64_t count = 0;
+    void add(Nanoseconds more) {
+      time += more;
+      ++count;
+    }
   };
-  using Path = std::map<std::string, PathPart>;
+  using Shares = std::map<std::string, Share>;
 
   void note_gap(const Span& span);
   const Span* find(std::uint64_t number) const;
   // Follows the chain of causes back from the latest end. True when it reached the beginning.
-  bool critical_path(Path* path) const;
+  bool critical_path(Shares* path) const;
+
+  std::string resources_json() const;
+  static std::string shares_json(const Shares& shares);
+  static std::string memory_json(const std::vector<MemorySample>& samples);
 
   std::map<std::pair<Resource, int>, WorkTotal> resources_;
   std::map<const char*, WorkTotal> operations_;
   std::map<std::pair<Resource, int>, Nanoseconds> last_end_;
-  std::map<std::string, Nanoseconds> stalls_;
-  std::map<std::string, WorkTotal> waits_;
-  std::map<std::pair<int, bool>, std::uint64_t> memory_peaks_;
-  std::map<std::pair<int, bool>, Nanoseconds> memory_peak_times_;
+  Shares stalls_;
+  Shares waits_;
+  std::map<std::pair<int, bool>, MemorySample> memory_peaks_;
   Nanoseconds end_ = 0;
 
   std::deque<Span> spans_;

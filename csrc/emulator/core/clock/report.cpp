@@ -131,67 +131,57 @@ void write_arrow(TraceFile* file, unsigned long long id, const Span& from, int p
 
 }  // namespace
 
-std::string Recorder::report(const Facts& facts) const {
-  Json resources('[');
+std::string Recorder::resources_json() const {
+  Json list('[');
   for (const auto& [key, total] : resources_) {
-    resources.item(Json('{')
-                       .field("name", quoted(resource_name(key.first)))
-                       .field("device", std::to_string(key.second))
-                       .field("busy_ns", number(total.busy))
-                       .field("count", number(total.count))
-                       .field("bytes", number(total.bytes))
-                       .done());
+    list.item(Json('{')
+                  .field("name", quoted(resource_name(key.first)))
+                  .field("device", std::to_string(key.second))
+                  .field("busy_ns", number(total.busy))
+                  .field("count", number(total.count))
+                  .field("bytes", number(total.bytes))
+                  .done());
   }
-  const auto totals = [](const auto& entries) {
-    Json list('[');
-    for (const auto& [name, total] : entries) {
-      list.item(Json('{')
-                    .field("name", quoted(name))
-                    .field("ns", number(total.busy))
-                    .field("count", number(total.count))
-                    .done());
-    }
-    return list.done();
-  };
-  // By name: pointers have no order that repeats.
-  std::map<std::string, WorkTotal> operations;
+  return list.done();
+}
+
+// Times under names; ordered by name, since pointers have no order that repeats.
+std::string Recorder::shares_json(const Shares& shares) {
+  Json list('[');
+  for (const auto& [name, share] : shares) {
+    list.item(Json('{')
+                  .field("name", quoted(name))
+                  .field("ns", number(share.time))
+                  .field("count", number(share.count))
+                  .done());
+  }
+  return list.done();
+}
+
+std::string Recorder::memory_json(const std::vector<MemorySample>& samples) {
+  Json list('[');
+  for (const MemorySample& sample : samples) {
+    list.item(Json('[')
+                  .item(number(sample.time))
+                  .item(std::to_string(sample.device))
+                  .item(sample.by_allocator ? "true" : "false")
+                  .item(number(sample.bytes))
+                  .done());
+  }
+  return list.done();
+}
+
+std::string Recorder::report(const Facts& facts) const {
+  Shares operations;
   for (const auto& [name, total] : operations_) {
-    WorkTotal& sum = operations[name];
-    sum.count += total.count;
-    sum.busy += total.busy;
+    Share& share = operations[name];
+    share.count += total.count;
+    share.time += total.busy;
   }
-  Json stalls('[');
-  for (const auto& [name, time] : stalls_) {
-    stalls.item(Json('{').field("name", quoted(name)).field("ns", number(time)).done());
-  }
-  Path path;
+  Shares path;
   const bool is_whole = critical_path(&path);
-  Json parts('[');
-  for (const auto& [name, part] : path) {
-    parts.item(Json('{')
-                   .field("name", quoted(name))
-                   .field("ns", number(part.time))
-                   .field("count", number(part.count))
-                   .done());
-  }
-  Json memory('[');
-  for (const MemorySample& sample : memory_) {
-    memory.item(Json('[')
-                    .item(number(sample.time))
-                    .item(std::to_string(sample.device))
-                    .item(sample.by_allocator ? "true" : "false")
-                    .item(number(sample.bytes))
-                    .done());
-  }
-  Json peaks('[');
-  for (const auto& [key, bytes] : memory_peaks_) {
-    peaks.item(Json('[')
-                   .item(number(memory_peak_times_.at(key)))
-                   .item(std::to_string(key.first))
-                   .item(key.second ? "true" : "false")
-                   .item(number(bytes))
-                   .done());
-  }
+  std::vector<MemorySample> peaks;
+  for (const auto& [key, sample] : memory_peaks_) peaks.push_back(sample);
   Json threads('[');
   for (const ThreadEntry& thread : facts.threads) {
     threads.item(Json('{')
@@ -203,14 +193,14 @@ std::string Recorder::report(const Facts& facts) const {
   return Json('{')
       .field("profile", quoted(facts.profile))
       .field("makespan_ns", number(facts.makespan))
-      .field("resources", resources.done())
-      .field("operations", totals(operations))
-      .field("host_waits", totals(waits_))
-      .field("stalls", stalls.done())
-      .field("critical_path", parts.done())
+      .field("resources", resources_json())
+      .field("operations", shares_json(operations))
+      .field("host_waits", shares_json(waits_))
+      .field("stalls", shares_json(stalls_))
+      .field("critical_path", shares_json(path))
       .field("critical_path_is_whole", is_whole ? "true" : "false")
-      .field("memory", memory.done())
-      .field("memory_peaks", peaks.done())
+      .field("memory", memory_json({memory_.begin(), memory_.end()}))
+      .field("memory_peaks", memory_json(peaks))
       .field("threads", threads.done())
       .field("unseen_waits", number(facts.unseen_waits))
       .field("spans_dropped", number(spans_dropped_))
