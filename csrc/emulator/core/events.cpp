@@ -1,6 +1,7 @@
 #include "emulator/core/events.hpp"
 
 #include <chrono>
+#include <thread>
 #include <utility>
 
 #include "emulator/core/machine.hpp"
@@ -19,6 +20,23 @@ CUevent Events::create(Context* context, unsigned flags) {
   auto event = std::make_unique<Event>();
   event->context = context;
   event->flags = flags;
+  if ((flags & CU_EVENT_INTERPROCESS) != 0) {
+    event->mark = SharedMark::create();
+    if (event->mark == nullptr) return nullptr;
+    event->record_number = event->mark->records();
+  }
+  return insert(std::move(event));
+}
+
+CUevent Events::import(Context* context, std::shared_ptr<SharedMark> mark) {
+  auto event = std::make_unique<Event>();
+  event->context = context;
+  event->flags = CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS;
+  event->mark = std::move(mark);
+  return insert(std::move(event));
+}
+
+CUevent Events::insert(std::unique_ptr<Event> event) {
   CUevent handle = nullptr;
   table_.insert(std::move(event), &handle);
   if (machine_->hazards.enabled()) {
@@ -44,15 +62,33 @@ Event* Events::find(CUevent handle) {
 
 CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   if (event->context->device != stream->device) return CUDA_ERROR_INVALID_HANDLE;
+  mark(event, stream);
+  machine_->scheduler.settle(lock, stream, 0);
+  return CUDA_SUCCESS;
+}
+
+void Events::mark(Event* event, const StreamRef& stream) {
+  event->capture.reset();
+  event->capture_nodes.clear();
   machine_->streams.order_with_default(stream);
   event->stream = stream;
   event->query_count = 0;
   event->all_know = false;
+  if (event->mark != nullptr) {
+    event->ticket = machine_->streams.prepare(stream);
+    event->clock = stream->clock;
+    event->record_number = event->mark->begin_record();
+    Operation operation;
+    operation.body = PublishRecord{event->mark, event->record_number};
+    operation.name = "event record";
+    machine_->scheduler.append(stream, std::move(operation));
+    return;
+  }
   if (!event->has_timing()) {
     // Nothing has to happen at the event's turn, so the mark is the last operation's end.
     event->ticket = stream->enqueued;
     event->clock = stream->clock;
-    return CUDA_SUCCESS;
+    return;
   }
   event->ticket = machine_->streams.prepare(stream);
   event->clock = stream->clock;
@@ -62,11 +98,21 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   event->virtual_time = machine_->clock.enabled() ? std::make_shared<std::int64_t>(-1) : nullptr;
   operation.body = RecordTime{event->time, event->virtual_time};
   operation.name = "event record";
-  machine_->streams.submit(lock, stream, std::move(operation));
-  return CUDA_SUCCESS;
+  machine_->streams.append(stream, std::move(operation));
+}
+
+// Nothing here is notified of what another process does.
+void Events::synchronize_elsewhere(Lock& lock, const Event& event) {
+  constexpr auto kPollInterval = std::chrono::microseconds(200);
+  const std::shared_ptr<SharedMark> mark = event.mark;
+  const std::uint64_t record = mark->records();
+  lock.unlock();
+  while (!mark->reached(record)) std::this_thread::sleep_for(kPollInterval);
+  lock.lock();
 }
 
 void Events::synchronize(Lock& lock, Event* event) {
+  if (event->is_recorded_elsewhere()) return synchronize_elsewhere(lock, *event);
   const StreamRef stream = event->stream;
   const Ticket ticket = event->ticket;
   const VectorClock clock = event->clock;
@@ -79,6 +125,9 @@ void Events::synchronize(Lock& lock, Event* event) {
 CUresult Events::query(Lock& lock, CUevent handle) {
   Event* event = find(handle);
   if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (event->is_recorded_elsewhere()) {
+    return event->is_complete() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  }
   if (machine_->clock.enabled() && event->stream != nullptr) {
     const StreamRef stream = event->stream;
     const Ticket ticket = event->ticket;
@@ -100,6 +149,14 @@ CUresult Events::query(Lock& lock, CUevent handle) {
 }
 
 void Events::make_wait(const StreamRef& stream, const Event& event) {
+  if (event.is_recorded_elsewhere()) {
+    machine_->streams.prepare(stream);
+    Operation wait;
+    wait.body = WaitValue{.value = event.mark->records(), .mark = event.mark};
+    wait.name = "wait for another process's event";
+    machine_->scheduler.append(stream, std::move(wait));
+    return;
+  }
   if (event.stream == nullptr) return;
   machine_->streams.wait_for(stream, event.stream, event.ticket, event.clock);
 }

@@ -9,10 +9,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
 #include "emulator/core/operation.hpp"
+#include "emulator/core/shared_mark.hpp"
 #include "emulator/core/stream.hpp"
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
@@ -20,6 +22,8 @@
 namespace spillover::emulator {
 
 class Machine;
+struct Capture;
+struct GraphNode;
 
 struct Event {
   Context* context = nullptr;
@@ -31,8 +35,20 @@ struct Event {
   std::shared_ptr<TimePoint> time;             // nullptr with CU_EVENT_DISABLE_TIMING
   std::shared_ptr<std::int64_t> virtual_time;  // the same on the virtual clock, where that is on
   int query_count = 0;
+  // Where it was last recorded on a stream that was being captured: after which nodes.
+  std::shared_ptr<Capture> capture;
+  std::vector<GraphNode*> capture_nodes;
 
-  bool is_complete() const { return stream == nullptr || stream->completed >= ticket; }
+  // Of an interprocess event, and the number of the record that the fields above describe. Where
+  // the mark counts more records, another process made the last one.
+  std::shared_ptr<SharedMark> mark;
+  std::uint64_t record_number = 0;
+
+  bool is_recorded_elsewhere() const { return mark != nullptr && mark->records() > record_number; }
+  bool is_complete() const {
+    if (is_recorded_elsewhere()) return mark->reached(mark->records());
+    return stream == nullptr || stream->completed >= ticket;
+  }
   bool has_timing() const { return (flags & CU_EVENT_DISABLE_TIMING) == 0; }
 };
 
@@ -40,13 +56,20 @@ class Events {
  public:
   explicit Events(Machine* machine);
 
+  // nullptr where there are too many interprocess events.
   CUevent create(Context* context, unsigned flags);
+
+  // An event of another process.
+  CUevent import(Context* context, std::shared_ptr<SharedMark> mark);
   void destroy(CUevent handle);
 
   // nullptr for a handle that is no live event.
   Event* find(CUevent handle);
 
   CUresult record(Lock& lock, Event* event, const StreamRef& stream);
+
+  // The same for an event of the stream's device, without running anything.
+  void mark(Event* event, const StreamRef& stream);
 
   // The event may be destroyed or recorded again while this waits; it waits for the record of the
   // call.
@@ -59,6 +82,9 @@ class Events {
   std::size_t live_count() const { return table_.size(); }
 
  private:
+  CUevent insert(std::unique_ptr<Event> event);
+  void synchronize_elsewhere(Lock& lock, const Event& event);
+
   Machine* machine_;
   HandleTable<std::unique_ptr<Event>> table_;
 };

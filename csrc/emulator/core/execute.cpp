@@ -1,5 +1,6 @@
 #include "emulator/core/execute.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -8,6 +9,7 @@
 #include "emulator/core/config.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
+#include "emulator/core/shared_mark.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -60,20 +62,30 @@ void fill_row(std::byte* row, std::size_t count, std::uint32_t value) {
 void perform(Machine& machine, const Fill& fill) {
   delay();
   std::byte* row = bytes_at(machine, fill.destination);
-  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) {
-    if (fill.element_bytes == 1) {
-      std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
-    } else if (fill.element_bytes == 2) {
-      fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
-    } else {
-      fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
-    }
-  }
+  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) fill_bytes(row, fill);
 }
 
 void perform(Machine&, const Kernel& kernel) {
   const CallbackScope scope;
   kernel.body(kernel.argument);
+}
+
+// A kernel that failed leaves the device unusable, as an assertion in a GPU's kernel does.
+void perform_shared(Machine& machine, const Stream& stream, Operation& operation) {
+  // Without the mutex: what it holds may be the last of a graph.
+  const std::shared_ptr<const KernelBody> kernel =
+      std::move(std::get<SharedKernel>(operation.body).body);
+  const KernelBody& body = *kernel;
+  char error[1024] = "";
+  int result = CUDA_SUCCESS;
+  {
+    const CallbackScope scope;
+    result = body.run(body.argument, error, sizeof error);
+  }
+  if (result == CUDA_SUCCESS) return;
+  report("%s failed: %s", operation.name, error);
+  const Lock lock(machine.mutex);
+  machine.sticky_error(stream.device) = static_cast<CUresult>(result);
 }
 
 void perform(Machine&, const HostFunction& function) {
@@ -104,6 +116,16 @@ void store(const Machine& machine, const WriteValue& write) {
 
 }  // namespace
 
+void fill_bytes(std::byte* row, const Fill& fill) {
+  if (fill.element_bytes == 1) {
+    std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
+  } else if (fill.element_bytes == 2) {
+    fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
+  } else {
+    fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
+  }
+}
+
 bool begin_operation(Machine& machine, const Stream& stream, Operation& operation) {
   const auto check = [&](Address address, std::size_t size_bytes, bool is_write) {
     return check_range(machine, stream, operation, address, size_bytes, is_write);
@@ -123,6 +145,10 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     check(wait->address, wait->size_bytes, false);
     return false;
   }
+  if (const auto* publish = std::get_if<PublishRecord>(&operation.body)) {
+    publish->mark->publish(publish->record);
+    return false;
+  }
   if (const auto* record = std::get_if<RecordTime>(&operation.body)) {
     *record->time = std::chrono::steady_clock::now();
     return false;
@@ -137,14 +163,29 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     machine.streams.all_learn(function->clock);
     return true;
   }
-  return std::holds_alternative<Kernel>(operation.body);
+  const auto can_run = [&](const std::vector<KernelAccess>& accesses) {
+    return std::all_of(accesses.begin(), accesses.end(), [&](const KernelAccess& access) {
+      return check(access.address, access.size_bytes, access.is_write);
+    });
+  };
+  if (const auto* kernel = std::get_if<SharedKernel>(&operation.body)) {
+    return can_run(kernel->body->accesses);
+  }
+  const auto* kernel = std::get_if<Kernel>(&operation.body);
+  // Its argument is lost with a kernel that cannot run, once, since the device is lost too.
+  return kernel != nullptr && can_run(kernel->accesses);
 }
 
-void perform_operation(Machine& machine, Operation& operation) {
+void perform_operation(Machine& machine, const Stream& stream, Operation& operation) {
+  if (std::holds_alternative<SharedKernel>(operation.body)) {
+    perform_shared(machine, stream, operation);
+    return;
+  }
   std::visit([&](auto& body) { perform(machine, body); }, operation.body);
 }
 
 bool value_matches(Machine& machine, const WaitValue& wait) {
+  if (wait.mark != nullptr) return wait.mark->reached(wait.value);
   if (!machine.is_live(wait.address, wait.size_bytes, /*is_write=*/false)) return true;
   const std::uint64_t value = load(machine, wait.address, wait.size_bytes);
   const std::uint64_t difference = value - wait.value;

@@ -6,10 +6,12 @@
 
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "emulator/core/kernel_api.h"
+#include "emulator/core/operation.hpp"
 
 namespace spillover::emulator {
 
@@ -18,12 +20,21 @@ struct RegisteredKernel {
   spillover_emulator_kernel_body body = nullptr;
   void* user = nullptr;
   std::vector<std::size_t> parameter_bytes;
+  spillover_emulator_kernel_accesses accesses = nullptr;
+  void* accesses_user = nullptr;
+
+  // What a launch touches; empty where nobody said.
+  std::vector<spillover_emulator_range> accesses_of(const spillover_emulator_launch_shape& shape,
+                                                    void** parameters) const;
 };
 
 class Kernels {
  public:
   // Replaces a body of the same name.
   void add(RegisteredKernel kernel);
+
+  // False for a name without a body.
+  bool declare(const std::string& name, spillover_emulator_kernel_accesses accesses, void* user);
 
   // nullptr, and the first time a sentence on stderr, for a name without a body. What is returned
   // lives for ever.
@@ -37,6 +48,9 @@ class Kernels {
   std::map<std::string, bool> reported_;
 };
 
+// body(argument), as often as a graph is launched.
+KernelBody repeated(void (*body)(void*), void* argument);
+
 // A launch with its own copy of the arguments.
 class KernelLaunch {
  public:
@@ -46,7 +60,12 @@ class KernelLaunch {
   // For Operation's Kernel: runs the launch and deletes it.
   static void run(void* launch);
 
+  // The same for a node of a graph, which runs it more than once.
+  static KernelBody shared(std::unique_ptr<KernelLaunch> launch);
+
  private:
+  void call();
+
   spillover_emulator_kernel_body body_;
   void* user_;
   spillover_emulator_launch_shape shape_;

@@ -10,14 +10,17 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "emulator/core/address_space.hpp"
+#include "emulator/core/capture.hpp"
 #include "emulator/core/clock/clock.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/device_memory.hpp"
 #include "emulator/core/events.hpp"
+#include "emulator/core/graph.hpp"
 #include "emulator/core/handle_table.hpp"
 #include "emulator/core/hazard_checker.hpp"
 #include "emulator/core/host_memory.hpp"
@@ -53,11 +56,11 @@ class Machine {
   Machine(const Machine&) = delete;
   Machine& operator=(const Machine&) = delete;
 
-  // The device whose memory lies there; -1 where nothing is.
-  int device_of(Address address);
-
   // Whether an operation may touch these bytes: live device memory, or any host memory.
   bool is_live(Address address, std::size_t size_bytes, bool is_write);
+
+  // Whose memory it is; nothing for other addresses.
+  std::optional<int> device_of(Address address);
 
   // Whether a device can reach these bytes: device memory, or memory that host_memory covers.
   // These are the bytes that the checker follows.
@@ -108,6 +111,9 @@ class Machine {
     if (hazards.enabled()) hazards.history().end(ObjectHistory::Kind::kMemory, address);
   }
 
+  // Memory of another process was written there, which nobody saw; it is not uninitialised.
+  void note_foreign_writes(const char* name, Address address, std::size_t size_bytes);
+
   // Called when memory was mapped: carries over what happened to bytes that have two addresses from
   // now on.
   void follow_mapping(Address address, std::size_t size_bytes);
@@ -134,13 +140,15 @@ class Machine {
   Scheduler scheduler;
   Streams streams;
   Events events;
+  Graphs graphs;
+  Captures captures;
   Kernels kernels;
   HandleTable<std::unique_ptr<Pool>> pools;
   HandleTable<Module> modules;
   int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
 
  private:
-  bool can_reach(int device, Address address);
+  bool can_reach(const Context& context, Address address);
   bool is_aliased(const ByteRange& range) const;
 };
 

@@ -13,13 +13,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
 
 namespace spillover::emulator {
 
+class SharedMark;
 struct Stream;
 using StreamRef = std::shared_ptr<Stream>;
 using TimePoint = std::chrono::steady_clock::time_point;
@@ -50,10 +53,43 @@ struct Fill {
   std::size_t destination_bytes() const { return pitch * (height - 1) + width_bytes(); }
 };
 
+// Bytes that a kernel touches, where that was declared; looked up again before it runs.
+struct KernelAccess {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  bool is_write = false;
+};
+
 // Runs on the stream as a kernel would. body takes ownership of what argument points to.
 struct Kernel {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
+  std::vector<KernelAccess> accesses{};
+};
+
+// A kernel that runs as often as graphs that hold it are launched. run returns a CUresult, and says
+// in `error` what went wrong.
+struct KernelBody {
+  int (*run)(void* argument, char* error, std::size_t capacity) = nullptr;
+  void* argument = nullptr;
+  void (*release)(void* argument) = nullptr;
+  std::vector<KernelAccess> accesses{};
+
+  KernelBody() = default;
+  KernelBody(KernelBody&& other) noexcept
+      : run(other.run),
+        argument(other.argument),
+        release(std::exchange(other.release, nullptr)),
+        accesses(std::move(other.accesses)) {}
+  KernelBody(const KernelBody&) = delete;
+  KernelBody& operator=(const KernelBody&) = delete;
+  ~KernelBody() {
+    if (release != nullptr) release(argument);
+  }
+};
+
+struct SharedKernel {
+  std::shared_ptr<const KernelBody> body;
 };
 
 // A callback into the program: may block, may take locks of the program's own.
@@ -81,12 +117,20 @@ struct WriteValue {
   unsigned size_bytes = 4;
 };
 
-// Holds the stream until memory satisfies a comparison (CU_STREAM_WAIT_VALUE_*).
+// Holds the stream until memory satisfies a comparison (CU_STREAM_WAIT_VALUE_*), or until a record
+// of an interprocess event is complete, which other processes say in shared memory.
 struct WaitValue {
   Address address = 0;
   std::uint64_t value = 0;
   unsigned size_bytes = 4;
   unsigned flags = 0;
+  std::shared_ptr<const SharedMark> mark{};  // then value is the number of a record
+};
+
+// Tells other processes that a record of an interprocess event is complete.
+struct PublishRecord {
+  std::shared_ptr<SharedMark> mark;
+  std::uint64_t record = 0;
 };
 
 // Stream-ordered free of an allocation.
@@ -121,13 +165,18 @@ struct OperationCost {
 };
 
 struct Operation {
-  std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
-               FreeMemory, Hold>
+  std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime,
+               WriteValue, WaitValue, FreeMemory, Hold, PublishRecord>
       body;
   const char* name = "";
   OperationCost cost;
 
   bool is_host_function() const { return std::holds_alternative<HostFunction>(body); }
+
+  // Others wait for it by means that the scheduler does not see, so it must run unasked.
+  bool is_awaited_elsewhere() const {
+    return is_host_function() || std::holds_alternative<PublishRecord>(body);
+  }
 };
 
 }  // namespace spillover::emulator

@@ -52,13 +52,13 @@ void Scheduler::deactivate(Stream* stream) {
 }
 
 void Scheduler::append(const StreamRef& stream, Operation operation) {
-  const bool is_host_function = operation.is_host_function();
+  const bool is_awaited_elsewhere = operation.is_awaited_elsewhere();
   stream->pending.push_back(std::move(operation));
   ++stream->enqueued;
   ++stream->version;
   activate(stream);
   if (machine_->clock.enabled()) machine_->clock.append(stream, stream->pending.back());
-  if (is_host_function) {
+  if (is_awaited_elsewhere) {
     const bool at_once = schedule_ == Schedule::kEager || schedule_ == Schedule::kThreaded;
     stream->host_function_ticket = stream->enqueued;
     stream->host_function_due = std::chrono::steady_clock::now();
@@ -79,6 +79,13 @@ void Scheduler::enqueue(Lock& lock, const StreamRef& stream, Operation operation
   if (stream->pending.size() <= kPendingMax) return;
   // A full queue makes the host wait, also behind a host function.
   run_until(lock, stream, stream->completed + 1, Patience::kBlock);
+}
+
+void Scheduler::settle(Lock& lock, const StreamRef& stream, std::size_t count) {
+  if (schedule_ == Schedule::kEager) run_all_ready(lock);
+  while (stream->pending.size() > kPendingMax + count) {
+    run_until(lock, stream, stream->completed + 1, Patience::kBlock);
+  }
 }
 
 bool Scheduler::is_satisfied(const WaitValue& wait) const {
@@ -193,7 +200,7 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
     if (stream->delay_us > 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(stream->delay_us));
     }
-    perform_operation(*machine_, operation);
+    perform_operation(*machine_, *stream, operation);
     lock.lock();
     bodies_running_ -= is_body ? 1 : 0;
   }
@@ -208,7 +215,7 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
   }
   changed_.notify_all();
   if (schedule_ == Schedule::kThreaded) work_queued_.notify_one();
-  if (operation.is_host_function()) host_function_queued_.notify_one();
+  if (operation.is_awaited_elsewhere()) host_function_queued_.notify_one();
 }
 
 void Scheduler::drain_device(Lock& lock, int device) {

@@ -4,7 +4,8 @@
 // Every thread that waits runs what it waits for itself, as far as nobody else does already; hence
 // no schedule needs a thread of its own to make progress, but for two things: the threaded
 // schedule's worker, and host functions, which a program may wait for by its own means (a flag, a
-// queue) without calling CUDA, so a background thread runs streams that hold one.
+// queue) without calling CUDA, so a background thread runs streams that hold one; the same goes for
+// records of events that another process waits for.
 //
 // Owned by the Machine; called with its mutex held. run_until, advance, drain and perturb let go of
 // the mutex while an operation runs.
@@ -39,6 +40,9 @@ class Scheduler {
 
   // The same, and runs it at once on the eager schedule.
   void enqueue(Lock& lock, const StreamRef& stream, Operation operation);
+
+  // What enqueue does after it has appended, for `count` operations at once.
+  void settle(Lock& lock, const StreamRef& stream, std::size_t count);
 
   // Blocks until the stream has completed the ticket. Throws WaitTimedOut.
   void drain(Lock& lock, const StreamRef& stream, Ticket ticket) {

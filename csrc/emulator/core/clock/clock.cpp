@@ -168,8 +168,9 @@ void Clock::append(const StreamRef& stream, const Operation& operation) {
   } else if (std::holds_alternative<WaitValue>(operation.body) ||
              std::holds_alternative<Hold>(operation.body)) {
     node.needs_execution = true;
-  } else if (std::holds_alternative<Kernel>(operation.body) &&
-             node.cost.resource == Resource::kNone) {
+  } else if (node.cost.resource == Resource::kNone &&
+             (std::holds_alternative<Kernel>(operation.body) ||
+              std::holds_alternative<SharedKernel>(operation.body))) {
     node.cost = fill_cost(0);
   } else if (node.cost.resource == Resource::kNone) {
     return;  // takes no time
