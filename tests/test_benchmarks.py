@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
+    "clock": {"clock_repeatable", "clock_step_ms"},
     "emulator": {
         "op_overhead_us_median",
         "opdb_pass",
         "opdb_bf16_pass",
         "hazard_kinds_caught",
         "hazard_false_alarms",
-    }
+    },
 }
 
 

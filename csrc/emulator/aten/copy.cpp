@@ -11,6 +11,7 @@
 #include "emulator/aten/alias_map.hpp"
 #include "emulator/aten/brain_complex.hpp"
 #include "emulator/aten/captured_call.hpp"
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/plan.hpp"
 
@@ -72,6 +73,10 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   AliasMap aliases;
   copy_on_host(aliases.alias(self, /*is_written=*/true),
                aliases.alias(source, /*is_written=*/false));
+  if (clock_enabled()) {
+    charge_kernel(stream.stream(), kName,
+                  bytes_bound_cost(tensor_bytes(self) + tensor_bytes(source)));
+  }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "emulator/core/clock/profile.hpp"
 #include "emulator/core/report.hpp"
 
 namespace spillover::emulator {
@@ -37,6 +38,9 @@ struct Config {
   int query_spins = 16;
   int copy_delay_us = 0;
   bool verbose = false;
+  bool clock = false;        // the virtual clock
+  std::string profile_name;  // whose numbers it uses
+  ClockProfile profile;
 
   // One sentence about the first malformed variable; empty when all are well formed.
   std::string error;

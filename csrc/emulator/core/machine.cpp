@@ -37,6 +37,7 @@ Machine& Machine::instance() {
 Machine::Machine(const Config& machine_config)
     : config(machine_config),
       budget(config.vram_bytes),
+      clock(this, config),
       device_memory(&addresses, &budget, config.poison),
       virtual_memory(&addresses, &budget, config.poison, config.device_count),
       hazards(config.hazards),

@@ -68,14 +68,24 @@ def emulate(
     poison: Annotated[
         bool | None, typer.Option(help="Fill memory that the driver gives or takes with NaN.")
     ] = None,
+    clock: Annotated[
+        bool | None, typer.Option(help="Keep virtual time and print what took how long.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Card whose times are simulated, such as rtx4090.")
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Write simulated time to this file, for Perfetto.")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
     ] = False,
 ) -> None:
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
-    Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS and
-    _POISON. Compute runs on the CPU; times say nothing about a GPU.
+    Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS,
+    _POISON, _CLOCK, _PROFILE and _TRACE. Compute runs on the CPU; how long it takes says nothing
+    about a GPU, what the clock computes is simulated.
     """
     from spillover.emulator import _check, _command, _options
 
@@ -88,6 +98,9 @@ def emulate(
             "seed": seed,
             "hazards": hazards,
             "poison": poison,
+            "clock": clock,
+            "profile": profile,
+            "trace": trace,
         }.items()
         if value is not None
     }

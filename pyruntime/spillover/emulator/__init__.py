@@ -8,6 +8,17 @@ accesses that nothing orders. Wall-clock time under the emulator says nothing ab
 
 from spillover.emulator import _costs as costs
 from spillover.emulator._activation import enable, is_enabled
+from spillover.emulator._clock import (
+    ClockReport,
+    MemoryPoint,
+    ResourceUse,
+    TimeShare,
+    advance,
+    busy,
+    clock_report,
+    now_ns,
+    write_trace,
+)
 from spillover.emulator._command import run
 from spillover.emulator._control import (
     HostAccess,
@@ -37,6 +48,7 @@ from spillover.emulator._profiles import names as profile_names
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "ClockReport",
     "DiskProfile",
     "Fault",
     "GpuProfile",
@@ -45,15 +57,21 @@ __all__ = [
     "HostProfile",
     "Injection",
     "LiveResources",
+    "MemoryPoint",
     "Options",
     "Profile",
+    "ResourceUse",
     "Schedule",
     "StorageFault",
     "SweepFailure",
     "SweepReport",
+    "TimeShare",
     "acquire",
+    "advance",
+    "busy",
     "calls",
     "clear_hazards",
+    "clock_report",
     "costs",
     "enable",
     "faults",
@@ -63,6 +81,7 @@ __all__ = [
     "leaks",
     "live",
     "load_profile",
+    "now_ns",
     "peak_bytes",
     "profile_names",
     "release",
@@ -70,4 +89,5 @@ __all__ = [
     "slow",
     "stuck",
     "sweep",
+    "write_trace",
 ]
