@@ -8,6 +8,8 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/dry_run.hpp"
+#include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 
 namespace spillover::emulator {
@@ -33,7 +35,10 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   const DeviceWorkScope device_work;
   AliasMap aliases;
   at::Tensor target = aliases.alias(self, /*is_written=*/true);
-  at::native::copy_(target, aliases.alias(source, /*is_written=*/false), /*non_blocking=*/false);
+  const at::Tensor from = aliases.alias(source, /*is_written=*/false);
+  if (dry_run_enabled() && copy_phantom(target, from)) return;
+  at::native::copy_(target, from, /*non_blocking=*/false);
+  if (dry_run_enabled()) finish_real_copy(target);
 }
 
 }  // namespace
@@ -42,7 +47,9 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   const bool on_device = is_device_tensor(self) && is_device_tensor(source) &&
                          !self._is_zerotensor() && !source._is_zerotensor();
   if (!on_device || is_plain(self, source) || self.is_same(source)) {
-    return at::native::copy_(self, source, non_blocking);
+    at::native::copy_(self, source, non_blocking);
+    if (dry_run_enabled() && self.is_cpu() && !self.is_pinned()) bind_unknown_to_storage(self);
+    return self;
   }
   if (self.device() == source.device()) {
     const c10::cuda::CUDAGuard guard(self.device());

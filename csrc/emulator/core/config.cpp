@@ -135,6 +135,7 @@ class Reader {
 Config read_config(const char* (*variable)(const char*)) {
   static constexpr const char* kSchedules[] = {"late", "eager", "threaded", "random"};
   static constexpr const char* kPolicies[] = {"off", "count", "warn", "raise"};
+  static constexpr const char* kUnknown[] = {"error", "zero", "one"};
   Config config;
   Reader reader(variable, &config);
   reader.integer("SPILLOVER_EMULATOR_DEVICES", 1, kDeviceCountMax, &config.device_count);
@@ -148,6 +149,8 @@ Config read_config(const char* (*variable)(const char*)) {
   reader.integer("SPILLOVER_EMULATOR_QUERY_SPINS", 0, 1000000000, &config.query_spins);
   reader.integer("SPILLOVER_EMULATOR_COPY_DELAY_US", 0, 60000000, &config.copy_delay_us);
   reader.flag("SPILLOVER_EMULATOR_VERBOSE", &config.verbose);
+  reader.flag("SPILLOVER_EMULATOR_DRY", &config.dry);
+  reader.choice("SPILLOVER_EMULATOR_UNKNOWN", kUnknown, &config.unknown);
   return config;
 }
 

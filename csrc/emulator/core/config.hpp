@@ -26,6 +26,9 @@ enum class HazardPolicy {
   kRaise,  // and the call returns CUDA_ERROR_UNKNOWN
 };
 
+// What host code gets where it asks a dry run for an unknown value (known_bytes.hpp).
+enum class UnknownPolicy { kError, kZero, kOne };
+
 struct Config {
   int device_count = 1;
   std::size_t vram_bytes = std::size_t{8} << 30;
@@ -37,6 +40,8 @@ struct Config {
   int query_spins = 16;
   int copy_delay_us = 0;
   bool verbose = false;
+  bool dry = false;  // memory has addresses and no bytes
+  UnknownPolicy unknown = UnknownPolicy::kError;
 
   // One sentence about the first malformed variable; empty when all are well formed.
   std::string error;

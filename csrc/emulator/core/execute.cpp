@@ -7,6 +7,7 @@
 
 #include "emulator/core/config.hpp"
 #include "emulator/core/machine.hpp"
+#include "emulator/core/phantom.hpp"
 #include "emulator/core/process.hpp"
 
 namespace spillover::emulator {
@@ -38,6 +39,7 @@ void delay() {
 
 void perform(Machine& machine, Copy& copy) {
   delay();
+  if (machine.config.dry) return perform_phantom(machine, copy);
   std::byte* destination = bytes_at(machine, copy.destination);
   const std::byte* source =
       copy.staged != nullptr ? copy.staged.get() : bytes_at(machine, copy.source);
@@ -59,18 +61,9 @@ void fill_row(std::byte* row, std::size_t count, std::uint32_t value) {
 
 void perform(Machine& machine, const Fill& fill) {
   delay();
-  std::byte* row = bytes_at(machine, fill.destination);
-  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) {
-    if (fill.element_bytes == 1) {
-      std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
-    } else if (fill.element_bytes == 2) {
-      fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
-    } else {
-      fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
-    }
-  }
+  if (machine.config.dry) return perform_phantom(machine, fill);
+  fill_bytes(machine, fill);
 }
-
 void perform(Machine&, const Kernel& kernel) {
   const CallbackScope scope;
   kernel.body(kernel.argument);
@@ -103,6 +96,19 @@ void store(const Machine& machine, const WriteValue& write) {
 }
 
 }  // namespace
+
+void fill_bytes(const Machine& machine, const Fill& fill) {
+  std::byte* row = bytes_at(machine, fill.destination);
+  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) {
+    if (fill.element_bytes == 1) {
+      std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
+    } else if (fill.element_bytes == 2) {
+      fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
+    } else {
+      fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
+    }
+  }
+}
 
 bool begin_operation(Machine& machine, const Stream& stream, Operation& operation) {
   const auto check = [&](Address address, std::size_t size_bytes, bool is_write) {

@@ -16,6 +16,9 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
 // Without the mutex: moves bytes or calls the program's code.
 void perform_operation(Machine& machine, Operation& operation);
 
+// Writes a memset's bytes.
+void fill_bytes(const Machine& machine, const Fill& fill);
+
 // Whether memory has the value that the operation waits for. Memory that is gone satisfies it; the
 // error is reported when the operation runs.
 bool value_matches(Machine& machine, const WaitValue& wait);

@@ -21,6 +21,7 @@
 #include "emulator/core/hazard_checker.hpp"
 #include "emulator/core/host_memory.hpp"
 #include "emulator/core/kernels.hpp"
+#include "emulator/core/known_bytes.hpp"
 #include "emulator/core/pool.hpp"
 #include "emulator/core/scheduler.hpp"
 #include "emulator/core/streams.hpp"
@@ -119,6 +120,7 @@ class Machine {
   std::mutex mutex;
   const Config config;     // constant
   AddressSpace addresses;  // its translation is constant
+  KnownBytes known;        // has a lock of its own
   Budget budget;
   DeviceMemory device_memory;
   VirtualMemory virtual_memory;

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "emulator/core/config.hpp"
+#include "emulator/core/phantom.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -119,7 +120,9 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
   const bool on_device = destination == Place::kDevice && source == Place::kDevice;
   const bool blocks =
       destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
-  if (source == Place::kPageable && !blocks) {
+  shape.is_source_dropped = machine.config.dry && source == Place::kPageable &&
+                            !takes_phantom_source(machine, shape);
+  if (source == Place::kPageable && !blocks && !shape.is_source_dropped) {
     lock.unlock();  // the bytes are the caller's own: nobody else needs to wait for this
     stage(&shape);
     lock.lock();

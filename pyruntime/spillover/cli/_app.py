@@ -64,6 +64,14 @@ def emulate(
     poison: Annotated[
         bool | None, typer.Option(help="Fill memory that the driver gives or takes with NaN.")
     ] = None,
+    dry: Annotated[
+        bool | None,
+        typer.Option("--dry/--compute", help="No bytes, only sizes; prints peak memory at the end."),
+    ] = None,
+    unknown: Annotated[
+        str | None,
+        typer.Option(help="What a dry run's unknown values are to host code: error, zero or one."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
     ] = False,
@@ -84,6 +92,8 @@ def emulate(
             "seed": seed,
             "hazards": hazards,
             "poison": poison,
+            "dry": dry,
+            "unknown": unknown,
         }.items()
         if value is not None
     }

@@ -29,7 +29,7 @@ from spillover.emulator._faults import (
     slow,
     stuck,
 )
-from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "StorageFault",
     "SweepFailure",
     "SweepReport",
+    "UnknownPolicy",
     "acquire",
     "calls",
     "clear_hazards",

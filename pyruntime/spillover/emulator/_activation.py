@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
 from spillover.emulator import _libraries, _library_operators, _stacks, _threads
-from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 
 _lock = threading.Lock()
 _active: Options | None = None
@@ -41,6 +41,8 @@ def enable(
     leaks: bool = False,
     blocks: bool = False,
     stacks: bool = True,
+    dry: bool = False,
+    unknown: UnknownPolicy = "error",
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -69,6 +71,10 @@ def enable(
         Find uses of blocks that torch's caching allocator has taken back; see :class:`Options`.
     stacks
         Say in reports where the program made the calls.
+    dry
+        Dry run: memory has sizes but no bytes; see :class:`Options`.
+    unknown
+        What a dry run's host code gets for an unknown value; see :class:`Options`.
 
     Returns
     -------
@@ -95,6 +101,8 @@ def enable(
             leaks=leaks,
             blocks=blocks,
             stacks=stacks,
+            dry=dry,
+            unknown=unknown,
         )
     )
 
@@ -120,8 +128,8 @@ def activate(options: Options) -> bool:
         os.environ.update(options.environment())
         if options.hazards != "off":
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
-            if options.stacks:
-                _stacks.install()
+        if options.stacks and (options.dry or options.hazards != "off"):
+            _stacks.install()
         if options.leaks:
             atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.

@@ -12,6 +12,7 @@ from spillover._units import parse_bytes
 
 Schedule = Literal["late", "eager", "threaded", "random"]
 HazardPolicy = Literal["off", "count", "warn", "raise"]
+UnknownPolicy = Literal["error", "zero", "one"]
 
 #: Set to 1 in the environment of a process that ``sitecustomize`` shall give emulated devices.
 ACTIVE_VARIABLE = "SPILLOVER_EMULATOR"
@@ -22,7 +23,7 @@ _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
 _VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
-_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks")
+_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "dry")
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -59,6 +60,12 @@ class Options:
         allocation; on by itself once the program starts threads, and with ``uninitialized``.
     stacks
         Say in reports where the program made the calls: about a tenth of a microsecond a call.
+    dry
+        Dry run: memory has addresses and sizes but no bytes, operators give shapes. The allocator
+        decides as ever, so peaks are those of a run that computes. See ``docs/dry-run.md``.
+    unknown
+        What host code of a dry run gets where it asks for a value that is not known: ``error`` (an
+        exception that names the operator and the line), ``zero`` or ``one``.
     """
 
     devices: int = 1
@@ -71,6 +78,8 @@ class Options:
     leaks: bool = False
     blocks: bool = False
     stacks: bool = True
+    dry: bool = False
+    unknown: UnknownPolicy = "error"
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, bool) or not isinstance(self.devices, int):
@@ -83,6 +92,7 @@ class Options:
         object.__setattr__(self, "vram", parse_bytes(self.vram, name="vram"))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("hazards", self.hazards, get_args(HazardPolicy))
+        _check_choice("unknown", self.unknown, get_args(UnknownPolicy))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a number, not {self.seed!r}")
         if not 0 <= self.seed <= _SEED_MAX:
@@ -104,6 +114,7 @@ class Options:
             _PREFIX + "SCHEDULE": self.schedule,
             _PREFIX + "SEED": str(self.seed),
             _PREFIX + "HAZARDS": self.hazards,
+            _PREFIX + "UNKNOWN": self.unknown,
             **{_PREFIX + name.upper(): "1" if getattr(self, name) else "0" for name in _FLAGS},
         }
 

@@ -1,0 +1,44 @@
+#include "emulator/core/phantom.hpp"
+
+#include <cstring>
+
+#include "emulator/core/execute.hpp"
+#include "emulator/core/known_bytes.hpp"
+#include "emulator/core/machine.hpp"
+
+namespace spillover::emulator {
+
+void perform_phantom(Machine& machine, const Copy& copy) {
+  for (std::size_t row = 0; row < copy.height; ++row) {
+    const Address destination = copy.destination + row * copy.destination_pitch;
+    if (copy.is_source_dropped) {
+      machine.known.set(destination, copy.width_bytes, /*is_known=*/false);
+    } else if (copy.staged != nullptr) {
+      std::memcpy(reinterpret_cast<void*>(machine.addresses.to_host(destination)),
+                  copy.staged.get() + row * copy.width_bytes, copy.width_bytes);
+      machine.known.set(destination, copy.width_bytes, /*is_known=*/true);
+    } else {
+      machine.known.copy(destination, copy.source + row * copy.source_pitch, copy.width_bytes);
+    }
+  }
+}
+
+void perform_phantom(Machine& machine, const Fill& fill) {
+  const bool is_small = fill.width_bytes() * fill.height <= KnownBytes::kRunBytesMax;
+  if (is_small) fill_bytes(machine, fill);
+  for (std::size_t row = 0; row < fill.height; ++row) {
+    machine.known.set(fill.destination + row * fill.pitch, fill.width_bytes(), is_small);
+  }
+}
+
+bool takes_phantom_source(const Machine& machine, const Copy& copy) {
+  if (copy.width_bytes * copy.height > KnownBytes::kRunBytesMax) return false;
+  for (std::size_t row = 0; row < copy.height; ++row) {
+    if (!machine.known.is_known(copy.source + row * copy.source_pitch, copy.width_bytes)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+}  // namespace spillover::emulator
