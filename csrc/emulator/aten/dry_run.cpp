@@ -11,6 +11,7 @@
 #include <string_view>
 #include <utility>
 
+#include "emulator/aten/dry_kernels.hpp"
 #include "emulator/aten/dry_values.hpp"
 #include "emulator/core/dry_api.h"
 
@@ -277,7 +278,9 @@ class DryCall {
     const c10::DispatchKeySet meta_keys(c10::DispatchKey::Meta);
     const MetaScope scope;
     try {
-      if (own_kernel_) {
+      if (const c10::KernelFunction* phantom = find_phantom_kernel(plan_.name)) {
+        phantom->callBoxed(op_, meta_keys, stack_);
+      } else if (own_kernel_) {
         own_kernel_->callBoxed(op_, meta_keys, stack_);
       } else {
         op_.redispatchBoxed(meta_keys, stack_);
