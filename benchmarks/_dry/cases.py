@@ -231,9 +231,7 @@ CASES: dict[str, Callable[[], None]] = {
     "llama bf16 checkpointing": lambda: _language(
         _adamw(fused=True), llama=True, dtype=torch.bfloat16, checkpoint=True
     ),
-    "llama LoRA": lambda: _language(
-        _adamw(), llama=True, dtype=torch.bfloat16, low_rank=True
-    ),
+    "llama LoRA": lambda: _language(_adamw(), llama=True, dtype=torch.bfloat16, low_rank=True),
     "conv net": lambda: _vision(models.ConvNet, _sgd),
     "conv net amp": lambda: _vision(models.ConvNet, _sgd, amp=torch.float16),
     "conv net channels-last": lambda: _vision(models.ConvNet, _sgd, channels_last=True),

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 class Attention(nn.Module):
     """Self-attention with grouped key and value heads, and rotary positions where asked for."""
 
-    def __init__(self, width: int, heads: int, *, kv_heads: int | None = None, rotary: bool = False):
+    def __init__(
+        self, width: int, heads: int, *, kv_heads: int | None = None, rotary: bool = False
+    ):
         super().__init__()
         self.heads, self.kv_heads, self.size = heads, kv_heads or heads, width // heads
         self.rotary = rotary
@@ -70,9 +72,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=not llama)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, causal: bool = True, cache: list[Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = True, cache: list[Tensor] | None = None) -> Tensor:
         """(batch, length, width) to the same."""
         x = x + self.dropout(self.attention(self.first(x), causal=causal, cache=cache))
         hidden = self.second(x)

@@ -66,11 +66,16 @@ def emulate(
     ] = None,
     dry: Annotated[
         bool | None,
-        typer.Option("--dry/--compute", help="No bytes, only sizes; prints peak memory at the end."),
+        typer.Option(
+            "--dry/--compute", help="No bytes, only sizes; prints peak memory at the end."
+        ),
     ] = None,
     unknown: Annotated[
         str | None,
         typer.Option(help="What a dry run's unknown values are to host code: error, zero or one."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a dry run's report there, as JSON.", metavar="FILE")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
@@ -79,9 +84,10 @@ def emulate(
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
     Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS and
-    _POISON. Compute runs on the CPU; times say nothing about a GPU.
+    _POISON, _DRY and _UNKNOWN. Compute runs on the CPU; times say nothing about a GPU.
     """
-    from spillover.emulator import _check, _command, _options
+    from spillover._errors import ConfigError
+    from spillover.emulator import _check, _command, _dry, _options
 
     given = {
         name: value
@@ -100,6 +106,10 @@ def emulate(
     options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
     if check:
         sys.exit(_check.check(options))
+    if report is not None:
+        if not options.dry:
+            raise ConfigError("--report is for dry runs; add --dry")
+        os.environ[_dry.REPORT_VARIABLE] = str(report.absolute())
     _command.replace_process(command or [], options)
 
 

@@ -20,6 +20,8 @@ from spillover.emulator._control import (
     peak_bytes,
     release,
 )
+from spillover.emulator._dry import BlockGroup, DryReport, Peak, Shortage
+from spillover.emulator._dry import report as dry_report
 from spillover.emulator._faults import (
     Fault,
     Injection,
@@ -33,13 +35,17 @@ from spillover.emulator._options import HazardPolicy, Options, Schedule, Unknown
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "BlockGroup",
+    "DryReport",
     "Fault",
     "HazardPolicy",
     "HostAccess",
     "Injection",
     "LiveResources",
     "Options",
+    "Peak",
     "Schedule",
+    "Shortage",
     "StorageFault",
     "SweepFailure",
     "SweepReport",
@@ -47,6 +53,7 @@ __all__ = [
     "acquire",
     "calls",
     "clear_hazards",
+    "dry_report",
     "enable",
     "faults",
     "hazards",

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _libraries, _library_operators, _stacks, _threads
+from spillover.emulator import _dry, _libraries, _library_operators, _stacks, _threads
 from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 
 _lock = threading.Lock()
@@ -150,7 +150,12 @@ def active_options() -> Options | None:
 
 
 def report_at_exit() -> None:
-    """Print peak memory and hazards on stderr when this process ends, if it used the device."""
+    """Print peak memory and hazards on stderr when this process ends, if it used the device.
+
+    After a dry run also where the memory went.
+    """
+    if _active is not None and _active.dry:
+        atexit.register(_dry.print_at_exit, os.getpid())
     atexit.register(_print_summary, os.getpid())
 
 
@@ -211,6 +216,8 @@ def _after_torch_import() -> None:
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     _library_operators.watch(torch, library)
     _refuse_jiterator(torch._C)
+    if _active is not None and _active.dry:
+        _dry.watch(torch, library)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
         _follow_blocks(library)
