@@ -2,6 +2,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
@@ -164,6 +165,16 @@ class DryCall {
     finish_phantom();
   }
 
+  void run_on_host() {
+    on_host_ = true;
+    run_meta(/*may_run_for_real=*/false);
+    finish_phantom();
+    for (size_t i = first_; i < stack_->size(); ++i) give_host_memory((*stack_)[i]);
+    for_each_tensor([](const at::Tensor& tensor, const ArgumentPlan& argument) {
+      if (argument.is_written) bind_unknown_to_storage(tensor);
+    });
+  }
+
  private:
   template <typename Function>
   void for_each_tensor(Function&& function) const {
@@ -256,7 +267,7 @@ class DryCall {
   at::Tensor meta_tensor(const at::Tensor& host, const ArgumentPlan& argument) {
     if (!host.defined() || !host.is_cpu() || host.layout() != at::kStrided) return host;
     // Kernels take numbers that are tensors on the CPU as they are.
-    if (host.dim() == 0 && !aliases_device(host)) return host;
+    if (!on_host_ && host.dim() == 0 && !aliases_device(host)) return host;
     if (own_kernel_ && is_read_by_own_kernel(argument) && is_known(host)) return host;
     at::Tensor meta = twins_.twin(host);
     if (argument.is_written) written_.push_back({host, meta});
@@ -327,7 +338,14 @@ class DryCall {
       set_known(tensor, false);
       note_producer(tensor, plan_.name.c_str());
     });
-    for (const Written& written : written_) twins_.commit(written.host, written.meta);
+    for (const Written& written : written_) {
+      if (!on_host_) {
+        twins_.commit(written.host, written.meta);
+      } else if (written.host.sizes() != written.meta.sizes()) {
+        written.host.resize_(written.meta.sizes());
+        set_known(written.host, false);
+      }
+    }
     for (size_t i = first_; i < stack_->size(); ++i) convert_result((*stack_)[i], i - first_);
   }
 
@@ -347,6 +365,27 @@ class DryCall {
     }
   }
 
+  // Results of operators on the host are ordinary tensors there.
+  static void give_host_memory(c10::IValue& value) {
+    if (value.isTensor()) {
+      value = with_host_memory(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> converted;
+      for (const c10::IValue& element : value.toListRef()) {
+        converted.push_back(with_host_memory(element.toTensor()));
+      }
+      value = std::move(converted);
+    }
+  }
+
+  static at::Tensor with_host_memory(const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.storage().data() != &phantom_bytes) return tensor;
+    at::Tensor memory = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
+    set_known(memory, false);
+    bind_unknown_to_storage(memory);
+    return memory;
+  }
+
   struct Written {
     at::Tensor host;
     at::Tensor meta;
@@ -360,6 +399,7 @@ class DryCall {
   const c10::SmallVector<c10::IValue, 8> arguments_;
   MetaTwins twins_;
   c10::SmallVector<Written, 4> written_;
+  bool on_host_ = false;
 };
 
 // The one operator that returns a truth about data.
@@ -388,6 +428,14 @@ void run_dry(const OperatorPlan& plan, const std::optional<c10::KernelFunction>&
   operator_of_thread = plan.name.c_str();
   if (answer_equal(plan, stack)) return;
   DryCall(plan, own_kernel, op, stack).run(run_for_real);
+}
+
+void run_phantom_on_host(const OperatorPlan& plan, const c10::OperatorHandle& op,
+                         torch::jit::Stack* stack) {
+  static const std::optional<c10::KernelFunction> no_kernel;
+  const c10::impl::ExcludeDispatchKeyGuard below_autograd(
+      c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
+  DryCall(plan, no_kernel, op, stack).run_on_host();
 }
 
 bool take_arrival(const void* target, const void* bytes, size_t size_bytes) {

@@ -33,6 +33,11 @@ void run_dry(const OperatorPlan& plan, const std::optional<c10::KernelFunction>&
              const c10::OperatorHandle& op, torch::jit::Stack* stack,
              c10::function_ref<void()> run_for_real);
 
+// A CPU operator of the program's own that reads unknown data: what it writes becomes unknown, and
+// its results are host memory that nobody touches.
+void run_phantom_on_host(const OperatorPlan& plan, const c10::OperatorHandle& op,
+                         torch::jit::Stack* stack);
+
 // Whether a CPU result's bytes stand for phantom ones. Where they do not, the device memory that
 // they go to is known from then on. bytes is nullptr where they are in place.
 bool take_arrival(const void* target, const void* bytes, size_t size_bytes);

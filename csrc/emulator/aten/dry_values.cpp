@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/core/c_api.h"
 #include "emulator/core/dry_api.h"
@@ -122,6 +123,21 @@ bool is_plain_host(const at::Tensor& tensor) {
   return tensor.defined() && tensor.is_cpu() && tensor.layout() == at::kStrided;
 }
 
+// Operators whose result is a number for the program, or has a size that depends on data.
+bool asks_for_values(const OperatorPlan& plan) {
+  return plan.name == "aten::_local_scalar_dense" || plan.synchronizes_host ||
+         (plan.synchronizes_for_masks && plan.returned_arguments[0] < 0);
+}
+
+// Large pinned memory has no bytes: what would fill it must not.
+bool fills_phantom_memory(const OperatorPlan& plan, const WrittenTensors& written) {
+  if (!plan.writes_in_place) return false;
+  return std::any_of(written.begin(), written.end(), [](const at::Tensor& tensor) {
+    return !is_small(tensor) &&
+           spillover_emulator_is_pinned(first_byte(tensor), extent_bytes(tensor)) != 0;
+  });
+}
+
 }  // namespace
 
 bool aliases_device(const at::Tensor& tensor) {
@@ -205,8 +221,8 @@ void bind_unknown_to_storage(const at::Tensor& tensor) {
   storage->set_data_ptr_noswap(c10::DataPtr(data, guard, &UnknownGuard::release, device));
 }
 
-bool run_host_operator(const OperatorPlan& plan, torch::jit::Stack* stack,
-                       WrittenTensors& written) {
+bool run_host_operator(const OperatorPlan& plan, const c10::OperatorHandle& op,
+                       torch::jit::Stack* stack, WrittenTensors& written) {
   const c10::IValue* arguments = stack->data() + (stack->size() - plan.arguments.size());
   bool is_on_host = true;
   c10::SmallVector<at::Tensor, 4> unknown;
@@ -223,12 +239,17 @@ bool run_host_operator(const OperatorPlan& plan, torch::jit::Stack* stack,
     written.clear();
     return false;
   }
-  if (unknown.empty()) return false;
+  if (unknown.empty() && !fills_phantom_memory(plan, written)) return false;
   if (plan.name == "aten::copy_") {
     const at::Tensor self = arguments[0].toTensor();
     torch::jit::drop(*stack, plan.arguments.size());
     carry_unknown(self);
     stack->emplace_back(self);
+    written.clear();
+    return true;
+  }
+  if (!asks_for_values(plan)) {
+    run_phantom_on_host(plan, op, stack);
     written.clear();
     return true;
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
 #include <string>
@@ -37,11 +38,13 @@ at::Scalar scalar_of(const at::Tensor& self);
 // Keeps what is unknown in a pageable tensor from outliving its memory.
 void bind_unknown_to_storage(const at::Tensor& tensor);
 
-// A CPU operator of the program's own that may read what was copied from the device. True where it
-// was dealt with here: copies only carry on what is not known. Otherwise the operator has to run,
-// and finish_host_operator to be called afterwards with the list.
+// A CPU operator of the program's own. True where it was dealt with here: it reads what is not
+// known, or fills pinned memory that a dry run gives no bytes to, and so only carries on what is not
+// known. Otherwise the operator has to run, and finish_host_operator to be called afterwards with
+// the list.
 using WrittenTensors = c10::SmallVector<at::Tensor, 4>;
-bool run_host_operator(const OperatorPlan& plan, torch::jit::Stack* stack, WrittenTensors& written);
+bool run_host_operator(const OperatorPlan& plan, const c10::OperatorHandle& op,
+                       torch::jit::Stack* stack, WrittenTensors& written);
 void finish_host_operator(const WrittenTensors& written);
 
 }  // namespace spillover::emulator

@@ -45,6 +45,13 @@ void spillover_emulator_set_known(const void* pointer, size_t size_bytes, int is
   Machine::instance().known.set(reinterpret_cast<Address>(pointer), size_bytes, is_known != 0);
 }
 
+int spillover_emulator_is_pinned(const void* pointer, size_t size_bytes) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const emulator::Lock lock(machine.mutex);
+  return machine.host_memory.covers(reinterpret_cast<Address>(pointer), size_bytes) ? 1 : 0;
+}
+
 size_t spillover_emulator_unknown_host_runs(void) {
   return emulator::process_ready() ? Machine::instance().known.unknown_host_runs() : 0;
 }

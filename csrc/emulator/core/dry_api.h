@@ -34,6 +34,9 @@ int spillover_emulator_is_device_byte(const void* pointer);
 int spillover_emulator_is_known(const void* pointer, size_t size_bytes);
 void spillover_emulator_set_known(const void* pointer, size_t size_bytes, int is_known);
 
+/* 1 where the host's memory is pinned or registered. */
+int spillover_emulator_is_pinned(const void* pointer, size_t size_bytes);
+
 /* Runs of host memory that are unknown; 0 lets callers skip the question. */
 size_t spillover_emulator_unknown_host_runs(void);
 

@@ -66,9 +66,7 @@ def emulate(
     ] = None,
     dry: Annotated[
         bool | None,
-        typer.Option(
-            "--dry/--compute", help="No bytes, only sizes; prints peak memory at the end."
-        ),
+        typer.Option("--dry/--compute", help="No bytes, only sizes; prints the peak at the end."),
     ] = None,
     unknown: Annotated[
         str | None,

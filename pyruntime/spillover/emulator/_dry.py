@@ -67,9 +67,9 @@ class DryReport:
 
     Sizes are bytes. ``peak_allocated_bytes`` and ``peak_reserved_bytes`` are torch's own figures;
     ``by_class`` divides what was alive at the peak into ``parameters``, ``buffers``, ``gradients``,
-    ``optimizer state``, ``activations`` (allocated in forward passes and alive still), ``temporaries``
-    (allocated in backward passes and optimizer steps), ``workspace`` (of cuBLAS) and ``rounding`` (of
-    blocks). ``step_time_s`` and ``tokens_per_second`` are None without a virtual clock.
+    ``optimizer state``, ``activations`` (allocated in forward passes and alive still),
+    ``temporaries`` (allocated in backward passes and optimizer steps), ``workspace`` (of cuBLAS)
+    and ``rounding`` (of blocks). ``step_time_s`` and ``tokens_per_second`` are None without a virtual clock.
     """
 
     device: int
@@ -259,7 +259,7 @@ def print_at_exit(owner_pid: int) -> None:
         return
     import torch
 
-    if not torch.cuda.is_initialized():
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
     found = [report(device) for device in range(torch.cuda.device_count())]
     used = [one for one in found if one.peak_reserved_bytes or one.shortage] or found[:1]

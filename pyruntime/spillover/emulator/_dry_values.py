@@ -50,8 +50,8 @@ class UnknownNumber(float):
 
     __bool__ = __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = _decide
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _decide
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _carry  # type: ignore[assignment]
-    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _carry  # type: ignore[assignment]
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _carry
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _carry
     __neg__ = __pos__ = __abs__ = __round__ = _carry  # type: ignore[assignment]
 
 
@@ -64,7 +64,7 @@ def is_unknown(tensor: Any) -> bool:
     if tensor.numel() == 0:
         return False
     if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(tensor.device).synchronize()
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in strides)
     size_bytes = elements * tensor.element_size()
@@ -107,7 +107,8 @@ def watch(torch: Any) -> None:
     @functools.wraps(show)
     def unknown_repr(self: Any, **options: Any) -> str:
         if is_unknown(self):
-            return f"tensor(unknown, size={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+            size = tuple(self.shape)
+            return f"tensor(unknown, size={size}, dtype={self.dtype}, device={self.device})"
         text: str = show(self, **options)
         return text
 
