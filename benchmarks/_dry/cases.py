@@ -17,26 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks._dry import models
-
-#: What has to be equal both ways, from ``torch.cuda.memory_stats()``.
-PEAKS = (
-    "allocated_bytes.all.peak",
-    "reserved_bytes.all.peak",
-    "active_bytes.all.peak",
-    "requested_bytes.all.peak",
-    "inactive_split_bytes.all.peak",
-    "reserved_bytes.all.current",
-    "allocated_bytes.all.current",
-)
-COUNTS = (
-    "allocation.all.allocated",
-    "allocation.all.freed",
-    "allocated_bytes.all.allocated",
-    "segment.all.allocated",
-    "segment.all.freed",
-    "num_alloc_retries",
-    "num_ooms",
-)
+from benchmarks._dry.compare import COUNTS, PEAKS
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 Loss = Callable[[], Tensor]
@@ -213,6 +194,53 @@ def _hugging_face_generate() -> None:
     model.generate(_tokens(2, 32), max_new_tokens=12, do_sample=False, pad_token_id=0)
 
 
+def _spillover_model() -> tuple[nn.Module, Loss]:
+    with torch.device("cuda"):
+        model = models.LanguageModel(llama=True).to(torch.bfloat16)
+
+    def loss() -> Tensor:
+        tokens = _tokens()
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    return model, loss
+
+
+def _host_optimizer() -> None:
+    from spillover import optim
+
+    model, loss = _spillover_model()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3, tier="host")
+    for _ in range(_STEPS):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _offloaded_activations() -> None:
+    import spillover
+
+    model, loss = _spillover_model()
+    optimizer = _sgd(model.parameters())
+    for _ in range(_STEPS + 1):  # the first one only looks
+        with spillover.offload_activations():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _streamed_parameters() -> None:
+    import spillover
+
+    model, loss = _spillover_model()
+    optimizer = _sgd(model.parameters())
+    spillover.stream_parameters(model)
+    for _ in range(_STEPS):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 _save_on_cpu = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
 _sgd: Optimizer = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
@@ -248,6 +276,9 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "lstm and gru": _recurrent,
     "generate with a cache": _generate,
+    "spillover AdamW on the host": _host_optimizer,
+    "spillover offloaded activations": _offloaded_activations,
+    "spillover streamed parameters": _streamed_parameters,
 }
 
 #: Need the ``transformers`` package.

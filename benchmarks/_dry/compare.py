@@ -10,6 +10,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+#: What has to be equal both ways, from ``torch.cuda.memory_stats()``.
+PEAKS = (
+    "allocated_bytes.all.peak",
+    "reserved_bytes.all.peak",
+    "active_bytes.all.peak",
+    "requested_bytes.all.peak",
+    "inactive_split_bytes.all.peak",
+    "reserved_bytes.all.current",
+    "allocated_bytes.all.current",
+)
+COUNTS = (
+    "allocation.all.allocated",
+    "allocation.all.freed",
+    "allocated_bytes.all.allocated",
+    "segment.all.allocated",
+    "segment.all.freed",
+    "num_alloc_retries",
+    "num_ooms",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:

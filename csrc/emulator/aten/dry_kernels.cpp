@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input, const Optiona
                                               int64_t /*channels*/, int64_t /*area*/,
                                               int64_t groups, double /*eps*/) {
   const auto options = input.options().dtype(statistics_type(input, weight, bias));
-  return {at::empty_like(input, input.suggest_memory_format()),
-          at::empty({batch, groups}, options), at::empty({batch, groups}, options)};
+  return {at::empty_like(input, input.suggest_memory_format()), at::empty({batch, groups}, options),
+          at::empty({batch, groups}, options)};
 }
 
 std::tuple<Tensor, Tensor> ctc_loss(const Tensor& log_probs, const Tensor& /*targets*/,

@@ -29,7 +29,7 @@ constexpr int kBackwardPhase = 1;
 // The caching allocator hands out multiples of this.
 constexpr uint64_t kRoundBytes = 512;
 
-struct Device {
+struct DeviceRecord {
   std::map<uintptr_t, Block> live;
   std::vector<Block> freed_since_peak;
   uint64_t live_bytes = 0;
@@ -57,7 +57,7 @@ class Recorder {
     block.operator_name = DeviceWorkScope::is_active() ? last_dry_operator() : nullptr;
     const std::lock_guard<std::mutex> guard(mutex_);
     block.number = ++last_number_;
-    Device& device = device_at(index);
+    DeviceRecord& device = device_at(index);
     device.live.insert_or_assign(address, block);
     device.live_bytes += block.size_bytes;
     if (device.is_frozen || device.live_bytes <= device.peak_bytes) return;
@@ -68,7 +68,7 @@ class Recorder {
 
   void end(int index, uintptr_t address) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    Device& device = device_at(index);
+    DeviceRecord& device = device_at(index);
     const auto found = device.live.find(address);
     if (found == device.live.end()) return;
     device.live_bytes -= found->second.size_bytes;
@@ -85,7 +85,7 @@ class Recorder {
 
   void tag(int index, uintptr_t address, int kind) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    Device& device = device_at(index);
+    DeviceRecord& device = device_at(index);
     auto found = device.live.upper_bound(address);
     if (found == device.live.begin()) return;
     --found;
@@ -94,7 +94,7 @@ class Recorder {
 
   void freeze(int index) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    Device& device = device_at(index);
+    DeviceRecord& device = device_at(index);
     if (device.is_frozen) return;
     device.is_frozen = true;
     device.peak_bytes = device.live_bytes;
@@ -104,7 +104,7 @@ class Recorder {
 
   size_t peak(int index, Block* out, size_t capacity) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    const Device& device = device_at(index);
+    const DeviceRecord& device = device_at(index);
     size_t count = 0;
     const auto add = [&](const Block& block) {
       if (count < capacity) out[count] = block;
@@ -118,16 +118,16 @@ class Recorder {
   }
 
  private:
-  Device& device_at(int index) { return devices_.at(static_cast<size_t>(index)); }
+  DeviceRecord& device_at(int index) { return devices_.at(static_cast<size_t>(index)); }
 
   std::mutex mutex_;
-  std::array<Device, C10_COMPILE_TIME_MAX_GPUS> devices_;  // guarded by mutex_
-  uint64_t last_number_ = 0;                               // guarded by mutex_
+  std::array<DeviceRecord, C10_COMPILE_TIME_MAX_GPUS> devices_;  // guarded by mutex_
+  uint64_t last_number_ = 0;                                     // guarded by mutex_
   std::atomic<int> phase_{0};
   std::atomic<unsigned> step_{1};
 };
 
-void follow(const TraceEntry& entry) {
+void record_block(const TraceEntry& entry) {
   const auto address = static_cast<uintptr_t>(entry.addr_);
   if (entry.action_ == TraceEntry::ALLOC) {
     Recorder::instance().begin(entry.device_, address, entry.size_);
@@ -145,7 +145,8 @@ extern "C" {
 
 __attribute__((visibility("default"))) int spillover_emulator_recorder_start() noexcept {
   try {
-    c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(&spillover::emulator::follow);
+    c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(
+        &spillover::emulator::record_block);
     return 0;
   } catch (const std::exception&) {
     return -1;
@@ -157,8 +158,9 @@ __attribute__((visibility("default"))) void spillover_emulator_recorder_phase(
   Recorder::instance().set_phase(phase, step);
 }
 
-__attribute__((visibility("default"))) void spillover_emulator_recorder_tag(
-    int device, const void* address, int kind) noexcept {
+__attribute__((visibility("default"))) void spillover_emulator_recorder_tag(int device,
+                                                                            const void* address,
+                                                                            int kind) noexcept {
   Recorder::instance().tag(device, reinterpret_cast<uintptr_t>(address), kind);
 }
 

@@ -27,7 +27,7 @@ thread_local const char* operator_of_thread = nullptr;
 // Arguments of the emulation's own kernels that these read on the host: offsets of packed sequences
 // and positions of random streams, which are small and so have values.
 constexpr std::string_view kArgumentsReadByOwnKernels[] = {
-    "cu_seqlens_k", "cu_seqlens_q", "cum_seq_k", "cum_seq_q", "offset",
+    "cu_seqlens_k",  "cu_seqlens_q", "cum_seq_k", "cum_seq_q", "offset",
     "philox_offset", "philox_seed",  "rng_state", "seed",      "seqlen_k",
 };
 
@@ -67,10 +67,9 @@ class MetaTwins {
       if (pair.host.is_alias_of(host_storage)) meta_storage = pair.meta;
     }
     if (!meta_storage) {
-      meta_storage = c10::Storage(
-          c10::Storage::use_byte_size_t(), host_storage.nbytes(),
-          c10::DataPtr(nullptr, c10::Device(c10::DeviceType::Meta)),
-          c10::GetAllocator(c10::DeviceType::Meta), /*resizable=*/true);
+      meta_storage = c10::Storage(c10::Storage::use_byte_size_t(), host_storage.nbytes(),
+                                  c10::DataPtr(nullptr, c10::Device(c10::DeviceType::Meta)),
+                                  c10::GetAllocator(c10::DeviceType::Meta), /*resizable=*/true);
       storages_.push_back({host_storage, meta_storage, host_storage.nbytes()});
     }
     at::Tensor meta = at::detail::make_tensor<c10::TensorImpl>(
@@ -99,9 +98,8 @@ class MetaTwins {
 
   bool is_fresh(const at::Tensor& meta) const {
     return meta.defined() && meta.is_meta() &&
-           std::none_of(storages_.begin(), storages_.end(), [&](const Pair& pair) {
-             return pair.meta.is_alias_of(meta.storage());
-           });
+           std::none_of(storages_.begin(), storages_.end(),
+                        [&](const Pair& pair) { return pair.meta.is_alias_of(meta.storage()); });
   }
 
   // What the meta kernel did to a written argument's shape, done to its CPU alias.
@@ -112,8 +110,7 @@ class MetaTwins {
         continue;
       }
       c10::StorageImpl* storage = pair.host.unsafeGetStorageImpl();
-      storage->set_data_ptr_noswap(
-          c10::DataPtr(&phantom_bytes, c10::Device(c10::DeviceType::CPU)));
+      storage->set_data_ptr_noswap(c10::DataPtr(&phantom_bytes, c10::Device(c10::DeviceType::CPU)));
       storage->set_nbytes(meta.storage().nbytes());
     }
   }
@@ -232,8 +229,9 @@ class DryCall {
     for_each_tensor([&](const at::Tensor& tensor, const ArgumentPlan& argument) {
       const at::ScalarType type = tensor.scalar_type();
       if (argument.kind == ArgumentKind::kTensorList && (type == at::kBool || type == at::kByte)) {
-        refuse_unknown(plan_.name, "indexing by a mask gives as many elements as the mask has, and "
-                                   "it is not known");
+        refuse_unknown(plan_.name,
+                       "indexing by a mask gives as many elements as the mask has, and "
+                       "it is not known");
       }
     });
   }
@@ -267,6 +265,7 @@ class DryCall {
   at::Tensor meta_tensor(const at::Tensor& host, const ArgumentPlan& argument) {
     if (!host.defined() || !host.is_cpu() || host.layout() != at::kStrided) return host;
     // Kernels take numbers that are tensors on the CPU as they are.
+    if (host.unsafeGetTensorImpl()->is_wrapped_number()) return host;
     if (!on_host_ && host.dim() == 0 && !aliases_device(host)) return host;
     if (own_kernel_ && is_read_by_own_kernel(argument) && is_known(host)) return host;
     at::Tensor meta = twins_.twin(host);
@@ -298,7 +297,8 @@ class DryCall {
       }
     } catch (const c10::NotImplementedError&) {
       if (may_run_for_real) return false;
-      refuse_unknown(plan_.name, "nothing but its data tells what it returns (it has no meta kernel)");
+      refuse_unknown(plan_.name,
+                     "nothing but its data tells what it returns (it has no meta kernel)");
     } catch (c10::Error& error) {
       if (may_run_for_real) return false;
       error.add_context("spillover dry run: the shapes of " + plan_.name + " were asked for");

@@ -1,5 +1,5 @@
-// Operators in a dry run (core/known_bytes.hpp, Note [Phantom memory]): shapes and strides come from
-// an operator's meta kernel, its results from torch's allocator, and no bytes from anywhere.
+// Operators in a dry run (core/known_bytes.hpp, Note [Phantom memory]): shapes and strides come
+// from an operator's meta kernel, its results from torch's allocator, and no bytes from anywhere.
 //
 // Note [Phantom kernels]. A phantom kernel stands where the CPU kernel stands in EmulatedOperator,
 // and has its contract: it gets CPU tensors that alias the device's memory and returns CPU tensors.

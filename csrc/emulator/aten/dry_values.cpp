@@ -189,14 +189,13 @@ int unknown_value(const std::string& operator_name, const void* address) {
 }
 
 void refuse_unknown(const std::string& operator_name, const std::string& reason) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "spillover dry run: operator ", operator_name, " cannot be part of a dry run here: ",
-      reason, stack_lines("called at", spillover_emulator_take_site()));
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "spillover dry run: operator ", operator_name,
+                              " cannot be part of a dry run here: ", reason,
+                              stack_lines("called at", spillover_emulator_take_site()));
 }
 
 at::Scalar scalar_of(const at::Tensor& self) {
-  at::Tensor host =
-      at::empty(self.sizes(), self.options().device(at::kCPU).pinned_memory(true));
+  at::Tensor host = at::empty(self.sizes(), self.options().device(at::kCPU).pinned_memory(true));
   at::native::copy_(host, self, /*non_blocking=*/false);
   const bool known = is_known(host);
   set_known(host, true);
@@ -226,15 +225,17 @@ bool run_host_operator(const OperatorPlan& plan, const c10::OperatorHandle& op,
   const c10::IValue* arguments = stack->data() + (stack->size() - plan.arguments.size());
   bool is_on_host = true;
   c10::SmallVector<at::Tensor, 4> unknown;
-  for_each_host_tensor(plan, arguments, [&](const at::Tensor& tensor, const ArgumentPlan& argument) {
-    if (!tensor.defined()) return;
-    if (!is_plain_host(tensor)) {
-      is_on_host = is_on_host && !tensor.is_cuda();
-      return;
-    }
-    if (argument.is_written) written.push_back(tensor);
-    if (!argument.is_overwritten && !is_known(tensor)) unknown.push_back(tensor);
-  });
+  for_each_host_tensor(plan, arguments,
+                       [&](const at::Tensor& tensor, const ArgumentPlan& argument) {
+                         if (!tensor.defined()) return;
+                         if (!is_plain_host(tensor)) {
+                           is_on_host = is_on_host && !tensor.is_cuda();
+                           return;
+                         }
+                         if (argument.is_written) written.push_back(tensor);
+                         if (!argument.is_overwritten && !is_known(tensor))
+                           unknown.push_back(tensor);
+                       });
   if (!is_on_host) {
     written.clear();
     return false;

@@ -39,9 +39,9 @@ at::Scalar scalar_of(const at::Tensor& self);
 void bind_unknown_to_storage(const at::Tensor& tensor);
 
 // A CPU operator of the program's own. True where it was dealt with here: it reads what is not
-// known, or fills pinned memory that a dry run gives no bytes to, and so only carries on what is not
-// known. Otherwise the operator has to run, and finish_host_operator to be called afterwards with
-// the list.
+// known, or fills pinned memory that a dry run gives no bytes to, and so only carries on what is
+// not known. Otherwise the operator has to run, and finish_host_operator to be called afterwards
+// with the list.
 using WrittenTensors = c10::SmallVector<at::Tensor, 4>;
 bool run_host_operator(const OperatorPlan& plan, const c10::OperatorHandle& op,
                        torch::jit::Stack* stack, WrittenTensors& written);

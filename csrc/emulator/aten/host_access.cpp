@@ -47,9 +47,9 @@ void WatchedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKey
   }
   constexpr auto kBelow =
       c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
-  const bool may_be_unknown = dry_run_enabled() && !DeviceWorkScope::is_active() &&
-                              (spillover_emulator_unknown_host_runs() != 0 ||
-                               spillover_emulator_pinned_count() != 0);
+  const bool may_be_unknown =
+      dry_run_enabled() && !DeviceWorkScope::is_active() &&
+      (spillover_emulator_unknown_host_runs() != 0 || spillover_emulator_pinned_count() != 0);
   if (C10_LIKELY(!may_be_unknown)) return op.redispatchBoxed(keys & kBelow, stack);
   WrittenTensors written;
   if (run_host_operator(plan_, op, stack, written)) return;

@@ -90,9 +90,9 @@ constexpr uint32_t kHostSeedReturns = 0b1100;
 
 // Operators that write all of self and read none of it.
 constexpr std::string_view kFillingOperators[] = {
-    "aten::bernoulli_",   "aten::cauchy_", "aten::copy_",   "aten::exponential_", "aten::fill_",
-    "aten::geometric_",   "aten::log_normal_", "aten::normal_", "aten::random_",  "aten::uniform_",
-    "aten::zero_",
+    "aten::bernoulli_", "aten::cauchy_",    "aten::copy_",       "aten::exponential_",
+    "aten::fill_",      "aten::geometric_", "aten::log_normal_", "aten::normal_",
+    "aten::random_",    "aten::uniform_",   "aten::zero_",
 };
 
 template <size_t kCount>
@@ -132,7 +132,8 @@ int returned_argument(const c10::FunctionSchema& schema, const c10::Argument& re
 
 bool keeps_shapes(const c10::FunctionSchema& schema, const std::vector<int>& returned_arguments) {
   const std::string_view base = schema.name();
-  const bool is_known_to = contains(kFillingOperators, base) || base.starts_with("aten::_foreach_") ||
+  const bool is_known_to = contains(kFillingOperators, base) ||
+                           base.starts_with("aten::_foreach_") ||
                            base.starts_with("aten::_fused_") || base.starts_with("aten::_amp_");
   const auto is_out = [](const c10::Argument& argument) { return argument.is_out(); };
   return is_known_to && base.ends_with('_') &&

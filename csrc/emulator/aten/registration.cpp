@@ -152,7 +152,8 @@ class Registrar {
   void register_sparse(const c10::OperatorHandle& op, DispatchKey key, DispatchKey host_key) {
     if (!has_kernel(op, key) || !launches_sparse_kernels(op.schema().name())) return;
     if (dry_run_enabled()) {
-      add_unsupported(op, key, "a dry run has no sparse tensors: how large they are depends on data");
+      add_unsupported(op, key,
+                      "a dry run has no sparse tensors: how large they are depends on data");
     } else if (has_kernel(op, host_key)) {
       add(op.operator_name(), key,
           c10::KernelFunction::makeFromBoxedFunctor(

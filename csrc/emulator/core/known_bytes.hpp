@@ -79,8 +79,8 @@ class KnownBytes {
 
   const AddressSpace* addresses_;
   mutable std::mutex mutex_;
-  AddressSet device_known_;   // guarded by mutex_
-  AddressSet host_unknown_;   // guarded by mutex_
+  AddressSet device_known_;  // guarded by mutex_
+  AddressSet host_unknown_;  // guarded by mutex_
   std::atomic<std::size_t> unknown_host_runs_{0};
 };
 

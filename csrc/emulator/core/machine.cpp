@@ -38,9 +38,10 @@ Machine::Machine(const Config& machine_config)
     : config(machine_config),
       known(&addresses),
       budget(config.vram_bytes),
-      device_memory(&addresses, &budget, config.dry ? FreshMemory::kPhantom
-                                         : config.poison ? FreshMemory::kPoisoned
-                                                         : FreshMemory::kPlain),
+      device_memory(&addresses, &budget,
+                    config.dry      ? FreshMemory::kPhantom
+                    : config.poison ? FreshMemory::kPoisoned
+                                    : FreshMemory::kPlain),
       virtual_memory(&addresses, &budget, config.poison && !config.dry, config.device_count),
       host_memory(config.dry),
       hazards(config.hazards),

@@ -120,8 +120,8 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
   const bool on_device = destination == Place::kDevice && source == Place::kDevice;
   const bool blocks =
       destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
-  shape.is_source_dropped = machine.config.dry && source == Place::kPageable &&
-                            !takes_phantom_source(machine, shape);
+  shape.is_source_dropped =
+      machine.config.dry && source == Place::kPageable && !takes_phantom_source(machine, shape);
   if (source == Place::kPageable && !blocks && !shape.is_source_dropped) {
     lock.unlock();  // the bytes are the caller's own: nobody else needs to wait for this
     stage(&shape);

@@ -69,7 +69,8 @@ class DryReport:
     ``by_class`` divides what was alive at the peak into ``parameters``, ``buffers``, ``gradients``,
     ``optimizer state``, ``activations`` (allocated in forward passes and alive still),
     ``temporaries`` (allocated in backward passes and optimizer steps), ``workspace`` (of cuBLAS)
-    and ``rounding`` (of blocks). ``step_time_s`` and ``tokens_per_second`` are None without a virtual clock.
+    and ``rounding`` (of blocks). ``step_time_s`` and ``tokens_per_second`` are None without a
+    virtual clock.
     """
 
     device: int

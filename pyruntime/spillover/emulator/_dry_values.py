@@ -99,9 +99,11 @@ def watch(torch: Any) -> None:
 
     @functools.wraps(as_numpy)
     def unknown_numpy(self: Any, *arguments: Any, **options: Any) -> Any:
-        if self.device.type == "cpu" and is_unknown(self):
-            # An operator that reads it applies the policy, with its text.
-            self.detach().abs()
+        # Pinned memory is shown to engines, which copy it about without looking at it.
+        if self.device.type == "cpu" and not self.is_pinned() and is_unknown(self):
+            first = self.detach().flatten()[0]
+            value = item(first)  # raises under the policy "error"
+            self.detach().fill_(value)
         return as_numpy(self, *arguments, **options)
 
     @functools.wraps(show)
