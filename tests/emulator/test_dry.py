@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dry_checks
 import pytest
 from benchmarks._dry import compare_cases
 from benchmarks._dry.compare import COUNTS, PEAKS
-from tests.emulator import dry_checks
 
 from spillover import ConfigError, StateError, emulator
 
