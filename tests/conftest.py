@@ -6,6 +6,7 @@ program of their own through ``run_emulated``.
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -50,6 +51,16 @@ def hazards() -> Iterator[None]:
     found = emulator.hazards()
     emulator.clear_hazards()
     assert not found, "hazards were reported:\n" + "\n".join(found)
+
+
+@pytest.fixture
+def settled_memory() -> None:
+    """Have nothing on its way out that earlier tests left: for tests that measure what is held."""
+    import torch
+
+    gc.collect()
+    torch.cuda.synchronize()
+    gc.collect()  # What autograd's threads held has become garbage since.
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ ALLOWED = {
     },
     "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
     "emulator/aten": {"emulator/core/c_api.h", "emulator/core/dry_api.h"},
+    "emulator/host_kernels": {"emulator/core/c_api.h", "emulator/core/kernel_api.h"},
     "emulator/python": {"emulator/core/c_api.h"},
 }
 CUDA_LAYERS = {"driver", "torch_adapter"}

@@ -191,7 +191,10 @@ def several_devices() -> None:
     assert attribute(cuda, DEVICE_ORDINAL, second) == (SUCCESS, 2)
     assert attribute(cuda, DEVICE_ORDINAL, first) == (SUCCESS, 0)
     cuda.upload(second, host, stream)
-    cuda("cuMemcpyPeerAsync", first, None, second, None, 1000, stream)
+    contexts = [c_void_p(), c_void_p()]
+    for context, owner in zip(contexts, (0, 2), strict=True):
+        cuda("cuDevicePrimaryCtxRetain", byref(context), owner)
+    cuda("cuMemcpyPeerAsync", first, contexts[0], second, contexts[1], 1000, stream)
     assert cuda.fetch(first, 1000) == b"\3" * 1000
     cuda("cuCtxSetCurrent", None)
     cuda.use_device(0)

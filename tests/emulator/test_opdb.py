@@ -15,6 +15,8 @@ from benchmarks import _opdb
 from spillover import emulator
 
 SEED = 3
+#: The exceptions are those of the newest torch; older ones lack some of its operators.
+IS_NEWEST_TORCH = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 #: What fits the time that ``make test`` has.
 SAMPLED = {"float32": 30, "bfloat16": 20, "accesses": 80}
 SOAK_MINIMUM = {"float32": 665, "bfloat16": 560, "sparse": 35, "accesses": 690}
@@ -37,7 +39,8 @@ def unexpected_failures(report: _opdb.Report) -> dict[str, str]:
 def test_every_exception_has_a_reason_and_names_an_operator() -> None:
     names = set(_opdb.all_names())
     for kind, entries in _opdb.exceptions().items():
-        assert entries.keys() <= names, f"{kind}: {entries.keys() - names} are not in op_db"
+        unknown = entries.keys() - names
+        assert not unknown or not IS_NEWEST_TORCH, f"{kind}: {unknown} are not in op_db"
         for name, reason in entries.items():
             texts = (
                 [reason]

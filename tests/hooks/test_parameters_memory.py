@@ -17,6 +17,8 @@ RunEmulated = Callable[..., subprocess.CompletedProcess[str]]
 FOLDER = Path(__file__).parent
 MIB = 1 << 20
 
+pytestmark = pytest.mark.usefixtures("settled_memory")
+
 
 class Wide(nn.Module):
     """Two MiB of weights a block beside very small activations."""

@@ -110,6 +110,7 @@ def test_low_precision_weights_have_float32_masters(dtype: torch.dtype, streamed
         )
 
 
+@pytest.mark.usefixtures("settled_memory")
 def test_state_is_float32_pinned_and_on_the_host() -> None:
     model = make_model(torch.bfloat16).cuda()
     optimizer = AdamW(model.parameters())

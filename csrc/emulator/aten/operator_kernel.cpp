@@ -42,10 +42,15 @@ class Placement {
     }
     if (device_ < 0) device_ = requested_;
     if (device_ < 0) device_ = c10::cuda::current_device();
-    if (conflict_.has_value() && saw_device_) raise_conflict();
+    if (conflict_.has_value() && saw_device_ && !is_spread()) raise_conflict();
   }
 
   c10::DeviceIndex device() const { return device_; }
+
+  // Lists of tensors on several devices, which CUDA takes one by one.
+  bool is_spread() const {
+    return plan_.takes_spread_lists && conflict_.has_value() && conflict_->is_cuda();
+  }
 
  private:
   void see(const at::Tensor& tensor) {
@@ -284,6 +289,12 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
                                   torch::jit::Stack* stack) const {
   const size_t first = stack->size() - plan_.arguments.size();
   const Placement placement(plan_, stack->data() + first);
+  if (placement.is_spread()) [[unlikely]] {
+    // The CPU's kernel of such an operator is a loop over operators that choose their device.
+    const c10::impl::ExcludeDispatchKeyGuard below_autograd(
+        c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
+    return op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  }
   // With one device there is nothing to switch, and asking for the current one costs time.
   const c10::cuda::OptionalCUDAGuard device_guard(
       has_several_devices() ? std::optional(c10::Device(c10::DeviceType::CUDA, placement.device()))

@@ -169,6 +169,7 @@ OperatorPlan::OperatorPlan(const c10::FunctionSchema& schema)
     arguments.at(static_cast<size_t>(writes.second)).is_written = true;
   }
   if (contains(kOperatorsWithHostSeeds, base)) host_returns = kHostSeedReturns;
+  takes_spread_lists = base.starts_with("aten::_foreach_");
   uses_cublas = contains(kCublasOperators, base);
   synchronizes_host = contains(kSynchronizingOperators, base);
   synchronizes_for_masks = contains(kMaskSynchronizingOperators, base);

@@ -40,6 +40,8 @@ struct OperatorPlan {
   bool synchronizes_for_masks = false;
   // CUDA's kernel accepts CPU tensors that have dimensions beside CUDA ones.
   bool allows_host_tensors = false;
+  // Lists of tensors may be on several devices.
+  bool takes_spread_lists = false;
   // Bit i: return value i stays on the CPU, as it does with CUDA's kernel.
   uint32_t host_returns = 0;
   bool has_tensor_arguments = false;

@@ -1,6 +1,7 @@
 // Flash attention on (batch, length, heads, size) tensors and on sequences of unequal length packed
 // one after the other: what nested tensors and torch.nn.attention.varlen call on CUDA.
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -100,6 +101,18 @@ FlashForward packed_flash_forward(
           at::empty({0}, query.options())};
 }
 
+// As torch had it before paged keys, which needs neither of the last two arguments.
+FlashForward packed_flash_forward_unpaged(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptionalTensor& cum_seq_q,
+    const OptionalTensor& cum_seq_k, int64_t max_q, int64_t max_k, double dropout, bool is_causal,
+    bool return_debug_mask, std::optional<double> scale, std::optional<int64_t> window_left,
+    std::optional<int64_t> window_right, const OptionalTensor& seqused_k,
+    const OptionalTensor& alibi_slopes) {
+  return packed_flash_forward(query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout,
+                              is_causal, return_debug_mask, scale, window_left, window_right,
+                              seqused_k, alibi_slopes, std::nullopt, std::nullopt);
+}
+
 // The form for inference, into an output that the caller brings.
 Tensor packed_flash_forward_inplace(
     const Tensor& out, const Tensor& query, const Tensor& key, const Tensor& value,
@@ -152,10 +165,21 @@ std::tuple<Tensor, Tensor, Tensor> packed_flash_backward(
   return {grad_query, grad_key, grad_value};
 }
 
+// Whether the installed torch's operator has an argument of that name.
+bool takes_argument(const char* name, const char* argument) {
+  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
+  return found.has_value() && found->schema().argumentIndexWithName(argument).has_value();
+}
+
 }  // namespace
 
 void add_varlen_attention_kernels(KernelTable& table) {
-  add_kernel<&packed_flash_forward>(table, "aten::_flash_attention_forward");
+  constexpr const char* kForward = "aten::_flash_attention_forward";
+  if (takes_argument(kForward, "block_table")) {
+    add_kernel<&packed_flash_forward>(table, kForward);
+  } else {
+    add_kernel<&packed_flash_forward_unpaged>(table, kForward);
+  }
   add_kernel<&packed_flash_forward_inplace>(table,
                                             "aten::_flash_attention_forward_no_dropout_inplace");
   add_kernel<&packed_flash_backward>(table, "aten::_flash_attention_backward");

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "emulator/core/config.hpp"
+#include "emulator/core/process_file.hpp"
+#include "emulator/core/writer_pause.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -119,6 +121,27 @@ bool AddressSpace::map_file(Address address, std::size_t size_bytes, int file,
                             std::size_t offset_bytes) {
   return mmap(at(to_host(address)), size_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file,
               static_cast<off_t>(offset_bytes)) != MAP_FAILED;
+}
+
+int AddressSpace::move_to_file(Address address, std::size_t size_bytes) {
+  const int file = open_memory_file("spillover-emulator-shared", size_bytes);
+  if (file < 0) return -1;
+  const Address shadow = to_host(address);
+  const WriterPause pause(shadow, size_bytes);
+  bool moved = protect(address, size_bytes, PROT_READ);
+  std::size_t done = 0;
+  while (moved && done < size_bytes) {
+    const ssize_t written =
+        pwrite(file, at(shadow + done), size_bytes - done, static_cast<off_t>(done));
+    moved = written > 0;
+    if (moved) done += static_cast<std::size_t>(written);
+  }
+  moved = moved && mmap(at(shadow), size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+                        file, 0) != MAP_FAILED;
+  if (moved) return file;
+  protect(address, size_bytes, PROT_READ | PROT_WRITE);
+  close(file);
+  return -1;
 }
 
 bool AddressSpace::protect(Address address, std::size_t size_bytes, int protection) {

@@ -51,6 +51,10 @@ class AddressSpace {
   // Shows a part of a file in a range of the shadow, not yet accessible.
   bool map_file(Address address, std::size_t size_bytes, int file, std::size_t offset_bytes);
 
+  // Moves the bytes of a range that map_fresh mapped to a new file, where other processes can map
+  // them too; -1 where that fails. Threads may use the range meanwhile.
+  int move_to_file(Address address, std::size_t size_bytes);
+
   // protection as for mprotect.
   bool protect(Address address, std::size_t size_bytes, int protection);
 

@@ -333,10 +333,20 @@ int spillover_emulator_register_kernel(const char* name, spillover_emulator_kern
   if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
   Machine& machine = Machine::instance();
   const Lock lock(machine.mutex);
-  machine.kernels.add(
-      {name, body, user,
-       std::vector<std::size_t>(parameter_bytes, parameter_bytes + parameter_count)});
+  machine.kernels.add({.name = name,
+                       .body = body,
+                       .user = user,
+                       .parameter_bytes = {parameter_bytes, parameter_bytes + parameter_count}});
   return CUDA_SUCCESS;
+}
+
+int spillover_emulator_declare_accesses(const char* name,
+                                        spillover_emulator_kernel_accesses accesses, void* user) {
+  if (name == nullptr || accesses == nullptr) return CUDA_ERROR_INVALID_VALUE;
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  return machine.kernels.declare(name, accesses, user) ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
 
 }  // extern "C"

@@ -1,5 +1,8 @@
 #include "emulator/core/device_memory.hpp"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 namespace spillover::emulator {
@@ -45,7 +48,11 @@ CUresult DeviceMemory::allocate(int device, std::size_t size_bytes, Pool* pool, 
     budget_->refund(device, charged);
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
-  allocations_.emplace(*place, Allocation{*place, size_bytes, charged, device, pool, false});
+  allocations_.emplace(*place, Allocation{.address = *place,
+                                          .size_bytes = size_bytes,
+                                          .charged_bytes = charged,
+                                          .device = device,
+                                          .pool = pool});
   *address = *place;
   return CUDA_SUCCESS;
 }
@@ -56,7 +63,43 @@ void DeviceMemory::free(Address address) {
   allocations_.erase(position);
   addresses_->unmap(address, allocation.charged_bytes);
   addresses_->give(address, allocation.charged_bytes);
-  budget_->refund(allocation.device, allocation.charged_bytes);
+  if (allocation.file >= 0) close(allocation.file);  // from now on nobody can open it
+  if (!allocation.is_imported()) budget_->refund(allocation.device, allocation.charged_bytes);
+}
+
+CUresult DeviceMemory::share(Allocation* allocation) {
+  if (allocation->file >= 0) return CUDA_SUCCESS;
+  allocation->file = addresses_->move_to_file(allocation->address, allocation->charged_bytes);
+  return allocation->file < 0 ? CUDA_ERROR_MAP_FAILED : CUDA_SUCCESS;
+}
+
+CUresult DeviceMemory::import(int file, const ProcessFile& origin, std::size_t size_bytes,
+                              int device, Address* address) {
+  const std::size_t unit = size_bytes >= kGranularityBytes ? kGranularityBytes : kPageBytes;
+  const std::size_t span = round_up(size_bytes, unit);
+  const auto place = addresses_->take(span, unit);
+  if (!place) return CUDA_ERROR_MAP_FAILED;
+  if (!addresses_->map_file(*place, span, file, 0) ||
+      !addresses_->protect(*place, span, PROT_READ | PROT_WRITE)) {
+    addresses_->give(*place, span);
+    return CUDA_ERROR_MAP_FAILED;
+  }
+  allocations_.emplace(*place, Allocation{.address = *place,
+                                          .size_bytes = size_bytes,
+                                          .charged_bytes = span,
+                                          .device = device,
+                                          .file = file,
+                                          .origin = origin,
+                                          .open_count = 1});
+  *address = *place;
+  return CUDA_SUCCESS;
+}
+
+Allocation* DeviceMemory::find_imported(const ProcessFile& origin) {
+  for (auto& [address, allocation] : allocations_) {
+    if (allocation.is_imported() && allocation.origin == origin) return &allocation;
+  }
+  return nullptr;
 }
 
 Allocation* DeviceMemory::find(Address address) {

@@ -15,6 +15,7 @@
 #include <map>
 
 #include "emulator/core/address_space.hpp"
+#include "emulator/core/process_file.hpp"
 #include "emulator/core/types.hpp"
 
 namespace spillover::emulator {
@@ -53,12 +54,20 @@ struct Pool;
 
 struct Allocation {
   Address address = 0;
-  std::size_t size_bytes = 0;     // as asked for: bytes beyond it are not the program's
-  std::size_t charged_bytes = 0;  // what it takes from the budget and the address space
+  std::size_t size_bytes = 0;  // as asked for: bytes beyond it are not the program's
+  std::size_t charged_bytes =
+      0;  // what it takes of the address space, and of the budget if it is our own
   int device = 0;
   Pool* pool = nullptr;       // where cuMemAllocAsync took it from
   bool free_pending = false;  // cuMemFreeAsync was called, its turn has not come
+
+  // Memory that processes share. An exporter's file holds the bytes from its first handle on.
+  int file = -1;
+  ProcessFile origin;  // of memory of another process: where it is from
+  int open_count = 0;  // and how often it was opened; 0 for this process's own
+
   bool managed_by_pool() const { return pool != nullptr; }
+  bool is_imported() const { return open_count > 0; }
 };
 
 class DeviceMemory {
@@ -68,6 +77,17 @@ class DeviceMemory {
 
   // CUDA_ERROR_OUT_OF_MEMORY when the budget has not enough. size_bytes is not 0.
   CUresult allocate(int device, std::size_t size_bytes, Pool* pool, Address* address);
+
+  // Gives an allocation's bytes a file that other processes can open, if it has none yet.
+  CUresult share(Allocation* allocation);
+
+  // Memory of another process, whose file is taken over; open_count is 1 then. Its owner pays for
+  // it. CUDA_ERROR_MAP_FAILED where it cannot be mapped.
+  CUresult import(int file, const ProcessFile& origin, std::size_t size_bytes, int device,
+                  Address* address);
+
+  // What was imported from there already, or nullptr.
+  Allocation* find_imported(const ProcessFile& origin);
 
   // The allocation must exist.
   void free(Address address);

@@ -1,6 +1,7 @@
 #include "emulator/core/events.hpp"
 
 #include <chrono>
+#include <thread>
 #include <utility>
 
 #include "emulator/core/machine.hpp"
@@ -19,6 +20,23 @@ CUevent Events::create(Context* context, unsigned flags) {
   auto event = std::make_unique<Event>();
   event->context = context;
   event->flags = flags;
+  if ((flags & CU_EVENT_INTERPROCESS) != 0) {
+    event->mark = SharedMark::create();
+    if (event->mark == nullptr) return nullptr;
+    event->record_number = event->mark->records();
+  }
+  return insert(std::move(event));
+}
+
+CUevent Events::import(Context* context, std::shared_ptr<SharedMark> mark) {
+  auto event = std::make_unique<Event>();
+  event->context = context;
+  event->flags = CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS;
+  event->mark = std::move(mark);
+  return insert(std::move(event));
+}
+
+CUevent Events::insert(std::unique_ptr<Event> event) {
   CUevent handle = nullptr;
   table_.insert(std::move(event), &handle);
   if (machine_->hazards.enabled()) {
@@ -48,6 +66,16 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   event->stream = stream;
   event->query_count = 0;
   event->all_know = false;
+  if (event->mark != nullptr) {
+    event->ticket = machine_->streams.prepare(stream);
+    event->clock = stream->clock;
+    event->record_number = event->mark->begin_record();
+    Operation operation;
+    operation.body = PublishRecord{event->mark, event->record_number};
+    operation.name = "event record";
+    machine_->streams.submit(lock, stream, std::move(operation));
+    return CUDA_SUCCESS;
+  }
   if (!event->has_timing()) {
     // Nothing has to happen at the event's turn, so the mark is the last operation's end.
     event->ticket = stream->enqueued;
@@ -64,7 +92,18 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   return CUDA_SUCCESS;
 }
 
+// Nothing here is notified of what another process does.
+void Events::synchronize_elsewhere(Lock& lock, const Event& event) {
+  constexpr auto kPollInterval = std::chrono::microseconds(200);
+  const std::shared_ptr<SharedMark> mark = event.mark;
+  const std::uint64_t record = mark->records();
+  lock.unlock();
+  while (!mark->reached(record)) std::this_thread::sleep_for(kPollInterval);
+  lock.lock();
+}
+
 void Events::synchronize(Lock& lock, Event* event) {
+  if (event->is_recorded_elsewhere()) return synchronize_elsewhere(lock, *event);
   if (event->is_complete()) return machine_->streams.host_learns(event->clock);
   const StreamRef stream = event->stream;
   const Ticket ticket = event->ticket;
@@ -76,6 +115,9 @@ void Events::synchronize(Lock& lock, Event* event) {
 CUresult Events::query(Lock& lock, CUevent handle) {
   Event* event = find(handle);
   if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+  if (event->is_recorded_elsewhere()) {
+    return event->is_complete() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  }
   if (!event->is_complete() && ++event->query_count > machine_->config.query_spins) {
     event->query_count = 0;
     const StreamRef stream = event->stream;
@@ -88,7 +130,15 @@ CUresult Events::query(Lock& lock, CUevent handle) {
   return CUDA_SUCCESS;
 }
 
-void Events::make_wait(const StreamRef& stream, const Event& event) {
+void Events::make_wait(Lock& lock, const StreamRef& stream, const Event& event) {
+  if (event.is_recorded_elsewhere()) {
+    machine_->streams.prepare(stream);
+    Operation wait;
+    wait.body = WaitValue{.value = event.mark->records(), .mark = event.mark};
+    wait.name = "wait for another process's event";
+    machine_->streams.submit(lock, stream, std::move(wait));
+    return;
+  }
   if (event.stream == nullptr) return;
   machine_->streams.wait_for(stream, event.stream, event.ticket, event.clock);
 }

@@ -13,6 +13,7 @@
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
 #include "emulator/core/operation.hpp"
+#include "emulator/core/shared_mark.hpp"
 #include "emulator/core/stream.hpp"
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
@@ -31,7 +32,16 @@ struct Event {
   std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
   int query_count = 0;
 
-  bool is_complete() const { return stream == nullptr || stream->completed >= ticket; }
+  // Of an interprocess event, and the number of the record that the fields above describe. Where
+  // the mark counts more records, another process made the last one.
+  std::shared_ptr<SharedMark> mark;
+  std::uint64_t record_number = 0;
+
+  bool is_recorded_elsewhere() const { return mark != nullptr && mark->records() > record_number; }
+  bool is_complete() const {
+    if (is_recorded_elsewhere()) return mark->reached(mark->records());
+    return stream == nullptr || stream->completed >= ticket;
+  }
   bool has_timing() const { return (flags & CU_EVENT_DISABLE_TIMING) == 0; }
 };
 
@@ -39,7 +49,11 @@ class Events {
  public:
   explicit Events(Machine* machine);
 
+  // nullptr where there are too many interprocess events.
   CUevent create(Context* context, unsigned flags);
+
+  // An event of another process.
+  CUevent import(Context* context, std::shared_ptr<SharedMark> mark);
   void destroy(CUevent handle);
 
   // nullptr for a handle that is no live event.
@@ -52,12 +66,15 @@ class Events {
   void synchronize(Lock& lock, Event* event);
 
   CUresult query(Lock& lock, CUevent handle);
-  void make_wait(const StreamRef& stream, const Event& event);
+  void make_wait(Lock& lock, const StreamRef& stream, const Event& event);
   static CUresult elapsed(const Event& start, const Event& end, float* milliseconds);
 
   std::size_t live_count() const { return table_.size(); }
 
  private:
+  CUevent insert(std::unique_ptr<Event> event);
+  void synchronize_elsewhere(Lock& lock, const Event& event);
+
   Machine* machine_;
   HandleTable<std::unique_ptr<Event>> table_;
 };

@@ -1,5 +1,6 @@
 #include "emulator/core/execute.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <thread>
@@ -9,6 +10,7 @@
 #include "emulator/core/machine.hpp"
 #include "emulator/core/phantom.hpp"
 #include "emulator/core/process.hpp"
+#include "emulator/core/shared_mark.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -129,6 +131,10 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     check(wait->address, wait->size_bytes, false);
     return false;
   }
+  if (const auto* publish = std::get_if<PublishRecord>(&operation.body)) {
+    publish->mark->publish(publish->record);
+    return false;
+  }
   if (const auto* record = std::get_if<RecordTime>(&operation.body)) {
     *record->time = std::chrono::steady_clock::now();
     return false;
@@ -143,7 +149,12 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     machine.streams.all_learn(function->clock);
     return true;
   }
-  return std::holds_alternative<Kernel>(operation.body);
+  const auto* kernel = std::get_if<Kernel>(&operation.body);
+  // Its argument is lost with a kernel that cannot run, once, since the device is lost too.
+  return kernel != nullptr &&
+         std::all_of(kernel->ranges.begin(), kernel->ranges.end(), [&](const Kernel::Range& range) {
+           return check(range.address, range.size_bytes, range.is_write);
+         });
 }
 
 void perform_operation(Machine& machine, Operation& operation) {
@@ -151,6 +162,7 @@ void perform_operation(Machine& machine, Operation& operation) {
 }
 
 bool value_matches(Machine& machine, const WaitValue& wait) {
+  if (wait.mark != nullptr) return wait.mark->reached(wait.value);
   if (!machine.is_live(wait.address, wait.size_bytes, /*is_write=*/false)) return true;
   const std::uint64_t value = load(machine, wait.address, wait.size_bytes);
   const std::uint64_t difference = value - wait.value;

@@ -6,6 +6,8 @@
 
 #include <stddef.h>
 
+#include "emulator/core/c_api.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -27,6 +29,19 @@ typedef void (*spillover_emulator_kernel_body)(void** parameters,
 int spillover_emulator_register_kernel(const char* name, spillover_emulator_kernel_body body,
                                        void* user, const size_t* parameter_bytes,
                                        size_t parameter_count);
+
+/* Says what a launch touches: writes the ranges of bytes, as device pointers, to ranges and returns
+ * how many there are, of which at most capacity are written. Called at the launch, with a lock of
+ * the emulated device held: must call nothing of it, nor CUDA. */
+typedef size_t (*spillover_emulator_kernel_accesses)(void** parameters,
+                                                     const spillover_emulator_launch_shape* shape,
+                                                     void* user, spillover_emulator_range* ranges,
+                                                     size_t capacity);
+
+/* Lets the checker see what a registered kernel touches. Without it a launch orders its stream, and
+ * its accesses are nobody's. Returns 0, or a CUresult. */
+int spillover_emulator_declare_accesses(const char* name,
+                                        spillover_emulator_kernel_accesses accesses, void* user);
 
 #ifdef __cplusplus
 }

@@ -29,6 +29,29 @@ void Kernels::add(RegisteredKernel kernel) {
   place.body = kernel.body;
   place.user = kernel.user;
   place.parameter_bytes = std::move(kernel.parameter_bytes);
+  place.accesses = nullptr;
+}
+
+std::vector<spillover_emulator_range> RegisteredKernel::accesses_of(
+    const spillover_emulator_launch_shape& shape, void** parameters) const {
+  if (accesses == nullptr) return {};
+  std::vector<spillover_emulator_range> ranges(16);
+  for (;;) {
+    const std::size_t count =
+        accesses(parameters, &shape, accesses_user, ranges.data(), ranges.size());
+    const bool is_all = count <= ranges.size();
+    ranges.resize(count);
+    if (is_all) return ranges;
+  }
+}
+
+bool Kernels::declare(const std::string& name, spillover_emulator_kernel_accesses accesses,
+                      void* user) {
+  const auto position = kernels_.find(name);
+  if (position == kernels_.end()) return false;
+  position->second.accesses = accesses;
+  position->second.accesses_user = user;
+  return true;
 }
 
 RegisteredKernel* Kernels::find(const std::string& name) {

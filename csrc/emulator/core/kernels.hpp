@@ -18,12 +18,21 @@ struct RegisteredKernel {
   spillover_emulator_kernel_body body = nullptr;
   void* user = nullptr;
   std::vector<std::size_t> parameter_bytes;
+  spillover_emulator_kernel_accesses accesses = nullptr;
+  void* accesses_user = nullptr;
+
+  // What a launch touches; empty where nobody said.
+  std::vector<spillover_emulator_range> accesses_of(const spillover_emulator_launch_shape& shape,
+                                                    void** parameters) const;
 };
 
 class Kernels {
  public:
   // Replaces a body of the same name.
   void add(RegisteredKernel kernel);
+
+  // False for a name without a body.
+  bool declare(const std::string& name, spillover_emulator_kernel_accesses accesses, void* user);
 
   // nullptr, and the first time a sentence on stderr, for a name without a body. What is returned
   // lives for ever.

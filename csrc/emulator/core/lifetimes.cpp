@@ -1,6 +1,7 @@
 #include "emulator/core/lifetimes.hpp"
 
 #include <utility>
+#include <vector>
 
 namespace spillover::emulator {
 namespace {
@@ -21,7 +22,8 @@ CUresult not_freeable(Machine& machine, Address address) {
 // An allocation that starts exactly here and that nobody is freeing already.
 Allocation* find_freeable(Machine& machine, Address address) {
   Allocation* allocation = machine.device_memory.find(address);
-  if (allocation == nullptr || allocation->address != address || allocation->free_pending) {
+  if (allocation == nullptr || allocation->address != address || allocation->free_pending ||
+      allocation->is_imported()) {
     return nullptr;
   }
   return allocation;
@@ -88,6 +90,32 @@ CUresult free_device_memory_async(Machine& machine, Lock& lock, const StreamRef&
   operation.name = "cuMemFreeAsync";
   machine.streams.submit(lock, stream, std::move(operation));
   return machine.hazard_status(found);
+}
+
+CUresult release_imported_memory(Machine& machine, Lock& lock, Address address) {
+  settle(machine, lock, machine.device_memory.find(address)->device);
+  const Allocation* allocation = machine.device_memory.find(address);
+  if (allocation == nullptr || !allocation->is_imported()) return CUDA_ERROR_INVALID_VALUE;
+  if (allocation->open_count > 1) return CUDA_SUCCESS;  // opened again meanwhile
+  const bool found = machine.record_host_access("cuIpcCloseMemHandle", AccessKind::kFree, address,
+                                                allocation->size_bytes);
+  machine.release_allocation(address);
+  return machine.hazard_status(found);
+}
+
+void reset_primary_context(Machine& machine, Lock& lock, int device) {
+  settle(machine, lock, device);
+  std::vector<Address> gone;
+  for (const auto& [address, allocation] : machine.device_memory.allocations()) {
+    if (allocation.device == device && !allocation.managed_by_pool()) gone.push_back(address);
+  }
+  for (const Address address : gone) machine.release_allocation(address);
+  Context* const context = machine.contexts.primary(device);
+  context->retain_count = 0;
+  context->flags = 0;
+  context->limits = {};
+  context->enabled_peers = 0;
+  machine.sticky_error(device) = CUDA_SUCCESS;
 }
 
 CUresult unmap_memory(Machine& machine, Lock& lock, Address address, std::size_t size_bytes) {

@@ -25,6 +25,13 @@ CUresult free_device_memory(Machine& machine, Lock& lock, Address address);
 CUresult free_device_memory_async(Machine& machine, Lock& lock, const StreamRef& stream,
                                   Address address);
 
+// The last cuIpcCloseMemHandle of memory of another process.
+CUresult release_imported_memory(Machine& machine, Lock& lock, Address address);
+
+// Takes back what a device's primary context gave: its memory, but not that of pools and mappings,
+// which belong to no context; its settings; its error. Streams and events live on.
+void reset_primary_context(Machine& machine, Lock& lock, int device);
+
 CUresult unmap_memory(Machine& machine, Lock& lock, Address address, std::size_t size_bytes);
 
 // kind says which of cuMemFreeHost and cuMemHostUnregister was called.

@@ -56,6 +56,7 @@ Machine::Machine(const Config& machine_config)
     auto pool = std::make_unique<Pool>();
     pool->device = ordinal;
     pool->is_default = true;
+    pool->device_access[static_cast<std::size_t>(ordinal)] = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
     Device& device = devices[static_cast<std::size_t>(ordinal)];
     device.default_pool = device.current_pool = pool.get();
     CUmemoryPool handle = nullptr;
@@ -73,6 +74,12 @@ bool Machine::is_live(Address address, std::size_t size_bytes, bool is_write) {
     return size_bytes <= allocation->address + allocation->size_bytes - address;
   }
   return virtual_memory.accessible(address, size_bytes, is_write);
+}
+
+std::optional<int> Machine::device_of(Address address) {
+  if (const Allocation* allocation = device_memory.find(address)) return allocation->device;
+  const Mapping* mapping = virtual_memory.find_mapping(address);
+  return mapping == nullptr ? std::nullopt : std::optional(virtual_memory.device_of(*mapping));
 }
 
 Access Machine::access_of(const Stream& stream, Ticket ticket, const char* name) {
@@ -144,6 +151,10 @@ bool Machine::is_aliased(const ByteRange& range) const {
   return found;
 }
 
+void Machine::note_foreign_writes(const char* name, Address address, std::size_t size_bytes) {
+  record_host_access(name, AccessKind::kWrite, address, size_bytes);
+}
+
 void Machine::follow_mapping(Address address, std::size_t size_bytes) {
   begin_memory(address, size_bytes);
   Mapping first;
@@ -204,7 +215,7 @@ bool Machine::check_usable(const Stream& stream, const char* name, AccessKind ki
   if (!addresses.contains(address) || size_bytes == 0) return true;
   const bool is_write = kind != AccessKind::kRead;
   const bool live = is_live(address, size_bytes, is_write);
-  if (live && (config.device_count == 1 || can_reach(stream.device, address))) return true;
+  if (live && (config.device_count == 1 || can_reach(*stream.context, address))) return true;
   const Access access = access_of(stream, stream.enqueued, name);
   const ByteRange range{address, size_bytes};
   std::string text = describe_access(access, kind, range);
@@ -232,15 +243,20 @@ bool Machine::check_usable(const Stream& stream, const char* name, AccessKind ki
   return false;
 }
 
-bool Machine::can_reach(int device, Address address) {
+// Peer access between contexts covers what cuMemAlloc gave; pools and mappings say themselves who
+// may reach them.
+bool Machine::can_reach(const Context& context, Address address) {
+  const auto device = static_cast<std::size_t>(context.device);
   const Allocation* allocation = device_memory.find(address);
   if (allocation != nullptr) {
-    return allocation->device == device ||
-           (contexts.primary(device)->enabled_peers >> allocation->device & 1U) != 0;
+    if (allocation->device == context.device) return true;
+    if (allocation->pool != nullptr) {
+      return allocation->pool->device_access[device] != CU_MEM_ACCESS_FLAGS_PROT_NONE;
+    }
+    return (context.enabled_peers >> allocation->device & 1U) != 0;
   }
   const Mapping* mapping = virtual_memory.find_mapping(address);
-  return mapping == nullptr ||
-         mapping->device_access[static_cast<std::size_t>(device)] != CU_MEM_ACCESS_FLAGS_PROT_NONE;
+  return mapping == nullptr || mapping->device_access[device] != CU_MEM_ACCESS_FLAGS_PROT_NONE;
 }
 
 void Machine::release_allocation(Address address) {

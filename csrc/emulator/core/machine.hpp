@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "emulator/core/address_space.hpp"
@@ -55,6 +56,9 @@ class Machine {
 
   // Whether an operation may touch these bytes: live device memory, or any host memory.
   bool is_live(Address address, std::size_t size_bytes, bool is_write);
+
+  // Whose memory it is; nothing for other addresses.
+  std::optional<int> device_of(Address address);
 
   // Whether a device can reach these bytes: device memory, or memory that host_memory covers.
   // These are the bytes that the checker follows.
@@ -105,6 +109,9 @@ class Machine {
     if (hazards.enabled()) hazards.history().end(ObjectHistory::Kind::kMemory, address);
   }
 
+  // Memory of another process was written there, which nobody saw; it is not uninitialised.
+  void note_foreign_writes(const char* name, Address address, std::size_t size_bytes);
+
   // Called when memory was mapped: carries over what happened to bytes that have two addresses from
   // now on.
   void follow_mapping(Address address, std::size_t size_bytes);
@@ -137,7 +144,7 @@ class Machine {
   int pending_frees = 0;  // cuMemFreeAsync calls whose turn has not come
 
  private:
-  bool can_reach(int device, Address address);
+  bool can_reach(const Context& context, Address address);
   bool is_aliased(const ByteRange& range) const;
 };
 

@@ -14,12 +14,14 @@
 #include <cstdint>
 #include <memory>
 #include <variant>
+#include <vector>
 
 #include "emulator/core/types.hpp"
 #include "emulator/core/vector_clock.hpp"
 
 namespace spillover::emulator {
 
+class SharedMark;
 struct Stream;
 using StreamRef = std::shared_ptr<Stream>;
 using TimePoint = std::chrono::steady_clock::time_point;
@@ -55,6 +57,14 @@ struct Fill {
 struct Kernel {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
+
+  // What it touches, where that was declared; looked up again before it runs.
+  struct Range {
+    Address address = 0;
+    std::size_t size_bytes = 0;
+    bool is_write = false;
+  };
+  std::vector<Range> ranges{};
 };
 
 // A callback into the program: may block, may take locks of the program's own.
@@ -81,12 +91,20 @@ struct WriteValue {
   unsigned size_bytes = 4;
 };
 
-// Holds the stream until memory satisfies a comparison (CU_STREAM_WAIT_VALUE_*).
+// Holds the stream until memory satisfies a comparison (CU_STREAM_WAIT_VALUE_*), or until a record
+// of an interprocess event is complete, which other processes say in shared memory.
 struct WaitValue {
   Address address = 0;
   std::uint64_t value = 0;
   unsigned size_bytes = 4;
   unsigned flags = 0;
+  std::shared_ptr<const SharedMark> mark{};  // then value is the number of a record
+};
+
+// Tells other processes that a record of an interprocess event is complete.
+struct PublishRecord {
+  std::shared_ptr<SharedMark> mark;
+  std::uint64_t record = 0;
 };
 
 // Stream-ordered free of an allocation.
@@ -101,11 +119,16 @@ struct Hold {
 
 struct Operation {
   std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
-               FreeMemory, Hold>
+               FreeMemory, Hold, PublishRecord>
       body;
   const char* name = "";
 
   bool is_host_function() const { return std::holds_alternative<HostFunction>(body); }
+
+  // Others wait for it by means that the scheduler does not see, so it must run unasked.
+  bool is_awaited_elsewhere() const {
+    return is_host_function() || std::holds_alternative<PublishRecord>(body);
+  }
 };
 
 }  // namespace spillover::emulator

@@ -6,8 +6,11 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
+
+#include "emulator/core/types.hpp"
 
 namespace spillover::emulator {
 
@@ -23,6 +26,9 @@ struct Pool {
   int reuse_allow_opportunistic = 1;
   int reuse_allow_internal_dependencies = 1;
   bool destroyed = false;  // freed once its last allocation is
+
+  // By device, what cuMemPoolSetAccess allows; its own device always reaches it.
+  std::array<CUmemAccess_flags, kDeviceCountMax> device_access{};
 
   bool admits(std::size_t size_bytes) const {
     return size_bytes_max == 0 || used_bytes + size_bytes <= size_bytes_max;

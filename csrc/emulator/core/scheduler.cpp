@@ -52,12 +52,12 @@ void Scheduler::deactivate(Stream* stream) {
 }
 
 void Scheduler::append(const StreamRef& stream, Operation operation) {
-  const bool is_host_function = operation.is_host_function();
+  const bool is_awaited_elsewhere = operation.is_awaited_elsewhere();
   stream->pending.push_back(std::move(operation));
   ++stream->enqueued;
   ++stream->version;
   activate(stream);
-  if (is_host_function) {
+  if (is_awaited_elsewhere) {
     const bool at_once = schedule_ == Schedule::kEager || schedule_ == Schedule::kThreaded;
     stream->host_function_ticket = stream->enqueued;
     stream->host_function_due = std::chrono::steady_clock::now();
@@ -194,7 +194,7 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
   }
   changed_.notify_all();
   if (schedule_ == Schedule::kThreaded) work_queued_.notify_one();
-  if (operation.is_host_function()) host_function_queued_.notify_one();
+  if (operation.is_awaited_elsewhere()) host_function_queued_.notify_one();
 }
 
 void Scheduler::drain_device(Lock& lock, int device) {

@@ -4,7 +4,8 @@
 // Every thread that waits runs what it waits for itself, as far as nobody else does already; hence
 // no schedule needs a thread of its own to make progress, but for two things: the threaded
 // schedule's worker, and host functions, which a program may wait for by its own means (a flag, a
-// queue) without calling CUDA, so a background thread runs streams that hold one.
+// queue) without calling CUDA, so a background thread runs streams that hold one; the same goes for
+// records of events that another process waits for.
 //
 // Owned by the Machine; called with its mutex held. run_until, advance, drain and perturb let go of
 // the mutex while an operation runs.

@@ -155,6 +155,12 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   if (!check_live(machine, kName, shape.destination, shape.destination_bytes(), true)) {
     return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
+  // Unlike a copy, which the driver takes through the host where it must.
+  if (machine.hazards.enabled() &&
+      !machine.check_usable(*stream, kName, AccessKind::kWrite, shape.destination,
+                            shape.destination_bytes())) {
+    return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
+  }
   const bool blocks = variant == CallVariant::kSync && destination == Place::kPinned;
   const Ticket ticket = machine.streams.prepare(stream);
   const bool found = record_rows(machine, *stream, ticket, kName, AccessKind::kWrite,

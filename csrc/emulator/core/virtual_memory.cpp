@@ -11,6 +11,7 @@
 #include <iterator>
 
 #include "emulator/core/config.hpp"
+#include "emulator/core/process_file.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -19,14 +20,7 @@ namespace {
 constexpr std::size_t kStoreBytes = std::size_t{1} << 42;
 
 int open_memory_file(std::size_t size_bytes) {
-  const int file = memfd_create("spillover-emulator-vram", MFD_CLOEXEC);
-  if (file < 0) {
-    report("memfd_create failed: %s", std::strerror(errno));
-    return -1;
-  }
-  if (ftruncate(file, static_cast<off_t>(size_bytes)) == 0) return file;
-  close(file);
-  return -1;
+  return emulator::open_memory_file("spillover-emulator-vram", size_bytes);
 }
 
 bool granular(std::size_t value) {

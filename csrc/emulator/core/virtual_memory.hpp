@@ -38,6 +38,8 @@ struct Physical {
   bool owns_file = false;
   int references = 1;  // by create, import and retain
   int mappings = 0;
+  bool is_imported() const { return charged_bytes == 0; }
+
   // Where the checker keeps what happens to these bytes once they are mapped twice; 0 before.
   Address alias_key = 0;
 };

@@ -1,4 +1,5 @@
 // Contexts: primary, created, current.
+#include "emulator/core/lifetimes.hpp"
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
@@ -33,19 +34,28 @@ std::size_t default_limit(CUlimit limit) {
   }
 }
 
+// How a thread may wait for the device: CU_CTX_SCHED_*, one at most; beside it some bits that make
+// no difference here.
+bool are_flags(unsigned flags) {
+  const unsigned waiting = flags & CU_CTX_SCHED_MASK;
+  return (flags & ~unsigned{CU_CTX_FLAGS_MASK}) == 0 && (waiting & (waiting - 1)) == 0;
+}
+
 CUresult create(Machine& machine, CUcontext* context, unsigned flags, CUdevice device) {
   if (context == nullptr) return CUDA_ERROR_INVALID_VALUE;
   if (!is_device(machine, device)) return CUDA_ERROR_INVALID_DEVICE;
+  if (!are_flags(flags)) return CUDA_ERROR_INVALID_VALUE;
   Context* created = machine.contexts.create(device, flags);
   if (!CurrentContext::push(created)) return CUDA_ERROR_OUT_OF_MEMORY;
   *context = created->handle();
   return CUDA_SUCCESS;
 }
 
-// Bit of a peer in Context::enabled_peers; fails for a context on the same device.
+// Bit of a peer in Context::enabled_peers; fails for the context itself, and for another one on its
+// device.
 CUresult peer_bit(Machine& machine, const Context& context, CUcontext peer, unsigned* bit) {
   const Context* other = machine.contexts.find(peer);
-  if (other == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+  if (other == nullptr || other == &context) return CUDA_ERROR_INVALID_CONTEXT;
   if (other->device == context.device) return CUDA_ERROR_INVALID_DEVICE;
   *bit = 1U << other->device;
   return CUDA_SUCCESS;
@@ -79,8 +89,7 @@ CUresult cuDevicePrimaryCtxRelease_v2(CUdevice device) {
 CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
   return with_driver(__func__, [=](Machine& machine, Lock& lock) {
     if (!is_device(machine, device)) return CUDA_ERROR_INVALID_DEVICE;
-    machine.streams.synchronize_device(lock, device);
-    machine.sticky_error(device) = CUDA_SUCCESS;
+    emulator::reset_primary_context(machine, lock, device);
     return CUDA_SUCCESS;
   });
 }
@@ -88,6 +97,7 @@ CUresult cuDevicePrimaryCtxReset_v2(CUdevice device) {
 CUresult cuDevicePrimaryCtxSetFlags_v2(CUdevice device, unsigned int flags) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (!is_device(machine, device)) return CUDA_ERROR_INVALID_DEVICE;
+    if (!are_flags(flags)) return CUDA_ERROR_INVALID_VALUE;
     machine.contexts.primary(device)->flags = flags;
     return CUDA_SUCCESS;
   });

@@ -138,6 +138,9 @@ const EntryPoint kEntryPoints[] = {
     FUNCTION(cuEventDestroy), STREAM_FUNCTION(cuEventRecord),
     STREAM_FUNCTION(cuEventRecordWithFlags), FUNCTION(cuEventQuery),
     FUNCTION(cuEventSynchronize), FUNCTION(cuEventElapsedTime),
+    // Between processes.
+    FUNCTION(cuIpcGetMemHandle), FUNCTION(cuIpcOpenMemHandle), FUNCTION(cuIpcCloseMemHandle),
+    FUNCTION(cuIpcGetEventHandle), FUNCTION(cuIpcOpenEventHandle),
     // Modules and kernels.
     FUNCTION(cuModuleLoadData), FUNCTION(cuModuleLoadDataEx), FUNCTION(cuModuleLoadFatBinary),
     FUNCTION(cuModuleUnload), FUNCTION(cuModuleGetFunction), FUNCTION(cuModuleGetLoadingMode),

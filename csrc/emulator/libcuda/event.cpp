@@ -47,7 +47,9 @@ CUresult cuEventCreate(CUevent* handle, unsigned int flags) {
     if (handle == nullptr || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
     const bool is_interprocess = (flags & CU_EVENT_INTERPROCESS) != 0;
     if (is_interprocess && (flags & CU_EVENT_DISABLE_TIMING) == 0) return CUDA_ERROR_INVALID_VALUE;
-    *handle = machine.events.create(&context, flags);
+    const CUevent created = machine.events.create(&context, flags);
+    if (created == nullptr) return CUDA_ERROR_OUT_OF_MEMORY;
+    *handle = created;
     return CUDA_SUCCESS;
   });
 }

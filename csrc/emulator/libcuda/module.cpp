@@ -2,11 +2,16 @@
 // name (kernel_api.h), and cannot be had otherwise.
 #include "emulator/core/kernels.hpp"
 
+#include <algorithm>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
+using emulator::AccessKind;
+using emulator::Address;
 using emulator::Lock;
 using emulator::Machine;
 using emulator::RegisteredKernel;
@@ -43,6 +48,36 @@ CUresult get_function(const char* name, void** function, void* module, const cha
   });
 }
 
+// The limits that device_attributes.cpp tells. How much shared memory a kernel may have without
+// asking for more (cuFuncSetAttribute) is not held against it.
+bool is_launchable(const spillover_emulator_launch_shape& shape) {
+  constexpr unsigned kBlockMax[3] = {1024, 1024, 64};
+  constexpr unsigned kGridMax[3] = {2147483647, 65535, 65535};
+  constexpr std::uint64_t kThreadsMax = 1024;
+  constexpr unsigned kSharedBytesMax = 232448;
+  std::uint64_t threads = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    if (shape.grid[axis] == 0 || shape.grid[axis] > kGridMax[axis]) return false;
+    if (shape.block[axis] == 0 || shape.block[axis] > kBlockMax[axis]) return false;
+    threads *= shape.block[axis];
+  }
+  return threads <= kThreadsMax && shape.shared_bytes <= kSharedBytesMax;
+}
+
+AccessKind kind_of(const spillover_emulator_range& range) {
+  return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+}
+
+// Whether all that a kernel says it touches is there for its device; a GPU would find out only when
+// the kernel runs.
+bool may_touch(Machine& machine, const emulator::Stream& stream, const RegisteredKernel& kernel,
+               const std::vector<spillover_emulator_range>& accesses) {
+  return std::all_of(accesses.begin(), accesses.end(), [&](const auto& range) {
+    return machine.check_usable(stream, kernel.name.c_str(), kind_of(range),
+                                reinterpret_cast<Address>(range.pointer), range.size_bytes);
+  });
+}
+
 CUresult launch(const char* name, CUfunction function, const spillover_emulator_launch_shape& shape,
                 CUstream handle, void** parameters, void** extra) {
   return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
@@ -50,16 +85,28 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (extra != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
     if (parameters == nullptr && !kernel->parameter_bytes.empty()) return CUDA_ERROR_INVALID_VALUE;
-    for (int axis = 0; axis < 3; ++axis) {
-      if (shape.grid[axis] == 0 || shape.block[axis] == 0) return CUDA_ERROR_INVALID_VALUE;
+    if (!is_launchable(shape)) return CUDA_ERROR_INVALID_VALUE;
+    const auto accesses = kernel->accesses_of(shape, parameters);
+    if (!may_touch(machine, *stream, *kernel, accesses)) {
+      return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
     }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
-    machine.streams.prepare(stream);
+    const emulator::Ticket ticket = machine.streams.prepare(stream);
+    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), {}};
+    bool found = false;
+    for (const spillover_emulator_range& range : accesses) {
+      const auto address = reinterpret_cast<Address>(range.pointer);
+      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind_of(range), address,
+                                    range.size_bytes) ||
+              found;
+      queued.ranges.push_back({address, range.size_bytes, range.is_write != 0});
+    }
     emulator::Operation operation;
-    operation.body = emulator::Kernel{emulator::KernelLaunch::run, launched.release()};
+    operation.body = std::move(queued);
     operation.name = kernel->name.c_str();
     machine.streams.submit(lock, stream, std::move(operation));
-    return machine.sticky_error(stream->device);
+    const CUresult hazard = machine.hazard_status(found);
+    return hazard != CUDA_SUCCESS ? hazard : machine.sticky_error(stream->device);
   });
 }
 

@@ -18,6 +18,7 @@ struct Known {
   int device = 0;
   bool is_host = false;
   bool is_managed = false;
+  bool is_exportable = false;  // by cuIpcGetMemHandle
   CUmemoryPool pool = nullptr;
   unsigned long long handle_types = 0;
 };
@@ -25,6 +26,7 @@ struct Known {
 std::optional<Known> look_up(Machine& machine, Address address) {
   if (const auto* allocation = machine.device_memory.find(address)) {
     Known known{allocation->address, allocation->size_bytes, allocation->device};
+    known.is_exportable = !allocation->managed_by_pool() && !allocation->is_imported();
     if (allocation->pool != nullptr) known.pool = allocation->pool->handle;
     return known;
   }
@@ -70,6 +72,7 @@ CUresult attribute_of(Machine& machine, const Known& known, Address address,
     case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL:
       return put(out, known.device);
     case CU_POINTER_ATTRIBUTE_IS_LEGACY_CUDA_IPC_CAPABLE:
+      return put(out, known.is_exportable ? 1U : 0U);
     case CU_POINTER_ATTRIBUTE_IS_GPU_DIRECT_RDMA_CAPABLE:
       return put(out, 0U);
     case CU_POINTER_ATTRIBUTE_RANGE_START_ADDR:

@@ -57,6 +57,21 @@ int* flag_of(Pool& pool, CUmemPool_attribute attribute) {
   }
 }
 
+// A pool's own device cannot be shut out of it.
+CUresult check_access(const Machine& machine, const Pool& pool, const CUmemAccessDesc& access) {
+  if (access.location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
+  if (!is_device(machine, access.location.id)) return CUDA_ERROR_INVALID_DEVICE;
+  switch (access.flags) {
+    case CU_MEM_ACCESS_FLAGS_PROT_READWRITE:
+      return CUDA_SUCCESS;
+    case CU_MEM_ACCESS_FLAGS_PROT_NONE:
+    case CU_MEM_ACCESS_FLAGS_PROT_READ:
+      return access.location.id == pool.device ? CUDA_ERROR_INVALID_DEVICE : CUDA_SUCCESS;
+    default:
+      return CUDA_ERROR_INVALID_VALUE;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -123,6 +138,7 @@ CUresult cuMemPoolCreate(CUmemoryPool* handle, const CUmemPoolProps* properties)
     Pool* const raw = pool.get();
     raw->device = properties->location.id;
     raw->size_bytes_max = properties->maxSize;
+    raw->device_access[static_cast<std::size_t>(raw->device)] = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
     machine.pools.insert(std::move(pool), &raw->handle);
     *handle = raw->handle;
     return CUDA_SUCCESS;
@@ -193,20 +209,27 @@ CUresult cuMemPoolGetAttribute(CUmemoryPool handle, CUmemPool_attribute attribut
 
 CUresult cuMemPoolSetAccess(CUmemoryPool handle, const CUmemAccessDesc* descriptors,
                             std::size_t count) {
-  return with_pool(__func__, handle, [=](Machine& machine, Pool&) {
+  return with_pool(__func__, handle, [=](Machine& machine, Pool& pool) {
+    if (descriptors == nullptr && count != 0) return CUDA_ERROR_INVALID_VALUE;
     for (std::size_t i = 0; i < count; ++i) {
-      if (!is_device(machine, descriptors[i].location.id)) return CUDA_ERROR_INVALID_DEVICE;
+      const CUresult result = check_access(machine, pool, descriptors[i]);
+      if (result != CUDA_SUCCESS) return result;
     }
-    return CUDA_SUCCESS;  // every device reaches every allocation here
+    for (std::size_t i = 0; i < count; ++i) {
+      pool.device_access[static_cast<std::size_t>(descriptors[i].location.id)] =
+          descriptors[i].flags;
+    }
+    return CUDA_SUCCESS;
   });
 }
 
 CUresult cuMemPoolGetAccess(CUmemAccess_flags* flags, CUmemoryPool handle,
                             CUmemLocation* location) {
-  return with_pool(__func__, handle, [=](Machine& machine, Pool&) {
+  return with_pool(__func__, handle, [=](Machine& machine, Pool& pool) {
     if (flags == nullptr || location == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    if (location->type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
     if (!is_device(machine, location->id)) return CUDA_ERROR_INVALID_DEVICE;
-    *flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    *flags = pool.device_access[static_cast<std::size_t>(location->id)];
     return CUDA_SUCCESS;
   });
 }

@@ -152,11 +152,11 @@ CUresult cuStreamQuery(CUstream handle) {
 }
 
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned int flags) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock&, const StreamRef& stream) {
+  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
     const emulator::Event* event = machine.events.find(event_handle);
     if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if ((flags & ~unsigned{CU_EVENT_WAIT_EXTERNAL}) != 0) return CUDA_ERROR_INVALID_VALUE;
-    machine.events.make_wait(stream, *event);
+    machine.events.make_wait(lock, stream, *event);
     return CUDA_SUCCESS;
   });
 }

@@ -1,6 +1,8 @@
 // Copies and memsets.
 #include "emulator/core/transfers.hpp"
 
+#include <optional>
+
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
@@ -99,6 +101,36 @@ Fill fill_rows(CUdeviceptr destination, std::size_t pitch, std::uint32_t value,
 constexpr auto kSync = CallVariant::kSync;
 constexpr auto kAsync = CallVariant::kAsync;
 
+// One side of a copy between contexts. Addresses are unified, so the context says nothing that the
+// address does not; but it must be that of the address.
+struct PeerSide {
+  Address address;
+  CUcontext context;
+
+  CUresult check(Machine& machine) const {
+    const Context* found = machine.contexts.find(context);
+    if (found == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    const std::optional<int> device = machine.device_of(address);
+    return device && *device != found->device ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+  }
+};
+
+CUresult copy_peer(const char* name, const PeerSide& destination, const PeerSide& source,
+                   std::size_t size_bytes, CUstream handle, CallVariant variant) {
+  return with_context(name, [&](Machine& machine, Lock& lock, Context&) {
+    for (const PeerSide& side : {destination, source}) {
+      const CUresult valid = side.check(machine);
+      if (valid != CUDA_SUCCESS) return valid;
+    }
+    StreamRef stream;
+    const CUresult found = machine.streams.find(handle, &stream);
+    if (found != CUDA_SUCCESS) return found;
+    return emulator::copy(machine, lock, stream,
+                          one_row(destination.address, source.address, size_bytes), CopyKind::kPeer,
+                          variant);
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -141,15 +173,17 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr destination, CUdeviceptr source, std::siz
   return copy_async(__func__, destination, source, size_bytes, CopyKind::kDeviceToDevice, stream);
 }
 
-// Addresses are unified, so the contexts say nothing that the addresses do not.
-CUresult cuMemcpyPeer(CUdeviceptr destination, CUcontext, CUdeviceptr source, CUcontext,
-                      std::size_t size_bytes) {
-  return copy_sync(__func__, destination, source, size_bytes, CopyKind::kPeer);
+CUresult cuMemcpyPeer(CUdeviceptr destination, CUcontext destination_context, CUdeviceptr source,
+                      CUcontext source_context, std::size_t size_bytes) {
+  return copy_peer(__func__, {destination, destination_context}, {source, source_context},
+                   size_bytes, nullptr, kSync);
 }
 
-CUresult cuMemcpyPeerAsync(CUdeviceptr destination, CUcontext, CUdeviceptr source, CUcontext,
-                           std::size_t size_bytes, CUstream stream) {
-  return copy_async(__func__, destination, source, size_bytes, CopyKind::kPeer, stream);
+CUresult cuMemcpyPeerAsync(CUdeviceptr destination, CUcontext destination_context,
+                           CUdeviceptr source, CUcontext source_context, std::size_t size_bytes,
+                           CUstream stream) {
+  return copy_peer(__func__, {destination, destination_context}, {source, source_context},
+                   size_bytes, stream, kAsync);
 }
 
 CUresult cuMemcpy2D(const CUDA_MEMCPY2D* request) {

@@ -91,8 +91,12 @@ CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offse
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
     const CUresult mapped = machine.virtual_memory.map(pointer, size_bytes, offset_bytes, handle);
-    if (mapped == CUDA_SUCCESS) machine.follow_mapping(pointer, size_bytes);
-    return mapped;
+    if (mapped != CUDA_SUCCESS) return mapped;
+    machine.follow_mapping(pointer, size_bytes);
+    if (machine.virtual_memory.physical(handle)->is_imported()) {
+      machine.note_foreign_writes(__func__, pointer, size_bytes);
+    }
+    return CUDA_SUCCESS;
   });
 }
 

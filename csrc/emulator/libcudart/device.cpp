@@ -29,6 +29,15 @@ CUresult pci_bus_id(char* text, int capacity, CUdevice device) {
   return CUDA_SUCCESS;
 }
 
+// The context of another device, since no device is its own peer.
+CUresult find_peer(int peer, CUcontext* context) {
+  CUdevice device = 0;
+  CUresult result = check_device(peer);
+  if (result == CUDA_SUCCESS) result = runtime::current_device(&device);
+  if (result == CUDA_SUCCESS && device == peer) result = CUDA_ERROR_INVALID_DEVICE;
+  return result == CUDA_SUCCESS ? runtime::primary_context(peer, context) : result;
+}
+
 }  // namespace
 
 extern "C" {
@@ -152,20 +161,27 @@ cudaError_t cudaDeviceCanAccessPeer(int* can_access, int device, int peer) {
   return with_driver(__func__, [=] { return cuDeviceCanAccessPeer(can_access, device, peer); });
 }
 
+cudaError_t cudaDeviceGetP2PAttribute(int* value, cudaDeviceP2PAttr attribute, int device,
+                                      int peer) {
+  return with_driver(__func__, [=] {
+    // cudaDevP2PAttr* and CU_DEVICE_P2P_ATTRIBUTE_* have the same numbers.
+    return cuDeviceGetP2PAttribute(value, static_cast<CUdevice_P2PAttribute>(attribute), device,
+                                   peer);
+  });
+}
+
 cudaError_t cudaDeviceEnablePeerAccess(int peer, unsigned int flags) {
   return with_context(__func__, [=] {
-    CUresult result = check_device(peer);
     CUcontext context = nullptr;
-    if (result == CUDA_SUCCESS) result = runtime::primary_context(peer, &context);
+    const CUresult result = find_peer(peer, &context);
     return result == CUDA_SUCCESS ? cuCtxEnablePeerAccess(context, flags) : result;
   });
 }
 
 cudaError_t cudaDeviceDisablePeerAccess(int peer) {
   return with_context(__func__, [=] {
-    CUresult result = check_device(peer);
     CUcontext context = nullptr;
-    if (result == CUDA_SUCCESS) result = runtime::primary_context(peer, &context);
+    const CUresult result = find_peer(peer, &context);
     return result == CUDA_SUCCESS ? cuCtxDisablePeerAccess(context) : result;
   });
 }

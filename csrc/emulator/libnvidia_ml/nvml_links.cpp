@@ -2,16 +2,23 @@
 // exist, because torch and NCCL look all of theirs up at once and disable NVML where one is
 // missing.
 #include <cstring>
+#include <utility>
 
 #include "emulator/libnvidia_ml/nvml_types.hpp"
 
 namespace {
 
+constexpr unsigned int kPeerOk = 0;            // NVML_P2P_STATUS_OK
 constexpr unsigned int kPeerNotSupported = 5;  // NVML_P2P_STATUS_NOT_SUPPORTED
+
+// What two devices may be able to do with each other (nvmlGpuP2PCapsIndex_t).
+enum PeerCapability { kRead, kWrite, kNvLink, kAtomics, kPci, kCapabilities };
 
 }  // namespace
 
 extern "C" {
+
+nvmlReturn_t nvmlDeviceGetIndex(nvmlDevice_t handle, unsigned int* index);  // nvml.cpp
 
 // Success with a state of "not supported": torch 2.14 takes an error for a broken driver and goes
 // on to use what was never filled in.
@@ -25,12 +32,19 @@ nvmlReturn_t nvmlDeviceGetGpuFabricInfoV(nvmlDevice_t handle, nvmlGpuFabricInfo_
   return NVML_SUCCESS;
 }
 
-nvmlReturn_t nvmlDeviceGetP2PStatus(nvmlDevice_t first, nvmlDevice_t second, int,
+nvmlReturn_t nvmlDeviceGetP2PStatus(nvmlDevice_t first, nvmlDevice_t second, int capability,
                                     unsigned int* status) {
-  if (first == nullptr || second == nullptr || status == nullptr) {
+  unsigned int indices[2] = {};
+  for (const auto& [handle, index] : {std::pair(first, &indices[0]), {second, &indices[1]}}) {
+    const nvmlReturn_t result = nvmlDeviceGetIndex(handle, index);
+    if (result != NVML_SUCCESS) return result;
+  }
+  if (status == nullptr || capability < 0 || capability >= kCapabilities ||
+      indices[0] == indices[1]) {
     return NVML_ERROR_INVALID_ARGUMENT;
   }
-  *status = kPeerNotSupported;
+  const bool can = capability == kRead || capability == kWrite || capability == kPci;
+  *status = can ? kPeerOk : kPeerNotSupported;
   return NVML_SUCCESS;
 }
 

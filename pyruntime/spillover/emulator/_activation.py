@@ -22,7 +22,14 @@ from typing import Any, NoReturn
 
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
-from spillover.emulator import _dry, _libraries, _library_operators, _stacks, _threads
+from spillover.emulator import (
+    _collectives,
+    _dry,
+    _libraries,
+    _library_operators,
+    _stacks,
+    _threads,
+)
 from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 
 _lock = threading.Lock()
@@ -215,6 +222,7 @@ def _after_torch_import() -> None:
     library = str(_build.build("emulator"))
     torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     _library_operators.watch(torch, library)
+    _collectives.replace(torch)
     _refuse_jiterator(torch._C)
     if _active is not None and _active.dry:
         _dry.watch(torch, library)

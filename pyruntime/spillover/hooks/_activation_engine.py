@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from spillover._core import DiskStore, HostPool
 from spillover._errors import HostOutOfMemory
 from spillover.hooks._activation_order import BackwardOrder
+from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._saved_storage import (
     ByteRange,
     HostBlock,
@@ -314,8 +315,7 @@ class ActivationEngine:
         task = torch._C._current_graph_task_id()
         if task != _NO_GRAPH_TASK and task not in self._graph_tasks:
             self._graph_tasks.append(task)
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(self._backward_ends)
+            queue_backward_end(self._backward_ends)
 
     def _backward_ends(self) -> None:
         """Runs before ``backward()`` returns, with the caller's streams."""

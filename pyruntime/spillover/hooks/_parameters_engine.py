@@ -41,6 +41,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from spillover._errors import StateError
+from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._parameters_block import StreamedBlock, StreamedWeight
 from spillover.hooks._parameters_copies import DeviceCopies
 from spillover.hooks._parameters_gradients import GradientQueue
@@ -256,7 +257,7 @@ class WeightStreamer:
             self._graph_tasks.append(task)
             ends = functools.partial(self._backward_ends, task)
             self._backwards.add(ends)
-            torch.autograd.Variable._execution_engine.queue_callback(ends)
+            queue_backward_end(ends)
 
     def _backward_ends(self, task: int) -> None:
         """Deliver all gradients; runs before ``backward()`` returns to its caller."""
