@@ -66,8 +66,10 @@ void perform(Machine& machine, const Fill& fill) {
   if (machine.config.dry) return perform_phantom(machine, fill);
   fill_bytes(machine, fill);
 }
-void perform(Machine&, const Kernel& kernel) {
+
+void perform(Machine& machine, const Kernel& kernel) {
   const CallbackScope scope;
+  if (machine.config.dry) return perform_phantom(machine, kernel);
   kernel.body(kernel.argument);
 }
 

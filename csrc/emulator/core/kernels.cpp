@@ -87,4 +87,8 @@ void KernelLaunch::run(void* launch) {
   self->body_(parameters.data(), &self->shape_, self->user_);
 }
 
+void KernelLaunch::drop(void* launch) {
+  delete static_cast<KernelLaunch*>(launch);
+}
+
 }  // namespace spillover::emulator

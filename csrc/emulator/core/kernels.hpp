@@ -55,6 +55,9 @@ class KernelLaunch {
   // For Operation's Kernel: runs the launch and deletes it.
   static void run(void* launch);
 
+  // Deletes a launch that does not run.
+  static void drop(void* launch);
+
  private:
   spillover_emulator_kernel_body body_;
   void* user_;

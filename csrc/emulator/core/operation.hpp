@@ -65,6 +65,9 @@ struct Kernel {
     bool is_write = false;
   };
   std::vector<Range> ranges{};
+
+  // Frees the argument of a kernel that does not run; nullptr where every one does.
+  void (*drop)(void*) = nullptr;
 };
 
 // A callback into the program: may block, may take locks of the program's own.

@@ -31,6 +31,22 @@ void perform_phantom(Machine& machine, const Fill& fill) {
   }
 }
 
+void perform_phantom(Machine& machine, const Kernel& kernel) {
+  bool is_real = true;
+  for (const Kernel::Range& range : kernel.ranges) {
+    is_real = is_real && range.size_bytes <= KnownBytes::kRunBytesMax &&
+              (range.is_write || machine.known.is_known(range.address, range.size_bytes));
+  }
+  if (is_real || kernel.drop == nullptr) {
+    kernel.body(kernel.argument);
+  } else {
+    kernel.drop(kernel.argument);
+  }
+  for (const Kernel::Range& range : kernel.ranges) {
+    if (range.is_write) machine.known.set(range.address, range.size_bytes, is_real);
+  }
+}
+
 bool takes_phantom_source(const Machine& machine, const Copy& copy) {
   if (copy.width_bytes * copy.height > KnownBytes::kRunBytesMax) return false;
   for (std::size_t row = 0; row < copy.height; ++row) {

@@ -92,7 +92,8 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
     const emulator::Ticket ticket = machine.streams.prepare(stream);
-    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), {}};
+    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), {}, nullptr};
+    queued.drop = emulator::KernelLaunch::drop;
     bool found = false;
     for (const spillover_emulator_range& range : accesses) {
       const auto address = reinterpret_cast<Address>(range.pointer);
