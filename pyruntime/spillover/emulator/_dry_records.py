@@ -7,6 +7,7 @@ emulated device's ATen part keeps the blocks (``dry_recorder.hpp``, which has th
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import threading
 import weakref
@@ -94,10 +95,23 @@ class Records:
         optimizers = importlib.import_module("torch.optim.optimizer")
         optimizers.register_optimizer_step_pre_hook(self._before_step)
         optimizers.register_optimizer_step_post_hook(self._after_step)
+        self._watch_moves(torch.nn.Module)
         torch.cuda._lazy_call(self._start)
         torch.cuda._lazy_call(
             lambda: torch._C._cuda_attach_out_of_memory_observer(self._on_out_of_memory)
         )
+
+    def _watch_moves(self, module_class: Any) -> None:
+        """``Module.cuda()`` and its like give parameters new memory and call no hook."""
+        original = module_class._apply
+
+        @functools.wraps(original)
+        def apply(module: Any, *arguments: Any, **options: Any) -> Any:
+            result = original(module, *arguments, **options)
+            self._tag_module(module)
+            return result
+
+        module_class._apply = apply
 
     @property
     def step(self) -> int:
@@ -109,10 +123,7 @@ class Records:
         with self._lock:
             modules, optimizers = list(self._modules), list(self._optimizers)
         for module in modules:
-            for parameter in module._parameters.values():
-                self._tag_parameter(parameter)
-            for buffer in module._buffers.values():
-                self._tag(buffer, _BUFFERS)
+            self._tag_module(module)
         for optimizer in optimizers:
             self._tag_optimizer(optimizer)
 
@@ -147,11 +158,12 @@ class Records:
     def _on_registration(self, module: Any, name: str, value: Any) -> None:
         with self._lock:
             self._modules.add(module)
+        self._tag(value, _PARAMETERS if name in module._parameters else _BUFFERS)
 
     def _before_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
         with self._lock:
             self._optimizers.add(optimizer)
-        self._tag_optimizer(optimizer)
+        self.tag()
         self._library.spillover_emulator_recorder_phase(_OPTIMIZER_PHASE, self._step)
 
     def _after_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
@@ -168,6 +180,12 @@ class Records:
         )
         # While the program unwinds its tensors are freed, and nobody could say what they were.
         self.tag()
+
+    def _tag_module(self, module: Any) -> None:
+        for parameter in module._parameters.values():
+            self._tag_parameter(parameter)
+        for buffer in module._buffers.values():
+            self._tag(buffer, _BUFFERS)
 
     def _tag_optimizer(self, optimizer: Any) -> None:
         for group in optimizer.param_groups:
