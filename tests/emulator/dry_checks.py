@@ -331,6 +331,61 @@ def what_is_known_follows_a_model_of_bytes() -> None:
 
 
 @check()
+def kernels_run_only_on_what_is_known_and_small() -> None:
+    import ctypes
+
+    import torch
+
+    from spillover.emulator import _libraries
+
+    driver = _libraries.driver()
+    runs = []
+    body_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    accesses_type = ctypes.CFUNCTYPE(
+        ctypes.c_size_t,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.POINTER(_libraries.Range),
+        ctypes.c_size_t,
+    )
+    touched: list[tuple[int, int, int]] = []
+
+    def accesses(parameters: int, shape: int, user: int, ranges: Any, capacity: int) -> int:
+        for index, (pointer, size_bytes, is_write) in enumerate(touched):
+            ranges[index] = _libraries.Range(pointer, size_bytes, is_write)
+        return len(touched)
+
+    body = body_type(lambda parameters, shape, user: runs.append(1))
+    declared = accesses_type(accesses)
+    assert driver.spillover_emulator_register_kernel(b"dry_copy", body, None, None, 0) == 0
+    assert driver.spillover_emulator_declare_accesses(b"dry_copy", declared, None) == 0
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    assert driver.cuModuleLoadData(ctypes.byref(module), b"image") == 0
+    assert driver.cuModuleGetFunction(ctypes.byref(function), module, b"dry_copy") == 0
+
+    def launch(source: torch.Tensor, target: torch.Tensor) -> tuple[int, bool]:
+        runs.clear()
+        touched[:] = [
+            (source.data_ptr(), source.nbytes, 0),
+            (target.data_ptr(), target.nbytes, 1),
+        ]
+        status = driver.cuLaunchKernel(
+            function, 1, 1, 1, 1, 1, 1, 0, ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        )
+        assert status == 0
+        torch.cuda.synchronize()
+        known = driver.spillover_emulator_is_known(target.data_ptr(), target.nbytes)
+        return len(runs), bool(known)
+
+    known, small = torch.ones(16, device="cuda"), torch.empty(16, device="cuda")
+    large = torch.randn(LARGE, device="cuda")
+    assert launch(known, small) == (1, True)
+    assert launch(large[:16], small) == (0, False)
+    assert launch(known, large) == (0, False)
+
+
+@check()
 def the_report_divides_the_peak() -> None:
     import torch
 

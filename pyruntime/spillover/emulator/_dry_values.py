@@ -63,12 +63,16 @@ def is_unknown(tensor: Any) -> bool:
         return False
     if tensor.numel() == 0:
         return False
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return False  # a fake tensor, or another subclass without memory of its own
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     strides = zip(tensor.shape, tensor.stride(), strict=True)
     elements = 1 + sum((size - 1) * stride for size, stride in strides)
     size_bytes = elements * tensor.element_size()
-    return not _libraries.driver().spillover_emulator_is_known(tensor.data_ptr(), size_bytes)
+    return not _libraries.driver().spillover_emulator_is_known(address, size_bytes)
 
 
 def watch(torch: Any) -> None:
