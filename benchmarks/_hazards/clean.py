@@ -277,6 +277,38 @@ def embedding_and_convolution() -> None:
     (loss + table(labels).sum()).backward()
 
 
+def graphs() -> None:
+    """A training step in a graph, with side streams, replayed on fresh data."""
+    torch = _torch()
+    model, x, side = _model(), _batch(), torch.cuda.Stream()
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
+
+    def step() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            offset = x.mean() * 0
+        loss = _loss(model, x)
+        torch.cuda.current_stream().wait_stream(side)
+        (loss + offset).backward()
+        optimizer.step()
+        return loss.detach()
+
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _ in range(3):
+        x.copy_(torch.randn(4, 16, WIDTH).pin_memory(), non_blocking=True)
+        graph.replay()
+        loss.item()
+
+
 def our_offload() -> None:
     """Streamed weights, activations on the host, and AdamW with its state there."""
     import spillover
@@ -373,11 +405,12 @@ _SINGLE: tuple[Callable[[], Any], ...] = (
     annotated_flag,
     indexing_and_reductions,
     embedding_and_convolution,
+    graphs,
 )
 
 GROUPS: dict[str, tuple[Callable[[], Any], ...]] = {
     "native": _SINGLE,
-    "expandable": (training, streams_and_events, threads_with_queues, checkpointing),
+    "expandable": (training, streams_and_events, threads_with_queues, checkpointing, graphs),
     "pool": (training, streams_and_events, threads_with_queues, autograd_on_several_threads),
     "offload": (our_offload, our_offload_to_disk),
     "distributed": (data_parallel_over_gloo, fully_sharded_over_gloo),

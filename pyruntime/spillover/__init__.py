@@ -26,7 +26,7 @@ from spillover._errors import (
 )
 
 if TYPE_CHECKING:
-    from spillover import allocator, emulator, optim
+    from spillover import allocator, emulator, optim, planner
     from spillover._errors import DeviceOutOfMemory
     from spillover.hooks import offload_activations, stream_parameters
 
@@ -48,10 +48,11 @@ __all__ = [
     "emulator",
     "offload_activations",
     "optim",
+    "planner",
     "stream_parameters",
 ]
 
-_LAZY_MODULES = {"allocator", "emulator", "optim"}
+_LAZY_MODULES = {"allocator", "emulator", "optim", "planner"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "offload_activations": "spillover.hooks",

@@ -140,6 +140,21 @@ def results_whose_size_is_data_are_refused_by_name() -> None:
 
 
 @check()
+def graphs_are_refused() -> None:
+    import torch
+
+    value = torch.randn(LARGE, device="cuda")
+    torch.cuda.synchronize()
+
+    def capture() -> None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            value.add_(1)
+
+    assert "aten::add_" in message(NotImplementedError, capture)
+    assert value.add(1).shape == value.shape
+
+
+@check()
 def shapes_are_checked_as_ever() -> None:
     import torch
 

@@ -164,7 +164,13 @@ def entry_points() -> None:
     older = look_up(cuda, "cuStreamGetCaptureInfo", 12000)
     assert older[1] == address_of(cuda, "cuStreamGetCaptureInfo_v2")
     assert look_up(cuda, "cuStreamGetCaptureInfo", 9000) == (NOT_FOUND, 0, 2)
-    for name in ("cuGraphLaunch", "cuMulticastCreate", "cuNoSuchFunction", "", "cuMemAlloc_"):
+    for name in (
+        "cuGraphAddMemAllocNode",
+        "cuMulticastCreate",
+        "cuNoSuchFunction",
+        "",
+        "cuMemAlloc_",
+    ):
         assert look_up(cuda, name) == (NOT_FOUND, 0, 1), name
     # The per-thread variants differ in what the null stream means.
     pointer = cuda.alloc(100)

@@ -127,7 +127,7 @@ def test_timing_decides_whether_the_work_is_done() -> None:
 
 def test_probability_is_decided_by_seed_and_call() -> None:
     def struck(seed: int) -> list[str]:
-        plan = Fault("cuEventRecord", probability=0.3, times=None)
+        plan = Fault("cuEventRecordWithFlags", probability=0.3, times=None)
         event = torch.cuda.Event()
         with faults(plan, seed=seed) as injected:
             for _ in range(40):

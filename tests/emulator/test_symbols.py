@@ -178,7 +178,7 @@ def test_every_nvml_function_of_torch_is_exported() -> None:
 def test_a_stub_says_what_it_is(capfd: pytest.CaptureFixture[str]) -> None:
     runtime = ctypes.CDLL(str(EMULATED / "libcudart.so.13"))
     for _ in range(2):
-        assert runtime.cudaGraphDebugDotPrint(None, None, 0) == 801
+        assert runtime.cudaGraphAddMemFreeNode(None, None, None, 0, None) == 801
         assert runtime.cudaGetLastError() == 801
-    message = "spillover emulator: cudaGraphDebugDotPrint is not emulated: "
+    message = "spillover emulator: cudaGraphAddMemFreeNode is not emulated: "
     assert capfd.readouterr().err.count(message) == 1

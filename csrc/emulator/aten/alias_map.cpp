@@ -54,6 +54,13 @@ void* host_data_of(c10::StorageImpl* device, bool is_written) {
   return device_data == nullptr ? nullptr : spillover_emulator_host_pointer(device_data);
 }
 
+// What is to be written was put aside before (CapturedCall), so that reading is enough here.
+void* captured_data_of(const c10::StorageImpl* device, cudaStream_t stream) {
+  return device->data() == nullptr ? nullptr
+                                   : spillover_emulator_capture_pointer(
+                                         stream, device->data(), device->nbytes(), /*is_write=*/0);
+}
+
 }  // namespace
 
 AliasMap::~AliasMap() {
@@ -88,7 +95,8 @@ at::Tensor AliasMap::make_alias(const at::Tensor& tensor, bool is_written) {
   c10::StorageImpl* device = tensor.storage().unsafeGetStorageImpl();
   const size_t known = find_storage(device);
   if (known == kNotFound) {
-    void* data = host_data_of(device, is_written);
+    void* data =
+        capturing_ ? captured_data_of(device, *capturing_) : host_data_of(device, is_written);
     at::Tensor spare =
         c10::InferenceMode::is_enabled() ? at::Tensor() : SpareAliases::of_thread().take();
     if (spare.defined()) {

@@ -9,8 +9,10 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/StorageImpl.h>
 #include <c10/util/SmallVector.h>
+#include <cuda_runtime_api.h>
 
 #include <memory>
+#include <optional>
 #include <unordered_map>
 
 namespace spillover::emulator {
@@ -33,6 +35,8 @@ using Arrivals = c10::SmallVector<Arrival, 4>;
 class AliasMap {
  public:
   AliasMap() = default;
+  // On a stream that is being captured the bytes are those that the captured work would leave.
+  explicit AliasMap(cudaStream_t capturing) : capturing_(capturing) {}
   ~AliasMap();
   AliasMap(const AliasMap&) = delete;
   AliasMap& operator=(const AliasMap&) = delete;
@@ -66,6 +70,7 @@ class AliasMap {
   size_t find_storage(const c10::StorageImpl* storage) const;
   static void move_back(const AliasedStorage& storage, Arrivals& arrivals);
 
+  std::optional<cudaStream_t> capturing_;
   c10::SmallVector<AliasedStorage, 6> storages_;
   c10::SmallVector<AliasedTensor, 6> tensors_;
   // Made only for calls with long tensor lists, where a linear search would be quadratic.

@@ -144,7 +144,7 @@ AttentionGradients attention_backward(const Tensor& grad_out, const Tensor& quer
 
 PhiloxPosition dropout_position(double dropout) {
   if (dropout == 0.0) return {0, 0};
-  return take_position(default_generator(c10::cuda::current_device()));
+  return take_default_position();
 }
 
 Tensor as_rng_state(PhiloxPosition position) {

@@ -1,6 +1,7 @@
 #include "emulator/aten/copy.hpp"
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -8,9 +9,11 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/captured_call.hpp"
 #include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/operator_kernel.hpp"
+#include "emulator/aten/plan.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -22,9 +25,27 @@ bool is_plain(const at::Tensor& self, const at::Tensor& source) {
          self.is_conj() == source.is_conj() && self.is_neg() == source.is_neg();
 }
 
+void capture_copy(const at::Tensor& self, const at::Tensor& source,
+                  const c10::cuda::CUDAStream& stream) {
+  static const OperatorPlan plan(
+      c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "").schema());
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const DeviceWorkScope device_work;
+  torch::jit::Stack stack{self, source, false};
+  capture_call(
+      plan,
+      [](torch::jit::Stack* tensors) {
+        at::Tensor target = (*tensors)[0].toTensor();
+        at::native::copy_(target, (*tensors)[1].toTensor(), /*non_blocking=*/false);
+        tensors->resize(1);
+      },
+      stream, &stack);
+}
+
 void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   constexpr const char* kName = "aten::copy_";
   const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(self.device().index());
+  if (is_capturing(stream)) return capture_copy(self, source, stream);
   RangeList ranges;
   if (hazards_enabled()) {
     append_ranges(self, /*is_written=*/true, ranges);

@@ -7,7 +7,6 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones_like.h>
-#include <c10/cuda/CUDAFunctions.h>
 
 #include <tuple>
 
@@ -34,8 +33,7 @@ TensorPair native_dropout(const Tensor& input, double p, std::optional<bool> tra
   if (train.has_value() && !*train) {
     return {input.clone(), at::ones_like(input, input.options().dtype(at::kBool))};
   }
-  return dropout_with(input, 1.0 - p,
-                      generator_at(take_position(default_generator(c10::cuda::current_device()))));
+  return dropout_with(input, 1.0 - p, generator_at(take_default_position()));
 }
 
 // p is the probability of keeping an element here, and the mask holds bytes.

@@ -12,6 +12,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/captured_call.hpp"
 #include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operands.hpp"
 #include "emulator/aten/random.hpp"
@@ -305,6 +306,10 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
   const DeviceWorkScope device_work;
   if (plan_.uses_cublas) ensure_cublas_workspace(stream);
+  if (C10_UNLIKELY(is_capturing(stream))) {
+    const auto call = [this, op](torch::jit::Stack* copies) { run_on_host(op, copies); };
+    return capture_call(plan_, call, stream, stack);
+  }
 
   OperatorCall call(plan_, stream);
   call.begin(stack->data() + first);

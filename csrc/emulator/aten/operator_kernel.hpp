@@ -23,9 +23,10 @@ class EmulatedOperator final : public c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                   torch::jit::Stack* stack) const;
 
- private:
+  // On CPU tensors.
   void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) const;
 
+ private:
   OperatorPlan plan_;
   std::optional<c10::KernelFunction> kernel_;
 };

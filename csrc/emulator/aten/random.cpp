@@ -2,8 +2,12 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/cuda/CUDAGeneratorImpl.h>
+#include <c10/cuda/CUDAFunctions.h>
 
 #include <mutex>
+#include <utility>
+
+#include "emulator/core/c_api.h"
 
 namespace spillover::emulator {
 namespace {
@@ -19,7 +23,58 @@ uint64_t mix(uint64_t value) {
   return value ^ (value >> 31);
 }
 
+thread_local std::vector<CapturedPosition>* recorded = nullptr;
+thread_local const std::vector<CapturedPosition>* replayed = nullptr;
+thread_local size_t next_replayed = 0;
+
+// The numbers of a capture are never seen, so any will do.
+PhiloxPosition record_position(const at::Generator& generator) {
+  auto* const impl = at::check_generator<at::CUDAGeneratorImpl>(generator);
+  const at::PhiloxCudaState state = impl->philox_cuda_state(kOffsetStep);
+  TORCH_CHECK(state.captured_,
+              "spillover emulator: a random operator is being captured on a stream "
+              "that is not its device's current one");
+  recorded->push_back({state.seed_.ptr, state.offset_.ptr, state.offset_intragraph_});
+  return {0, state.offset_intragraph_};
+}
+
+int64_t load(const int64_t* pointer) {
+  return *static_cast<const int64_t*>(spillover_emulator_host_pointer(pointer));
+}
+
+PhiloxPosition replay_position() {
+  TORCH_CHECK(next_replayed < replayed->size(),
+              "an operator draws more random numbers than when it was captured");
+  const CapturedPosition& position = (*replayed)[next_replayed++];
+  return {static_cast<uint64_t>(load(position.seed)),
+          static_cast<uint64_t>(load(position.offset)) + position.offset_in_graph};
+}
+
 }  // namespace
+
+RecordedPositions::RecordedPositions(std::vector<CapturedPosition>* positions) {
+  recorded = positions;
+}
+RecordedPositions::~RecordedPositions() {
+  recorded = nullptr;
+}
+
+ReplayedPositions::ReplayedPositions(const std::vector<CapturedPosition>& positions)
+    : outer_(std::exchange(replayed, &positions)), outer_next_(std::exchange(next_replayed, 0)) {}
+ReplayedPositions::~ReplayedPositions() {
+  replayed = outer_;
+  next_replayed = outer_next_;
+}
+
+at::Generator replayed_generator() {
+  return generator_at(replay_position());
+}
+
+PhiloxPosition take_default_position() {
+  // A replay must not ask CUDA for the current device.
+  if (replayed != nullptr) return replay_position();
+  return take_position(default_generator(c10::cuda::current_device()));
+}
 
 at::Generator default_generator(c10::DeviceIndex device) {
   return at::cuda::detail::getDefaultCUDAGenerator(device);
@@ -27,6 +82,7 @@ at::Generator default_generator(c10::DeviceIndex device) {
 
 PhiloxPosition take_position(at::Generator generator) {
   const std::lock_guard<std::mutex> lock(generator.mutex());
+  if (recorded != nullptr) return record_position(generator);
   const PhiloxPosition position{generator.current_seed(), generator.get_offset()};
   generator.set_offset(position.offset + kOffsetStep);
   return position;

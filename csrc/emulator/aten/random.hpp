@@ -8,7 +8,9 @@
 #include <ATen/core/Generator.h>
 #include <ATen/core/ivalue.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace spillover::emulator {
 
@@ -16,6 +18,42 @@ struct PhiloxPosition {
   uint64_t seed;
   uint64_t offset;
 };
+
+// A position whose seed and offset lie in device memory, where torch puts new ones before it
+// replays a graph.
+struct CapturedPosition {
+  const int64_t* seed;
+  const int64_t* offset;
+  uint64_t offset_in_graph;
+};
+
+// While one lives, the thread's operators are captured: positions that they take are noted.
+class RecordedPositions {
+ public:
+  explicit RecordedPositions(std::vector<CapturedPosition>* positions);
+  ~RecordedPositions();
+  RecordedPositions(const RecordedPositions&) = delete;
+  RecordedPositions& operator=(const RecordedPositions&) = delete;
+};
+
+// While one lives, the thread replays an operator: it takes these positions, one after the other.
+class ReplayedPositions {
+ public:
+  explicit ReplayedPositions(const std::vector<CapturedPosition>& positions);
+  ~ReplayedPositions();
+  ReplayedPositions(const ReplayedPositions&) = delete;
+  ReplayedPositions& operator=(const ReplayedPositions&) = delete;
+
+ private:
+  const std::vector<CapturedPosition>* outer_;  // replays nest where one thread runs another's work
+  size_t outer_next_;
+};
+
+// The generator for a replayed operator's generator argument.
+at::Generator replayed_generator();
+
+// The position of the current device's default generator, which a kernel of our own asks for.
+PhiloxPosition take_default_position();
 
 // The device's default CUDA generator.
 at::Generator default_generator(c10::DeviceIndex device);

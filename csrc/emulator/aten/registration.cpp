@@ -208,6 +208,7 @@ class SilentWarnings final : public c10::WarningHandler {
 
 struct Loader {
   Loader() {
+    spillover_emulator_follow_captured_values();
     SilentWarnings silent;
     const c10::WarningUtils::WarningHandlerGuard guard(&silent);
     static auto* const registrar = new Registrar();

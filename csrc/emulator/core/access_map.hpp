@@ -25,7 +25,8 @@ struct Access {
   std::uint64_t stream_id = 0;
   std::uint64_t order = 0;  // counts all accesses, in the order of the calls
   SiteId site = 0;
-  bool is_free = false;  // of a write: it was a stream-ordered free
+  bool is_free = false;   // of a write: it was a stream-ordered free
+  bool in_graph = false;  // by a node of a graph
 };
 
 enum class AccessKind { kRead, kWrite, kFree };

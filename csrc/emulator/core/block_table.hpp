@@ -24,6 +24,7 @@ struct Block {
   SiteId begun_at = 0;
   bool ended = false;
   SiteId ended_at = 0;
+  bool in_capture = false;                   // handed out while a capture went on
   std::shared_ptr<const VectorClock> clock;  // what the thread that gave it back knew
 };
 
@@ -35,13 +36,13 @@ class BlockTable {
   // over under a lock of its own.
   template <typename Learn>
   void begin(Address address, std::size_t size_bytes, std::uint64_t order, SiteId site,
-             Learn&& learn) {
+             bool in_capture, Learn&& learn) {
     const Address end = address + size_bytes;
     for (auto position = first_overlap(address); position != blocks_.end() && position->first < end;
          ++position) {
       if (position->second.clock != nullptr) learn(*position->second.clock);
     }
-    insert(address, Block{end, order, site, false, 0, nullptr});
+    insert(address, Block{end, order, site, false, 0, in_capture, nullptr});
   }
   // Also of a block whose beginning nobody told.
   void end(Address address, std::size_t size_bytes, SiteId site,

@@ -119,7 +119,12 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
-  const CUresult result = find_stream(machine, stream, &target);
+  CUresult result = find_stream(machine, stream, &target);
+  if (result == CUDA_SUCCESS) result = machine.captures.admit_work(target);
+  // An operator that got here runs now, which captured work does not.
+  if (result == CUDA_SUCCESS && target->capture != nullptr) {
+    result = machine.captures.admit_wait(target);
+  }
   if (result != CUDA_SUCCESS) return result;
   try {
     machine.streams.perform(lock, target);
@@ -137,6 +142,57 @@ int spillover_emulator_operator_begin(void* stream, const char* name,
   }
   const emulator::Access access = machine.access_of(*target, target->enqueued, name);
   return access_all(machine, access, target->clock, ranges, range_count);
+}
+
+int spillover_emulator_is_capturing(void* stream) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  StreamRef target;
+  if (find_stream(machine, stream, &target) != CUDA_SUCCESS || target->capture == nullptr) return 0;
+  return target->capture->capture->is_valid ? 1 : 2;
+}
+
+void* spillover_emulator_capture_pointer(void* stream, const void* pointer, size_t size_bytes,
+                                         int is_write) {
+  if (!emulator::process_ready()) return nullptr;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  StreamRef target;
+  if (find_stream(machine, stream, &target) != CUDA_SUCCESS || target->capture == nullptr) {
+    return nullptr;
+  }
+  emulator::CaptureMemory& memory = target->capture->capture->memory;
+  const auto address = reinterpret_cast<Address>(pointer);
+  return is_write != 0 ? memory.write(address, size_bytes)
+                       : const_cast<std::byte*>(memory.read(address, size_bytes));
+}
+
+int spillover_emulator_capture_kernel(void* stream, const char* name,
+                                      int (*run)(void* argument, char* error, size_t capacity),
+                                      void* argument, void (*release)(void* argument),
+                                      const spillover_emulator_range* ranges, size_t range_count) {
+  emulator::KernelBody body;
+  body.run = run;
+  body.argument = argument;
+  body.release = release;
+  for (size_t i = 0; i < range_count; ++i) {
+    body.accesses.push_back({reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes,
+                             ranges[i].is_write != 0});
+  }
+  if (!emulator::process_ready()) return CUDA_ERROR_NOT_INITIALIZED;
+  const int injected = observe_launch();
+  if (injected != CUDA_SUCCESS) return injected;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  StreamRef target;
+  CUresult result = find_stream(machine, stream, &target);
+  if (result == CUDA_SUCCESS) result = machine.captures.admit_work(target);
+  if (result != CUDA_SUCCESS) return result;
+  if (target->capture == nullptr) return CUDA_ERROR_ILLEGAL_STATE;
+  machine.captures.add(target, machine.hazards.intern(name),
+                       std::make_shared<const emulator::KernelBody>(std::move(body)));
+  return CUDA_SUCCESS;
 }
 
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,
@@ -230,7 +286,7 @@ void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
   const Lock lock(machine->mutex);
   machine->hazards.blocks().begin(
       reinterpret_cast<Address>(pointer), size_bytes, machine->hazards.next_order(),
-      emulator::current_site(),
+      emulator::current_site(), machine->captures.any(),
       [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
 }
 
@@ -277,8 +333,15 @@ int spillover_emulator_launch(void* stream, const char* name, void (*body)(void*
   Lock lock(machine.mutex);
   machine.scheduler.perturb(lock);
   StreamRef target;
-  const CUresult result = find_stream(machine, stream, &target);
+  CUresult result = find_stream(machine, stream, &target);
+  if (result == CUDA_SUCCESS) result = machine.captures.admit_work(target);
   if (result != CUDA_SUCCESS) return result;
+  if (target->capture != nullptr) {
+    emulator::KernelBody kernel = emulator::repeated(body, argument);
+    machine.captures.add(target, machine.hazards.intern(name == nullptr ? "kernel" : name),
+                         std::make_shared<const emulator::KernelBody>(std::move(kernel)));
+    return CUDA_SUCCESS;
+  }
   machine.streams.prepare(target);
   emulator::Operation operation;
   operation.body = emulator::Kernel{body, argument};

@@ -39,6 +39,29 @@ void* spillover_emulator_host_pointer(const void* pointer);
 int spillover_emulator_operator_begin(void* stream, const char* name,
                                       const spillover_emulator_range* ranges, size_t range_count);
 
+/* How many stream captures are going on. */
+extern int spillover_emulator_captures;
+
+/* From here on copies that are captured are carried out in the capture's memory, for operators. */
+void spillover_emulator_follow_captured_values(void);
+
+/* 1 while work on the stream is captured and not run, 2 when that capture is invalid, else 0. */
+int spillover_emulator_is_capturing(void* stream);
+
+/* Where an operator that is being captured finds a device pointer's bytes: what they would be if
+ * the captured work had run. Bytes to be written are a copy. Valid until the capture ends; NULL
+ * where the stream is in none. */
+void* spillover_emulator_capture_pointer(void* stream, const void* pointer, size_t size_bytes,
+                                         int is_write);
+
+/* Makes a node of the capture that the stream is in. run is called once a launch, on any thread,
+ * and must not call CUDA; it returns a CUresult, and a sentence where it failed. release is called
+ * when no graph holds the node any more, whatever this function returns. */
+int spillover_emulator_capture_kernel(void* stream, const char* name,
+                                      int (*run)(void* argument, char* error, size_t capacity),
+                                      void* argument, void (*release)(void* argument),
+                                      const spillover_emulator_range* ranges, size_t range_count);
+
 /* Tells the checker what the host itself (a CPU operator, a disk engine) touches of pinned memory.
  * Returns 0 or SPILLOVER_EMULATOR_HAZARD. */
 int spillover_emulator_host_access(const char* name, const spillover_emulator_range* ranges,

@@ -62,6 +62,14 @@ Event* Events::find(CUevent handle) {
 
 CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   if (event->context->device != stream->device) return CUDA_ERROR_INVALID_HANDLE;
+  mark(event, stream);
+  machine_->scheduler.settle(lock, stream, 0);
+  return CUDA_SUCCESS;
+}
+
+void Events::mark(Event* event, const StreamRef& stream) {
+  event->capture.reset();
+  event->capture_nodes.clear();
   machine_->streams.order_with_default(stream);
   event->stream = stream;
   event->query_count = 0;
@@ -73,14 +81,14 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
     Operation operation;
     operation.body = PublishRecord{event->mark, event->record_number};
     operation.name = "event record";
-    machine_->streams.submit(lock, stream, std::move(operation));
-    return CUDA_SUCCESS;
+    machine_->scheduler.append(stream, std::move(operation));
+    return;
   }
   if (!event->has_timing()) {
     // Nothing has to happen at the event's turn, so the mark is the last operation's end.
     event->ticket = stream->enqueued;
     event->clock = stream->clock;
-    return CUDA_SUCCESS;
+    return;
   }
   event->ticket = machine_->streams.prepare(stream);
   event->clock = stream->clock;
@@ -88,8 +96,7 @@ CUresult Events::record(Lock& lock, Event* event, const StreamRef& stream) {
   Operation operation;
   operation.body = RecordTime{event->time};
   operation.name = "event record";
-  machine_->streams.submit(lock, stream, std::move(operation));
-  return CUDA_SUCCESS;
+  machine_->streams.append(stream, std::move(operation));
 }
 
 // Nothing here is notified of what another process does.
@@ -130,13 +137,13 @@ CUresult Events::query(Lock& lock, CUevent handle) {
   return CUDA_SUCCESS;
 }
 
-void Events::make_wait(Lock& lock, const StreamRef& stream, const Event& event) {
+void Events::make_wait(const StreamRef& stream, const Event& event) {
   if (event.is_recorded_elsewhere()) {
     machine_->streams.prepare(stream);
     Operation wait;
     wait.body = WaitValue{.value = event.mark->records(), .mark = event.mark};
     wait.name = "wait for another process's event";
-    machine_->streams.submit(lock, stream, std::move(wait));
+    machine_->scheduler.append(stream, std::move(wait));
     return;
   }
   if (event.stream == nullptr) return;

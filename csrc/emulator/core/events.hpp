@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "emulator/core/context.hpp"
 #include "emulator/core/handle_table.hpp"
@@ -21,6 +22,8 @@
 namespace spillover::emulator {
 
 class Machine;
+struct Capture;
+struct GraphNode;
 
 struct Event {
   Context* context = nullptr;
@@ -31,6 +34,9 @@ struct Event {
   bool all_know = false;            // every host thread has this record's clock
   std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
   int query_count = 0;
+  // Where it was last recorded on a stream that was being captured: after which nodes.
+  std::shared_ptr<Capture> capture;
+  std::vector<GraphNode*> capture_nodes;
 
   // Of an interprocess event, and the number of the record that the fields above describe. Where
   // the mark counts more records, another process made the last one.
@@ -61,12 +67,15 @@ class Events {
 
   CUresult record(Lock& lock, Event* event, const StreamRef& stream);
 
+  // The same for an event of the stream's device, without running anything.
+  void mark(Event* event, const StreamRef& stream);
+
   // The event may be destroyed or recorded again while this waits; it waits for the record of the
   // call.
   void synchronize(Lock& lock, Event* event);
 
   CUresult query(Lock& lock, CUevent handle);
-  void make_wait(Lock& lock, const StreamRef& stream, const Event& event);
+  void make_wait(const StreamRef& stream, const Event& event);
   static CUresult elapsed(const Event& start, const Event& end, float* milliseconds);
 
   std::size_t live_count() const { return table_.size(); }

@@ -64,13 +64,32 @@ void fill_row(std::byte* row, std::size_t count, std::uint32_t value) {
 void perform(Machine& machine, const Fill& fill) {
   delay();
   if (machine.config.dry) return perform_phantom(machine, fill);
-  fill_bytes(machine, fill);
+  std::byte* row = bytes_at(machine, fill.destination);
+  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) fill_bytes(row, fill);
 }
 
 void perform(Machine& machine, const Kernel& kernel) {
   const CallbackScope scope;
   if (machine.config.dry) return perform_phantom(machine, kernel);
   kernel.body(kernel.argument);
+}
+
+// A kernel that failed leaves the device unusable, as an assertion in a GPU's kernel does.
+void perform_shared(Machine& machine, const Stream& stream, Operation& operation) {
+  // Without the mutex: what it holds may be the last of a graph.
+  const std::shared_ptr<const KernelBody> kernel =
+      std::move(std::get<SharedKernel>(operation.body).body);
+  const KernelBody& body = *kernel;
+  char error[1024] = "";
+  int result = CUDA_SUCCESS;
+  {
+    const CallbackScope scope;
+    result = body.run(body.argument, error, sizeof error);
+  }
+  if (result == CUDA_SUCCESS) return;
+  report("%s failed: %s", operation.name, error);
+  const Lock lock(machine.mutex);
+  machine.sticky_error(stream.device) = static_cast<CUresult>(result);
 }
 
 void perform(Machine&, const HostFunction& function) {
@@ -101,16 +120,13 @@ void store(const Machine& machine, const WriteValue& write) {
 
 }  // namespace
 
-void fill_bytes(const Machine& machine, const Fill& fill) {
-  std::byte* row = bytes_at(machine, fill.destination);
-  for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) {
-    if (fill.element_bytes == 1) {
-      std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
-    } else if (fill.element_bytes == 2) {
-      fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
-    } else {
-      fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
-    }
+void fill_bytes(std::byte* row, const Fill& fill) {
+  if (fill.element_bytes == 1) {
+    std::memset(row, static_cast<int>(fill.value & 0xFF), fill.width_elements);
+  } else if (fill.element_bytes == 2) {
+    fill_row<std::uint16_t>(row, fill.width_elements, fill.value);
+  } else {
+    fill_row<std::uint32_t>(row, fill.width_elements, fill.value);
   }
 }
 
@@ -151,15 +167,24 @@ bool begin_operation(Machine& machine, const Stream& stream, Operation& operatio
     machine.streams.all_learn(function->clock);
     return true;
   }
+  const auto can_run = [&](const std::vector<KernelAccess>& accesses) {
+    return std::all_of(accesses.begin(), accesses.end(), [&](const KernelAccess& access) {
+      return check(access.address, access.size_bytes, access.is_write);
+    });
+  };
+  if (const auto* kernel = std::get_if<SharedKernel>(&operation.body)) {
+    return can_run(kernel->body->accesses);
+  }
   const auto* kernel = std::get_if<Kernel>(&operation.body);
   // Its argument is lost with a kernel that cannot run, once, since the device is lost too.
-  return kernel != nullptr &&
-         std::all_of(kernel->ranges.begin(), kernel->ranges.end(), [&](const Kernel::Range& range) {
-           return check(range.address, range.size_bytes, range.is_write);
-         });
+  return kernel != nullptr && can_run(kernel->accesses);
 }
 
-void perform_operation(Machine& machine, Operation& operation) {
+void perform_operation(Machine& machine, const Stream& stream, Operation& operation) {
+  if (std::holds_alternative<SharedKernel>(operation.body)) {
+    perform_shared(machine, stream, operation);
+    return;
+  }
   std::visit([&](auto& body) { perform(machine, body); }, operation.body);
 }
 

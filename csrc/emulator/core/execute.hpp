@@ -13,11 +13,11 @@ class Machine;
 // runs]) and performs it if it is short. True when perform_operation has to follow.
 bool begin_operation(Machine& machine, const Stream& stream, Operation& operation);
 
-// Without the mutex: moves bytes or calls the program's code.
-void perform_operation(Machine& machine, Operation& operation);
+// One row of a memset.
+void fill_bytes(std::byte* row, const Fill& fill);
 
-// Writes a memset's bytes.
-void fill_bytes(const Machine& machine, const Fill& fill);
+// Without the mutex: moves bytes or calls the program's code.
+void perform_operation(Machine& machine, const Stream& stream, Operation& operation);
 
 // Whether memory has the value that the operation waits for. Memory that is gone satisfies it; the
 // error is reported when the operation runs.

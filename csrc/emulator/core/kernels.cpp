@@ -82,9 +82,38 @@ KernelLaunch::KernelLaunch(const RegisteredKernel& kernel,
 
 void KernelLaunch::run(void* launch) {
   const std::unique_ptr<KernelLaunch> self(static_cast<KernelLaunch*>(launch));
+  self->call();
+}
+
+void KernelLaunch::call() {
   std::vector<void*> parameters;
-  for (auto& value : self->values_) parameters.push_back(value.data());
-  self->body_(parameters.data(), &self->shape_, self->user_);
+  for (auto& value : values_) parameters.push_back(value.data());
+  body_(parameters.data(), &shape_, user_);
+}
+
+KernelBody KernelLaunch::shared(std::unique_ptr<KernelLaunch> launch) {
+  KernelBody body;
+  body.run = [](void* argument, char*, std::size_t) {
+    // A body may write to its arguments, as a kernel to its parameters: each launch has new ones.
+    KernelLaunch(*static_cast<const KernelLaunch*>(argument)).call();
+    return static_cast<int>(CUDA_SUCCESS);
+  };
+  body.argument = launch.release();
+  body.release = [](void* argument) { delete static_cast<KernelLaunch*>(argument); };
+  return body;
+}
+
+KernelBody repeated(void (*function)(void*), void* argument) {
+  using Call = std::pair<void (*)(void*), void*>;
+  KernelBody body;
+  body.run = [](void* call, char*, std::size_t) {
+    const auto& [called, with] = *static_cast<const Call*>(call);
+    called(with);
+    return static_cast<int>(CUDA_SUCCESS);
+  };
+  body.argument = new Call(function, argument);
+  body.release = [](void* call) { delete static_cast<Call*>(call); };
+  return body;
 }
 
 void KernelLaunch::drop(void* launch) {

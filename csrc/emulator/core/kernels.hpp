@@ -6,10 +6,12 @@
 
 #include <cstddef>
 #include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "emulator/core/kernel_api.h"
+#include "emulator/core/operation.hpp"
 
 namespace spillover::emulator {
 
@@ -46,6 +48,9 @@ class Kernels {
   std::map<std::string, bool> reported_;
 };
 
+// body(argument), as often as a graph is launched.
+KernelBody repeated(void (*body)(void*), void* argument);
+
 // A launch with its own copy of the arguments.
 class KernelLaunch {
  public:
@@ -58,7 +63,12 @@ class KernelLaunch {
   // Deletes a launch that does not run.
   static void drop(void* launch);
 
+  // The same for a node of a graph, which runs it more than once.
+  static KernelBody shared(std::unique_ptr<KernelLaunch> launch);
+
  private:
+  void call();
+
   spillover_emulator_kernel_body body_;
   void* user_;
   spillover_emulator_launch_shape shape_;

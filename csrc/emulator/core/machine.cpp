@@ -50,6 +50,7 @@ Machine::Machine(const Config& machine_config)
       scheduler(this, config),
       streams(this, config.device_count),
       events(this),
+      captures(this),
       pools(kPoolTag, HandleReuse::kNever),
       modules(kModuleTag, HandleReuse::kNever) {
   for (int ordinal = 0; ordinal < config.device_count; ++ordinal) {

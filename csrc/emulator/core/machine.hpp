@@ -14,10 +14,12 @@
 #include <vector>
 
 #include "emulator/core/address_space.hpp"
+#include "emulator/core/capture.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/device_memory.hpp"
 #include "emulator/core/events.hpp"
+#include "emulator/core/graph.hpp"
 #include "emulator/core/handle_table.hpp"
 #include "emulator/core/hazard_checker.hpp"
 #include "emulator/core/host_memory.hpp"
@@ -138,6 +140,8 @@ class Machine {
   Scheduler scheduler;
   Streams streams;
   Events events;
+  Graphs graphs;
+  Captures captures;
   Kernels kernels;
   HandleTable<std::unique_ptr<Pool>> pools;
   HandleTable<Module> modules;

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -53,21 +54,46 @@ struct Fill {
   std::size_t destination_bytes() const { return pitch * (height - 1) + width_bytes(); }
 };
 
+// Bytes that a kernel touches, where that was declared; looked up again before it runs.
+struct KernelAccess {
+  Address address = 0;
+  std::size_t size_bytes = 0;
+  bool is_write = false;
+};
+
 // Runs on the stream as a kernel would. body takes ownership of what argument points to.
 struct Kernel {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
-
-  // What it touches, where that was declared; looked up again before it runs.
-  struct Range {
-    Address address = 0;
-    std::size_t size_bytes = 0;
-    bool is_write = false;
-  };
-  std::vector<Range> ranges{};
+  std::vector<KernelAccess> accesses{};
 
   // Frees the argument of a kernel that does not run; nullptr where every one does.
   void (*drop)(void*) = nullptr;
+};
+
+// A kernel that runs as often as graphs that hold it are launched. run returns a CUresult, and says
+// in `error` what went wrong.
+struct KernelBody {
+  int (*run)(void* argument, char* error, std::size_t capacity) = nullptr;
+  void* argument = nullptr;
+  void (*release)(void* argument) = nullptr;
+  std::vector<KernelAccess> accesses{};
+
+  KernelBody() = default;
+  KernelBody(KernelBody&& other) noexcept
+      : run(other.run),
+        argument(other.argument),
+        release(std::exchange(other.release, nullptr)),
+        accesses(std::move(other.accesses)) {}
+  KernelBody(const KernelBody&) = delete;
+  KernelBody& operator=(const KernelBody&) = delete;
+  ~KernelBody() {
+    if (release != nullptr) release(argument);
+  }
+};
+
+struct SharedKernel {
+  std::shared_ptr<const KernelBody> body;
 };
 
 // A callback into the program: may block, may take locks of the program's own.
@@ -121,8 +147,8 @@ struct Hold {
 };
 
 struct Operation {
-  std::variant<Copy, Fill, Kernel, HostFunction, WaitForTicket, RecordTime, WriteValue, WaitValue,
-               FreeMemory, Hold, PublishRecord>
+  std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime,
+               WriteValue, WaitValue, FreeMemory, Hold, PublishRecord>
       body;
   const char* name = "";
 

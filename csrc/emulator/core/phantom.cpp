@@ -25,15 +25,18 @@ void perform_phantom(Machine& machine, const Copy& copy) {
 
 void perform_phantom(Machine& machine, const Fill& fill) {
   const bool is_small = fill.width_bytes() * fill.height <= KnownBytes::kRunBytesMax;
-  if (is_small) fill_bytes(machine, fill);
   for (std::size_t row = 0; row < fill.height; ++row) {
-    machine.known.set(fill.destination + row * fill.pitch, fill.width_bytes(), is_small);
+    const Address target = fill.destination + row * fill.pitch;
+    if (is_small) {
+      fill_bytes(reinterpret_cast<std::byte*>(machine.addresses.to_host(target)), fill);
+    }
+    machine.known.set(target, fill.width_bytes(), is_small);
   }
 }
 
 void perform_phantom(Machine& machine, const Kernel& kernel) {
   bool is_real = true;
-  for (const Kernel::Range& range : kernel.ranges) {
+  for (const KernelAccess& range : kernel.accesses) {
     is_real = is_real && range.size_bytes <= KnownBytes::kRunBytesMax &&
               (range.is_write || machine.known.is_known(range.address, range.size_bytes));
   }
@@ -42,7 +45,7 @@ void perform_phantom(Machine& machine, const Kernel& kernel) {
   } else {
     kernel.drop(kernel.argument);
   }
-  for (const Kernel::Range& range : kernel.ranges) {
+  for (const KernelAccess& range : kernel.accesses) {
     if (range.is_write) machine.known.set(range.address, range.size_bytes, is_real);
   }
 }

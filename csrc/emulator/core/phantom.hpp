@@ -13,8 +13,8 @@ class Machine;
 void perform_phantom(Machine& machine, const Copy& copy);
 void perform_phantom(Machine& machine, const Fill& fill);
 
-// A kernel that says what it touches runs where it reads what is known, and touches little. One that
-// does not say it runs always.
+// A kernel that says what it touches runs where it reads what is known, and touches little. One
+// that does not say it runs always.
 void perform_phantom(Machine& machine, const Kernel& kernel);
 
 // Whether a copy from pageable memory takes the source's bytes at the call. Otherwise nobody will

@@ -79,6 +79,13 @@ void Scheduler::enqueue(Lock& lock, const StreamRef& stream, Operation operation
   run_until(lock, stream, stream->completed + 1, Patience::kBlock);
 }
 
+void Scheduler::settle(Lock& lock, const StreamRef& stream, std::size_t count) {
+  if (schedule_ == Schedule::kEager) run_all_ready(lock);
+  while (stream->pending.size() > kPendingMax + count) {
+    run_until(lock, stream, stream->completed + 1, Patience::kBlock);
+  }
+}
+
 bool Scheduler::is_satisfied(const WaitValue& wait) const {
   return value_matches(*machine_, wait);
 }
@@ -180,7 +187,7 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
     if (stream->delay_us > 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(stream->delay_us));
     }
-    perform_operation(*machine_, operation);
+    perform_operation(*machine_, *stream, operation);
     lock.lock();
     bodies_running_ -= is_body ? 1 : 0;
   }

@@ -41,6 +41,9 @@ class Scheduler {
   // The same, and runs it at once on the eager schedule.
   void enqueue(Lock& lock, const StreamRef& stream, Operation operation);
 
+  // What enqueue does after it has appended, for `count` operations at once.
+  void settle(Lock& lock, const StreamRef& stream, std::size_t count);
+
   // Blocks until the stream has completed the ticket. Throws WaitTimedOut.
   void drain(Lock& lock, const StreamRef& stream, Ticket ticket) {
     if (stream->completed < ticket) run_until(lock, stream, ticket, Patience::kBlock);

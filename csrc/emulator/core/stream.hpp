@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <memory>
 
 #include "emulator/core/operation.hpp"
 #include "emulator/core/types.hpp"
@@ -21,6 +22,7 @@
 namespace spillover::emulator {
 
 struct Context;
+struct StreamCapture;
 
 enum class StreamKind { kLegacy, kPerThread, kCreated };
 
@@ -48,6 +50,9 @@ struct Stream {
   Ticket host_function_ticket = 0;  // of the last host function enqueued
   TimePoint host_function_due;      // when the background thread takes it up
   unsigned delay_us = 0;            // by which every body takes longer
+
+  // While the stream is being captured; see Captures.
+  std::shared_ptr<StreamCapture> capture;
 
   // Polling; see Events::query and Streams::query.
   int query_count = 0;

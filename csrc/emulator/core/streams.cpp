@@ -96,6 +96,10 @@ StreamRef Streams::create(Context* context, unsigned flags, int priority) {
   return stream;
 }
 
+StreamRef Streams::create_lane(Context* context) {
+  return make(context, CU_STREAM_NON_BLOCKING, 0, StreamKind::kCreated);
+}
+
 StreamRef Streams::per_thread(Context* context) {
   if (per_thread_streams_gone) return nullptr;
   StreamRef& stream = per_thread_streams().streams[static_cast<std::size_t>(context->device)];
@@ -112,7 +116,9 @@ void Streams::destroy(CUstream handle) {
     machine_->hazards.history().end(ObjectHistory::Kind::kStream,
                                     reinterpret_cast<Address>(handle));
   }
-  close(table_.erase(handle));
+  const StreamRef stream = table_.erase(handle);
+  machine_->captures.abandon(stream);
+  close(stream);
 }
 
 void Streams::close(const StreamRef& stream) {
@@ -191,6 +197,14 @@ void Streams::submit(Lock& lock, const StreamRef& stream, Operation operation) {
     if (function != nullptr) function->clock = stream->clock;
   }
   machine_->scheduler.enqueue(lock, stream, std::move(operation));
+}
+
+void Streams::append(const StreamRef& stream, Operation operation) {
+  if (tracks_order_) {
+    auto* const function = std::get_if<HostFunction>(&operation.body);
+    if (function != nullptr) function->clock = stream->clock;
+  }
+  machine_->scheduler.append(stream, std::move(operation));
 }
 
 void Streams::perform(Lock& lock, const StreamRef& stream) {

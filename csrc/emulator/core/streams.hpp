@@ -28,6 +28,9 @@ class Streams {
 
   StreamRef create(Context* context, unsigned flags, int priority);
 
+  // A stream without a handle, for a branch of a graph.
+  StreamRef create_lane(Context* context);
+
   // The handle dies at once; queued work still runs, and what the stream holds is freed after it.
   void destroy(CUstream handle);
   void close(const StreamRef& stream);  // the same for a per-thread default stream
@@ -44,6 +47,9 @@ class Streams {
   // accesses are then recorded; submit queues it. The lock is held from the one to the other.
   Ticket prepare(const StreamRef& stream);
   void submit(Lock& lock, const StreamRef& stream, Operation operation);
+
+  // submit without running anything: for the operations of a graph, which are queued in one go.
+  void append(const StreamRef& stream, Operation operation);
 
   // For an operator that the calling thread performs itself: waits for all that it depends on and
   // counts it.

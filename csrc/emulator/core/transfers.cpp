@@ -70,6 +70,15 @@ bool record_rows(Machine& machine, const Stream& stream, Ticket ticket, const ch
   });
 }
 
+bool record_node_rows(Machine& machine, const Stream& stream, const Access& access, AccessKind kind,
+                      Address address, std::size_t pitch, std::size_t width_bytes,
+                      std::size_t height) {
+  return for_each_range(address, pitch, width_bytes, height, [&](Address row, std::size_t bytes) {
+    return machine.is_device_accessible(row, bytes) &&
+           machine.record(access, stream.clock, kind, row, bytes, Recording::kYes);
+  });
+}
+
 void stage(Copy* copy) {
   copy->staged = std::make_unique_for_overwrite<std::byte[]>(copy->width_bytes * copy->height);
   const auto* source = reinterpret_cast<const std::byte*>(copy->source);
@@ -117,6 +126,11 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
       !check_live(machine, name, shape.source, shape.source_bytes(), false)) {
     return CUDA_ERROR_ILLEGAL_ADDRESS;
   }
+  if (stream->capture != nullptr) {
+    if (machine.captures.follows_values()) stream->capture->capture->memory.apply(shape);
+    machine.captures.add(stream, name, std::move(shape));
+    return CUDA_SUCCESS;
+  }
   const bool on_device = destination == Place::kDevice && source == Place::kDevice;
   const bool blocks =
       destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
@@ -161,6 +175,11 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
                             shape.destination_bytes())) {
     return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
   }
+  if (stream->capture != nullptr) {
+    if (machine.captures.follows_values()) stream->capture->capture->memory.apply(shape);
+    machine.captures.add(stream, kName, shape);
+    return CUDA_SUCCESS;
+  }
   const bool blocks = variant == CallVariant::kSync && destination == Place::kPinned;
   const Ticket ticket = machine.streams.prepare(stream);
   const bool found = record_rows(machine, *stream, ticket, kName, AccessKind::kWrite,
@@ -169,6 +188,56 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   operation.name = kName;
   operation.body = shape;
   return finish(machine, lock, stream, std::move(operation), blocks, found);
+}
+
+bool record_copy(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
+                 const Copy& copy) {
+  Access access = machine.access_of(stream, ticket, name);
+  access.in_graph = true;
+  const bool found = record_node_rows(machine, stream, access, AccessKind::kRead, copy.source,
+                                      copy.source_pitch, copy.width_bytes, copy.height);
+  return record_node_rows(machine, stream, access, AccessKind::kWrite, copy.destination,
+                          copy.destination_pitch, copy.width_bytes, copy.height) ||
+         found;
+}
+
+bool record_fill(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
+                 const Fill& fill) {
+  Access access = machine.access_of(stream, ticket, name);
+  access.in_graph = true;
+  return record_node_rows(machine, stream, access, AccessKind::kWrite, fill.destination, fill.pitch,
+                          fill.width_bytes(), fill.height);
+}
+
+CUresult check_copy_node(Machine& machine, const Copy& copy, const char** name) {
+  if (copy.width_bytes == 0 || copy.height == 0 || copy.destination == 0 || copy.source == 0 ||
+      !is_extent(copy.destination_pitch, copy.height, copy.width_bytes) ||
+      !is_extent(copy.source_pitch, copy.height, copy.width_bytes) ||
+      copy.destination_pitch < copy.width_bytes || copy.source_pitch < copy.width_bytes) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  *name = name_of(CopyKind::kAny, place_of(machine, copy.destination, copy.destination_bytes()),
+                  place_of(machine, copy.source, copy.source_bytes()));
+  return machine.is_live(copy.destination, copy.destination_bytes(), true) &&
+                 machine.is_live(copy.source, copy.source_bytes(), false)
+             ? CUDA_SUCCESS
+             : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult check_fill_node(Machine& machine, const Fill& fill) {
+  const bool is_known =
+      fill.element_bytes == 1 || fill.element_bytes == 2 || fill.element_bytes == 4;
+  if (!is_known || fill.width_elements == 0 || fill.height == 0 || fill.destination == 0 ||
+      fill.destination % fill.element_bytes != 0 ||
+      !is_extent(fill.pitch, fill.height, fill.width_elements) ||
+      (fill.height > 1 && fill.pitch < fill.width_bytes())) {
+    return CUDA_ERROR_INVALID_VALUE;
+  }
+  const bool is_pageable =
+      place_of(machine, fill.destination, fill.destination_bytes()) == Place::kPageable;
+  return !is_pageable && machine.is_live(fill.destination, fill.destination_bytes(), true)
+             ? CUDA_SUCCESS
+             : CUDA_ERROR_INVALID_VALUE;
 }
 
 }  // namespace spillover::emulator

@@ -28,4 +28,14 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
 CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill& shape,
               CallVariant variant);
 
+// Tells the checker what a copy or memset of a graph touches. True when there was a hazard.
+bool record_copy(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
+                 const Copy& copy);
+bool record_fill(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
+                 const Fill& fill);
+
+// Makes a node of a graph of it, where it can be one.
+CUresult check_copy_node(Machine& machine, const Copy& copy, const char** name);
+CUresult check_fill_node(Machine& machine, const Fill& fill);
+
 }  // namespace spillover::emulator

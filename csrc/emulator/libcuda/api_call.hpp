@@ -117,6 +117,24 @@ CUresult with_stream(const char* name, CUstream handle, Body&& body) {
   });
 }
 
+// The same for a function that puts work on the stream, which a capture may forbid.
+template <typename Body>
+CUresult with_work(const char* name, CUstream handle, Body&& body) {
+  return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
+    const CUresult admitted = machine.captures.admit_work(stream);
+    return admitted != CUDA_SUCCESS ? admitted : std::forward<Body>(body)(machine, lock, stream);
+  });
+}
+
+// with_context for a function that CUDA calls potentially unsafe during a capture.
+template <typename Body>
+CUresult with_unsafe_context(const char* name, Body&& body) {
+  return with_context(name, [&](Machine& machine, Lock& lock, Context& context) {
+    const CUresult admitted = machine.captures.admit_unsafe_call();
+    return admitted != CUDA_SUCCESS ? admitted : std::forward<Body>(body)(machine, lock, context);
+  });
+}
+
 inline bool is_device(const Machine& machine, CUdevice device) {
   return device >= 0 && device < machine.device_count();
 }

@@ -227,6 +227,8 @@ CUresult cuCtxGetApiVersion(CUcontext handle, unsigned int* version) {
 
 CUresult cuCtxSynchronize() {
   return with_context(__func__, [](Machine& machine, Lock& lock, Context& context) {
+    const CUresult admitted = machine.captures.admit_device_wait(context.device);
+    if (admitted != CUDA_SUCCESS) return admitted;
     machine.streams.synchronize_device(lock, context.device);
     return machine.sticky_error(context.device);
   });
@@ -237,6 +239,8 @@ CUresult cuCtxSynchronize_v2(CUcontext handle) {
     const Context* context =
         handle == nullptr ? CurrentContext::get() : machine.contexts.find(handle);
     if (context == nullptr) return CUDA_ERROR_INVALID_CONTEXT;
+    const CUresult admitted = machine.captures.admit_device_wait(context->device);
+    if (admitted != CUDA_SUCCESS) return admitted;
     machine.streams.synchronize_device(lock, context->device);
     return machine.sticky_error(context->device);
   });

@@ -22,6 +22,10 @@ CUresult cuStreamGetCaptureInfo_v2(CUstream, CUstreamCaptureStatus*, cuuint64_t*
                                    const CUgraphNode**, std::size_t*);
 CUresult cuStreamGetCaptureInfo_v3(CUstream, CUstreamCaptureStatus*, cuuint64_t*, CUgraph*,
                                    const CUgraphNode**, const CUgraphEdgeData**, std::size_t*);
+#undef cuStreamUpdateCaptureDependencies
+CUresult cuStreamUpdateCaptureDependencies(CUstream, CUgraphNode*, std::size_t, unsigned int);
+CUresult cuStreamUpdateCaptureDependencies_v2(CUstream, CUgraphNode*, const CUgraphEdgeData*,
+                                              std::size_t, unsigned int);
 CUresult cuCtxCreate_v2(CUcontext*, unsigned int, CUdevice);
 CUresult cuCtxCreate_v4(CUcontext*, CUctxCreateParams*, unsigned int, CUdevice);
 #undef cuGetProcAddress
@@ -134,7 +138,34 @@ const EntryPoint kEntryPoints[] = {
     STREAM_VERSION(cuStreamGetCaptureInfo, cuStreamGetCaptureInfo, 10010),
     STREAM_VERSION(cuStreamGetCaptureInfo, cuStreamGetCaptureInfo_v2, 11030),
     STREAM_VERSION(cuStreamGetCaptureInfo, cuStreamGetCaptureInfo_v3, 12030),
-    FUNCTION(cuThreadExchangeStreamCaptureMode), FUNCTION(cuEventCreate),
+    FUNCTION(cuThreadExchangeStreamCaptureMode), STREAM_FUNCTION(cuStreamBeginCapture),
+    STREAM_FUNCTION(cuStreamBeginCaptureToGraph), STREAM_FUNCTION(cuStreamEndCapture),
+    STREAM_VERSION(cuStreamUpdateCaptureDependencies, cuStreamUpdateCaptureDependencies, 11030),
+    STREAM_VERSION(cuStreamUpdateCaptureDependencies, cuStreamUpdateCaptureDependencies_v2, 12030),
+    // Graphs.
+    FUNCTION(cuGraphCreate), FUNCTION(cuGraphDestroy), FUNCTION(cuGraphClone),
+    FUNCTION(cuGraphNodeFindInClone), FUNCTION(cuGraphDestroyNode), FUNCTION(cuGraphNodeGetType),
+    FUNCTION(cuGraphGetNodes), FUNCTION(cuGraphGetRootNodes), FUNCTION(cuGraphGetEdges),
+    FUNCTION(cuGraphNodeGetDependencies), FUNCTION(cuGraphNodeGetDependentNodes),
+    FUNCTION(cuGraphAddDependencies), FUNCTION(cuGraphRemoveDependencies),
+    FUNCTION(cuGraphAddKernelNode), FUNCTION(cuGraphKernelNodeSetParams),
+    FUNCTION(cuGraphAddMemcpyNode), FUNCTION(cuGraphMemcpyNodeSetParams),
+    FUNCTION(cuGraphAddMemsetNode), FUNCTION(cuGraphMemsetNodeSetParams),
+    FUNCTION(cuGraphMemsetNodeGetParams), FUNCTION(cuGraphAddHostNode),
+    FUNCTION(cuGraphHostNodeSetParams), FUNCTION(cuGraphHostNodeGetParams),
+    FUNCTION(cuGraphAddNode), FUNCTION(cuGraphNodeSetParams), FUNCTION(cuGraphAddEmptyNode),
+    FUNCTION(cuGraphAddChildGraphNode), FUNCTION(cuGraphChildGraphNodeGetGraph),
+    FUNCTION(cuGraphAddEventRecordNode), FUNCTION(cuGraphAddEventWaitNode),
+    FUNCTION(cuGraphEventRecordNodeGetEvent), FUNCTION(cuGraphEventWaitNodeGetEvent),
+    FUNCTION(cuGraphInstantiateWithFlags), STREAM_FUNCTION(cuGraphInstantiateWithParams),
+    FUNCTION(cuGraphExecGetFlags), STREAM_FUNCTION(cuGraphUpload), STREAM_FUNCTION(cuGraphLaunch),
+    FUNCTION(cuGraphExecDestroy), FUNCTION(cuGraphExecUpdate), FUNCTION(cuGraphExecNodeSetParams),
+    FUNCTION(cuGraphNodeSetEnabled), FUNCTION(cuGraphNodeGetEnabled),
+    FUNCTION(cuGraphDebugDotPrint), FUNCTION(cuUserObjectCreate), FUNCTION(cuUserObjectRetain),
+    FUNCTION(cuUserObjectRelease), FUNCTION(cuGraphRetainUserObject),
+    FUNCTION(cuGraphReleaseUserObject), FUNCTION(cuDeviceGraphMemTrim),
+    FUNCTION(cuDeviceGetGraphMemAttribute), FUNCTION(cuDeviceSetGraphMemAttribute),
+    FUNCTION(cuEventCreate),
     FUNCTION(cuEventDestroy), STREAM_FUNCTION(cuEventRecord),
     STREAM_FUNCTION(cuEventRecordWithFlags), FUNCTION(cuEventQuery),
     FUNCTION(cuEventSynchronize), FUNCTION(cuEventElapsedTime),

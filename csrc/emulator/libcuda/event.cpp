@@ -11,7 +11,7 @@ using emulator::Machine;
 using emulator::StreamRef;
 using emulator::with_context;
 using emulator::with_driver;
-using emulator::with_stream;
+using emulator::with_work;
 
 namespace {
 
@@ -27,13 +27,13 @@ CUresult with_event(const char* name, CUevent handle, Body&& body) {
   });
 }
 
-CUresult record(const char* name, CUevent handle, CUstream stream_handle) {
-  return with_stream(name, stream_handle,
-                     [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-                       Event* event = machine.events.find(handle);
-                       if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
-                       return machine.events.record(lock, event, stream);
-                     });
+CUresult record(const char* name, CUevent handle, CUstream stream_handle, unsigned flags) {
+  return with_work(name, stream_handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+    Event* event = machine.events.find(handle);
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    return stream->capture != nullptr ? machine.captures.record(stream, handle, event, flags)
+                                      : machine.events.record(lock, event, stream);
+  });
 }
 
 }  // namespace
@@ -63,20 +63,21 @@ CUresult cuEventDestroy(CUevent handle) {
 }
 
 CUresult cuEventRecord(CUevent handle, CUstream stream) {
-  return record(__func__, handle, stream);
+  return record(__func__, handle, stream, 0);
 }
 
 CUresult cuEventRecordWithFlags(CUevent handle, CUstream stream, unsigned int flags) {
-  // CU_EVENT_RECORD_EXTERNAL makes a difference only to a stream that is being captured.
   if ((flags & ~unsigned{CU_EVENT_RECORD_EXTERNAL}) != 0) {
     return emulator::finish_call(__func__, CUDA_ERROR_INVALID_VALUE);
   }
-  return record(__func__, handle, stream);
+  return record(__func__, handle, stream, flags);
 }
 
 CUresult cuEventQuery(CUevent handle) {
   return with_event(__func__, handle, [=](Machine& machine, Lock& lock, const Event& event) {
     const int device = event.context->device;
+    const CUresult admitted = machine.captures.admit_event_wait(event);
+    if (admitted != CUDA_SUCCESS) return admitted;
     const CUresult result = machine.events.query(lock, handle);
     const CUresult sticky = machine.sticky_error(device);
     return sticky != CUDA_SUCCESS ? sticky : result;
@@ -86,6 +87,8 @@ CUresult cuEventQuery(CUevent handle) {
 CUresult cuEventSynchronize(CUevent handle) {
   return with_event(__func__, handle, [](Machine& machine, Lock& lock, Event& event) {
     const int device = event.context->device;
+    const CUresult admitted = machine.captures.admit_event_wait(event);
+    if (admitted != CUDA_SUCCESS) return admitted;
     machine.events.synchronize(lock, &event);
     return machine.sticky_error(device);
   });
@@ -96,6 +99,7 @@ CUresult cuEventElapsedTime(float* milliseconds, CUevent start_handle, CUevent e
     const Event* end = machine.events.find(end_handle);
     if (end == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (milliseconds == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    if (start.capture != nullptr || end->capture != nullptr) return CUDA_ERROR_CAPTURED_EVENT;
     return emulator::Events::elapsed(start, *end, milliseconds);
   });
 }

@@ -10,6 +10,7 @@ using emulator::HostRegionKind;
 using emulator::Lock;
 using emulator::Machine;
 using emulator::with_context;
+using emulator::with_unsafe_context;
 
 namespace {
 
@@ -26,7 +27,7 @@ CUresult allocate_host(Machine& machine, const Context& context, std::size_t siz
 }
 
 CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_bytes, unsigned flags) {
-  return with_context(name, [=](Machine& machine, Lock&, Context& context) {
+  return with_unsafe_context(name, [=](Machine& machine, Lock&, Context& context) {
     constexpr unsigned kKnown =
         CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP | CU_MEMHOSTALLOC_WRITECOMBINED;
     if (pointer == nullptr || (flags & ~kKnown) != 0) return CUDA_ERROR_INVALID_VALUE;
@@ -51,7 +52,7 @@ CUresult cuMemGetInfo(std::size_t* free_bytes, std::size_t* total_bytes) {
 }
 
 CUresult cuMemAlloc(CUdeviceptr* pointer, std::size_t size_bytes) {
-  return with_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
     if (pointer == nullptr) return CUDA_ERROR_INVALID_VALUE;
     Address address = 0;
     const CUresult result = emulator::allocate_device_memory(machine, lock, context.device,
@@ -63,7 +64,7 @@ CUresult cuMemAlloc(CUdeviceptr* pointer, std::size_t size_bytes) {
 
 CUresult cuMemAllocPitch(CUdeviceptr* pointer, std::size_t* pitch_bytes, std::size_t width_bytes,
                          std::size_t height, unsigned int) {
-  return with_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
     if (pointer == nullptr || pitch_bytes == nullptr) return CUDA_ERROR_INVALID_VALUE;
     constexpr std::size_t kSizeMax = std::size_t{1} << 47U;
     if (width_bytes > kSizeMax || (width_bytes != 0 && height > kSizeMax / width_bytes)) {
@@ -81,13 +82,13 @@ CUresult cuMemAllocPitch(CUdeviceptr* pointer, std::size_t* pitch_bytes, std::si
 }
 
 CUresult cuMemFree(CUdeviceptr pointer) {
-  return with_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
     return pointer == 0 ? CUDA_SUCCESS : emulator::free_device_memory(machine, lock, pointer);
   });
 }
 
 CUresult cuMemAllocManaged(CUdeviceptr* pointer, std::size_t size_bytes, unsigned int flags) {
-  return with_context(__func__, [=](Machine& machine, Lock&, Context& context) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock&, Context& context) {
     if (pointer == nullptr) return CUDA_ERROR_INVALID_VALUE;
     if (flags != CU_MEM_ATTACH_GLOBAL && flags != CU_MEM_ATTACH_HOST) {
       return CUDA_ERROR_INVALID_VALUE;
@@ -109,7 +110,7 @@ CUresult cuMemHostAlloc(void** pointer, std::size_t size_bytes, unsigned int fla
 }
 
 CUresult cuMemFreeHost(void* pointer) {
-  return with_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
     if (pointer == nullptr) return CUDA_SUCCESS;
     return emulator::remove_host_region(machine, lock, reinterpret_cast<Address>(pointer),
                                         HostRegionKind::kAllocated);
@@ -117,7 +118,7 @@ CUresult cuMemFreeHost(void* pointer) {
 }
 
 CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int flags) {
-  return with_context(__func__, [=](Machine& machine, Lock&, Context& context) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock&, Context& context) {
     constexpr unsigned kKnown =
         CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP | CU_MEMHOSTREGISTER_READ_ONLY;
     if ((flags & CU_MEMHOSTREGISTER_IOMEMORY) != 0) return CUDA_ERROR_NOT_SUPPORTED;
@@ -134,7 +135,7 @@ CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int f
 }
 
 CUresult cuMemHostUnregister(void* pointer) {
-  return with_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
+  return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
     if (pointer == nullptr) return CUDA_ERROR_INVALID_VALUE;
     return emulator::remove_host_region(machine, lock, reinterpret_cast<Address>(pointer),
                                         HostRegionKind::kRegistered);

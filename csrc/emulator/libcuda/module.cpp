@@ -17,7 +17,7 @@ using emulator::Machine;
 using emulator::RegisteredKernel;
 using emulator::StreamRef;
 using emulator::with_driver;
-using emulator::with_stream;
+using emulator::with_work;
 
 namespace {
 
@@ -80,7 +80,7 @@ bool may_touch(Machine& machine, const emulator::Stream& stream, const Registere
 
 CUresult launch(const char* name, CUfunction function, const spillover_emulator_launch_shape& shape,
                 CUstream handle, void** parameters, void** extra) {
-  return with_stream(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
     const RegisteredKernel* kernel = machine.kernels.check(function);
     if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if (extra != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
@@ -91,17 +91,28 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
       return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
     }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
-    const emulator::Ticket ticket = machine.streams.prepare(stream);
-    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), {}, nullptr};
-    queued.drop = emulator::KernelLaunch::drop;
-    bool found = false;
+    std::vector<emulator::KernelAccess> touched;
     for (const spillover_emulator_range& range : accesses) {
-      const auto address = reinterpret_cast<Address>(range.pointer);
-      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind_of(range), address,
-                                    range.size_bytes) ||
-              found;
-      queued.ranges.push_back({address, range.size_bytes, range.is_write != 0});
+      touched.push_back(
+          {reinterpret_cast<Address>(range.pointer), range.size_bytes, range.is_write != 0});
     }
+    if (stream->capture != nullptr) {
+      emulator::KernelBody body = emulator::KernelLaunch::shared(std::move(launched));
+      body.accesses = std::move(touched);
+      machine.captures.add(stream, kernel->name.c_str(),
+                           std::make_shared<const emulator::KernelBody>(std::move(body)));
+      return CUDA_SUCCESS;
+    }
+    const emulator::Ticket ticket = machine.streams.prepare(stream);
+    bool found = false;
+    for (const emulator::KernelAccess& access : touched) {
+      const AccessKind kind = access.is_write ? AccessKind::kWrite : AccessKind::kRead;
+      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind, access.address,
+                                    access.size_bytes) ||
+              found;
+    }
+    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), std::move(touched),
+                            emulator::KernelLaunch::drop};
     emulator::Operation operation;
     operation.body = std::move(queued);
     operation.name = kernel->name.c_str();

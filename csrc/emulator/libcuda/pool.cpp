@@ -14,7 +14,6 @@ using emulator::Machine;
 using emulator::Pool;
 using emulator::StreamRef;
 using emulator::with_driver;
-using emulator::with_stream;
 
 namespace {
 
@@ -74,26 +73,45 @@ CUresult check_access(const Machine& machine, const Pool& pool, const CUmemAcces
 
 }  // namespace
 
+namespace {
+
+// with_stream for stream-ordered memory, of which a capture would make nodes that are not emulated.
+template <typename Body>
+CUresult with_memory_work(const char* name, CUstream handle, Body&& body) {
+  return emulator::with_work(
+      name, handle, [&](Machine& machine, Lock& lock, const StreamRef& stream) {
+        if (stream->capture == nullptr) return body(machine, lock, stream);
+        emulator::report("%s: memory nodes of CUDA graphs are not emulated", name);
+        return machine.captures.admit_wait(stream);
+      });
+}
+
+}  // namespace
+
 extern "C" {
 
 CUresult cuMemAllocAsync(CUdeviceptr* pointer, std::size_t size_bytes, CUstream handle) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    Pool* pool = machine.devices[static_cast<std::size_t>(stream->device)].current_pool;
-    return allocate(machine, lock, pool, stream, size_bytes, pointer);
-  });
+  return with_memory_work(
+      __func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+        Pool* pool = machine.devices[static_cast<std::size_t>(stream->device)].current_pool;
+        return allocate(machine, lock, pool, stream, size_bytes, pointer);
+      });
 }
 
 CUresult cuMemAllocFromPoolAsync(CUdeviceptr* pointer, std::size_t size_bytes,
                                  CUmemoryPool pool_handle, CUstream handle) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    return allocate(machine, lock, find_pool(machine, pool_handle), stream, size_bytes, pointer);
-  });
+  return with_memory_work(__func__, handle,
+                          [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+                            return allocate(machine, lock, find_pool(machine, pool_handle), stream,
+                                            size_bytes, pointer);
+                          });
 }
 
 CUresult cuMemFreeAsync(CUdeviceptr pointer, CUstream handle) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
-    return emulator::free_device_memory_async(machine, lock, stream, pointer);
-  });
+  return with_memory_work(
+      __func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+        return emulator::free_device_memory_async(machine, lock, stream, pointer);
+      });
 }
 
 CUresult cuDeviceGetDefaultMemPool(CUmemoryPool* pool, CUdevice device) {

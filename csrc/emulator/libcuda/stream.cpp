@@ -14,12 +14,11 @@ using emulator::StreamRef;
 using emulator::with_context;
 using emulator::with_driver;
 using emulator::with_stream;
+using emulator::with_work;
 
 namespace {
 
 constexpr int kPriorityGreatest = -5;
-
-thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 CUresult create(const char* name, CUstream* handle, unsigned flags, int priority) {
   return with_context(name, [=](Machine& machine, Lock&, Context& context) {
@@ -36,6 +35,16 @@ CUresult create(const char* name, CUstream* handle, unsigned flags, int priority
 }
 
 void launch(Machine& machine, Lock& lock, const StreamRef& stream, Operation operation) {
+  if (stream->capture != nullptr) {
+    emulator::NodeWork work;
+    if (auto* const function = std::get_if<emulator::HostFunction>(&operation.body)) {
+      work = std::move(*function);
+    } else if (const auto* const wait = std::get_if<emulator::WaitValue>(&operation.body)) {
+      work = *wait;
+    }
+    machine.captures.add(stream, operation.name, std::move(work));
+    return;
+  }
   machine.streams.prepare(stream);
   machine.streams.submit(lock, stream, std::move(operation));
 }
@@ -60,9 +69,13 @@ CUresult check_value(Machine& machine, Address address, unsigned size_bytes) {
 
 CUresult write_value(const char* name, CUstream handle, Address address, std::uint64_t value,
                      unsigned size_bytes) {
-  return with_stream(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
     const CUresult valid = check_value(machine, address, size_bytes);
     if (valid != CUDA_SUCCESS) return valid;
+    if (stream->capture != nullptr) {
+      machine.captures.add(stream, name, emulator::WriteValue{address, value, size_bytes});
+      return CUDA_SUCCESS;
+    }
     const auto ticket = machine.streams.prepare(stream);
     machine.streams.release_value(*stream, address);
     const bool found = machine.record_access(*stream, ticket, name, emulator::AccessKind::kWrite,
@@ -77,24 +90,14 @@ CUresult write_value(const char* name, CUstream handle, Address address, std::ui
 
 CUresult wait_value(const char* name, CUstream handle, Address address, std::uint64_t value,
                     unsigned flags, unsigned size_bytes) {
-  return with_stream(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
     const CUresult valid = check_value(machine, address, size_bytes);
     if (valid != CUDA_SUCCESS) return valid;
-    machine.streams.acquire_value(stream.get(), address);
+    if (stream->capture == nullptr) machine.streams.acquire_value(stream.get(), address);
     Operation operation;
     operation.body = emulator::WaitValue{address, value, size_bytes, flags};
     operation.name = name;
     launch(machine, lock, stream, std::move(operation));
-    return CUDA_SUCCESS;
-  });
-}
-
-CUresult capture_status(const char* name, CUstream handle, CUstreamCaptureStatus* status,
-                        cuuint64_t* id) {
-  return with_stream(name, handle, [=](Machine&, Lock&, const StreamRef&) {
-    if (status == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    *status = CU_STREAM_CAPTURE_STATUS_NONE;  // capture is not emulated
-    if (id != nullptr) *id = 0;
     return CUDA_SUCCESS;
   });
 }
@@ -138,6 +141,8 @@ CUresult cuStreamDestroy(CUstream handle) {
 
 CUresult cuStreamSynchronize(CUstream handle) {
   return with_stream(__func__, handle, [](Machine& machine, Lock& lock, const StreamRef& stream) {
+    const CUresult admitted = machine.captures.admit_wait(stream);
+    if (admitted != CUDA_SUCCESS) return admitted;
     machine.streams.synchronize(lock, stream);
     return machine.sticky_error(stream->device);
   });
@@ -145,6 +150,8 @@ CUresult cuStreamSynchronize(CUstream handle) {
 
 CUresult cuStreamQuery(CUstream handle) {
   return with_stream(__func__, handle, [](Machine& machine, Lock& lock, const StreamRef& stream) {
+    const CUresult admitted = machine.captures.admit_wait(stream);
+    if (admitted != CUDA_SUCCESS) return admitted;
     const CUresult result = machine.streams.query(lock, stream);
     const CUresult sticky = machine.sticky_error(stream->device);
     return sticky != CUDA_SUCCESS ? sticky : result;
@@ -152,11 +159,14 @@ CUresult cuStreamQuery(CUstream handle) {
 }
 
 CUresult cuStreamWaitEvent(CUstream handle, CUevent event_handle, unsigned int flags) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(__func__, handle, [=](Machine& machine, Lock&, const StreamRef& stream) {
     const emulator::Event* event = machine.events.find(event_handle);
     if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     if ((flags & ~unsigned{CU_EVENT_WAIT_EXTERNAL}) != 0) return CUDA_ERROR_INVALID_VALUE;
-    machine.events.make_wait(lock, stream, *event);
+    if (stream->capture != nullptr || event->capture != nullptr) {
+      return machine.captures.wait(stream, event_handle, *event, flags);
+    }
+    machine.events.make_wait(stream, *event);
     return CUDA_SUCCESS;
   });
 }
@@ -184,7 +194,7 @@ CUresult cuStreamGetDevice(CUstream handle, CUdevice* device) {
 }
 
 CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void* user_data) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
     if (function == nullptr) return CUDA_ERROR_INVALID_VALUE;
     Operation operation;
     operation.body = emulator::HostFunction{function, user_data};
@@ -196,8 +206,12 @@ CUresult cuLaunchHostFunc(CUstream handle, CUhostFn function, void* user_data) {
 
 CUresult cuStreamAddCallback(CUstream handle, CUstreamCallback function, void* user_data,
                              unsigned int flags) {
-  return with_stream(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+  return with_work(__func__, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
     if (function == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
+    if (stream->capture != nullptr) {  // CUDA has no node for it
+      machine.captures.invalidate(stream->capture->capture.get());
+      return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
     auto callback = std::make_unique<Callback>(Callback{handle, function, user_data});
     Operation operation;
     operation.body = emulator::HostFunction{Callback::run, callback.release()};
@@ -225,38 +239,6 @@ CUresult cuStreamWaitValue32(CUstream handle, CUdeviceptr address, cuuint32_t va
 CUresult cuStreamWaitValue64(CUstream handle, CUdeviceptr address, cuuint64_t value,
                              unsigned int flags) {
   return wait_value("cuStreamWaitValue64", handle, address, value, flags, 8);
-}
-
-CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {
-  return capture_status(__func__, handle, status, nullptr);
-}
-
-// The three versions of cuStreamGetCaptureInfo differ in what they would say of a capture.
-#undef cuStreamGetCaptureInfo
-CUresult cuStreamGetCaptureInfo(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id) {
-  return capture_status(__func__, handle, status, id);
-}
-
-CUresult cuStreamGetCaptureInfo_v2(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id,
-                                   CUgraph*, const CUgraphNode**, std::size_t*) {
-  return capture_status(__func__, handle, status, id);
-}
-
-CUresult cuStreamGetCaptureInfo_v3(CUstream handle, CUstreamCaptureStatus* status, cuuint64_t* id,
-                                   CUgraph*, const CUgraphNode**, const CUgraphEdgeData**,
-                                   std::size_t*) {
-  return capture_status(__func__, handle, status, id);
-}
-
-CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
-  return with_driver(__func__, [=](Machine&, Lock&) {
-    if (mode == nullptr || *mode < CU_STREAM_CAPTURE_MODE_GLOBAL ||
-        *mode > CU_STREAM_CAPTURE_MODE_RELAXED) {
-      return CUDA_ERROR_INVALID_VALUE;
-    }
-    std::swap(*mode, capture_mode);
-    return CUDA_SUCCESS;
-  });
 }
 
 }  // extern "C"

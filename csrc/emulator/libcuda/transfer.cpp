@@ -33,6 +33,12 @@ CUresult copy_on(const char* name, CUstream handle, Copy shape, CopyKind kind,
     StreamRef stream;
     const CUresult found = machine.streams.find(handle, &stream);
     if (found != CUDA_SUCCESS) return found;
+    CUresult admitted = machine.captures.admit_work(stream);
+    // A call that waits, on whichever stream, is none that a capture allows.
+    if (admitted == CUDA_SUCCESS && variant == CallVariant::kSync) {
+      admitted = machine.captures.admit_wait(stream);
+    }
+    if (admitted != CUDA_SUCCESS) return admitted;
     return emulator::copy(machine, lock, stream, std::move(shape), kind, variant);
   });
 }
@@ -84,6 +90,8 @@ CUresult fill_on(const char* name, CUstream handle, const Fill& shape, CallVaria
     StreamRef stream;
     const CUresult found = machine.streams.find(handle, &stream);
     if (found != CUDA_SUCCESS) return found;
+    const CUresult admitted = machine.captures.admit_work(stream);
+    if (admitted != CUDA_SUCCESS) return admitted;
     return emulator::fill(machine, lock, stream, shape, variant);
   });
 }

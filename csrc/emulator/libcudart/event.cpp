@@ -30,13 +30,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return with_context(__func__, [=] { return cuEventRecord(event, stream); });
 }
 
-// cudaEventRecordExternal matters to a stream that is being captured, which none ever is.
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned int flags) {
-  return with_context(__func__, [=] {
-    return (flags & ~static_cast<unsigned int>(cudaEventRecordExternal)) != 0
-               ? CUDA_ERROR_INVALID_VALUE
-               : cuEventRecord(event, stream);
-  });
+  return with_context(__func__, [=] { return cuEventRecordWithFlags(event, stream, flags); });
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {

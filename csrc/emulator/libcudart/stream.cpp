@@ -4,14 +4,11 @@
 #include "emulator/libcudart/runtime.hpp"
 
 namespace runtime = spillover::emulator::runtime;
-using runtime::plain;
 using runtime::with_context;
 
 namespace {
 
 static_assert(static_cast<int>(cudaStreamNonBlocking) == static_cast<int>(CU_STREAM_NON_BLOCKING));
-
-thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 // A runtime's stream callback takes a cudaError_t, the driver's a CUresult.
 struct StreamCallback {
@@ -91,40 +88,6 @@ cudaError_t cudaStreamAddCallback(cudaStream_t stream, cudaStreamCallback_t func
     if (result == CUDA_SUCCESS)
       static_cast<void>(callback.release());  // run_callback() owns it now
     return result;
-  });
-}
-
-// Nothing can be captured (graphs are not emulated), which every stream truthfully answers.
-
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  return with_context(__func__, [=] {
-    if (status == nullptr) return cudaErrorInvalidValue;
-    *status = cudaStreamCaptureStatusNone;
-    return cudaSuccess;
-  });
-}
-
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status,
-                                     unsigned long long* id, cudaGraph_t* graph,
-                                     const cudaGraphNode_t** dependencies,
-                                     const cudaGraphEdgeData** edges, size_t* dependency_count) {
-  return with_context(__func__, [=] {
-    if (status == nullptr) return cudaErrorInvalidValue;
-    *status = cudaStreamCaptureStatusNone;
-    if (id != nullptr) *id = 0;
-    if (graph != nullptr) *graph = nullptr;
-    if (dependencies != nullptr) *dependencies = nullptr;
-    if (edges != nullptr) *edges = nullptr;
-    if (dependency_count != nullptr) *dependency_count = 0;
-    return cudaSuccess;
-  });
-}
-
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  return plain(__func__, [=] {
-    if (mode == nullptr || *mode > cudaStreamCaptureModeRelaxed) return cudaErrorInvalidValue;
-    std::swap(capture_mode, *mode);
-    return cudaSuccess;
   });
 }
 

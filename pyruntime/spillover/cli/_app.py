@@ -12,6 +12,7 @@ import typer
 
 import spillover
 from spillover._errors import SpilloverError
+from spillover.cli import _bench, _profiles
 
 app = typer.Typer(
     name="spillover",
@@ -20,6 +21,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(_profiles.app, name="profiles")
+app.command()(_bench.bench)
 
 _PASS_THROUGH = {"allow_interspersed_args": False}
 

@@ -6,6 +6,7 @@ memory limits, streams, events and copies behave as on a GPU, and a happens-befo
 accesses that nothing orders. Wall-clock time under the emulator says nothing about a GPU.
 """
 
+from spillover.emulator import _costs as costs
 from spillover.emulator._activation import enable, is_enabled
 from spillover.emulator._command import run
 from spillover.emulator._control import (
@@ -32,18 +33,25 @@ from spillover.emulator._faults import (
     stuck,
 )
 from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
+from spillover.emulator._profiles import DiskProfile, GpuProfile, HostProfile, Profile
+from spillover.emulator._profiles import load as load_profile
+from spillover.emulator._profiles import names as profile_names
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
     "BlockGroup",
+    "DiskProfile",
     "DryReport",
     "Fault",
+    "GpuProfile",
     "HazardPolicy",
     "HostAccess",
+    "HostProfile",
     "Injection",
     "LiveResources",
     "Options",
     "Peak",
+    "Profile",
     "Schedule",
     "Shortage",
     "StorageFault",
@@ -53,6 +61,7 @@ __all__ = [
     "acquire",
     "calls",
     "clear_hazards",
+    "costs",
     "dry_report",
     "enable",
     "faults",
@@ -61,7 +70,9 @@ __all__ = [
     "is_enabled",
     "leaks",
     "live",
+    "load_profile",
     "peak_bytes",
+    "profile_names",
     "release",
     "run",
     "slow",
