@@ -16,6 +16,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/random.hpp"
 
@@ -62,14 +63,6 @@ c10::IValue replace_tensors(const c10::IValue& value, const ArgumentPlan& argume
     }
   }
   return replaced;
-}
-
-// How many bytes from the first to the last element.
-size_t extent_bytes(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return 0;
-  int64_t extent = 1;
-  for (int64_t i = 0; i < tensor.dim(); ++i) extent += (tensor.size(i) - 1) * tensor.stride(i);
-  return static_cast<size_t>(extent) * tensor.element_size();
 }
 
 // A CPU tensor's value as it is now. That it stands for a Python number decides the type of
@@ -324,6 +317,9 @@ class CapturedCall {
 
 void capture_call(const OperatorPlan& plan, HostCall call, const c10::cuda::CUDAStream& stream,
                   torch::jit::Stack* stack) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!dry_run_enabled(), "spillover dry run: operator ", plan.name,
+                              " is captured into a CUDA graph, which a dry run does not have; "
+                              "leave graphs out of it");
   CapturedCall(plan, stream).run(call, stack);
 }
 
