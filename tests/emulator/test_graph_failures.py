@@ -32,3 +32,22 @@ def test_a_capture_whose_end_fails_is_over(function: str) -> None:
         x.add_(1)
     graph.replay()
     assert x.tolist() == [2] * 4
+
+
+def test_a_replay_on_memory_that_is_gone_is_refused_and_breaks_nothing(
+    settled_memory: None,
+) -> None:
+    x = torch.zeros(32 << 20, dtype=torch.uint8, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.add_(1)
+    del x
+    torch.cuda.empty_cache()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            graph.replay()
+    assert "after it was freed" in emulator.hazards()[0]
+    emulator.clear_hazards()
+    # The runtime's last error is checked after every launch, the driver's at every wait.
+    torch.cuda.synchronize()
+    assert torch.zeros(8, device="cuda").add_(1).tolist() == [1] * 8
