@@ -51,3 +51,16 @@ def test_a_replay_on_memory_that_is_gone_is_refused_and_breaks_nothing(
     # The runtime's last error is checked after every launch, the driver's at every wait.
     torch.cuda.synchronize()
     assert torch.zeros(8, device="cuda").add_(1).tolist() == [1] * 8
+
+
+def test_compiled_functions_replay_through_torchs_graph_trees(run_emulated: RunEmulated) -> None:
+    """They write inputs to addresses that they gave back to their pool, which keeps them."""
+    run_emulated(
+        """
+        import torch
+        compiled = torch.compile(lambda t: (t * 2).sin(), backend="cudagraphs")
+        x = torch.linspace(0, 1, 64, device="cuda")
+        for step in range(5):
+            assert torch.equal(compiled(x + step), ((x + step) * 2).sin())
+        """
+    )

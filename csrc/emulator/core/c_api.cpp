@@ -279,14 +279,14 @@ void spillover_emulator_forget(uint64_t token) {
   machine->streams.threads().forget(token);
 }
 
-void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes, uint64_t pool) {
   Machine* const machine = checking_machine();
   if (machine == nullptr) return;
   const emulator::CallScope call("allocator");
   const Lock lock(machine->mutex);
   machine->hazards.blocks().begin(
       reinterpret_cast<Address>(pointer), size_bytes, machine->hazards.next_order(),
-      emulator::current_site(), machine->captures.any(),
+      emulator::current_site(), {pool, machine->captures.any()},
       [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
 }
 
