@@ -234,6 +234,24 @@ def test_later_operators_see_what_earlier_ones_would_write() -> None:
     assert torch.equal(result, expected)
 
 
+def test_a_copy_out_of_what_was_captured_in_part_and_into_it() -> None:
+    x, sevens = (
+        torch.zeros(64, dtype=torch.int64, device="cuda"),
+        torch.full((12,), 7, device="cuda"),
+    )
+    tokens, table = torch.arange(4, device="cuda"), torch.eye(4, device="cuda")
+
+    def work() -> Tensor:
+        x[:12].copy_(sevens)
+        x[:8].copy_(x[8:16])
+        # The CPU's kernel insists on the first offset being 0.
+        return F.embedding_bag(tokens, table, x[4:5], mode="sum")
+
+    graph, y = captured(work)
+    graph.replay()
+    assert y.tolist() == [[1, 1, 1, 1]]
+
+
 def test_indices_that_are_filled_in_later() -> None:
     table = torch.arange(12.0, device="cuda").view(4, 3)
     index = torch.full((2,), 1 << 40, device="cuda")

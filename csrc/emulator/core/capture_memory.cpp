@@ -58,8 +58,10 @@ const std::byte* CaptureMemory::read(Address address, std::size_t size_bytes) {
 
 void CaptureMemory::apply(const Copy& copy) {
   if (!machine_->addresses.contains(copy.destination)) return;  // the host's memory stays as it is
-  std::byte* const to = write(copy.destination, copy.destination_bytes());
+  // In this order: both may make one part of several, and bytes that were replaced can still be
+  // read, but are lost to write to.
   const std::byte* const from = read(copy.source, copy.source_bytes());
+  std::byte* const to = write(copy.destination, copy.destination_bytes());
   for (std::size_t row = 0; row < copy.height; ++row) {
     std::memmove(to + row * copy.destination_pitch, from + row * copy.source_pitch,
                  copy.width_bytes);

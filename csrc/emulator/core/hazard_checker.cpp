@@ -74,8 +74,10 @@ bool HazardChecker::check_written(const Access& access, AccessKind kind, const B
   Address begin = 0;
   const Block* block = blocks_.find(range.address, &begin);
   const Address end = range.address + range.size_bytes;
-  const Address first =
-      accesses_.find_unwritten(range.address, end, block == nullptr ? 0 : block->begun);
+  // What was written to a graphs' pool stays when the allocator hands the bytes out again, as it
+  // does where torch's graph trees take the pool back to an earlier state.
+  const bool is_fresh = block != nullptr && !blocks_.is_kept_for_graphs(*block);
+  const Address first = accesses_.find_unwritten(range.address, end, is_fresh ? block->begun : 0);
   if (first == end) return false;
   report_misuse(describe_access(access, kind, range) +
                     " reads bytes that were never written, from byte " +
