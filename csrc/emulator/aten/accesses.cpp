@@ -65,6 +65,13 @@ bool hazards_enabled() {
   return enabled;
 }
 
+size_t extent_bytes(const at::Tensor& tensor) {
+  if (!tensor.defined() || tensor.numel() == 0) return 0;
+  int64_t extent = 1;
+  for (int64_t i = 0; i < tensor.dim(); ++i) extent += (tensor.size(i) - 1) * tensor.stride(i);
+  return static_cast<size_t>(extent) * tensor.element_size();
+}
+
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges) {
   if (tensor.numel() == 0) return;
   const auto* storage = static_cast<const char*>(tensor.storage().data());

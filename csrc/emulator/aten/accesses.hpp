@@ -20,6 +20,9 @@ bool hazards_enabled();
 // hull: that may report a hazard between interleaved tensors, but never misses one.
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges);
 
+// How many bytes from the first to the last element; 0 for an undefined tensor.
+size_t extent_bytes(const at::Tensor& tensor);
+
 // Waits until the stream's next operator may run: memory then holds what a GPU's kernel would see.
 // Tells the checker that the operator touches these ranges.
 // Throws c10::AcceleratorError where the stream takes no work, as a failed launch does, and

@@ -65,14 +65,6 @@ c10::IValue replace_tensors(const c10::IValue& value, const ArgumentPlan& argume
   return replaced;
 }
 
-// How many bytes from the first to the last element.
-size_t extent_bytes(const at::Tensor& tensor) {
-  if (tensor.numel() == 0) return 0;
-  int64_t extent = 1;
-  for (int64_t i = 0; i < tensor.dim(); ++i) extent += (tensor.size(i) - 1) * tensor.stride(i);
-  return static_cast<size_t>(extent) * tensor.element_size();
-}
-
 // A CPU tensor's value as it is now. That it stands for a Python number decides the type of
 // results.
 at::Tensor value_of(const at::Tensor& tensor) {

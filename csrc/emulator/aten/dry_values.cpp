@@ -10,6 +10,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "emulator/aten/accesses.hpp"
 #include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/core/c_api.h"
@@ -17,14 +18,6 @@
 
 namespace spillover::emulator {
 namespace {
-
-// From a tensor's first byte to its last one.
-size_t extent_bytes(const at::Tensor& tensor) {
-  if (!tensor.defined() || tensor.numel() == 0) return 0;
-  int64_t extent = 1;
-  for (int64_t i = 0; i < tensor.dim(); ++i) extent += (tensor.size(i) - 1) * tensor.stride(i);
-  return static_cast<size_t>(extent) * tensor.element_size();
-}
 
 const void* first_byte(const at::Tensor& tensor) {
   const auto* storage = static_cast<const char*>(tensor.storage().data());
