@@ -12,6 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
     "clock": {"clock_repeatable", "clock_step_ms"},
+    "dry": {
+        "dry_cases",
+        "dry_peak_error_bytes_max",
+        "dry_allocation_count_error_max",
+        "dry_7b_seconds",
+        "dry_7b_rss_gib",
+    },
     "emulator": {
         "op_overhead_us_median",
         "opdb_pass",

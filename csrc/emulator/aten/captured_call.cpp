@@ -16,6 +16,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/random.hpp"
 
@@ -324,6 +325,9 @@ class CapturedCall {
 
 void capture_call(const OperatorPlan& plan, HostCall call, const c10::cuda::CUDAStream& stream,
                   torch::jit::Stack* stack) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!dry_run_enabled(), "spillover dry run: operator ", plan.name,
+                              " is captured into a CUDA graph, which a dry run does not have; "
+                              "leave graphs out of it");
   CapturedCall(plan, stream).run(call, stack);
 }
 

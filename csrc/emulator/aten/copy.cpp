@@ -12,6 +12,8 @@
 #include "emulator/aten/brain_complex.hpp"
 #include "emulator/aten/captured_call.hpp"
 #include "emulator/aten/cost.hpp"
+#include "emulator/aten/dry_run.hpp"
+#include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/plan.hpp"
 
@@ -71,8 +73,14 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceWorkScope device_work;
   AliasMap aliases;
-  copy_on_host(aliases.alias(self, /*is_written=*/true),
-               aliases.alias(source, /*is_written=*/false));
+  const at::Tensor target = aliases.alias(self, /*is_written=*/true);
+  const at::Tensor from = aliases.alias(source, /*is_written=*/false);
+  if (!dry_run_enabled()) {
+    copy_on_host(target, from);
+  } else if (!copy_phantom(target, from)) {
+    copy_on_host(target, from);
+    finish_real_copy(target);
+  }
   if (clock_enabled()) {
     charge_kernel(stream.stream(), kName,
                   bytes_bound_cost(tensor_bytes(self) + tensor_bytes(source)));
@@ -85,7 +93,9 @@ at::Tensor& copy_(at::Tensor& self, const at::Tensor& source, bool non_blocking)
   const bool on_device = is_device_tensor(self) && is_device_tensor(source) &&
                          !self._is_zerotensor() && !source._is_zerotensor();
   if (!on_device || is_plain(self, source) || self.is_same(source)) {
-    return at::native::copy_(self, source, non_blocking);
+    at::native::copy_(self, source, non_blocking);
+    if (dry_run_enabled() && self.is_cpu() && !self.is_pinned()) bind_unknown_to_storage(self);
+    return self;
   }
   if (self.device() == source.device()) {
     const c10::cuda::CUDAGuard guard(self.device());

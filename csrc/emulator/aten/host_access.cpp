@@ -1,9 +1,12 @@
 #include "emulator/aten/host_access.hpp"
 
 #include "emulator/aten/accesses.hpp"
+#include "emulator/aten/dry_run.hpp"
+#include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/operands.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/core/c_api.h"
+#include "emulator/core/dry_api.h"
 
 namespace spillover::emulator {
 namespace {
@@ -44,7 +47,14 @@ void WatchedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKey
   }
   constexpr auto kBelow =
       c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
+  const bool may_be_unknown =
+      dry_run_enabled() && !DeviceWorkScope::is_active() &&
+      (spillover_emulator_unknown_host_runs() != 0 || spillover_emulator_pinned_count() != 0);
+  if (C10_LIKELY(!may_be_unknown)) return op.redispatchBoxed(keys & kBelow, stack);
+  WrittenTensors written;
+  if (run_host_operator(plan_, op, stack, written)) return;
   op.redispatchBoxed(keys & kBelow, stack);
+  finish_host_operator(written);
 }
 
 }  // namespace spillover::emulator

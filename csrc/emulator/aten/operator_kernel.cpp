@@ -13,6 +13,7 @@
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
 #include "emulator/aten/captured_call.hpp"
+#include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/operands.hpp"
 #include "emulator/aten/random.hpp"
 #include "emulator/aten/workspace.hpp"
@@ -247,6 +248,7 @@ class OperatorCall {
     if (arrivals_.empty() && ranges_.empty()) return;
     enter();
     for (const Arrival& arrival : arrivals_) {
+      if (is_dry_ && !take_arrival(arrival.target, arrival.bytes, arrival.size_bytes)) continue;
       if (arrival.bytes == nullptr) continue;
       std::memcpy(spillover_emulator_host_pointer(arrival.target), arrival.bytes,
                   arrival.size_bytes);
@@ -257,6 +259,7 @@ class OperatorCall {
   const c10::DeviceIndex device_;
   const cudaStream_t stream_;
   const bool checking_;
+  const bool is_dry_ = dry_run_enabled();
   bool has_mask_ = false;
   AliasMap aliases_;
   Values originals_;
@@ -316,7 +319,11 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
 
   OperatorCall call(plan_, stream);
   call.begin(stack->data() + first);
-  run_on_host(op, stack);
+  if (C10_UNLIKELY(dry_run_enabled())) {
+    run_dry(plan_, kernel_, op, stack, [&] { run_on_host(op, stack); });
+  } else {
+    run_on_host(op, stack);
+  }
   call.convert_results(stack, first, cost_rule_);
 }
 

@@ -88,6 +88,13 @@ constexpr std::string_view kOperatorsWithHostSeeds[] = {
 };
 constexpr uint32_t kHostSeedReturns = 0b1100;
 
+// Operators that write all of self and read none of it.
+constexpr std::string_view kFillingOperators[] = {
+    "aten::bernoulli_", "aten::cauchy_",    "aten::copy_",       "aten::exponential_",
+    "aten::fill_",      "aten::geometric_", "aten::log_normal_", "aten::normal_",
+    "aten::random_",    "aten::uniform_",   "aten::zero_",
+};
+
 template <size_t kCount>
 bool contains(const std::string_view (&names)[kCount], std::string_view name) {
   return std::find(std::begin(names), std::end(names), name) != std::end(names);
@@ -123,6 +130,18 @@ int returned_argument(const c10::FunctionSchema& schema, const c10::Argument& re
   return -1;
 }
 
+bool keeps_shapes(const c10::FunctionSchema& schema, const std::vector<int>& returned_arguments) {
+  const std::string_view base = schema.name();
+  const bool is_known_to = contains(kFillingOperators, base) ||
+                           base.starts_with("aten::_foreach_") ||
+                           base.starts_with("aten::_fused_") || base.starts_with("aten::_amp_");
+  const auto is_out = [](const c10::Argument& argument) { return argument.is_out(); };
+  return is_known_to && base.ends_with('_') &&
+         std::none_of(schema.arguments().begin(), schema.arguments().end(), is_out) &&
+         std::none_of(returned_arguments.begin(), returned_arguments.end(),
+                      [](int index) { return index < 0; });
+}
+
 }  // namespace
 
 OperatorPlan::OperatorPlan(const c10::FunctionSchema& schema)
@@ -132,7 +151,10 @@ OperatorPlan::OperatorPlan(const c10::FunctionSchema& schema)
     const int index = static_cast<int>(arguments.size());
     const ArgumentKind kind = kind_of(argument.type());
     const c10::AliasInfo* info = argument.alias_info();
-    arguments.push_back({kind, info != nullptr && info->isWrite(), argument.name()});
+    const bool is_written = info != nullptr && info->isWrite();
+    const bool is_overwritten =
+        is_written && (argument.is_out() || (index == 0 && contains(kFillingOperators, base)));
+    arguments.push_back({kind, is_written, is_overwritten, argument.name()});
     if (kind == ArgumentKind::kGenerator) generator_index = index;
     if (kind == ArgumentKind::kDevice) device_index = index;
     has_tensor_arguments |= kind == ArgumentKind::kTensor || kind == ArgumentKind::kTensorList;
@@ -140,6 +162,7 @@ OperatorPlan::OperatorPlan(const c10::FunctionSchema& schema)
   for (const c10::Argument& result : schema.returns()) {
     returned_arguments.push_back(returned_argument(schema, result));
   }
+  writes_in_place = keeps_shapes(schema, returned_arguments);
   for (const UndeclaredWrites& writes : kUndeclaredWrites) {
     if (writes.name != base) continue;
     arguments.at(static_cast<size_t>(writes.first)).is_written = true;

@@ -17,6 +17,8 @@ enum class ArgumentKind : uint8_t { kTensor, kTensorList, kGenerator, kDevice, k
 struct ArgumentPlan {
   ArgumentKind kind;
   bool is_written;
+  // Written without being read: out= arguments, and what fill_ and its like fill.
+  bool is_overwritten;
   std::string name;
 };
 
@@ -43,6 +45,8 @@ struct OperatorPlan {
   // Bit i: return value i stays on the CPU, as it does with CUDA's kernel.
   uint32_t host_returns = 0;
   bool has_tensor_arguments = false;
+  // Changes nothing but its arguments' bytes, whatever their shapes: an optimizer's step, a fill.
+  bool writes_in_place = false;
 };
 
 }  // namespace spillover::emulator

@@ -11,6 +11,8 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/copy.hpp"
+#include "emulator/aten/dry_run.hpp"
+#include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/host_access.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/own_kernels.hpp"
@@ -115,12 +117,16 @@ class Registrar {
       register_on_device(*op);
       register_sparse(*op, DispatchKey::SparseCUDA, DispatchKey::SparseCPU);
       register_sparse(*op, DispatchKey::SparseCsrCUDA, DispatchKey::SparseCsrCPU);
-      if (hazards_enabled()) register_watch(*op);
+      if (hazards_enabled() || dry_run_enabled()) register_watch(*op);
     }
     add(c10::OperatorName("aten::copy_", ""), DispatchKey::CUDA,
         c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(copy_)));
     add(c10::OperatorName("aten::_foreach_copy_", ""), DispatchKey::CUDA,
         c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(foreach_copy_)));
+    if (dry_run_enabled()) {
+      add(c10::OperatorName("aten::_local_scalar_dense", ""), DispatchKey::CUDA,
+          c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(scalar_of)));
+    }
   }
 
  private:
@@ -145,7 +151,10 @@ class Registrar {
 
   void register_sparse(const c10::OperatorHandle& op, DispatchKey key, DispatchKey host_key) {
     if (!has_kernel(op, key) || !launches_sparse_kernels(op.schema().name())) return;
-    if (has_kernel(op, host_key)) {
+    if (dry_run_enabled()) {
+      add_unsupported(op, key,
+                      "a dry run has no sparse tensors: how large they are depends on data");
+    } else if (has_kernel(op, host_key)) {
       add(op.operator_name(), key,
           c10::KernelFunction::makeFromBoxedFunctor(
               std::make_unique<EmulatedSparseOperator>(OperatorPlan(op.schema()), host_key)));

@@ -37,6 +37,21 @@ size_t getChosenWorkspaceSize();
 namespace spillover::emulator {
 namespace {
 
+thread_local bool is_allocating = false;
+
+class AllocationScope {
+ public:
+  AllocationScope() { is_allocating = true; }
+  ~AllocationScope() { is_allocating = false; }
+  AllocationScope(const AllocationScope&) = delete;
+  AllocationScope& operator=(const AllocationScope&) = delete;
+};
+
+at::DataPtr allocate_workspace(size_t size_bytes) {
+  const AllocationScope scope;
+  return c10::cuda::CUDACachingAllocator::get()->allocate(size_bytes);
+}
+
 bool workspaces_enabled() {
   static const bool enabled = [] {
     const char* value = std::getenv("SPILLOVER_EMULATOR_CUBLAS_WORKSPACE");
@@ -64,13 +79,17 @@ void ensure_cublas_workspace(const c10::cuda::CUDAStream& stream) {
     if (table.map.find(key) != table.map.end()) return;
   }
   const size_t size_bytes = at::cuda::getChosenWorkspaceSize();
-  at::DataPtr memory = c10::cuda::CUDACachingAllocator::get()->allocate(size_bytes);
+  at::DataPtr memory = allocate_workspace(size_bytes);
   const std::unique_lock<std::shared_mutex> lock(table.mutex);
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
   table.map.emplace(key, std::move(memory));
 #else
   table.map.emplace(key, at::cuda::Workspace(std::move(memory), size_bytes));
 #endif
+}
+
+bool allocates_workspace() {
+  return is_allocating;
 }
 
 }  // namespace spillover::emulator

@@ -13,4 +13,7 @@ namespace spillover::emulator {
 // SPILLOVER_EMULATOR_CUBLAS_WORKSPACE=0 switches workspaces off.
 void ensure_cublas_workspace(const c10::cuda::CUDAStream& stream);
 
+// Whether the calling thread is allocating one just now.
+bool allocates_workspace();
+
 }  // namespace spillover::emulator

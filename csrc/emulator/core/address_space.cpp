@@ -91,7 +91,8 @@ int AddressSpace::poison_file() {
   return poison_file_;
 }
 
-bool AddressSpace::map_fresh(Address address, std::size_t size_bytes, bool poison) {
+bool AddressSpace::map_fresh(Address address, std::size_t size_bytes, FreshMemory kind) {
+  const bool poison = kind == FreshMemory::kPoisoned;
   const Address shadow = to_host(address);
   constexpr int kAccess = PROT_READ | PROT_WRITE;
   if (poison && size_bytes >= kPoisonFileUseBytes && poison_file() >= 0) {
@@ -109,6 +110,7 @@ bool AddressSpace::map_fresh(Address address, std::size_t size_bytes, bool poiso
            -1, 0) == MAP_FAILED) {
     return false;
   }
+  if (kind == FreshMemory::kPhantom) return true;
   // Page faults dominate a fresh allocation's cost; without huge pages it is slower, not wrong.
   if (size_bytes >= kGranularityBytes) madvise(at(shadow), size_bytes, MADV_HUGEPAGE);
   if (poison) std::memset(at(shadow), 0xFF, size_bytes);

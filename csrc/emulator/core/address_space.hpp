@@ -18,6 +18,13 @@
 
 namespace spillover::emulator {
 
+// What memory is like that the driver hands out.
+enum class FreshMemory {
+  kPlain,
+  kPoisoned,  // 0xFF bytes
+  kPhantom,   // of a dry run: costs only the small parts that are written
+};
+
 class AddressSpace {
  public:
   AddressSpace();
@@ -29,12 +36,17 @@ class AddressSpace {
     return contains(address) ? address + shadow_offset_ : address;
   }
 
+  // The device pointer whose bytes lie here; other addresses as they are.
+  Address from_host(Address address) const {
+    return address - (base_ + shadow_offset_) < size_bytes_ ? address - shadow_offset_ : address;
+  }
+
   // Takes virtual addresses; the shadow stays unmapped. At `hint` if that is free.
   std::optional<Address> take(std::size_t size_bytes, std::size_t alignment, Address hint = 0);
   void give(Address address, std::size_t size_bytes) { ranges_.give(address, size_bytes); }
 
-  // Gives fresh private memory to a range of the shadow; poison fills it with 0xFF bytes.
-  bool map_fresh(Address address, std::size_t size_bytes, bool poison);
+  // Gives fresh private memory to a range of the shadow.
+  bool map_fresh(Address address, std::size_t size_bytes, FreshMemory kind);
 
   // Shows a part of a file in a range of the shadow, not yet accessible.
   bool map_file(Address address, std::size_t size_bytes, int file, std::size_t offset_bytes);

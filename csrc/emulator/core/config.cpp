@@ -146,6 +146,7 @@ class Reader {
 Config read_config(const char* (*variable)(const char*)) {
   static constexpr const char* kSchedules[] = {"late", "eager", "threaded", "random"};
   static constexpr const char* kPolicies[] = {"off", "count", "warn", "raise"};
+  static constexpr const char* kUnknown[] = {"error", "zero", "one"};
   Config config;
   Reader reader(variable, &config);
   reader.integer("SPILLOVER_EMULATOR_DEVICES", 1, kDeviceCountMax, &config.device_count);
@@ -162,6 +163,8 @@ Config read_config(const char* (*variable)(const char*)) {
   reader.flag("SPILLOVER_EMULATOR_CLOCK", &config.clock);
   reader.profile("SPILLOVER_EMULATOR_PROFILE", "SPILLOVER_EMULATOR_PROFILE_VALUES",
                  &config.profile_name, &config.profile);
+  reader.flag("SPILLOVER_EMULATOR_DRY", &config.dry);
+  reader.choice("SPILLOVER_EMULATOR_UNKNOWN", kUnknown, &config.unknown);
   return config;
 }
 

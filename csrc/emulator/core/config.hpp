@@ -27,6 +27,9 @@ enum class HazardPolicy {
   kRaise,  // and the call returns CUDA_ERROR_UNKNOWN
 };
 
+// What host code gets where it asks a dry run for an unknown value (known_bytes.hpp).
+enum class UnknownPolicy { kError, kZero, kOne };
+
 struct Config {
   int device_count = 1;
   std::size_t vram_bytes = std::size_t{8} << 30;
@@ -41,6 +44,8 @@ struct Config {
   bool clock = false;        // the virtual clock
   std::string profile_name;  // whose numbers it uses
   ClockProfile profile;
+  bool dry = false;  // memory has addresses and no bytes
+  UnknownPolicy unknown = UnknownPolicy::kError;
 
   // One sentence about the first malformed variable; empty when all are well formed.
   std::string error;

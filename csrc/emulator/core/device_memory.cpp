@@ -43,7 +43,7 @@ CUresult DeviceMemory::allocate(int device, std::size_t size_bytes, Pool* pool, 
     budget_->refund(device, charged);
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
-  if (!addresses_->map_fresh(*place, charged, poison_)) {
+  if (!addresses_->map_fresh(*place, charged, fresh_)) {
     addresses_->give(*place, charged);
     budget_->refund(device, charged);
     return CUDA_ERROR_OUT_OF_MEMORY;

@@ -72,8 +72,8 @@ struct Allocation {
 
 class DeviceMemory {
  public:
-  DeviceMemory(AddressSpace* addresses, Budget* budget, bool poison)
-      : addresses_(addresses), budget_(budget), poison_(poison) {}
+  DeviceMemory(AddressSpace* addresses, Budget* budget, FreshMemory fresh)
+      : addresses_(addresses), budget_(budget), fresh_(fresh) {}
 
   // CUDA_ERROR_OUT_OF_MEMORY when the budget has not enough. size_bytes is not 0.
   CUresult allocate(int device, std::size_t size_bytes, Pool* pool, Address* address);
@@ -100,7 +100,7 @@ class DeviceMemory {
  private:
   AddressSpace* addresses_;
   Budget* budget_;
-  bool poison_;
+  FreshMemory fresh_;
   std::map<Address, Allocation> allocations_;
 };
 

@@ -8,6 +8,7 @@
 
 #include "emulator/core/config.hpp"
 #include "emulator/core/machine.hpp"
+#include "emulator/core/phantom.hpp"
 #include "emulator/core/process.hpp"
 #include "emulator/core/shared_mark.hpp"
 
@@ -40,6 +41,7 @@ void delay() {
 
 void perform(Machine& machine, Copy& copy) {
   delay();
+  if (machine.config.dry) return perform_phantom(machine, copy);
   std::byte* destination = bytes_at(machine, copy.destination);
   const std::byte* source =
       copy.staged != nullptr ? copy.staged.get() : bytes_at(machine, copy.source);
@@ -61,12 +63,14 @@ void fill_row(std::byte* row, std::size_t count, std::uint32_t value) {
 
 void perform(Machine& machine, const Fill& fill) {
   delay();
+  if (machine.config.dry) return perform_phantom(machine, fill);
   std::byte* row = bytes_at(machine, fill.destination);
   for (std::size_t y = 0; y < fill.height; ++y, row += fill.pitch) fill_bytes(row, fill);
 }
 
-void perform(Machine&, const Kernel& kernel) {
+void perform(Machine& machine, const Kernel& kernel) {
   const CallbackScope scope;
+  if (machine.config.dry) return perform_phantom(machine, kernel);
   kernel.body(kernel.argument);
 }
 

@@ -19,7 +19,7 @@ void HostMemory::insert(const HostRegion& region) {
 CUresult HostMemory::allocate(HostRegion request, Address* address) {
   if (!may_pin(request)) return CUDA_ERROR_OUT_OF_MEMORY;
   void* memory = mmap(nullptr, round_up(request.size_bytes, kPageBytes), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+                      MAP_PRIVATE | MAP_ANONYMOUS | (phantom_ ? MAP_NORESERVE : 0), -1, 0);
   if (memory == MAP_FAILED) return CUDA_ERROR_OUT_OF_MEMORY;
   request.address = reinterpret_cast<Address>(memory);
   insert(request);

@@ -26,6 +26,9 @@ struct HostRegion {
 
 class HostMemory {
  public:
+  // Phantom memory is of a dry run: it need not fit into this machine.
+  explicit HostMemory(bool phantom) : phantom_(phantom) {}
+
   // The most bytes that may be pinned (allocated or registered) at a time, as a container's limit
   // on locked memory sets it. What is pinned already stays.
   void limit_pinned(std::size_t size_bytes) { pinned_bytes_max_ = size_bytes; }
@@ -55,6 +58,7 @@ class HostMemory {
   }
   void insert(const HostRegion& region);
 
+  const bool phantom_;
   std::map<Address, HostRegion> regions_;
   std::size_t pinned_bytes_ = 0;  // of regions that are not managed
   std::size_t pinned_bytes_max_ = SIZE_MAX;

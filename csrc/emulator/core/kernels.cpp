@@ -116,4 +116,8 @@ KernelBody repeated(void (*function)(void*), void* argument) {
   return body;
 }
 
+void KernelLaunch::drop(void* launch) {
+  delete static_cast<KernelLaunch*>(launch);
+}
+
 }  // namespace spillover::emulator

@@ -60,6 +60,9 @@ class KernelLaunch {
   // For Operation's Kernel: runs the launch and deletes it.
   static void run(void* launch);
 
+  // Deletes a launch that does not run.
+  static void drop(void* launch);
+
   // The same for a node of a graph, which runs it more than once.
   static KernelBody shared(std::unique_ptr<KernelLaunch> launch);
 

@@ -36,10 +36,15 @@ Machine& Machine::instance() {
 
 Machine::Machine(const Config& machine_config)
     : config(machine_config),
+      known(&addresses),
       budget(config.vram_bytes),
       clock(this, config),
-      device_memory(&addresses, &budget, config.poison),
-      virtual_memory(&addresses, &budget, config.poison, config.device_count),
+      device_memory(&addresses, &budget,
+                    config.dry      ? FreshMemory::kPhantom
+                    : config.poison ? FreshMemory::kPoisoned
+                                    : FreshMemory::kPlain),
+      virtual_memory(&addresses, &budget, config.poison && !config.dry, config.device_count),
+      host_memory(config.dry),
       hazards(config.hazards),
       contexts(config.device_count),
       devices(static_cast<std::size_t>(config.device_count)),
@@ -163,6 +168,7 @@ void Machine::follow_mapping(Address address, std::size_t size_bytes) {
 }
 
 void Machine::forget(Address address, std::size_t size_bytes) {
+  if (config.dry) known.forget(address, size_bytes);
   if (!hazards.enabled()) return;
   hazards.forget(address, size_bytes);
   streams.forget_values(address, size_bytes);

@@ -25,6 +25,7 @@
 #include "emulator/core/hazard_checker.hpp"
 #include "emulator/core/host_memory.hpp"
 #include "emulator/core/kernels.hpp"
+#include "emulator/core/known_bytes.hpp"
 #include "emulator/core/pool.hpp"
 #include "emulator/core/scheduler.hpp"
 #include "emulator/core/streams.hpp"
@@ -129,6 +130,7 @@ class Machine {
   std::mutex mutex;
   const Config config;     // constant
   AddressSpace addresses;  // its translation is constant
+  KnownBytes known;        // has a lock of its own
   Budget budget;
   Clock clock;
   DeviceMemory device_memory;

@@ -36,6 +36,7 @@ struct Copy {
   std::size_t width_bytes = 0;
   std::size_t height = 1;
   std::unique_ptr<std::byte[]> staged;  // the source's rows, packed, when it was pageable
+  bool is_source_dropped = false;       // in a dry run: they are data that nobody will ask for
 
   std::size_t destination_bytes() const { return destination_pitch * (height - 1) + width_bytes; }
   std::size_t source_bytes() const { return source_pitch * (height - 1) + width_bytes; }
@@ -65,6 +66,9 @@ struct Kernel {
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
   std::vector<KernelAccess> accesses{};
+
+  // Frees the argument of a kernel that does not run; nullptr where every one does.
+  void (*drop)(void*) = nullptr;
 };
 
 // A kernel that runs as often as graphs that hold it are launched. run returns a CUresult, and says

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "emulator/core/config.hpp"
+#include "emulator/core/phantom.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -156,7 +157,9 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
   const bool blocks =
       destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
   const bool is_pageable = source == Place::kPageable || destination == Place::kPageable;
-  if (source == Place::kPageable && !blocks) {
+  shape.is_source_dropped =
+      machine.config.dry && source == Place::kPageable && !takes_phantom_source(machine, shape);
+  if (source == Place::kPageable && !blocks && !shape.is_source_dropped) {
     lock.unlock();  // the bytes are the caller's own: nobody else needs to wait for this
     stage(&shape);
     lock.lock();

@@ -111,7 +111,8 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
                                     access.size_bytes) ||
               found;
     }
-    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), std::move(touched)};
+    emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), std::move(touched),
+                            emulator::KernelLaunch::drop};
     emulator::Operation operation;
     operation.body = std::move(queued);
     operation.name = kernel->name.c_str();

@@ -54,7 +54,11 @@ _RECIPES: dict[Part, _Recipe] = {
         description="emulated operators for PyTorch",
         file_name="libspillover_emulator_aten.so",
         source_folder=("emulator", "aten"),
-        shared_headers=(("emulator", "core", "c_api.h"), ("emulator", "core", "clock_api.h")),
+        shared_headers=(
+            ("emulator", "core", "c_api.h"),
+            ("emulator", "core", "clock_api.h"),
+            ("emulator", "core", "dry_api.h"),
+        ),
         torch_libraries=("c10", "c10_cuda", "torch_cpu", "torch_cuda"),
         own_libraries=((("emulator",), "libcuda.so.1"),),
         compile_flags=(),

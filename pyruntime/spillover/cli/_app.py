@@ -77,6 +77,17 @@ def emulate(
     trace: Annotated[
         str | None, typer.Option(help="Write simulated time to this file, for Perfetto.")
     ] = None,
+    dry: Annotated[
+        bool | None,
+        typer.Option("--dry/--compute", help="No bytes, only sizes; prints the peak at the end."),
+    ] = None,
+    unknown: Annotated[
+        str | None,
+        typer.Option(help="What a dry run's unknown values are to host code: error, zero or one."),
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write a dry run's report there, as JSON.", metavar="FILE")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
     ] = False,
@@ -84,10 +95,11 @@ def emulate(
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
     Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS,
-    _POISON, _CLOCK, _PROFILE and _TRACE. Compute runs on the CPU; how long it takes says nothing
-    about a GPU, what the clock computes is simulated.
+    _POISON, _CLOCK, _PROFILE, _TRACE, _DRY and _UNKNOWN. Compute runs on the CPU; how long it takes
+    says nothing about a GPU, what the clock computes is simulated.
     """
-    from spillover.emulator import _check, _command, _options
+    from spillover._errors import ConfigError
+    from spillover.emulator import _check, _command, _dry, _options
 
     given = {
         name: value
@@ -101,12 +113,18 @@ def emulate(
             "clock": clock,
             "profile": profile,
             "trace": trace,
+            "dry": dry,
+            "unknown": unknown,
         }.items()
         if value is not None
     }
     options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
     if check:
         sys.exit(_check.check(options))
+    if report is not None:
+        if not options.dry:
+            raise ConfigError("--report is for dry runs; add --dry")
+        os.environ[_dry.REPORT_VARIABLE] = str(report.absolute())
     _command.replace_process(command or [], options)
 
 

@@ -32,6 +32,8 @@ from spillover.emulator._control import (
     peak_bytes,
     release,
 )
+from spillover.emulator._dry import BlockGroup, DryReport, Peak, Shortage
+from spillover.emulator._dry import report as dry_report
 from spillover.emulator._faults import (
     Fault,
     Injection,
@@ -41,7 +43,7 @@ from spillover.emulator._faults import (
     slow,
     stuck,
 )
-from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 from spillover.emulator._profiles import DiskProfile, GpuProfile, HostProfile, Profile
 from spillover.emulator._profiles import load as load_profile
 from spillover.emulator._profiles import names as profile_names
@@ -49,7 +51,9 @@ from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
     "ClockReport",
+    "BlockGroup",
     "DiskProfile",
+    "DryReport",
     "Fault",
     "GpuProfile",
     "HazardPolicy",
@@ -59,13 +63,16 @@ __all__ = [
     "LiveResources",
     "MemoryPoint",
     "Options",
+    "Peak",
     "Profile",
     "ResourceUse",
     "Schedule",
+    "Shortage",
     "StorageFault",
     "SweepFailure",
     "SweepReport",
     "TimeShare",
+    "UnknownPolicy",
     "acquire",
     "advance",
     "busy",
@@ -73,6 +80,7 @@ __all__ = [
     "clear_hazards",
     "clock_report",
     "costs",
+    "dry_report",
     "enable",
     "faults",
     "hazards",

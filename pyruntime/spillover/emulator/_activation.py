@@ -25,12 +25,13 @@ from spillover._settings import enabled, logger
 from spillover.emulator import (
     _clock,
     _collectives,
+    _dry,
     _libraries,
     _library_operators,
     _stacks,
     _threads,
 )
-from spillover.emulator._options import HazardPolicy, Options, Schedule
+from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
 
 _lock = threading.Lock()
 _active: Options | None = None
@@ -51,6 +52,8 @@ def enable(
     clock: bool = False,
     profile: str = "",
     trace: str = "",
+    dry: bool = False,
+    unknown: UnknownPolicy = "error",
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -85,6 +88,10 @@ def enable(
         The card whose numbers the clock computes with, such as ``"rtx4090"``.
     trace
         Write the clock's trace there when the process ends.
+    dry
+        Dry run: memory has sizes but no bytes; see :class:`Options`.
+    unknown
+        What a dry run's host code gets for an unknown value; see :class:`Options`.
 
     Returns
     -------
@@ -114,6 +121,8 @@ def enable(
             clock=clock,
             profile=profile,
             trace=trace,
+            dry=dry,
+            unknown=unknown,
         )
     )
 
@@ -141,7 +150,7 @@ def activate(options: Options) -> bool:
             _clock.begin(options.trace)
         if options.hazards != "off" or options.clock:
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"), takes_turns=options.clock)
-        if options.hazards != "off" and options.stacks:
+        if options.stacks and (options.dry or options.hazards != "off"):
             _stacks.install()
         if options.leaks:
             atexit.register(_print_leaks, os.getpid())
@@ -163,7 +172,12 @@ def active_options() -> Options | None:
 
 
 def report_at_exit() -> None:
-    """Print peak memory and hazards on stderr when this process ends, if it used the device."""
+    """Print peak memory and hazards on stderr when this process ends, if it used the device.
+
+    After a dry run also where the memory went.
+    """
+    if _active is not None and _active.dry:
+        atexit.register(_dry.print_at_exit, os.getpid())
     atexit.register(_print_summary, os.getpid())
 
 
@@ -227,6 +241,8 @@ def _after_torch_import() -> None:
     _library_operators.watch(torch, library)
     _collectives.replace(torch)
     _refuse_jiterator(torch._C)
+    if _active is not None and _active.dry:
+        _dry.watch(torch, library)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
     if _active is not None and (_active.hazards != "off" or _active.clock):

@@ -13,6 +13,7 @@ from spillover.emulator import _profiles
 
 Schedule = Literal["late", "eager", "threaded", "random"]
 HazardPolicy = Literal["off", "count", "warn", "raise"]
+UnknownPolicy = Literal["error", "zero", "one"]
 
 #: Set to 1 in the environment of a process that ``sitecustomize`` shall give emulated devices.
 ACTIVE_VARIABLE = "SPILLOVER_EMULATOR"
@@ -23,7 +24,7 @@ _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
 _VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
-_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock")
+_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
 _TEXTS = ("profile", "trace")
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
@@ -70,6 +71,12 @@ class Options:
     trace
         Where the clock's trace is written when the process ends, in Chrome's format; ``""`` for
         none. A child process puts its number before the suffix.
+    dry
+        Dry run: memory has addresses and sizes but no bytes, operators give shapes. The allocator
+        decides as ever, so peaks are those of a run that computes. See ``docs/dry-run.md``.
+    unknown
+        What host code of a dry run gets where it asks for a value that is not known: ``error`` (an
+        exception that names the operator and the line), ``zero`` or ``one``.
     """
 
     devices: int = 1
@@ -85,6 +92,8 @@ class Options:
     clock: bool = False
     profile: str = ""
     trace: str = ""
+    dry: bool = False
+    unknown: UnknownPolicy = "error"
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, bool) or not isinstance(self.devices, int):
@@ -97,6 +106,7 @@ class Options:
         object.__setattr__(self, "vram", parse_bytes(self.vram, name="vram"))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("hazards", self.hazards, get_args(HazardPolicy))
+        _check_choice("unknown", self.unknown, get_args(UnknownPolicy))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be a number, not {self.seed!r}")
         if not 0 <= self.seed <= _SEED_MAX:
@@ -125,6 +135,7 @@ class Options:
             _PREFIX + "SCHEDULE": self.schedule,
             _PREFIX + "SEED": str(self.seed),
             _PREFIX + "HAZARDS": self.hazards,
+            _PREFIX + "UNKNOWN": self.unknown,
             **{_PREFIX + name.upper(): "1" if getattr(self, name) else "0" for name in _FLAGS},
             **{_PREFIX + name.upper(): getattr(self, name) for name in _TEXTS},
             _PREFIX + "PROFILE_VALUES": _profiles.load(self.profile).flatten()

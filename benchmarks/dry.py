@@ -1,0 +1,52 @@
+"""Dry runs: memory equal to runs that compute, and what a dry run of a large model costs here.
+
+Every case of ``benchmarks/_dry/cases.py`` runs twice on the emulated device, computed and dry, and
+all of torch's peaks and counts are compared. No peer makes dry runs through the real allocator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks._dry import compare_cases
+from benchmarks._dry.compare import COUNTS, PEAKS
+from benchmarks._dry.large import run_large
+
+#: At least one of each kind of model, for the quick form.
+_QUICK = (
+    "gpt amp fp16 with GradScaler",
+    "gpt checkpointing",
+    "gpt save_on_cpu",
+    "llama LoRA",
+    "conv net channels-last",
+    "generate with a cache",
+)
+
+
+def run(*, quick: bool) -> dict[str, Any]:
+    """Compare every case both ways, and dry-run 7B fully trained and 70B with LoRA."""
+    comparisons = compare_cases(_QUICK if quick else None)
+    full = run_large("1b" if quick else "7b")
+    metrics: dict[str, int | float] = {
+        "dry_cases": len(comparisons),
+        "dry_peak_error_bytes_max": max(one.difference(PEAKS) for one in comparisons),
+        "dry_allocation_count_error_max": max(one.difference(COUNTS) for one in comparisons),
+        "dry_7b_seconds": full["seconds"],
+        "dry_7b_rss_gib": full["rss_gib"],
+        "dry_7b_peak_gib": full["report"]["peak_allocated_bytes"] / 2**30,
+    }
+    notes = [
+        f"{one.name}: computed {one.computed!r}, dry {one.dry!r}"
+        for one in comparisons
+        if one.difference((*PEAKS, *COUNTS))
+    ]
+    if quick:
+        notes.append("quick: dry_7b_* are of a model of 1.1B parameters")
+    else:
+        adapted = run_large("70b", low_rank=True, checkpoint=True)
+        metrics |= {
+            "dry_70b_lora_seconds": adapted["seconds"],
+            "dry_70b_lora_rss_gib": adapted["rss_gib"],
+            "dry_70b_lora_peak_gib": adapted["report"]["peak_allocated_bytes"] / 2**30,
+        }
+    return {"metrics": metrics, "notes": notes}

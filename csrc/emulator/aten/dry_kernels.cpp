@@ -1,0 +1,137 @@
+// Shapes of operators whose meta kernel gives other ones than the emulated device's kernel, or that
+// have none. They take and give meta tensors.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/boxing/OperatorKernel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <array>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "emulator/aten/dry_kernels.hpp"
+
+namespace spillover::emulator {
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+at::MemoryFormat format_of(const Tensor& input, const Tensor& weight) {
+  const at::MemoryFormat wanted = input.suggest_memory_format();
+  return wanted == at::MemoryFormat::Contiguous ? weight.suggest_memory_format() : wanted;
+}
+
+Tensor with_format(const Tensor& tensor, at::MemoryFormat format) {
+  if (!tensor.defined()) return tensor;
+  const bool fits = format == at::MemoryFormat::ChannelsLast     ? tensor.dim() == 4
+                    : format == at::MemoryFormat::ChannelsLast3d ? tensor.dim() == 5
+                                                                 : true;
+  if (!fits) return tensor;
+  return at::empty(tensor.sizes(), tensor.options().memory_format(format));
+}
+
+// Torch's meta kernel looks at formats for CUDA's own devices only.
+class ConvolutionKernel final : public c10::OperatorKernel {
+ public:
+  explicit ConvolutionKernel(bool is_backward) : is_backward_(is_backward) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                  torch::jit::Stack* stack) const {
+    const size_t first = stack->size() - op.schema().arguments().size();
+    const Tensor input = (*stack)[first + (is_backward_ ? 1 : 0)].toTensor();
+    const Tensor weight = (*stack)[first + (is_backward_ ? 2 : 1)].toTensor();
+    const at::MemoryFormat format = format_of(input, weight);
+    op.redispatchBoxed(keys, stack);
+    const size_t formatted = is_backward_ ? 2 : 1;  // the gradients of the input and the weight
+    for (size_t i = first; i < first + formatted; ++i) {
+      if ((*stack)[i].isTensor()) (*stack)[i] = with_format((*stack)[i].toTensor(), format);
+    }
+  }
+
+ private:
+  const bool is_backward_;
+};
+
+// Statistics are as wide as the parameters: narrow inputs with wide parameters have wide ones.
+at::ScalarType statistics_type(const Tensor& input, const OptionalTensor& weight,
+                               const OptionalTensor& bias) {
+  if (is_given(weight)) return weight->scalar_type();
+  return is_given(bias) ? bias->scalar_type() : input.scalar_type();
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input,
+                                              std::vector<int64_t> normalized_shape,
+                                              const OptionalTensor& weight,
+                                              const OptionalTensor& bias, double /*eps*/) {
+  std::vector<int64_t> outer = input.sizes().vec();
+  std::fill(outer.end() - static_cast<ptrdiff_t>(normalized_shape.size()), outer.end(), 1);
+  const auto options = input.options().dtype(statistics_type(input, weight, bias));
+  return {at::empty_like(input, at::MemoryFormat::Contiguous), at::empty(outer, options),
+          at::empty(outer, options)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input, const OptionalTensor& weight,
+                                              const OptionalTensor& bias, int64_t batch,
+                                              int64_t /*channels*/, int64_t /*area*/,
+                                              int64_t groups, double /*eps*/) {
+  const auto options = input.options().dtype(statistics_type(input, weight, bias));
+  return {at::empty_like(input, input.suggest_memory_format()), at::empty({batch, groups}, options),
+          at::empty({batch, groups}, options)};
+}
+
+std::tuple<Tensor, Tensor> ctc_loss(const Tensor& log_probs, const Tensor& /*targets*/,
+                                    std::vector<int64_t> input_lengths,
+                                    std::vector<int64_t> target_lengths, int64_t /*blank*/,
+                                    bool /*zero_infinity*/) {
+  TORCH_CHECK(input_lengths.size() == target_lengths.size(),
+              "input_lengths and target_lengths must have one length for each sequence");
+  int64_t longest = 0;
+  for (const int64_t length : target_lengths) longest = std::max(longest, length);
+  const int64_t batch = log_probs.size(1);
+  return {at::empty({batch}, log_probs.options()),
+          at::empty({batch, log_probs.size(0), 2 * longest + 1}, log_probs.options())};
+}
+
+Tensor ctc_loss_backward(const Tensor& /*grad*/, const Tensor& log_probs, const Tensor& /*targets*/,
+                         std::vector<int64_t> /*input_lengths*/,
+                         std::vector<int64_t> /*target_lengths*/, const Tensor& /*loss*/,
+                         const Tensor& /*log_alpha*/, int64_t /*blank*/, bool /*zero_infinity*/) {
+  return at::empty_like(log_probs, at::MemoryFormat::Contiguous);
+}
+
+// The running extreme and its place go into tensors that are there already.
+void cumulative_extreme(const Tensor& /*self*/, Tensor& /*values*/, Tensor& /*indices*/,
+                        int64_t /*dim*/) {}
+
+KernelTable make_table() {
+  KernelTable table;
+  const auto add_convolution = [&](const char* name, bool is_backward) {
+    table.insert_or_assign(name, c10::KernelFunction::makeFromBoxedFunctor(
+                                     std::make_unique<ConvolutionKernel>(is_backward)));
+  };
+  add_convolution("aten::convolution", false);
+  add_convolution("aten::_convolution", false);
+  add_convolution("aten::convolution_backward", true);
+  add_kernel<&layer_norm>(table, "aten::native_layer_norm");
+  add_kernel<&group_norm>(table, "aten::native_group_norm");
+  add_kernel<&ctc_loss>(table, "aten::_ctc_loss");
+  add_kernel<&ctc_loss_backward>(table, "aten::_ctc_loss_backward");
+  add_kernel<&cumulative_extreme>(table, "aten::_cummax_helper");
+  add_kernel<&cumulative_extreme>(table, "aten::_cummin_helper");
+  return table;
+}
+
+}  // namespace
+
+const c10::KernelFunction* find_phantom_kernel(const std::string& name) {
+  // Never destroyed: operators run until the very end of the process.
+  static auto* const table = new KernelTable(make_table());
+  const auto found = table->find(name);
+  return found == table->end() ? nullptr : &found->second;
+}
+
+}  // namespace spillover::emulator

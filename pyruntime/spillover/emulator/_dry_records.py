@@ -1,0 +1,220 @@
+"""Follows a dry run: what each block of memory holds, and what the program does when it asks.
+
+Torch tells of modules, optimizers and failed allocations through hooks; the recorder in the
+emulated device's ATen part keeps the blocks (``dry_recorder.hpp``, which has the same numbers).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from spillover.emulator import _libraries
+
+#: What a block holds, by the recorder's number; 0 is what nobody said anything of.
+KINDS = ("", "parameters", "buffers", "gradients", "optimizer state", "workspace")
+_PARAMETERS, _BUFFERS, _GRADIENTS, _STATE = 1, 2, 3, 4
+PHASES = ("forward", "backward", "optimizer step")
+_OPTIMIZER_PHASE = 2
+
+
+class _BlockRow(ctypes.Structure):
+    """``spillover_emulator_block`` of the C interface."""
+
+    _fields_ = (
+        ("number", ctypes.c_uint64),
+        ("size_bytes", ctypes.c_uint64),
+        ("site", ctypes.c_uint32),
+        ("step", ctypes.c_uint32),
+        ("phase", ctypes.c_int32),
+        ("kind", ctypes.c_int32),
+        ("operator_name", ctypes.c_char_p),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A block that was alive at the peak."""
+
+    number: int
+    size_bytes: int
+    stack: tuple[str, ...]
+    step: int
+    phase: str
+    kind: str
+    operator: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailedAllocation:
+    """The first allocation that did not fit."""
+
+    device: int
+    requested_bytes: int
+    free_bytes: int
+    capacity_bytes: int
+
+
+class Records:
+    """What is known of one process's dry run. Made once torch is imported; any thread may use it.
+
+    Parameters
+    ----------
+    library
+        Path of the emulated device's ATen part.
+    """
+
+    def __init__(self, library: str) -> None:
+        self._lock = threading.Lock()
+        self._modules: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._step = 1
+        self.failure: FailedAllocation | None = None
+        self._library = ctypes.CDLL(library)
+        self._library.spillover_emulator_recorder_phase.argtypes = [ctypes.c_int, ctypes.c_uint]
+        self._library.spillover_emulator_recorder_tag.argtypes = [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_int,
+        ]
+        self._library.spillover_emulator_recorder_freeze.argtypes = [ctypes.c_int]
+        peak = self._library.spillover_emulator_recorder_peak
+        peak.restype = ctypes.c_size_t
+        peak.argtypes = [ctypes.c_int, ctypes.POINTER(_BlockRow), ctypes.c_size_t]
+
+    def watch(self, torch: Any) -> None:
+        """Attach to torch's hooks, once."""
+        modules = importlib.import_module("torch.nn.modules.module")
+        modules.register_module_parameter_registration_hook(self._on_registration)
+        modules.register_module_buffer_registration_hook(self._on_registration)
+        optimizers = importlib.import_module("torch.optim.optimizer")
+        optimizers.register_optimizer_step_pre_hook(self._before_step)
+        optimizers.register_optimizer_step_post_hook(self._after_step)
+        self._watch_moves(torch.nn.Module)
+        torch.cuda._lazy_call(self._start)
+        torch.cuda._lazy_call(
+            lambda: torch._C._cuda_attach_out_of_memory_observer(self._on_out_of_memory)
+        )
+
+    def _watch_moves(self, module_class: Any) -> None:
+        """``Module.cuda()`` and its like give parameters new memory and call no hook."""
+        original = module_class._apply
+
+        @functools.wraps(original)
+        def apply(module: Any, *arguments: Any, **options: Any) -> Any:
+            result = original(module, *arguments, **options)
+            self._tag_module(module)
+            return result
+
+        module_class._apply = apply
+
+    @property
+    def step(self) -> int:
+        """Number of the training step that the program is in."""
+        return self._step
+
+    def tag(self) -> None:
+        """Say of all that modules and optimizers hold what it is."""
+        with self._lock:
+            modules, optimizers = list(self._modules), list(self._optimizers)
+        for module in modules:
+            self._tag_module(module)
+        for optimizer in optimizers:
+            self._tag_optimizer(optimizer)
+
+    def peak(self, device: int) -> list[Block]:
+        """The blocks that were alive when most memory was allocated, largest first."""
+        self.tag()
+        function = self._library.spillover_emulator_recorder_peak
+        count = function(device, None, 0)
+        rows = (_BlockRow * count)()
+        count = min(count, function(device, rows, count))
+        stacks: dict[int, tuple[str, ...]] = {}
+        blocks = []
+        for row in rows[:count]:
+            if row.site not in stacks:
+                stacks[row.site] = _stack(row.site)
+            blocks.append(
+                Block(
+                    number=row.number,
+                    size_bytes=row.size_bytes,
+                    stack=stacks[row.site],
+                    step=row.step,
+                    phase=PHASES[row.phase],
+                    kind=KINDS[row.kind],
+                    operator=(row.operator_name or b"").decode(),
+                )
+            )
+        return sorted(blocks, key=lambda block: -block.size_bytes)
+
+    def _start(self) -> None:
+        self._library.spillover_emulator_recorder_start()
+
+    def _on_registration(self, module: Any, name: str, value: Any) -> None:
+        with self._lock:
+            self._modules.add(module)
+        self._tag(value, _PARAMETERS if name in module._parameters else _BUFFERS)
+
+    def _before_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
+        with self._lock:
+            self._optimizers.add(optimizer)
+        self.tag()
+        self._library.spillover_emulator_recorder_phase(_OPTIMIZER_PHASE, self._step)
+
+    def _after_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
+        self._tag_optimizer(optimizer)
+        self._step += 1
+        self._library.spillover_emulator_recorder_phase(0, self._step)
+
+    def _on_out_of_memory(self, device: int, requested: int, total: int, free: int) -> None:
+        if self.failure is not None:
+            return
+        self._library.spillover_emulator_recorder_freeze(device)
+        self.failure = FailedAllocation(
+            device=device, requested_bytes=requested, free_bytes=free, capacity_bytes=total
+        )
+        # While the program unwinds its tensors are freed, and nobody could say what they were.
+        self.tag()
+
+    def _tag_module(self, module: Any) -> None:
+        for parameter in module._parameters.values():
+            self._tag_parameter(parameter)
+        for buffer in module._buffers.values():
+            self._tag(buffer, _BUFFERS)
+
+    def _tag_optimizer(self, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._tag_parameter(parameter)
+        for state in optimizer.state.values():
+            if isinstance(state, dict):
+                for value in state.values():
+                    self._tag(value, _STATE)
+
+    def _tag_parameter(self, parameter: Any) -> None:
+        if parameter is not None:
+            self._tag(parameter, _PARAMETERS)
+            self._tag(parameter.grad, _GRADIENTS)
+
+    def _tag(self, tensor: Any, kind: int) -> None:
+        if tensor is None or not getattr(tensor, "is_cuda", False):
+            return
+        try:
+            address = tensor.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):
+            return  # sparse, or a subclass without a storage of its own
+        if address:
+            self._library.spillover_emulator_recorder_tag(tensor.device.index, address, kind)
+
+
+def _stack(site: int) -> tuple[str, ...]:
+    function = _libraries.driver().spillover_emulator_describe_site
+    length = function(site, None, 0)
+    buffer = ctypes.create_string_buffer(length + 1)
+    function(site, buffer, length + 1)
+    return tuple(line.strip() for line in buffer.value.decode(errors="replace").splitlines())

@@ -1,0 +1,124 @@
+"""What Python code of a dry run gets where it asks for values that are not known.
+
+Operators and copies know by themselves (``dry_values.hpp``); here are the ways from a tensor to
+Python that are no operators, and the numbers that ``item()`` returns: most programs only print a
+loss, and a number that is only printed decides nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NoReturn
+
+from spillover._errors import SpilloverError
+from spillover.emulator import _libraries
+
+_UNKNOWN_TEXT = "spillover dry run: the program asks for a value"
+
+
+class UnknownNumber(float):
+    """A float that a dry run does not have. It can be printed and computed with, not decided by.
+
+    Python's functions in C (``math.isfinite``) see NaN.
+    """
+
+    reason: str
+
+    def __new__(cls, reason: str) -> UnknownNumber:
+        """``reason`` is the text of the error that a decision raises."""
+        number = super().__new__(cls, "nan")
+        number.reason = reason
+        return number
+
+    def __repr__(self) -> str:
+        return "unknown"
+
+    def __str__(self) -> str:
+        return "unknown"
+
+    def __format__(self, specification: str) -> str:
+        return "unknown"
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    def _decide(self, *_: object) -> NoReturn:
+        raise SpilloverError(self.reason)
+
+    def _carry(self, *_: object) -> UnknownNumber:
+        return self
+
+    __bool__ = __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = _decide
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _decide
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _carry
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _carry
+    __neg__ = __pos__ = __abs__ = __round__ = _carry  # type: ignore[assignment]
+
+
+def is_unknown(tensor: Any) -> bool:
+    """Whether a tensor on a device or the CPU has bytes that a dry run does not know."""
+    import torch
+
+    if tensor.device.type not in ("cuda", "cpu") or tensor.layout != torch.strided:
+        return False
+    if tensor.numel() == 0:
+        return False
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:
+        return False  # a fake tensor, or another subclass without memory of its own
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in strides)
+    size_bytes = elements * tensor.element_size()
+    return not _libraries.driver().spillover_emulator_is_known(address, size_bytes)
+
+
+def watch(torch: Any) -> None:
+    """Replace the methods of ``torch.Tensor`` that read its memory without an operator."""
+    tensor_class = torch.Tensor
+    item, tolist, as_numpy, show = (
+        tensor_class.item,
+        tensor_class.tolist,
+        tensor_class.numpy,
+        tensor_class.__repr__,
+    )
+
+    @functools.wraps(item)
+    def unknown_item(self: Any) -> Any:
+        try:
+            return item(self)
+        except RuntimeError as error:
+            text = str(error)
+            if not text.startswith(_UNKNOWN_TEXT) or not self.is_floating_point():
+                raise
+            return UnknownNumber(text)
+
+    @functools.wraps(tolist)
+    def unknown_tolist(self: Any) -> Any:
+        if is_unknown(self):
+            return [part.tolist() for part in self] if self.dim() else self.item()
+        return tolist(self)
+
+    @functools.wraps(as_numpy)
+    def unknown_numpy(self: Any, *arguments: Any, **options: Any) -> Any:
+        # Pinned memory is shown to engines, which copy it about without looking at it.
+        if self.device.type == "cpu" and not self.is_pinned() and is_unknown(self):
+            first = self.detach().flatten()[0]
+            value = item(first)  # raises under the policy "error"
+            self.detach().fill_(value)
+        return as_numpy(self, *arguments, **options)
+
+    @functools.wraps(show)
+    def unknown_repr(self: Any, **options: Any) -> str:
+        if is_unknown(self):
+            size = tuple(self.shape)
+            return f"tensor(unknown, size={size}, dtype={self.dtype}, device={self.device})"
+        text: str = show(self, **options)
+        return text
+
+    tensor_class.item = unknown_item
+    tensor_class.tolist = unknown_tolist
+    tensor_class.numpy = unknown_numpy
+    tensor_class.__repr__ = unknown_repr

@@ -1,0 +1,157 @@
+"""Dry runs: as much memory as a run that computes, right control flow, and a report.
+
+One process makes all checks of a policy (``dry_checks.py``), one process a way runs the models.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import dry_checks
+import pytest
+from benchmarks._dry import compare_cases
+from benchmarks._dry.compare import COUNTS, PEAKS
+
+from spillover import ConfigError, StateError, emulator
+
+ROOT = Path(__file__).resolve().parents[2]
+#: A sample of benchmarks/_dry/cases.py: every optimizer form, memory format and context once.
+SAMPLE = (
+    "gpt fp32 dropout",
+    "gpt bf16",
+    "gpt amp fp16 with GradScaler",
+    "gpt checkpointing",
+    "gpt save_on_cpu",
+    "llama LoRA",
+    "conv net channels-last amp",
+    "u-net",
+    "vision transformer amp",
+    "lstm and gru",
+    "generate with a cache",
+    "spillover AdamW on the host",
+    "spillover offloaded activations",
+    "spillover streamed parameters",
+)
+TRAIN = """
+import torch
+from torch import nn
+
+def build(width):
+    with torch.device("cuda"):
+        return nn.Sequential(*[nn.Linear(width, width) for _ in range(4)])
+
+model = build(4096)
+optimizer = torch.optim.Adam(model.parameters())
+for _ in range(2):
+    loss = model(torch.randn(512, 4096, device="cuda")).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print(f"loss {loss.item():.3f}")
+"""
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for policy in dry_checks.CHECKS:
+        result = python("-m", "tests.emulator.dry_checks", policy)
+        assert result.returncode == 0, result.stderr
+        found |= json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", [name for checks in dry_checks.CHECKS.values() for name in checks])
+def test_in_a_dry_process(outcomes: dict[str, str], name: str) -> None:
+    assert not outcomes[name], outcomes[name]
+
+
+def compare(names: tuple[str, ...] | None) -> None:
+    comparisons = compare_cases(names)
+    assert names is None or len(comparisons) == len(names)
+    for comparison in comparisons:
+        assert isinstance(comparison.computed, dict), f"{comparison.name}: {comparison.computed}"
+        assert isinstance(comparison.dry, dict), f"{comparison.name}: {comparison.dry}"
+        assert comparison.computed["allocation.all.allocated"] > 100
+        for statistic in (*PEAKS, *COUNTS):
+            assert comparison.computed[statistic] == comparison.dry[statistic], (
+                f"{comparison.name}: {statistic}"
+            )
+
+
+def test_memory_equals_a_computed_run() -> None:
+    compare(SAMPLE)
+
+
+@pytest.mark.soak
+def test_memory_equals_a_computed_run_for_every_case() -> None:
+    compare(None)
+
+
+def dry(
+    tmp_path: Path, *arguments: str
+) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
+    script, report = tmp_path / "train.py", tmp_path / "report.json"
+    script.write_text(TRAIN)
+    result = python(
+        "-m", "spillover", "emulate", "--dry", "--report", str(report), *arguments, "--", "python",
+        str(script),
+    )  # fmt: skip
+    return result, json.loads(report.read_text())[0]
+
+
+def test_report_of_a_script_that_fits(tmp_path: Path) -> None:
+    result, report = dry(tmp_path, "--vram", "8GiB")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "loss unknown\n" * 2
+    weights = 4 * (4096 * 4096 + 4096) * 4
+    assert report["fits"] is True
+    assert report["steps"] == 2
+    classes = report["by_class"]
+    assert classes["parameters"] == classes["gradients"] == weights
+    assert classes["optimizer state"] == 2 * weights
+    assert classes["workspace"] > 0
+    assert sum(classes.values()) == report["peak_allocated_bytes"]
+    assert report["peak"]["phase"] == "optimizer step"
+    assert "train.py:14" in report["peak"]["line"]
+    assert any("train.py:7 (build" in group["line"] for group in report["top"])
+    assert "fits into 8.00 GiB" in result.stderr
+    assert "optimizer state" in result.stderr
+
+
+def test_report_of_a_script_that_does_not_fit(tmp_path: Path) -> None:
+    result, report = dry(tmp_path, "--vram", "400MiB")
+    assert result.returncode == 1
+    assert "torch.OutOfMemoryError" in result.stderr
+    assert "does not fit into 400.00 MiB" in result.stderr
+    shortage = report["shortage"]
+    assert report["fits"] is False
+    assert shortage["short_bytes"] == shortage["requested_bytes"] - shortage["free_bytes"] > 0
+    assert report["by_class"]["parameters"] == 4 * (4096 * 4096 + 4096) * 4
+    assert report["peak_reserved_bytes"] <= 400 << 20
+
+
+def test_wrong_options() -> None:
+    with pytest.raises(ConfigError, match="unknown='two' is not known; choose one of error, zero"):
+        emulator.Options(unknown="two")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="dry must be True or False"):
+        emulator.Options(dry=1)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="there is no dry run in this process"):
+        emulator.dry_report()
+    result = python("-m", "spillover", "emulate", "--report", "x.json", "--", "python", "-c", "1")
+    assert result.returncode == 2
+    assert "--report is for dry runs; add --dry" in result.stderr
