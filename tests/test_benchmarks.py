@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
+    "clock": {"clock_repeatable", "clock_step_ms"},
     "dry": {
         "dry_cases",
         "dry_peak_error_bytes_max",

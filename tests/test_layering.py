@@ -29,7 +29,11 @@ ALLOWED = {
         "emulator/core/kernel_api.h",
     },
     "emulator/libnvidia_ml": {"emulator/core/c_api.h"},
-    "emulator/aten": {"emulator/core/c_api.h", "emulator/core/dry_api.h"},
+    "emulator/aten": {
+        "emulator/core/c_api.h",
+        "emulator/core/clock_api.h",
+        "emulator/core/dry_api.h",
+    },
     "emulator/host_kernels": {"emulator/core/c_api.h", "emulator/core/kernel_api.h"},
     "emulator/python": {"emulator/core/c_api.h"},
 }

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from benchmarks import _harness
+
 WIDTH = 32
 
 
@@ -463,9 +465,8 @@ def _main(group: str, schedule: str, *rest: str) -> None:
     _torch().set_num_threads(1)
     if group == "rank":
         _rank(int(rest[0]), rest[1], rest[2] == "fsdp")
-        print(json.dumps(spillover.emulator.hazards()))
-    else:
-        print(json.dumps(_run_group(GROUPS[group])))
+        _harness.end_measurement(spillover.emulator.hazards())
+    _harness.end_measurement(_run_group(GROUPS[group]))
 
 
 if __name__ == "__main__":

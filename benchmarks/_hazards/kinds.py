@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks import _harness
 from benchmarks._hazards import driver
 
 #: Where torch is imported late: the emulator must be there first.
@@ -385,4 +386,4 @@ if __name__ == "__main__":
         uninitialized=True,
         blocks=True,
     )
-    print(json.dumps(run_all()))
+    _harness.end_measurement(run_all())

@@ -164,8 +164,9 @@ def check_equal(
             assert isinstance(ours, Tensor), f"{ours!r} is not a tensor"
             assert anywhere or ours.is_cuda, f"a result is on {ours.device}"
             result, limits = ours.detach(), {}
-            if epsilons is not None and theirs.numel() and theirs.is_floating_point():
-                information = torch.finfo(ours.dtype)
+            is_inexact = theirs.is_floating_point() or theirs.is_complex()
+            if epsilons is not None and theirs.numel() and is_inexact:
+                information = torch.finfo(ours.dtype.to_real())
                 limit = epsilons * information.eps * float(theirs.abs().max())
                 limits = {"rtol": 16 * information.eps, "atol": max(limit, 1e-4)}
             if _WIDE_TYPES.get(result.dtype) == theirs.dtype:

@@ -18,6 +18,7 @@
 #include "tiers/disk_store.hpp"
 #include "tiers/host_pool.hpp"
 #include "tiers/system_memory.hpp"
+#include "tiers/work_annotation.hpp"
 
 namespace py = pybind11;
 
@@ -177,6 +178,8 @@ void register_host_pool(py::module_& module) {
       .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
       .def("trim", &HostPool::trim, ReleaseGil())
       .def("stats", &HostPool::stats, ReleaseGil());
+  module.def("annotate_work", &annotate_work, py::arg("resource"), py::arg("size_bytes"),
+             ReleaseGil(), "Tell a virtual clock, where there is one, what was just done.");
   module.def("available_host_bytes", &available_host_bytes, ReleaseGil(),
              "What the machine and the process's memory control groups leave, in bytes.");
 }

@@ -50,7 +50,9 @@ WriteRequest DiskStore::write(const void* data, size_t size_bytes, WriteGate gat
   // They only read through this pointer: the direction says so.
   auto* bytes = static_cast<std::byte*>(const_cast<void*>(data));
   for (size_t i = 0; i < extents.size(); ++i) {
-    core_->submit({Direction::kWrite, payload, i, bytes, ticket, shared_gate}, extents[i].folder);
+    core_->submit(
+        {Direction::kWrite, payload, i, extents[i].size_bytes, bytes, ticket, shared_gate},
+        extents[i].folder);
     bytes += extents[i].size_bytes;
   }
   return {std::move(payload), std::move(ticket)};
@@ -68,9 +70,10 @@ std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, vo
   auto ticket = std::make_shared<Ticket>(payload->extents().size());
   auto* bytes = static_cast<std::byte*>(data);
   for (size_t i = 0; i < payload->extents().size(); ++i) {
-    core_->submit({Direction::kRead, payload, i, bytes, ticket, nullptr},
-                  payload->extents()[i].folder);
-    bytes += payload->extents()[i].size_bytes;
+    const Extent& extent = payload->extents()[i];
+    core_->submit({Direction::kRead, payload, i, extent.size_bytes, bytes, ticket, nullptr},
+                  extent.folder);
+    bytes += extent.size_bytes;
   }
   return ticket;
 }

@@ -132,6 +132,9 @@ void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
 
 void DiskStoreCore::submit(Piece piece, size_t folder) noexcept {
   ++pending_extents_;
+  piece.work = annotate_work_submit(piece.direction == Direction::kRead ? kDiskRead : kDiskWrite,
+                                    piece.size_bytes);
+  piece.ticket->add_work(piece.work);
   std::exception_ptr error;
   try {
     // A piece that is not taken is left as it was, also where this throws.
@@ -139,6 +142,9 @@ void DiskStoreCore::submit(Piece piece, size_t folder) noexcept {
     error = std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
   } catch (...) {
     error = std::current_exception();
+  }
+  {
+    const WorkScope nothing(piece.work);
   }
   finish(piece, std::move(error));
 }
@@ -158,6 +164,7 @@ void DiskStoreCore::serve(Folder& folder) noexcept {
 }
 
 void DiskStoreCore::run(Folder& folder, Piece& piece, ExtentIo& io) {
+  const WorkScope work(piece.work);
   Extent& extent = piece.payload->extents_[piece.extent];
   if (piece.direction == Direction::kRead) {
     io.read(folder.file, extent, piece.data);

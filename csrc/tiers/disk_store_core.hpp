@@ -15,6 +15,7 @@
 #include "base/bounded_queue.hpp"
 #include "tiers/disk_store.hpp"
 #include "tiers/extent_space.hpp"
+#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 
@@ -32,9 +33,11 @@ class DiskStoreCore {
     Direction direction;
     std::shared_ptr<DiskPayload> payload;
     size_t extent;
+    size_t size_bytes;
     std::byte* data;  // Only read from in a write.
     std::shared_ptr<Ticket> ticket;
     std::shared_ptr<WriteGate> gate;  // Null for none.
+    WorkId work = 0;                  // What the virtual clock calls it.
   };
 
   // Counts size_bytes as written; throws DiskFullError past the limit.

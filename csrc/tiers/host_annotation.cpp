@@ -1,10 +1,9 @@
 #include "tiers/host_annotation.hpp"
 
-#include <dlfcn.h>
-
 #include <string>
 
 #include "base/error.hpp"
+#include "tiers/emulator_symbol.hpp"
 
 namespace spillover {
 namespace {
@@ -19,23 +18,11 @@ struct EmulatorRange {
 using HostAccessFunction = int (*)(const char*, const EmulatorRange*, size_t);
 using LastHazardFunction = const char* (*)();
 
-// An emulator is loaded before torch or never, and no buffer is pinned before a driver is loaded,
-// so one look at the first access is enough. libcuda.so.1 may have been opened with RTLD_LOCAL,
-// which hides it from RTLD_DEFAULT, so it is asked for by name as well, without loading it.
-void* find_symbol(const char* name) {
-  if (void* found = dlsym(RTLD_DEFAULT, name)) return found;
-  void* driver = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
-  if (driver == nullptr) return nullptr;
-  void* found = dlsym(driver, name);
-  dlclose(driver);
-  return found;
-}
-
 struct Checker {
   HostAccessFunction host_access =
-      reinterpret_cast<HostAccessFunction>(find_symbol("spillover_emulator_host_access"));
+      reinterpret_cast<HostAccessFunction>(find_emulator_symbol("spillover_emulator_host_access"));
   LastHazardFunction last_hazard =
-      reinterpret_cast<LastHazardFunction>(find_symbol("spillover_emulator_last_hazard"));
+      reinterpret_cast<LastHazardFunction>(find_emulator_symbol("spillover_emulator_last_hazard"));
 };
 
 }  // namespace

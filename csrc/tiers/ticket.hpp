@@ -7,12 +7,20 @@
 #include <cstddef>
 #include <exception>
 #include <mutex>
+#include <vector>
+
+#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 
 class Ticket {
  public:
   explicit Ticket(size_t piece_count) : pieces_left_(piece_count) {}
+
+  // For the store, before anybody else has the ticket: what the virtual clock knows of the request.
+  void add_work(WorkId work) {
+    if (work != 0) work_.push_back(work);
+  }
 
   // Whether the request is over, well or not. Does not block and does not throw the error.
   bool is_done() const;
@@ -27,6 +35,9 @@ class Ticket {
   void finish_piece(std::exception_ptr error) noexcept;
 
  private:
+  void wait_for_pieces(std::unique_lock<std::mutex>& lock) const;
+
+  std::vector<WorkId> work_;  // constant once the request has been made
   mutable std::mutex mutex_;
   mutable std::condition_variable done_;
   // Guarded by mutex_.

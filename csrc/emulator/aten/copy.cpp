@@ -9,7 +9,9 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/alias_map.hpp"
+#include "emulator/aten/brain_complex.hpp"
 #include "emulator/aten/captured_call.hpp"
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/operator_kernel.hpp"
@@ -25,6 +27,23 @@ bool is_plain(const at::Tensor& self, const at::Tensor& source) {
          self.is_conj() == source.is_conj() && self.is_neg() == source.is_neg();
 }
 
+at::Tensor as_stored(const at::Tensor& tensor) {
+  return tensor.is_conj() ? tensor._conj() : tensor;
+}
+
+// torch's copy between CPU tensors, and what it lacks: to conjugate complex numbers of bfloat16.
+void copy_on_host(at::Tensor target, const at::Tensor& source) {
+  const bool conjugates = target.is_conj() != source.is_conj();
+  if (!conjugates ||
+      (target.scalar_type() != kBrainComplex && source.scalar_type() != kBrainComplex)) {
+    at::native::copy_(target, source, /*non_blocking=*/false);
+    return;
+  }
+  const at::Tensor wide = as_stored(source).to(at::kComplexFloat)._conj().resolve_conj();
+  at::Tensor stored = as_stored(target);
+  at::native::copy_(stored, wide, /*non_blocking=*/false);
+}
+
 void capture_copy(const at::Tensor& self, const at::Tensor& source,
                   const c10::cuda::CUDAStream& stream) {
   static const OperatorPlan plan(
@@ -35,8 +54,7 @@ void capture_copy(const at::Tensor& self, const at::Tensor& source,
   capture_call(
       plan,
       [](torch::jit::Stack* tensors) {
-        at::Tensor target = (*tensors)[0].toTensor();
-        at::native::copy_(target, (*tensors)[1].toTensor(), /*non_blocking=*/false);
+        copy_on_host((*tensors)[0].toTensor(), (*tensors)[1].toTensor());
         tensors->resize(1);
       },
       stream, &stack);
@@ -55,11 +73,18 @@ void copy_as_operator(at::Tensor& self, const at::Tensor& source) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceWorkScope device_work;
   AliasMap aliases;
-  at::Tensor target = aliases.alias(self, /*is_written=*/true);
+  const at::Tensor target = aliases.alias(self, /*is_written=*/true);
   const at::Tensor from = aliases.alias(source, /*is_written=*/false);
-  if (dry_run_enabled() && copy_phantom(target, from)) return;
-  at::native::copy_(target, from, /*non_blocking=*/false);
-  if (dry_run_enabled()) finish_real_copy(target);
+  if (!dry_run_enabled()) {
+    copy_on_host(target, from);
+  } else if (!copy_phantom(target, from)) {
+    copy_on_host(target, from);
+    finish_real_copy(target);
+  }
+  if (clock_enabled()) {
+    charge_kernel(stream.stream(), kName,
+                  bytes_bound_cost(tensor_bytes(self) + tensor_bytes(source)));
+  }
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 
 #include <optional>
 
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/plan.hpp"
 
 namespace spillover::emulator {
@@ -28,6 +29,7 @@ class EmulatedOperator final : public c10::OperatorKernel {
 
  private:
   OperatorPlan plan_;
+  CostRule cost_rule_;
   std::optional<c10::KernelFunction> kernel_;
 };
 

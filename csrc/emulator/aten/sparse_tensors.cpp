@@ -11,6 +11,8 @@
 #include <cstring>
 #include <tuple>
 
+#include "emulator/aten/cost.hpp"
+
 namespace spillover::emulator {
 namespace {
 
@@ -125,7 +127,16 @@ void SparseCallTensors::begin() {
   begin_operator(stream_.stream(), name_.c_str(), ranges_);
 }
 
+// Its operands once and its results once: what a sparse kernel moves at least.
+void SparseCallTensors::charge() const {
+  double bytes = 0;
+  for (const at::Tensor& part : parts_) bytes += tensor_bytes(part);
+  for (const Arrival& arrival : arrivals_) bytes += static_cast<double>(arrival.size_bytes);
+  charge_kernel(stream_.stream(), name_.c_str(), bytes_bound_cost(bytes));
+}
+
 void SparseCallTensors::finish() {
+  if (clock_enabled()) charge();
   if (arrivals_.empty()) return;
   RangeList written;
   for (const Arrival& arrival : arrivals_) {

@@ -46,6 +46,7 @@ class SparseCallTensors {
   at::Tensor alias(const at::Tensor& dense, bool is_written);
   at::Tensor dense_to_device(const at::Tensor& host);
   at::Tensor view_of(const at::Tensor& host, c10::StorageImpl* storage) const;
+  void charge() const;
   void replace_members(const at::Tensor& device, const at::Tensor& host);
 
   const c10::cuda::CUDAStream& stream_;

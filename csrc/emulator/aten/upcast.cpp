@@ -3,13 +3,13 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/boxing/OperatorKernel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/headeronly/version.h>
 
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "emulator/aten/brain_complex.hpp"
 #include "emulator/aten/own_kernels.hpp"
 
 namespace spillover::emulator {
@@ -54,12 +54,6 @@ constexpr const char* kUpcastOperators[] = {
     "aten::rrelu_with_noise_",
     "aten::rrelu_with_noise_backward",
 };
-
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 14
-constexpr auto kBrainComplex = ScalarType::BComplex32;
-#else
-constexpr auto kBrainComplex = ScalarType::Undefined;
-#endif
 
 std::optional<ScalarType> wide_type(ScalarType type) {
   if (type == at::kHalf || type == at::kBFloat16) return at::kFloat;

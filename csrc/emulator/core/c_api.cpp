@@ -34,6 +34,13 @@ Machine* checking_machine() {
   return machine.hazards.enabled() ? &machine : nullptr;
 }
 
+// Follows an allocator's blocks over virtual time.
+void note_block(std::int64_t bytes) {
+  if (!emulator::process_ready() || !Machine::instance().clock.enabled()) return;
+  const Lock lock(Machine::instance().mutex);
+  Machine::instance().clock.note_block(bytes);
+}
+
 size_t copy_text(const std::string& text, char* out, size_t capacity) {
   if (out != nullptr && capacity > 0) {
     const std::size_t length = std::min(text.size(), capacity - 1);
@@ -280,6 +287,7 @@ void spillover_emulator_forget(uint64_t token) {
 }
 
 void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
+  note_block(static_cast<std::int64_t>(size_bytes));
   Machine* const machine = checking_machine();
   if (machine == nullptr) return;
   const emulator::CallScope call("allocator");
@@ -291,6 +299,7 @@ void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
 }
 
 void spillover_emulator_block_end(const void* pointer, size_t size_bytes) {
+  note_block(-static_cast<std::int64_t>(size_bytes));
   Machine* const machine = checking_machine();
   if (machine == nullptr) return;
   const emulator::CallScope call("allocator");

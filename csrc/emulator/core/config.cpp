@@ -96,6 +96,17 @@ class Reader {
     *value = number == 1;
   }
 
+  // A flat text of several lines is not described: it would hide the rest.
+  void profile(const char* name, const char* values_name, std::string* value,
+               ClockProfile* profile) {
+    const char* const text = lookup(name);
+    if (text != nullptr) *value = text;
+    const char* const values = lookup(values_name);
+    const std::string complaint = profile->read(values == nullptr ? "" : values);
+    if (config_->error.empty()) config_->error = complaint;
+    describe(name, *value);
+  }
+
   template <typename Enum, std::size_t kCount>
   void choice(const char* name, const char* const (&names)[kCount], Enum* value) {
     const char* text = lookup(name);
@@ -149,6 +160,9 @@ Config read_config(const char* (*variable)(const char*)) {
   reader.integer("SPILLOVER_EMULATOR_QUERY_SPINS", 0, 1000000000, &config.query_spins);
   reader.integer("SPILLOVER_EMULATOR_COPY_DELAY_US", 0, 60000000, &config.copy_delay_us);
   reader.flag("SPILLOVER_EMULATOR_VERBOSE", &config.verbose);
+  reader.flag("SPILLOVER_EMULATOR_CLOCK", &config.clock);
+  reader.profile("SPILLOVER_EMULATOR_PROFILE", "SPILLOVER_EMULATOR_PROFILE_VALUES",
+                 &config.profile_name, &config.profile);
   reader.flag("SPILLOVER_EMULATOR_DRY", &config.dry);
   reader.choice("SPILLOVER_EMULATOR_UNKNOWN", kUnknown, &config.unknown);
   return config;

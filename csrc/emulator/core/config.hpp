@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "emulator/core/clock/profile.hpp"
 #include "emulator/core/report.hpp"
 
 namespace spillover::emulator {
@@ -40,6 +41,9 @@ struct Config {
   int query_spins = 16;
   int copy_delay_us = 0;
   bool verbose = false;
+  bool clock = false;        // the virtual clock
+  std::string profile_name;  // whose numbers it uses
+  ClockProfile profile;
   bool dry = false;  // memory has addresses and no bytes
   UnknownPolicy unknown = UnknownPolicy::kError;
 

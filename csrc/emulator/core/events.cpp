@@ -94,7 +94,9 @@ void Events::mark(Event* event, const StreamRef& stream) {
   event->clock = stream->clock;
   event->time = std::make_shared<TimePoint>();
   Operation operation;
-  operation.body = RecordTime{event->time};
+  // Negative until the event's turn comes.
+  event->virtual_time = machine_->clock.enabled() ? std::make_shared<std::int64_t>(-1) : nullptr;
+  operation.body = RecordTime{event->time, event->virtual_time};
   operation.name = "event record";
   machine_->streams.append(stream, std::move(operation));
 }
@@ -111,10 +113,11 @@ void Events::synchronize_elsewhere(Lock& lock, const Event& event) {
 
 void Events::synchronize(Lock& lock, Event* event) {
   if (event->is_recorded_elsewhere()) return synchronize_elsewhere(lock, *event);
-  if (event->is_complete()) return machine_->streams.host_learns(event->clock);
   const StreamRef stream = event->stream;
   const Ticket ticket = event->ticket;
   const VectorClock clock = event->clock;
+  if (stream == nullptr) return machine_->streams.host_learns(clock);
+  if (machine_->clock.enabled()) machine_->clock.wait(lock, stream, ticket);
   machine_->scheduler.drain(lock, stream, ticket);
   machine_->streams.host_learns(clock);
 }
@@ -124,6 +127,14 @@ CUresult Events::query(Lock& lock, CUevent handle) {
   if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   if (event->is_recorded_elsewhere()) {
     return event->is_complete() ? CUDA_SUCCESS : CUDA_ERROR_NOT_READY;
+  }
+  if (machine_->clock.enabled() && event->stream != nullptr) {
+    const StreamRef stream = event->stream;
+    const Ticket ticket = event->ticket;
+    if (!machine_->clock.has_passed(lock, stream, ticket)) return CUDA_ERROR_NOT_READY;
+    machine_->scheduler.drain(lock, stream, ticket);
+    event = find(handle);
+    if (event == nullptr) return CUDA_ERROR_INVALID_HANDLE;
   }
   if (!event->is_complete() && ++event->query_count > machine_->config.query_spins) {
     event->query_count = 0;
@@ -156,6 +167,11 @@ CUresult Events::elapsed(const Event& start, const Event& end, float* millisecon
   }
   if (start.context->device != end.context->device) return CUDA_ERROR_INVALID_HANDLE;
   if (!start.is_complete() || !end.is_complete()) return CUDA_ERROR_NOT_READY;
+  if (start.virtual_time != nullptr && end.virtual_time != nullptr) {
+    if (*start.virtual_time < 0 || *end.virtual_time < 0) return CUDA_ERROR_NOT_READY;
+    *milliseconds = static_cast<float>(*end.virtual_time - *start.virtual_time) * 1e-6F;
+    return CUDA_SUCCESS;
+  }
   *milliseconds = std::chrono::duration<float, std::milli>(*end.time - *start.time).count();
   return CUDA_SUCCESS;
 }

@@ -31,8 +31,9 @@ struct Event {
   StreamRef stream;  // nullptr: never recorded, which counts as complete
   Ticket ticket = 0;
   VectorClock clock;
-  bool all_know = false;            // every host thread has this record's clock
-  std::shared_ptr<TimePoint> time;  // nullptr with CU_EVENT_DISABLE_TIMING
+  bool all_know = false;                       // every host thread has this record's clock
+  std::shared_ptr<TimePoint> time;             // nullptr with CU_EVENT_DISABLE_TIMING
+  std::shared_ptr<std::int64_t> virtual_time;  // the same on the virtual clock, where that is on
   int query_count = 0;
   // Where it was last recorded on a stream that was being captured: after which nodes.
   std::shared_ptr<Capture> capture;

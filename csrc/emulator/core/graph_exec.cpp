@@ -207,8 +207,10 @@ bool GraphExec::enqueue(Machine& machine, const Node& node, const StreamRef& lan
   const NodeWork& work = *node.work;
   if (const auto* copy = std::get_if<Copy>(&work)) {
     operation.body = copy_of(*copy);
+    if (machine.clock.enabled()) operation.cost = cost_of(machine, *copy);
   } else if (const auto* fill = std::get_if<Fill>(&work)) {
     operation.body = *fill;
+    if (machine.clock.enabled()) operation.cost = cost_of(machine, *fill);
   } else if (const auto* kernel = std::get_if<std::shared_ptr<const KernelBody>>(&work)) {
     operation.body = SharedKernel{*kernel};
   } else if (const auto* function = std::get_if<HostFunction>(&work)) {

@@ -43,6 +43,7 @@ CUresult allocate_device_memory(Machine& machine, Lock& lock, int device, std::s
   if (pool != nullptr && !pool->admits(size_bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
   CUresult result = machine.device_memory.allocate(device, size_bytes, pool, address);
   if (result == CUDA_ERROR_OUT_OF_MEMORY && machine.pending_frees > 0) {
+    if (machine.clock.enabled()) machine.clock.wait_device(lock, device);
     machine.scheduler.drain_device(lock, device);  // lets frees that are queued take their turn
     result = machine.device_memory.allocate(device, size_bytes, pool, address);
   }

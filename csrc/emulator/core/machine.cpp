@@ -38,6 +38,7 @@ Machine::Machine(const Config& machine_config)
     : config(machine_config),
       known(&addresses),
       budget(config.vram_bytes),
+      clock(this, config),
       device_memory(&addresses, &budget,
                     config.dry      ? FreshMemory::kPhantom
                     : config.poison ? FreshMemory::kPoisoned

@@ -15,6 +15,7 @@
 
 #include "emulator/core/address_space.hpp"
 #include "emulator/core/capture.hpp"
+#include "emulator/core/clock/clock.hpp"
 #include "emulator/core/config.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/device_memory.hpp"
@@ -131,6 +132,7 @@ class Machine {
   AddressSpace addresses;  // its translation is constant
   KnownBytes known;        // has a lock of its own
   Budget budget;
+  Clock clock;
   DeviceMemory device_memory;
   VirtualMemory virtual_memory;
   HostMemory host_memory;

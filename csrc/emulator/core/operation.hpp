@@ -112,6 +112,7 @@ struct WaitForTicket {
 
 struct RecordTime {
   std::shared_ptr<TimePoint> time;
+  std::shared_ptr<std::int64_t> virtual_time;  // null while the clock is off
 };
 
 struct WriteValue {
@@ -146,11 +147,33 @@ struct Hold {
   std::uint64_t id = 0;
 };
 
+// What an operation occupies on the virtual clock (clock/timeline.hpp).
+enum class Resource : std::uint8_t {
+  kNone,
+  kCompute,
+  kCopyIn,
+  kCopyOut,
+  kPeerLink,
+  kHostFunction,
+  kOptimizer,
+  kDiskRead,
+  kDiskWrite,
+};
+
+struct OperationCost {
+  Resource resource = Resource::kNone;
+  std::int64_t duration = 0;       // nanoseconds where nothing else runs
+  std::uint64_t device_bytes = 0;  // moved in the device's memory meanwhile
+  std::uint64_t link_bytes = 0;
+  std::uint64_t host_bytes = 0;
+};
+
 struct Operation {
   std::variant<Copy, Fill, Kernel, SharedKernel, HostFunction, WaitForTicket, RecordTime,
                WriteValue, WaitValue, FreeMemory, Hold, PublishRecord>
       body;
   const char* name = "";
+  OperationCost cost;
 
   bool is_host_function() const { return std::holds_alternative<HostFunction>(body); }
 

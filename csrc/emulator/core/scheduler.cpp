@@ -57,6 +57,7 @@ void Scheduler::append(const StreamRef& stream, Operation operation) {
   ++stream->enqueued;
   ++stream->version;
   activate(stream);
+  if (machine_->clock.enabled()) machine_->clock.append(stream, stream->pending.back());
   if (is_awaited_elsewhere) {
     const bool at_once = schedule_ == Schedule::kEager || schedule_ == Schedule::kThreaded;
     stream->host_function_ticket = stream->enqueued;
@@ -74,6 +75,7 @@ void Scheduler::append(const StreamRef& stream, Operation operation) {
 void Scheduler::enqueue(Lock& lock, const StreamRef& stream, Operation operation) {
   append(stream, std::move(operation));
   if (schedule_ == Schedule::kEager) run_all_ready(lock);
+  if (machine_->clock.enabled()) machine_->clock.throttle(lock, stream);
   if (stream->pending.size() <= kPendingMax) return;
   // A full queue makes the host wait, also behind a host function.
   run_until(lock, stream, stream->completed + 1, Patience::kBlock);
@@ -148,6 +150,17 @@ bool Scheduler::run_until(Lock& lock, const StreamRef& target, Ticket ticket, Pa
   return true;
 }
 
+bool Scheduler::drain_briefly(Lock& lock, const StreamRef& stream, Ticket ticket,
+                              std::chrono::milliseconds patience) {
+  const TimePoint give_up = std::chrono::steady_clock::now() + patience;
+  while (stream->completed < ticket && !run_until(lock, stream, ticket, Patience::kNone)) {
+    stream->host_function_due = std::chrono::steady_clock::now();
+    host_function_queued_.notify_one();
+    if (changed_.wait_until(lock, give_up) == std::cv_status::timeout) break;
+  }
+  return stream->completed >= ticket;
+}
+
 std::uint64_t Scheduler::add_hold(std::chrono::milliseconds patience) {
   holds_.emplace(next_hold_, patience);
   return next_hold_++;
@@ -193,6 +206,7 @@ void Scheduler::run_front(Lock& lock, Stream* stream) {
   }
   stream->running = false;
   stream->running_host_function = false;
+  if (machine_->clock.enabled()) machine_->clock.executed(*stream, stream->completed + 1);
   ++stream->completed;
   stream->query_count = 0;
   if (stream->pending.empty()) {

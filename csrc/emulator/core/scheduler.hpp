@@ -57,6 +57,11 @@ class Scheduler {
     if (stream->completed < ticket) run_until(lock, stream, ticket, Patience::kNone);
   }
 
+  // Blocks until the stream has completed the ticket, or for as long as patience where a host
+  // function or a hold does not come to its end. False then.
+  bool drain_briefly(Lock& lock, const StreamRef& stream, Ticket ticket,
+                     std::chrono::milliseconds patience);
+
   // A new hold, for an operation of that id. Whoever waits for it gives up after patience.
   std::uint64_t add_hold(std::chrono::milliseconds patience);
 

@@ -219,7 +219,9 @@ void Streams::perform(Lock& lock, const StreamRef& stream) {
 void Streams::wait_for(const StreamRef& stream, const StreamRef& other, Ticket ticket,
                        const VectorClock& clock) {
   if (tracks_order_ && stream->clock.merge(clock)) ++stream->version;
-  if (other == stream || other->completed >= ticket) return;
+  const bool is_done = other->completed >= ticket &&
+                       (!machine_->clock.enabled() || machine_->clock.is_done(*other, ticket));
+  if (other == stream || is_done) return;
   Operation wait;
   wait.body = WaitForTicket{other, ticket};
   wait.name = "wait";
@@ -255,6 +257,7 @@ void Streams::synchronize(Lock& lock, const StreamRef& stream) {
   std::vector<Ticket> tickets;
   for (const StreamRef& other : covered) tickets.push_back(other->enqueued);
   for (std::size_t i = 0; i < covered.size(); ++i) {
+    if (machine_->clock.enabled()) machine_->clock.wait(lock, covered[i], tickets[i]);
     machine_->scheduler.drain(lock, covered[i], tickets[i]);
   }
   host_learns(clock);
@@ -281,12 +284,20 @@ VectorClock Streams::clock_of_device(int device) const {
 void Streams::synchronize_device(Lock& lock, int device) {
   VectorClock known;
   if (tracks_order_) known = clock_of_device(device);
+  if (machine_->clock.enabled()) machine_->clock.wait_device(lock, device);
   machine_->scheduler.drain_device(lock, device);
   host_learns(known);
 }
 
 CUresult Streams::query(Lock& lock, const StreamRef& stream) {
   const std::vector<StreamRef> covered = covered_by(stream);
+  if (machine_->clock.enabled()) {
+    for (const StreamRef& other : covered) {
+      const Ticket ticket = other->enqueued;
+      if (!machine_->clock.has_passed(lock, other, ticket)) return CUDA_ERROR_NOT_READY;
+      machine_->scheduler.drain(lock, other, ticket);
+    }
+  }
   const auto first_busy = [&] {
     return std::find_if(covered.begin(), covered.end(),
                         [](const StreamRef& other) { return !other->idle(); });

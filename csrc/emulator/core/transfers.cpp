@@ -40,6 +40,16 @@ const char* name_of(CopyKind kind, Place destination, Place source) {
   return destination == Place::kDevice ? "memcpy host-to-device" : "memcpy host-to-host";
 }
 
+Clock::Route route_of(Machine& machine, const Copy& copy, Place destination, Place source) {
+  if (destination == Place::kDevice && source == Place::kDevice) {
+    return machine.device_of(copy.destination) == machine.device_of(copy.source)
+               ? Clock::Route::kDeviceToDevice
+               : Clock::Route::kPeer;
+  }
+  if (destination == Place::kDevice) return Clock::Route::kToDevice;
+  return source == Place::kDevice ? Clock::Route::kToHost : Clock::Route::kHostToHost;
+}
+
 bool check_live(Machine& machine, const char* name, Address address, std::size_t size_bytes,
                 bool is_write) {
   if (machine.is_live(address, size_bytes, is_write)) return true;
@@ -106,6 +116,18 @@ static bool is_extent(std::size_t pitch, std::size_t height, std::size_t width_b
          (height <= 1 || pitch <= kExtentBytesMax / height);
 }
 
+OperationCost cost_of(Machine& machine, const Copy& copy) {
+  const Place destination = place_of(machine, copy.destination, copy.destination_bytes());
+  const Place source = place_of(machine, copy.source, copy.source_bytes());
+  const bool is_pageable = destination == Place::kPageable || source == Place::kPageable;
+  return machine.clock.copy_cost(route_of(machine, copy, destination, source), is_pageable,
+                                 copy.width_bytes * copy.height);
+}
+
+OperationCost cost_of(Machine& machine, const Fill& fill) {
+  return machine.clock.fill_cost(fill.width_bytes() * fill.height);
+}
+
 CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
               CallVariant variant) {
   if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
@@ -134,6 +156,7 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
   const bool on_device = destination == Place::kDevice && source == Place::kDevice;
   const bool blocks =
       destination == Place::kPageable || (variant == CallVariant::kSync && !on_device);
+  const bool is_pageable = source == Place::kPageable || destination == Place::kPageable;
   shape.is_source_dropped =
       machine.config.dry && source == Place::kPageable && !takes_phantom_source(machine, shape);
   if (source == Place::kPageable && !blocks && !shape.is_source_dropped) {
@@ -149,8 +172,12 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
           found;
   Operation operation;
   operation.name = name;
+  if (machine.clock.enabled()) operation.cost = cost_of(machine, shape);
   operation.body = std::move(shape);
-  return finish(machine, lock, stream, std::move(operation), blocks, found);
+  const CUresult result = finish(machine, lock, stream, std::move(operation), blocks, found);
+  // A GPU's driver returns once the last bytes of pageable memory are on their way.
+  if (machine.clock.enabled() && is_pageable && !blocks) machine.clock.wait(lock, stream, ticket);
+  return result;
 }
 
 CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill& shape,
@@ -187,6 +214,7 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   Operation operation;
   operation.name = kName;
   operation.body = shape;
+  if (machine.clock.enabled()) operation.cost = cost_of(machine, shape);
   return finish(machine, lock, stream, std::move(operation), blocks, found);
 }
 

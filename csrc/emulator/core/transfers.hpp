@@ -34,6 +34,10 @@ bool record_copy(Machine& machine, const Stream& stream, Ticket ticket, const ch
 bool record_fill(Machine& machine, const Stream& stream, Ticket ticket, const char* name,
                  const Fill& fill);
 
+// What it takes on the virtual clock.
+OperationCost cost_of(Machine& machine, const Copy& copy);
+OperationCost cost_of(Machine& machine, const Fill& fill);
+
 // Makes a node of a graph of it, where it can be one.
 CUresult check_copy_node(Machine& machine, const Copy& copy, const char** name);
 CUresult check_fill_node(Machine& machine, const Fill& fill);

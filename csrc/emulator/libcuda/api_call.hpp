@@ -69,6 +69,22 @@ CUresult with_thread(const char* name, Body&& body) {
   return finish_call(name, injection.of(std::forward<Body>(body)()));
 }
 
+// Counts a call on the virtual clock, while Machine::mutex is held.
+class ClockedCall {
+ public:
+  ClockedCall(Machine& machine, const char* name) : clock_(machine.clock) {
+    if (clock_.enabled()) clock_.charge_call(name);
+  }
+  ~ClockedCall() {
+    if (clock_.enabled()) clock_.note_memory();
+  }
+  ClockedCall(const ClockedCall&) = delete;
+  ClockedCall& operator=(const ClockedCall&) = delete;
+
+ private:
+  Clock& clock_;
+};
+
 // body(Machine&, Lock&) -> CUresult
 template <typename Body>
 CUresult with_driver(const char* name, Body&& body) {
@@ -82,6 +98,7 @@ CUresult with_driver(const char* name, Body&& body) {
   try {
     Lock lock(machine.mutex);
     machine.scheduler.perturb(lock);
+    const ClockedCall clocked(machine, name);
     return finish_call(name, injection.of(std::forward<Body>(body)(machine, lock)));
   } catch (const std::bad_alloc&) {
     return finish_call(name, CUDA_ERROR_OUT_OF_MEMORY);

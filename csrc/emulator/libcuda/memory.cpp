@@ -35,6 +35,7 @@ CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_byte
     const CUresult result =
         allocate_host(machine, context, size_bytes, HostRegionKind::kAllocated, flags, &address);
     if (result == CUDA_SUCCESS) *pointer = reinterpret_cast<void*>(address);
+    if (machine.clock.enabled()) machine.clock.charge_pinning(size_bytes);
     return result;
   });
 }
@@ -130,6 +131,7 @@ CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int f
     const CUresult added = machine.host_memory.add(
         {address, size_bytes, HostRegionKind::kRegistered, flags, context.device});
     if (added == CUDA_SUCCESS) machine.begin_memory(address, size_bytes);
+    if (machine.clock.enabled()) machine.clock.charge_pinning(size_bytes);
     return added;
   });
 }

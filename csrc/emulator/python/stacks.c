@@ -223,6 +223,30 @@ static PyObject* install(PyObject* self, PyObject* address) {
   return PyBool_FromLong(SPILLOVER_HAS_FRAMES);
 }
 
+/* For threads that wait for their turn on the virtual clock. */
+static int release_interpreter(void** state) {
+  if (!Py_IsInitialized() || PyGILState_GetThisThreadState() == NULL || !PyGILState_Check()) return 0;
+  *state = PyEval_SaveThread();
+  return 1;
+}
+
+static void restore_interpreter(void* state) {
+  PyEval_RestoreThread(state);
+}
+
+typedef void (*set_interpreter_function)(int (*)(void**), void (*)(void*));
+
+static PyObject* install_interpreter(PyObject* self, PyObject* address) {
+  (void)self;
+  void* function = PyLong_AsVoidPtr(address);
+  if (function == NULL) {
+    if (!PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, "the function's address is 0");
+    return NULL;
+  }
+  ((set_interpreter_function)(uintptr_t)function)(release_interpreter, restore_interpreter);
+  Py_RETURN_NONE;
+}
+
 static PyObject* here(PyObject* self, PyObject* arguments) {
   (void)self;
   (void)arguments;
@@ -234,6 +258,8 @@ static PyObject* here(PyObject* self, PyObject* arguments) {
 static PyMethodDef methods[] = {
     {"install", install, METH_O,
      "Hand the stacks to the function at this address; False where frames cannot be read."},
+    {"install_interpreter", install_interpreter, METH_O,
+     "Hand the interpreter lock's release and return to the function at this address."},
     {"here", here, METH_NOARGS, "The calling thread's stack, in the words of a report."},
     {NULL, NULL, 0, NULL},
 };

@@ -56,6 +56,7 @@ _RECIPES: dict[Part, _Recipe] = {
         source_folder=("emulator", "aten"),
         shared_headers=(
             ("emulator", "core", "c_api.h"),
+            ("emulator", "core", "clock_api.h"),
             ("emulator", "core", "dry_api.h"),
         ),
         torch_libraries=("c10", "c10_cuda", "torch_cpu", "torch_cuda"),

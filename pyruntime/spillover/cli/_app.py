@@ -68,6 +68,15 @@ def emulate(
     poison: Annotated[
         bool | None, typer.Option(help="Fill memory that the driver gives or takes with NaN.")
     ] = None,
+    clock: Annotated[
+        bool | None, typer.Option(help="Keep virtual time and print what took how long.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="Card whose times are simulated, such as rtx4090.")
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Write simulated time to this file, for Perfetto.")
+    ] = None,
     dry: Annotated[
         bool | None,
         typer.Option("--dry/--compute", help="No bytes, only sizes; prints the peak at the end."),
@@ -85,8 +94,9 @@ def emulate(
 ) -> None:
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
-    Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS and
-    _POISON, _DRY and _UNKNOWN. Compute runs on the CPU; times say nothing about a GPU.
+    Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS,
+    _POISON, _CLOCK, _PROFILE, _TRACE, _DRY and _UNKNOWN. Compute runs on the CPU; how long it takes
+    says nothing about a GPU, what the clock computes is simulated.
     """
     from spillover._errors import ConfigError
     from spillover.emulator import _check, _command, _dry, _options
@@ -100,6 +110,9 @@ def emulate(
             "seed": seed,
             "hazards": hazards,
             "poison": poison,
+            "clock": clock,
+            "profile": profile,
+            "trace": trace,
             "dry": dry,
             "unknown": unknown,
         }.items()

@@ -8,6 +8,17 @@ accesses that nothing orders. Wall-clock time under the emulator says nothing ab
 
 from spillover.emulator import _costs as costs
 from spillover.emulator._activation import enable, is_enabled
+from spillover.emulator._clock import (
+    ClockReport,
+    MemoryPoint,
+    ResourceUse,
+    TimeShare,
+    advance,
+    busy,
+    clock_report,
+    now_ns,
+    write_trace,
+)
 from spillover.emulator._command import run
 from spillover.emulator._control import (
     HostAccess,
@@ -39,6 +50,7 @@ from spillover.emulator._profiles import names as profile_names
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
+    "ClockReport",
     "BlockGroup",
     "DiskProfile",
     "DryReport",
@@ -49,18 +61,24 @@ __all__ = [
     "HostProfile",
     "Injection",
     "LiveResources",
+    "MemoryPoint",
     "Options",
     "Peak",
     "Profile",
+    "ResourceUse",
     "Schedule",
     "Shortage",
     "StorageFault",
     "SweepFailure",
     "SweepReport",
+    "TimeShare",
     "UnknownPolicy",
     "acquire",
+    "advance",
+    "busy",
     "calls",
     "clear_hazards",
+    "clock_report",
     "costs",
     "dry_report",
     "enable",
@@ -71,6 +89,7 @@ __all__ = [
     "leaks",
     "live",
     "load_profile",
+    "now_ns",
     "peak_bytes",
     "profile_names",
     "release",
@@ -78,4 +97,5 @@ __all__ = [
     "slow",
     "stuck",
     "sweep",
+    "write_trace",
 ]

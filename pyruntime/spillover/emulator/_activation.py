@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from spillover._errors import SpilloverError, StateError
 from spillover._settings import enabled, logger
 from spillover.emulator import (
+    _clock,
     _collectives,
     _dry,
     _libraries,
@@ -48,6 +49,9 @@ def enable(
     leaks: bool = False,
     blocks: bool = False,
     stacks: bool = True,
+    clock: bool = False,
+    profile: str = "",
+    trace: str = "",
     dry: bool = False,
     unknown: UnknownPolicy = "error",
 ) -> bool:
@@ -78,6 +82,12 @@ def enable(
         Find uses of blocks that torch's caching allocator has taken back; see :class:`Options`.
     stacks
         Say in reports where the program made the calls.
+    clock
+        Keep virtual time; see :func:`now_ns` and :func:`clock_report`.
+    profile
+        The card whose numbers the clock computes with, such as ``"rtx4090"``.
+    trace
+        Write the clock's trace there when the process ends.
     dry
         Dry run: memory has sizes but no bytes; see :class:`Options`.
     unknown
@@ -108,6 +118,9 @@ def enable(
             leaks=leaks,
             blocks=blocks,
             stacks=stacks,
+            clock=clock,
+            profile=profile,
+            trace=trace,
             dry=dry,
             unknown=unknown,
         )
@@ -133,8 +146,10 @@ def activate(options: Options) -> bool:
         # The driver reads them at its first call. After the load: where that fails, the process
         # and its children go on as if nothing had been asked for.
         os.environ.update(options.environment())
-        if options.hazards != "off":
-            _threads.watch(str(_libraries.folder() / "libcuda.so.1"))
+        if options.clock:
+            _clock.begin(options.trace)
+        if options.hazards != "off" or options.clock:
+            _threads.watch(str(_libraries.folder() / "libcuda.so.1"), takes_turns=options.clock)
         if options.stacks and (options.dry or options.hazards != "off"):
             _stacks.install()
         if options.leaks:
@@ -182,6 +197,8 @@ def _print_summary(owner_pid: int) -> None:
         f"spillover emulator: peak device memory {parts}; hazards: {found}",
         file=sys.stderr,
     )
+    if _active.clock:
+        _clock.print_summary()
 
 
 def _print_leaks(owner_pid: int) -> None:
@@ -228,7 +245,10 @@ def _after_torch_import() -> None:
         _dry.watch(torch, library)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
+    if _active is not None and (_active.hazards != "off" or _active.clock):
         _follow_blocks(library)
+    if _active is not None and _active.clock:
+        _clock.watch_queries(torch)
 
 
 def _follow_blocks(library: str) -> None:

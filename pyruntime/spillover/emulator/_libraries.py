@@ -117,6 +117,13 @@ def driver() -> ctypes.CDLL:
             [stream, ctypes.c_uint, ctypes.POINTER(number)],
         ),
         "spillover_emulator_release_stream": (status, [number]),
+        "spillover_emulator_clock_enabled": (status, []),
+        "spillover_emulator_profile": (ctypes.c_double, [text]),
+        "spillover_emulator_now": (ctypes.c_int64, []),
+        "spillover_emulator_advance": (None, [ctypes.c_int64]),
+        "spillover_emulator_work": (status, [text, size, ctypes.c_int64]),
+        "spillover_emulator_clock_report": (size, [text, size]),
+        "spillover_emulator_clock_trace": (status, [text]),
     }
     _declare(library, signatures)
     return library

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from spillover._errors import ConfigError
 from spillover._units import parse_bytes
+from spillover.emulator import _profiles
 
 Schedule = Literal["late", "eager", "threaded", "random"]
 HazardPolicy = Literal["off", "count", "warn", "raise"]
@@ -23,7 +24,8 @@ _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
 _VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
-_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "dry")
+_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
+_TEXTS = ("profile", "trace")
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -60,6 +62,15 @@ class Options:
         allocation; on by itself once the program starts threads, and with ``uninitialized``.
     stacks
         Say in reports where the program made the calls: about a tenth of a microsecond a call.
+    clock
+        Keep virtual time: what the program would take on a card. On by itself with ``profile`` or
+        ``trace``.
+    profile
+        Whose numbers the clock computes with, such as ``"rtx4090"``; ``""`` for a made-up card of
+        round numbers.
+    trace
+        Where the clock's trace is written when the process ends, in Chrome's format; ``""`` for
+        none. A child process puts its number before the suffix.
     dry
         Dry run: memory has addresses and sizes but no bytes, operators give shapes. The allocator
         decides as ever, so peaks are those of a run that computes. See ``docs/dry-run.md``.
@@ -78,6 +89,9 @@ class Options:
     leaks: bool = False
     blocks: bool = False
     stacks: bool = True
+    clock: bool = False
+    profile: str = ""
+    trace: str = ""
     dry: bool = False
     unknown: UnknownPolicy = "error"
 
@@ -100,6 +114,13 @@ class Options:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, not {getattr(self, name)!r}")
+        if self.profile or self.trace:
+            object.__setattr__(self, "clock", True)
+        if self.profile:
+            _profiles.load(self.profile)  # says which ones there are
 
     @property
     def vram_bytes(self) -> int:
@@ -116,6 +137,10 @@ class Options:
             _PREFIX + "HAZARDS": self.hazards,
             _PREFIX + "UNKNOWN": self.unknown,
             **{_PREFIX + name.upper(): "1" if getattr(self, name) else "0" for name in _FLAGS},
+            **{_PREFIX + name.upper(): getattr(self, name) for name in _TEXTS},
+            _PREFIX + "PROFILE_VALUES": _profiles.load(self.profile).flatten()
+            if self.profile
+            else "",
         }
 
     @classmethod

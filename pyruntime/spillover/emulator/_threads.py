@@ -19,6 +19,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from spillover.emulator import _turns
+
 #: Tokens of objects; the program's own tokens have the highest bit set (see ``_control.release``).
 _numbers = itertools.count(1)
 
@@ -80,7 +82,7 @@ class Lock:
         self._token = _Token()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        taken = self._lock.acquire(blocking, timeout)
+        taken = _turns.take(self._lock.acquire, self._token.number, blocking, timeout)
         if taken:
             self._token.acquire()
         return taken
@@ -88,6 +90,7 @@ class Lock:
     def release(self) -> None:
         self._token.release()
         self._lock.release()
+        _turns.wake(self._token.number)
 
     def locked(self) -> bool:
         return self._lock.locked()
@@ -122,7 +125,7 @@ class RLock:
         self._token = _Token()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        taken = bool(self._lock.acquire(blocking, timeout))
+        taken = _turns.take(self._lock.acquire, self._token.number, blocking, timeout)
         if taken:
             self._token.acquire()
         return taken
@@ -130,6 +133,7 @@ class RLock:
     def release(self) -> None:
         self._token.release()
         self._lock.release()
+        _turns.wake(self._token.number)
 
     def __enter__(self) -> bool:
         return self.acquire()
@@ -145,11 +149,22 @@ class RLock:
     # What threading.Condition asks of a lock that may be held more than once.
     def _release_save(self) -> Any:
         self._token.release()
-        return self._lock._release_save()
+        state = self._lock._release_save()
+        _turns.wake(self._token.number)
+        return state
 
     def _acquire_restore(self, state: Any) -> None:
-        self._lock._acquire_restore(state)
+        _turns.take(lambda *_: self._restore(state), self._token.number, True, -1)
         self._token.acquire()
+
+    def _restore(self, state: Any) -> bool:
+        """Take the lock as often as before, if it is free."""
+        if _turns.are_taken() and not self._lock.acquire(False):
+            return False
+        if _turns.are_taken():
+            self._lock.release()
+        self._lock._acquire_restore(state)
+        return True
 
     def _is_owned(self) -> bool:
         return bool(self._lock._is_owned())
@@ -173,14 +188,27 @@ class SimpleQueue(queue.SimpleQueue):  # type: ignore[type-arg]
     def put(self, item: Any, block: bool = True, timeout: float | None = None) -> None:
         self._token.release()
         super().put(item, block, timeout)
+        _turns.wake(self._token.number)
 
     def put_nowait(self, item: Any) -> None:
         self.put(item)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:
-        item = super().get(block, timeout)
+        found: list[Any] = []
+
+        def take(blocking: bool, seconds: float) -> bool:
+            try:
+                found.append(
+                    super(SimpleQueue, self).get(blocking, seconds if seconds >= 0 else None)
+                )
+            except queue.Empty:
+                return False
+            return True
+
+        if not _turns.take(take, self._token.number, block, -1 if timeout is None else timeout):
+            raise queue.Empty
         self._token.acquire()
-        return item
+        return found[0]
 
     def get_nowait(self) -> Any:
         return self.get(block=False)
@@ -201,13 +229,18 @@ _allocate_lock = threading.Lock
 _make_rlock = threading.RLock
 
 
-def watch(library_path: str) -> None:
-    """Follow the calling thread and all that Python starts from here on."""
+def watch(library_path: str, *, takes_turns: bool = False) -> None:
+    """Follow the calling thread and all that Python starts from here on.
+
+    takes_turns lets them run one at a time, by virtual time (``_turns``).
+    """
     global _edges
     if _edges is not None:
         return
     _edges = _Edges(library_path)
     _edges.begin()
+    if takes_turns:
+        _turns.begin(library_path)
     module: Any = threading
     module.Lock = module._allocate_lock = Lock
     module.RLock = RLock
@@ -227,12 +260,18 @@ def _watch_threads() -> None:
             _before_first_start.pop()()
         self._spillover_token = _Token()
         self._spillover_token.release()
-        start(self)
+        self._spillover_turn = _turns.announce(self.name)
+        try:
+            start(self)
+        except BaseException:
+            _turns.cancel(self._spillover_turn)
+            raise
 
     @functools.wraps(bootstrap)
     def watched_bootstrap(self: Any) -> None:
         token = getattr(self, "_spillover_token", None)
         _calls().begin()
+        _turns.attach(getattr(self, "_spillover_turn", 0))
         if token is not None:
             token.acquire()
         try:
@@ -240,12 +279,22 @@ def _watch_threads() -> None:
         finally:
             if token is not None:
                 token.release()
+                self._spillover_ended = True
+                _turns.wake(token.number)
+            _turns.end()
             _calls().end()
 
     @functools.wraps(join)
     def watched_join(self: Any, timeout: float | None = None) -> None:
-        join(self, timeout)
         token = getattr(self, "_spillover_token", None)
+        if token is not None and self.is_alive() and self is not threading.current_thread():
+            seconds = -1 if timeout is None else max(timeout, 0)
+            ended = _turns.take(
+                lambda *_: getattr(self, "_spillover_ended", False), token.number, True, seconds
+            )
+            if _turns.are_taken() and not ended:
+                return
+        join(self, timeout)
         if token is not None and not self.is_alive():
             token.acquire()
 

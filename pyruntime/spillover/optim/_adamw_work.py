@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from spillover._core import annotate_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover.optim._staging import Piece, cut, end_of
@@ -56,6 +57,10 @@ def update(
         grad_scale=None,
         found_inf=None,
     )
+    # Weights and moments are read and written, gradients read.
+    passes = 9 if amsgrad else 7
+    count = sum(weight.numel() for weight in weights)
+    annotate_work("cpu-optimizer", passes * count * torch.float32.itemsize)
 
 
 def batches(groups: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:

@@ -1,0 +1,1 @@
+"""Parts of the virtual clock's benchmark, one module a metric."""

@@ -1,0 +1,57 @@
+#include "tiers/work_annotation.hpp"
+
+#include "tiers/emulator_symbol.hpp"
+
+namespace spillover {
+namespace {
+
+template <typename Function>
+Function* find(const char* name) {
+  return reinterpret_cast<Function*>(find_emulator_symbol(name));
+}
+
+// The part of the emulator's C interface that is used here, declared again because the product
+// shares no header with the emulator.
+struct Clock {
+  int (*work)(const char*, size_t,
+              int64_t) = find<int(const char*, size_t, int64_t)>("spillover_emulator_work");
+  uint64_t (*submit)(const char*, size_t) =
+      find<uint64_t(const char*, size_t)>("spillover_emulator_work_submit");
+  void (*begin)(uint64_t) = find<void(uint64_t)>("spillover_emulator_work_begin");
+  void (*end)(uint64_t) = find<void(uint64_t)>("spillover_emulator_work_end");
+  void (*wait)(uint64_t) = find<void(uint64_t)>("spillover_emulator_work_wait");
+  int (*is_done)(uint64_t) = find<int(uint64_t)>("spillover_emulator_work_is_done");
+};
+
+const Clock& clock() {
+  static const Clock found;
+  return found;
+}
+
+}  // namespace
+
+void annotate_work(const char* resource, size_t size_bytes) noexcept {
+  if (clock().work != nullptr) clock().work(resource, size_bytes, -1);
+}
+
+WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept {
+  return clock().submit != nullptr ? clock().submit(resource, size_bytes) : 0;
+}
+
+WorkScope::WorkScope(WorkId work) noexcept : work_(work) {
+  if (work_ != 0) clock().begin(work_);
+}
+
+WorkScope::~WorkScope() {
+  if (work_ != 0) clock().end(work_);
+}
+
+void annotate_work_wait(WorkId work) noexcept {
+  if (work != 0) clock().wait(work);
+}
+
+bool annotate_work_is_done(WorkId work) noexcept {
+  return work == 0 || clock().is_done(work) != 0;
+}
+
+}  // namespace spillover

@@ -1,0 +1,44 @@
+// Tells the emulated device's virtual clock of work that it cannot see: disk transfers and the
+// CPU's optimizer step. On a real driver the functions are absent and an annotation costs one
+// relaxed load; while the clock is off it costs a call.
+//
+// Thread-safe. Nothing here throws.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace spillover {
+
+// Names of the clock's resources.
+inline constexpr const char* kCpuOptimizer = "cpu-optimizer";
+inline constexpr const char* kDiskRead = "disk-read";
+inline constexpr const char* kDiskWrite = "disk-write";
+
+// The calling thread has done this work itself.
+void annotate_work(const char* resource, size_t size_bytes) noexcept;
+
+// Work that the calling thread asks for and another one does; 0 where nobody keeps time.
+using WorkId = uint64_t;
+WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept;
+
+// Around doing it, on the thread that does. What the thread waits for of the device meanwhile, the
+// work waits for in virtual time.
+class WorkScope {
+ public:
+  explicit WorkScope(WorkId work) noexcept;
+  ~WorkScope();
+  WorkScope(const WorkScope&) = delete;
+  WorkScope& operator=(const WorkScope&) = delete;
+
+ private:
+  const WorkId work_;
+};
+
+// The calling thread goes on when the work, which is done, would have been.
+void annotate_work_wait(WorkId work) noexcept;
+
+// Whether it would have been by now.
+bool annotate_work_is_done(WorkId work) noexcept;
+
+}  // namespace spillover
