@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import subprocess
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -161,3 +162,23 @@ def test_locks_behave_as_before() -> None:
         assert not threading.Thread(target=reentrant.acquire, daemon=True).is_alive()
     with pytest.raises(RuntimeError):
         reentrant.release()
+
+
+def test_synchronisation_objects_that_outlive_their_modules_say_nothing(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    result = run_emulated(
+        """
+        import os, sys, threading
+        import torch
+        torch.zeros(8, device="cuda")
+        child = os.fork()
+        if child == 0:
+            try:
+                torch.zeros(8, device="cuda")
+            finally:
+                sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+    assert "Exception ignored" not in result.stderr, result.stderr

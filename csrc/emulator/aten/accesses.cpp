@@ -60,16 +60,16 @@ void append_runs(const char* base, int64_t run_bytes, int64_t element_bytes, boo
 
 }  // namespace
 
-bool hazards_enabled() {
-  static const bool enabled = spillover_emulator_hazards_enabled() != 0;
-  return enabled;
-}
-
 size_t extent_bytes(const at::Tensor& tensor) {
   if (!tensor.defined() || tensor.numel() == 0) return 0;
   int64_t extent = 1;
   for (int64_t i = 0; i < tensor.dim(); ++i) extent += (tensor.size(i) - 1) * tensor.stride(i);
   return static_cast<size_t>(extent) * tensor.element_size();
+}
+
+bool hazards_enabled() {
+  static const bool enabled = spillover_emulator_hazards_enabled() != 0;
+  return enabled;
 }
 
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges) {

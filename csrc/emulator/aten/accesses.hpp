@@ -16,12 +16,12 @@ using RangeList = c10::SmallVector<spillover_emulator_range, 8>;
 // Whether the checker is on; it cannot change while the process lives.
 bool hazards_enabled();
 
+// From a tensor's first byte to its last one; 0 for one without elements, or undefined.
+size_t extent_bytes(const at::Tensor& tensor);
+
 // Appends the runs of bytes that the tensor covers. A tensor in more than 4,096 runs counts as its
 // hull: that may report a hazard between interleaved tensors, but never misses one.
 void append_ranges(const at::Tensor& tensor, bool is_written, RangeList& ranges);
-
-// How many bytes from the first to the last element; 0 for an undefined tensor.
-size_t extent_bytes(const at::Tensor& tensor);
 
 // Waits until the stream's next operator may run: memory then holds what a GPU's kernel would see.
 // Tells the checker that the operator touches these ranges.

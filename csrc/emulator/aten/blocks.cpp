@@ -13,10 +13,16 @@ namespace {
 
 using c10::cuda::CUDACachingAllocator::TraceEntry;
 
+// Pools are pairs of numbers of which one is 0: torch counts those of captures and others apart.
+uint64_t pool_of(const TraceEntry& entry) {
+  const auto& [of_capture, of_user] = entry.mempool_;
+  return of_capture != 0 ? 2 * of_capture : (of_user != 0 ? 2 * of_user + 1 : 0);
+}
+
 void follow(const TraceEntry& entry) {
   const auto* const pointer = reinterpret_cast<const void*>(static_cast<uintptr_t>(entry.addr_));
   if (entry.action_ == TraceEntry::ALLOC) {
-    spillover_emulator_block_begin(pointer, entry.size_);
+    spillover_emulator_block_begin(pointer, entry.size_, pool_of(entry));
   } else if (entry.action_ == TraceEntry::FREE_REQUESTED) {
     spillover_emulator_block_end(pointer, entry.size_);
   }

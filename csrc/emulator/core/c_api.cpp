@@ -286,7 +286,7 @@ void spillover_emulator_forget(uint64_t token) {
   machine->streams.threads().forget(token);
 }
 
-void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes, uint64_t pool) {
   note_block(static_cast<std::int64_t>(size_bytes));
   Machine* const machine = checking_machine();
   if (machine == nullptr) return;
@@ -294,7 +294,7 @@ void spillover_emulator_block_begin(const void* pointer, size_t size_bytes) {
   const Lock lock(machine->mutex);
   machine->hazards.blocks().begin(
       reinterpret_cast<Address>(pointer), size_bytes, machine->hazards.next_order(),
-      emulator::current_site(), machine->captures.any(),
+      emulator::current_site(), {pool, machine->captures.any()},
       [&](const emulator::VectorClock& clock) { machine->streams.host_learns(clock); });
 }
 

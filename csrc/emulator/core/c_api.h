@@ -80,8 +80,9 @@ void spillover_emulator_acquire(uint64_t token);
 void spillover_emulator_forget(uint64_t token);
 
 /* A caching allocator gave a block to the program, or took it back. Never called while a lock of
- * the emulated device is held. */
-void spillover_emulator_block_begin(const void* pointer, size_t size_bytes);
+ * the emulated device is held. pool: 0 for what everybody shares, otherwise a number of the
+ * allocator's own pool, whose memory may be kept for graphs. */
+void spillover_emulator_block_begin(const void* pointer, size_t size_bytes, uint64_t pool);
 void spillover_emulator_block_end(const void* pointer, size_t size_bytes);
 
 /* Where calls come from: capture names the calling thread's stack by a number (0: none) and format

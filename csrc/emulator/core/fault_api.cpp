@@ -88,6 +88,16 @@ int spillover_emulator_observe_call(const char* name, int* late) {
   return verdict.at_once;
 }
 
+int spillover_emulator_device_is_broken(void) {
+  if (!emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  const Lock lock(machine.mutex);
+  for (int device = 0; device < machine.device_count(); ++device) {
+    if (machine.sticky_error(device) != CUDA_SUCCESS) return 1;
+  }
+  return 0;
+}
+
 size_t spillover_emulator_call_counts(char* out, size_t capacity) {
   return copy_text(is_forked() ? "" : FaultPlan::instance().counts(), out, capacity);
 }

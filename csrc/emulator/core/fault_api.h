@@ -46,6 +46,10 @@ void spillover_emulator_plan_end(void);
  * it shall return at once, or 0; *late is then the error to return in place of success, or 0. */
 int spillover_emulator_observe_call(const char* name, int* late);
 
+/* 1 once some device refuses all further work, as it does after a sticky error. A launch or copy
+ * that was itself refused, for memory that is gone, returns such an error and breaks nothing. */
+int spillover_emulator_device_is_broken(void);
+
 /* One "name count" a line, ascending: every function that was called since the plan began. */
 size_t spillover_emulator_call_counts(char* out, size_t capacity);
 

@@ -82,8 +82,9 @@ bool is_sticky_error(CUresult error) {
 }
 
 bool works_before_failing(std::string_view function) {
-  static constexpr std::string_view kParts[] = {"Free",  "Destroy", "Release",     "Unregister",
-                                                "Unmap", "Unload",  "Synchronize", "PopCurrent"};
+  static constexpr std::string_view kParts[] = {"Free",        "Destroy",    "Release",
+                                                "Unregister",  "Unmap",      "Unload",
+                                                "Synchronize", "PopCurrent", "EndCapture"};
   // A query that fails is taken for an answer, so nothing hangs on its work.
   return std::any_of(std::begin(kParts), std::end(kParts),
                      [&](auto part) { return function.find(part) != std::string_view::npos; });

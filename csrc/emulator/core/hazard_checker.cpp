@@ -53,7 +53,8 @@ bool HazardChecker::check_block(const Access& access, AccessKind kind, const Byt
   if (block == nullptr || !block->ended) return false;
   // A graph goes on using what was handed out and taken back while it was captured: the allocator
   // keeps that memory for it.
-  if (access.in_graph && block->in_capture) return false;
+  if (access.in_graph && block->origin.in_capture) return false;
+  if (blocks_.is_kept_for_graphs(*block)) return false;
   std::string text = describe_access(access, kind, range) +
                      " after the allocator took the block back\n  kind: use after free";
   const std::string made = describe_site(block->begun_at, "    ");

@@ -81,10 +81,24 @@ CUresult cuStreamBeginCaptureToGraph(CUstream handle, CUgraph graph_handle,
 
 CUresult cuStreamEndCapture(CUstream handle, CUgraph* graph) {
   std::shared_ptr<Graph> garbage;  // dies without the mutex
-  return with_stream(__func__, handle, [&](Machine& machine, Lock&, const StreamRef& stream) {
+  bool is_new = false;
+  CUgraph made = nullptr;
+  const auto end = [&](Machine& machine, Lock&, const StreamRef& stream) {
     if (graph == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    return machine.captures.end(stream, graph, &garbage);
-  });
+    *graph = nullptr;
+    is_new = stream->capture != nullptr && stream->capture->capture->is_new_graph;
+    return machine.captures.end(stream, &made, &garbage);
+  };
+  const CUresult result = with_stream(__func__, handle, end);
+  if (result == CUDA_SUCCESS) {
+    *graph = made;
+  } else if (made != nullptr && is_new) {
+    // An injected error: the capture is over all the same, and nobody gets its graph.
+    Machine& machine = Machine::instance();
+    const Lock lock(machine.mutex);
+    garbage = machine.graphs.destroy(machine.graphs.find(made));
+  }
+  return result;
 }
 
 CUresult cuStreamIsCapturing(CUstream handle, CUstreamCaptureStatus* status) {

@@ -83,7 +83,7 @@ ApiCall::ApiCall(const char* name, Requirement requirement) noexcept
 cudaError_t ApiCall::finish(cudaError_t outcome) noexcept {
   if (outcome == cudaSuccess) outcome = static_cast<cudaError_t>(late_error_);
   if (outcome == cudaSuccess) return outcome;
-  if (is_sticky(outcome)) sticky_error.store(outcome);
+  if (is_sticky(outcome) && spillover_emulator_device_is_broken() != 0) sticky_error.store(outcome);
   last_error = outcome;
   if (outcome != cudaErrorNotReady && is_verbose()) {
     report("%s: %s", name_, cudaGetErrorName(outcome));

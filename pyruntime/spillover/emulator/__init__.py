@@ -50,8 +50,8 @@ from spillover.emulator._profiles import names as profile_names
 from spillover.emulator._sweep import SweepFailure, SweepReport, sweep
 
 __all__ = [
-    "ClockReport",
     "BlockGroup",
+    "ClockReport",
     "DiskProfile",
     "DryReport",
     "Fault",

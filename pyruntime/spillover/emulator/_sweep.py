@@ -175,7 +175,8 @@ class _Runner:
             problem = unclear(error, fired)
             if problem is not None:
                 self._fail(fault, fired, problem)
-            error.__traceback__ = None
+            # Its traceback, and those of the errors behind it, hold what the scenario held.
+            error = None
         self._inspect(fault, fired)
         return True
 
@@ -192,7 +193,11 @@ class _Runner:
         clear_hazards()
         if found:
             self._fail(fault, fired, f"hazards: {found[0]}")
-        left = self._leaks()
+        try:
+            left = self._leaks()
+        except Exception as error:
+            self._fail(fault, fired, f"the device does not work after it: {_shown(error)}")
+            return
         if left:
             self._fail(fault, fired, f"held after it: {left}")
             # Each leak is reported once.

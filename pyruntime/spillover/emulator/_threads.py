@@ -69,7 +69,9 @@ class _Token:
         _calls().acquire(self.number)
 
     def __del__(self) -> None:
-        _calls().forget(self.number)
+        # None at the interpreter's end, which clears modules before their last objects.
+        if _edges is not None:
+            _edges.forget(self.number)
 
 
 class Lock:
