@@ -31,7 +31,7 @@ KernelCost rounded(double duration, double bytes) {
           Card::instance().fits_cache(bytes) ? 0 : static_cast<uint64_t>(bytes)};
 }
 
-double size(const at::Tensor& tensor, int64_t dimension) {
+double extent_of(const at::Tensor& tensor, int64_t dimension) {
   return static_cast<double>(tensor.size(dimension));
 }
 
@@ -43,10 +43,10 @@ double product_bytes(const ProductShape& shape, double element_bytes) {
 KernelCost multiplies(const at::Tensor* a, const at::Tensor* b) {
   if (a == nullptr || b == nullptr || a->dim() < 2 || b->dim() < 1) return bytes_bound_cost(0);
   ProductShape shape;
-  shape.m = size(*a, -2);
-  shape.k = size(*a, -1);
-  shape.n = b->dim() < 2 ? 1 : size(*b, -1);
-  if (a->dim() == 3) shape.b = size(*a, 0);
+  shape.m = extent_of(*a, -2);
+  shape.k = extent_of(*a, -1);
+  shape.n = b->dim() < 2 ? 1 : extent_of(*b, -1);
+  if (a->dim() == 3) shape.b = extent_of(*a, 0);
   const double bytes = product_bytes(shape, static_cast<double>(a->element_size()));
   const Card& card = Card::instance();
   return product_cost(shape, bytes, card.peak(a->scalar_type()), card.matmul_efficiency);
@@ -78,7 +78,7 @@ double product_of(const std::vector<int64_t>& values) {
 
 double spatial(const at::Tensor& tensor) {
   double total = 1;
-  for (int64_t i = 2; i < tensor.dim(); ++i) total *= size(tensor, i);
+  for (int64_t i = 2; i < tensor.dim(); ++i) total *= extent_of(tensor, i);
   return total;
 }
 
@@ -92,17 +92,18 @@ struct Convolution {
 
   double bytes() const { return tensor_bytes(*x) + tensor_bytes(*w) + tensor_bytes(*y); }
   double filter() const { return spatial(*w); }
-  double channels() const { return size(*x, 1) / groups; }
-  double outputs() const { return size(*y, 1) / groups; }
+  double channels() const { return extent_of(*x, 1) / groups; }
+  double outputs() const { return extent_of(*y, 1) / groups; }
 
   ProductShape forward() const {
-    return {groups, size(*x, 0) * spatial(*y), outputs(), channels() * filter()};
+    return {groups, extent_of(*x, 0) * spatial(*y), outputs(), channels() * filter()};
   }
   ProductShape input_gradient() const {
-    return {groups, size(*x, 0) * spatial(*x), channels(), ceil_div(outputs() * filter(), stride)};
+    return {groups, extent_of(*x, 0) * spatial(*x), channels(),
+            ceil_div(outputs() * filter(), stride)};
   }
   ProductShape weight_gradient() const {
-    return {groups, outputs(), channels() * filter(), size(*x, 0) * spatial(*y)};
+    return {groups, outputs(), channels() * filter(), extent_of(*x, 0) * spatial(*y)};
   }
   KernelCost cost(const ProductShape& shape) const {
     if (channels() == 1 && groups > 1) return bytes_bound_cost(bytes());
@@ -196,11 +197,12 @@ bool is_causal(const CostOperands& operands) {
 
 // _scaled_dot_product_*: b x h x s x d.
 template <bool kIsBackward>
-KernelCost attention(const CostOperands& operands) {
+KernelCost attention_cost(const CostOperands& operands) {
   const at::Tensor* const q = operands.tensor("query");
   const at::Tensor* const k = operands.tensor("key");
   if (q == nullptr || k == nullptr || q->dim() != 4) return bytes_bound_cost(0);
-  const AttentionShape shape{size(*q, 0), size(*q, 1), size(*q, 2), size(*k, 2), size(*q, 3)};
+  const AttentionShape shape{extent_of(*q, 0), extent_of(*q, 1), extent_of(*q, 2), extent_of(*k, 2),
+                             extent_of(*q, 3)};
   const double bytes = (kIsBackward ? 2 : 1) * (2 * tensor_bytes(*q) + 2 * tensor_bytes(*k));
   return attention_cost(shape, is_causal(operands), kIsBackward, bytes, q->scalar_type());
 }
@@ -213,11 +215,11 @@ KernelCost packed_attention(const CostOperands& operands) {
   const at::Tensor* const k = operands.tensor("key");
   if (q == nullptr || k == nullptr || q->dim() < 3) return bytes_bound_cost(0);
   AttentionShape shape;
-  shape.h = size(*q, -2);
-  shape.d = size(*q, -1);
-  shape.s_q = size(*q, -3);
-  shape.s_k = size(*k, -3);
-  if (q->dim() == 4) shape.b = size(*q, 0);
+  shape.h = extent_of(*q, -2);
+  shape.d = extent_of(*q, -1);
+  shape.s_q = extent_of(*q, -3);
+  shape.s_k = extent_of(*k, -3);
+  if (q->dim() == 4) shape.b = extent_of(*q, 0);
   for (const char* name : {"cum_seq_q", "cu_seqlens_q"}) {
     const at::Tensor* const starts = operands.tensor(name);
     if (starts == nullptr || starts->numel() < 2) continue;
@@ -265,10 +267,10 @@ void add_math_rules(
   for (const char* name : {"convolution_backward", "convolution_backward_overrideable"}) {
     rules.emplace(name, convolution_backward);
   }
-  rules.emplace("_scaled_dot_product_flash_attention", attention<false>);
-  rules.emplace("_scaled_dot_product_efficient_attention", attention<false>);
-  rules.emplace("_scaled_dot_product_flash_attention_backward", attention<true>);
-  rules.emplace("_scaled_dot_product_efficient_attention_backward", attention<true>);
+  rules.emplace("_scaled_dot_product_flash_attention", attention_cost<false>);
+  rules.emplace("_scaled_dot_product_efficient_attention", attention_cost<false>);
+  rules.emplace("_scaled_dot_product_flash_attention_backward", attention_cost<true>);
+  rules.emplace("_scaled_dot_product_efficient_attention_backward", attention_cost<true>);
   rules.emplace("_flash_attention_forward", packed_attention<false>);
   rules.emplace("_efficient_attention_forward", packed_attention<false>);
   rules.emplace("_flash_attention_backward", packed_attention<true>);
