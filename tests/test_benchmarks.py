@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
-    "clock": {"clock_repeatable", "clock_step_ms"},
+    "clock": {
+        "clock_repeatable",
+        "clock_step_ms",
+        "calibration_error_percent_median",
+        "dry_peak_error_bytes_max",
+    },
     "dry": {
         "dry_cases",
         "dry_peak_error_bytes_max",
