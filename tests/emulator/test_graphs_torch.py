@@ -381,6 +381,33 @@ def test_a_replay_that_nothing_orders_is_a_hazard() -> None:
     emulator.clear_hazards()
 
 
+@pytest.mark.parametrize("schedule", ["late", "threaded"])
+def test_a_replay_computes_with_the_programs_thread_count(
+    run_emulated: RunEmulated, schedule: str
+) -> None:
+    # The product of this shape differs in its last bits between one thread and two.
+    run_emulated(
+        """
+        import torch
+
+        torch.set_num_threads(1)
+        generator = torch.Generator().manual_seed(0)
+        a = torch.randn(6, 8, generator=generator)
+        b = torch.randn(8, 32, generator=generator)
+        device_a, device_b = a.cuda(), b.cuda()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            product = device_a @ device_b
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(product.cpu(), a @ b)
+        assert torch.get_num_threads() == 1
+        """,
+        schedule=schedule,
+        env={"OMP_NUM_THREADS": "2"},
+    )
+
+
 PROGRAM = """
 import json, os, sys
 import torch

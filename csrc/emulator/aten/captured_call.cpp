@@ -1,5 +1,6 @@
 #include "emulator/aten/captured_call.hpp"
 
+#include <ATen/Parallel.h>
 #include <ATen/core/List.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -86,6 +87,24 @@ struct Target {
   at::ScalarType type;
 };
 
+// A launch may run on a thread of the device, which has a number of threads for CPU kernels of its
+// own. Their number decides in which order sums are taken, so it has to be the program's.
+class ThreadCountScope {
+ public:
+  explicit ThreadCountScope(int count) : previous_(at::get_num_threads()), count_(count) {
+    if (count_ != previous_) at::set_num_threads(count_);
+  }
+  ~ThreadCountScope() {
+    if (count_ != previous_) at::set_num_threads(previous_);
+  }
+  ThreadCountScope(const ThreadCountScope&) = delete;
+  ThreadCountScope& operator=(const ThreadCountScope&) = delete;
+
+ private:
+  const int previous_;
+  const int count_;
+};
+
 // What a node keeps: everything that a launch needs, and nothing that owns device memory.
 class FrozenCall {
  public:
@@ -135,6 +154,7 @@ class FrozenCall {
                                        c10::autograd_dispatch_keyset_with_ADInplaceOrView |
                                        c10::autocast_dispatch_keyset | c10::python_ks);
     const DeviceWorkScope device_work;
+    const ThreadCountScope thread_count(thread_count_);
     const ReplayedPositions replayed(positions_);
     torch::jit::Stack stack(arguments_.begin(), arguments_.end());
     for (size_t i = 0; i < stack.size(); ++i) {
@@ -155,6 +175,7 @@ class FrozenCall {
 
   const OperatorPlan& plan_;  // lives as long as the process
   HostCall call_;
+  const int thread_count_ = at::get_num_threads();  // when the graph was captured
   std::vector<c10::IValue> arguments_;
   std::vector<CapturedPosition> positions_;
   std::vector<Target> targets_;
