@@ -1,35 +1,39 @@
-// The structures of the pool: segments, which the driver gave, cut into blocks.
+// The structures of the pool: blocks, and the heaps that free ones belong to.
 //
-// Owned by one Pool and guarded by its mutex. What holds between calls:
-//   - a segment's blocks, followed by `next` from `first`, cover it without gap or overlap;
+// Owned by one Pool and guarded by its mutex. A *segment* is a maximal run of neighbouring blocks
+// of one heap over mapped addresses; it grows, shrinks and splits as chunks come and go. What holds
+// between calls:
+//   - a segment's blocks, followed by `next` from the first, cover it without gap or overlap, and
+//     its bounds are bounds of chunks: a chunk belongs to one heap;
 //   - no two neighbours are both free;
-//   - a free block is in exactly one bin, that of its segment's stream and size class, and has
-//     requested_bytes 0 and no uses;
+//   - a free block is in its heap's set and has requested_bytes 0 and no uses;
 //   - a waiting block has outstanding_uses > 0, any other has 0;
-//   - addresses and sizes are multiples of kBlockAlignment.
+//   - addresses and sizes are multiples of kBlockAlignment;
+//   - freed_at of a block <= freed_count of its stream, completed_count <= freed_count.
 // Pool::check_invariants() walks all of that.
 #pragma once
 
+#include <array>
 #include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <set>
 #include <vector>
 
 #include "allocator/stream_key.hpp"
 #include "base/bytes.hpp"
-#include "driver/device_memory.hpp"
+#include "driver/event.hpp"
+#include "driver/types.hpp"
 
 namespace spillover {
 
 inline constexpr size_t kBlockAlignment = 512;
-// Requests up to this size are small: they share small segments.
+// Requests up to this size are small: they share the chunks of a heap of their own, so that no
+// small block keeps a large hole apart.
 inline constexpr size_t kSmallRequestMax = kMiB;
-inline constexpr size_t kSmallSegment = 2 * kMiB;
-// Requests from kSmallRequestMax to kMediumRequestMax are cut from segments of this size; larger
-// ones get a segment of their own, rounded up to kLargeSegmentUnit.
-inline constexpr size_t kMediumRequestMax = 10 * kMiB;
-inline constexpr size_t kMediumSegment = 20 * kMiB;
-inline constexpr size_t kLargeSegmentUnit = 2 * kMiB;
 
 enum class SizeClass { kSmall, kLarge };
+inline constexpr std::array kSizeClasses{SizeClass::kSmall, SizeClass::kLarge};
 
 enum class BlockState {
   kFree = 0,
@@ -37,10 +41,10 @@ enum class BlockState {
   kWaiting = 2,  // freed, but a noted stream may still use it
 };
 
-struct Segment;
+struct Heap;
 
 struct Block {
-  Segment* segment = nullptr;
+  Heap* heap = nullptr;
   DeviceAddress address = 0;
   size_t size_bytes = 0;
   size_t requested_bytes = 0;
@@ -48,23 +52,17 @@ struct Block {
   // Neighbours in the segment by address.
   Block* previous = nullptr;
   Block* next = nullptr;
-  // Streams other than the segment's that were noted while the block was live; no duplicates.
+  // Of a block that is not live: number of the stream's latest free that is a part of it; 0 for
+  // memory that was not used since it was mapped.
+  uint64_t freed_at = 0;
+  // Streams other than the heap's that were noted while the block was live; no duplicates.
   std::vector<StreamKey> uses;
   // Uses whose completion is not known yet; counted by PendingUses.
   size_t outstanding_uses = 0;
 
+  DeviceAddress end() const { return address + size_bytes; }
   // Whether the block is a part of its segment, not all of it.
   bool is_split() const { return previous != nullptr || next != nullptr; }
-};
-
-struct Segment {
-  DeviceMemory memory;
-  StreamKey stream;
-  SizeClass size_class;
-  Block* first = nullptr;
-
-  DeviceAddress address() const { return memory.address(); }
-  size_t size_bytes() const { return memory.size_bytes(); }
 };
 
 // Best fit: the smallest block first, among equals the lowest address.
@@ -73,6 +71,49 @@ struct BySizeThenAddress {
     if (a->size_bytes != b->size_bytes) return a->size_bytes < b->size_bytes;
     return a->address < b->address;
   }
+};
+
+struct StreamState;
+
+// Free blocks of one class that belong to one stream.
+struct Heap {
+  StreamState* stream = nullptr;
+  SizeClass size_class = SizeClass::kSmall;
+  std::set<Block*, BySizeThenAddress> free;
+  size_t free_bytes = 0;
+  size_t block_count = 0;
+};
+
+// Note [Frees and completion]. A freed block may be used again on its own stream at once, as work
+// there is ordered. Another stream, and the host that wants to unmap it, must know that the stream
+// has done what was submitted before the free. Nothing is recorded at a free: frees are numbered,
+// and *one* answer of the driver - the stream is idle, or a mark on it was reached - completes
+// every free up to a number.
+struct StreamState {
+  struct Mark {
+    Event event;
+    uint64_t freed_count;  // frees that it covers
+  };
+
+  explicit StreamState(const StreamKey& stream_key) : key(stream_key) {
+    for (const SizeClass size_class : kSizeClasses) {
+      heap(size_class).stream = this;
+      heap(size_class).size_class = size_class;
+    }
+  }
+  StreamState(const StreamState&) = delete;
+  StreamState& operator=(const StreamState&) = delete;
+
+  Heap& heap(SizeClass size_class) { return heaps[static_cast<size_t>(size_class)]; }
+  bool is_complete(const Block& block) const { return block.freed_at <= completed_count; }
+  size_t block_count() const { return heaps[0].block_count + heaps[1].block_count; }
+  size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
+
+  const StreamKey key;
+  uint64_t freed_count = 0;
+  uint64_t completed_count = 0;
+  std::deque<Mark> marks;     // Oldest first.
+  std::array<Heap, 2> heaps;  // Indexed by SizeClass.
 };
 
 }  // namespace spillover

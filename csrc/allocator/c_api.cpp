@@ -62,14 +62,14 @@ spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, vo
 
 spillover_status spillover_free(void* pointer) {
   if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
-  return guarded([&] { spillover::segment_of(pointer).pool->free(pointer); });
+  return guarded([&] { spillover::pool_of_address(pointer).free(pointer); });
 }
 
 spillover_status spillover_try_free(void* pointer) {
   if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
   bool is_freed = true;
   const spillover_status status =
-      guarded([&] { is_freed = spillover::segment_of(pointer).pool->try_free(pointer); });
+      guarded([&] { is_freed = spillover::pool_of_address(pointer).try_free(pointer); });
   return status == SPILLOVER_OK && !is_freed ? SPILLOVER_BUSY : status;
 }
 
@@ -79,24 +79,24 @@ int spillover_in_forked_child(void) {
 
 spillover_status spillover_record_stream(void* pointer, void* stream) {
   if (pointer == nullptr) return SPILLOVER_OK;
-  return guarded([&] { spillover::segment_of(pointer).pool->record_stream(pointer, stream); });
+  return guarded([&] { spillover::pool_of_address(pointer).record_stream(pointer, stream); });
 }
 
 spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes) {
   return guarded([&] {
     require_output(base);
     require_output(size_bytes);
-    const auto entry = spillover::segment_of(pointer);
-    *base = reinterpret_cast<void*>(entry.address);
-    *size_bytes = entry.size_bytes;
+    const auto segment = spillover::pool_of_address(pointer).segment_of(pointer);
+    *base = reinterpret_cast<void*>(segment.begin);
+    *size_bytes = segment.size_bytes();
   });
 }
 
 int spillover_device_of(const void* pointer) {
   int device = -1;
   guarded([&] {
-    const auto entry = spillover::find_segment(pointer);
-    if (entry && entry->pool->is_live(pointer)) device = entry->pool->device();
+    const spillover::Pool* pool = spillover::find_pool(pointer);
+    if (pool != nullptr && pool->is_live(pointer)) device = pool->device();
   });
   return device;
 }
@@ -118,6 +118,17 @@ spillover_status spillover_reset_peak_stats(int device) {
 
 spillover_status spillover_trim(int device) {
   return guarded([&] { spillover::pool_of_device(device).trim(); });
+}
+
+spillover_status spillover_keep_stream(int device, void* stream) {
+  return guarded([&] {
+    spillover::pool_of_device(device);
+    spillover::keep_stream(device, stream);
+  });
+}
+
+spillover_status spillover_add_peer(int device, int peer) {
+  return guarded([&] { spillover::pool_of_device(device).add_peer(peer); });
 }
 
 spillover_status spillover_set_memory_fraction(int device, double fraction) {

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SPILLOVER_ABI_VERSION 1
+#define SPILLOVER_ABI_VERSION 2
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -44,7 +44,7 @@ enum {
 /* Each array is indexed by SPILLOVER_CLASS_*. */
 typedef struct spillover_stats_t {
   spillover_counter allocation[SPILLOVER_CLASS_COUNT]; /* live blocks */
-  spillover_counter segment[SPILLOVER_CLASS_COUNT];    /* segments held from the driver */
+  spillover_counter segment[SPILLOVER_CLASS_COUNT];    /* runs of mapped memory */
   spillover_counter active[SPILLOVER_CLASS_COUNT]; /* live, or freed and still in use by a stream */
   spillover_counter inactive_split[SPILLOVER_CLASS_COUNT];  /* free remainders of split segments */
   spillover_counter allocated_bytes[SPILLOVER_CLASS_COUNT]; /* rounded sizes of live blocks */
@@ -92,8 +92,8 @@ spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, vo
  * fails there. */
 spillover_status spillover_free(void* pointer);
 
-/* As spillover_free, but never waits: not for another thread in the pool, which may itself wait for
- * the device, and not for the device. SPILLOVER_BUSY: nothing has happened, call spillover_free. */
+/* As spillover_free, but never waits for another thread in the pool. SPILLOVER_BUSY: nothing has
+ * happened, call spillover_free. */
 spillover_status spillover_try_free(void* pointer);
 
 /* Whether this process is such a forked child: 1 or 0. */
@@ -101,6 +101,15 @@ int spillover_in_forked_child(void);
 
 /* Notes that the block is used on a stream other than the one it was allocated for. */
 spillover_status spillover_record_stream(void* pointer, void* stream);
+
+/* Promises that the stream lives as long as the process, as the default streams and torch's own do.
+ * Memory that was freed on a kept stream serves other streams as soon as its work is complete; of
+ * any other stream the pool cannot know whether it still lives, so that it learns of completion
+ * from the whole device, and at need waits for it. */
+spillover_status spillover_keep_stream(int device, void* stream);
+
+/* Lets the peer device, which can access the device, use its pool's memory. */
+spillover_status spillover_add_peer(int device, int peer);
 
 /* Start and size of the segment that holds pointer. */
 spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes);
@@ -112,7 +121,7 @@ spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
 
-/* Returns every segment without a live block to the driver. Waits for freed blocks' streams. */
+/* Returns all memory without a live block to the driver. Waits for the device. */
 spillover_status spillover_trim(int device);
 
 /* The pool may hold at most fraction (0 to 1) of the device's memory. */

@@ -1,7 +1,8 @@
 #include "allocator/pending_uses.hpp"
 
+#include <algorithm>
+
 #include "base/error.hpp"
-#include "driver/device.hpp"
 #include "driver/stream.hpp"
 
 namespace spillover {
@@ -13,60 +14,55 @@ Event PendingUses::take_event() {
   return event;
 }
 
-bool PendingUses::start(Block* block, const StreamKey& stream) {
-  RecordOutcome outcome = RecordOutcome::kStreamGone;
+bool PendingUses::try_mark(const StreamKey& stream, const Use& use) {
   try {
-    if (reachable_from_this_thread(stream)) {
-      Event event = take_event();
-      const uint64_t identity = is_per_thread_stream(stream.handle) ? 0 : stream.identity;
-      outcome = event.try_record(stream.handle, identity);
-      if (outcome == RecordOutcome::kRecorded) {
-        queues_[stream].push_back({std::move(event), block});
-        return true;
-      }
+    Event event = take_event();
+    const bool is_recorded = event.try_record(stream.handle) == RecordOutcome::kRecorded;
+    if (is_recorded) {
+      queues_[stream].push_back({std::move(event), use});
+    } else {
       spare_events_.push_back(std::move(event));
     }
-    if (outcome != RecordOutcome::kStreamGone) return false;
-    synchronize_device(device_);
+    return is_recorded;
   } catch (const Error&) {
-    // No event can be had, or the device cannot be waited for now, for example because a capture is
-    // under way: the use stays deferred, so the block is not handed out. A device that has failed
-    // tells so at the next poll.
+    // No event can be had: the use stays unmarked, so the block is not handed out. A device that
+    // has failed tells so at the next poll.
     return false;
   }
-  finish_use(block);
-  return true;
 }
 
 void PendingUses::add(Block* block) {
   const std::vector<StreamKey> uses = std::exchange(block->uses, {});
   block->outstanding_uses = uses.size();
   for (const StreamKey& stream : uses) {
-    if (!start(block, stream)) deferred_.emplace_back(block, stream);
+    const Use use{block, ++latest_};
+    if (!may_be_asked(device_, stream) || !try_mark(stream, use)) {
+      unmarked_.emplace_back(stream, use);
+    }
   }
 }
 
-void PendingUses::retry_deferred() {
-  if (deferred_.empty()) return;
-  const auto deferred = std::exchange(deferred_, {});
-  for (const auto& [block, stream] : deferred) {
-    if (!start(block, stream)) deferred_.emplace_back(block, stream);
-  }
+void PendingUses::mark(const StreamKey& stream) {
+  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
+    return entry.first == stream && try_mark(stream, entry.second);
+  });
 }
 
-void PendingUses::finish_use(Block* block) {
+void PendingUses::finish(Block* block) {
   if (--block->outstanding_uses == 0) on_complete_(block);
 }
 
-void PendingUses::finish_front(std::deque<Mark>& queue) {
-  Mark mark = std::move(queue.front());
+void PendingUses::finish_front(std::deque<MarkedUse>& queue) {
+  MarkedUse front = std::move(queue.front());
   queue.pop_front();
-  spare_events_.push_back(std::move(mark.event));
-  finish_use(mark.block);
+  spare_events_.push_back(std::move(front.event));
+  finish(front.use.block);
 }
 
 void PendingUses::poll() {
-  retry_deferred();
+  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
+    return may_be_asked(device_, entry.first) && try_mark(entry.first, entry.second);
+  });
   for (auto position = queues_.begin(); position != queues_.end();) {
     auto& queue = position->second;
     while (!queue.empty() && queue.front().event.is_complete()) finish_front(queue);
@@ -74,19 +70,16 @@ void PendingUses::poll() {
   }
 }
 
-void PendingUses::wait() {
-  retry_deferred();
-  while (!queues_.empty()) {
-    auto& queue = queues_.begin()->second;
-    // The last event of a stream covers those before it.
-    queue.back().event.synchronize();
-    while (!queue.empty()) finish_front(queue);
-    queues_.erase(queues_.begin());
-  }
+void PendingUses::complete(uint64_t number) {
+  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
+    if (entry.second.number > number) return false;
+    finish(entry.second.block);
+    return true;
+  });
 }
 
 size_t PendingUses::count() const {
-  size_t count = deferred_.size();
+  size_t count = unmarked_.size();
   for (const auto& [stream, queue] : queues_) count += queue.size();
   return count;
 }

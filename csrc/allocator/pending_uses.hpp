@@ -4,11 +4,11 @@
 // out again only after those streams' work up to the *free* is complete. So at the free an event is
 // recorded on each noted stream and the block waits for all of them. Events of one stream complete
 // in order, so each stream has a queue and only its front is asked.
-//   - A noted stream that was destroyed takes no event any more, though its work may still run: the
-//     device is waited for instead.
+//   - A foreign stream may be gone by then (Note [Foreign streams]): the use is *unmarked* until
+//   the
+//     stream is passed to the pool once more, or the whole device was waited for.
 //   - A capturing stream must not get an event of ours (it would become a part of the graph): the
-//   use
-//     is deferred, and tried again at each poll.
+//     use stays unmarked, and is tried again at each poll.
 //
 // Owned by one Pool and guarded by its mutex, under which it calls the driver.
 #pragma once
@@ -33,39 +33,49 @@ class PendingUses {
   PendingUses(int device, OnComplete on_complete)
       : device_(device), on_complete_(std::move(on_complete)) {}
 
-  // Takes over the block's uses. The block may be complete before this returns.
+  // Takes over the block's uses.
   void add(Block* block);
 
-  // Hands over the blocks that are known to be complete. Does not block unless a deferred use's
-  // stream was destroyed. Throws DriverError when the device has failed; what was handed over stays
-  // so.
+  // Marks the uses on a stream that is alive.
+  void mark(const StreamKey& stream);
+
+  // Hands over the blocks that are known to be complete. Does not block. Throws DriverError when
+  // the device has failed; what was handed over stays so.
   void poll();
 
-  // Blocks until every use is complete but those deferred for a capture.
-  void wait();
+  // Number of the latest use so far, to be given to complete() after a wait for the device.
+  uint64_t latest() const { return latest_; }
+  // Hands over every use up to that number: the device was waited for since.
+  void complete(uint64_t number);
 
-  bool empty() const { return queues_.empty() && deferred_.empty(); }
+  bool empty() const { return queues_.empty() && unmarked_.empty(); }
+  bool has_marked() const { return !queues_.empty(); }
+  bool has_unmarked() const { return !unmarked_.empty(); }
 
   // Number of uses that are not complete, for the invariants.
   size_t count() const;
 
  private:
-  struct Mark {
-    Event event;
+  struct Use {
     Block* block;
+    uint64_t number;
+  };
+  struct MarkedUse {
+    Event event;
+    Use use;
   };
 
   Event take_event();
   // False when the use must be tried again later.
-  bool start(Block* block, const StreamKey& stream);
-  void retry_deferred();
-  void finish_use(Block* block);
-  void finish_front(std::deque<Mark>& queue);
+  bool try_mark(const StreamKey& stream, const Use& use);
+  void finish(Block* block);
+  void finish_front(std::deque<MarkedUse>& queue);
 
   const int device_;
   const OnComplete on_complete_;
-  std::map<StreamKey, std::deque<Mark>> queues_;  // No queue is empty between calls.
-  std::vector<std::pair<Block*, StreamKey>> deferred_;
+  uint64_t latest_ = 0;
+  std::map<StreamKey, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
+  std::vector<std::pair<StreamKey, Use>> unmarked_;
   std::vector<Event> spare_events_;
 };
 

@@ -1,8 +1,9 @@
 #include "allocator/pool.hpp"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
-#include <exception>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -18,19 +19,9 @@ namespace {
 // Beyond any device; keeps sums of rounded sizes from overflowing.
 constexpr size_t kRequestMax = size_t{1} << 56;
 
-// Segment to ask for when the cache has no fit.
-size_t preferred_segment_bytes(size_t block_bytes) {
-  if (block_bytes <= kSmallRequestMax) return kSmallSegment;
-  if (block_bytes < kMediumRequestMax) return kMediumSegment;
-  return round_up(block_bytes, kLargeSegmentUnit);
-}
-
-// What may be cut off a block: small blocks to the last unit; a large block keeps a remainder that
-// no large request could use.
-bool is_worth_splitting(size_t remainder_bytes, SizeClass size_class) {
-  return size_class == SizeClass::kSmall ? remainder_bytes >= kBlockAlignment
-                                         : remainder_bytes > kSmallRequestMax;
-}
+// Freed bytes of foreign streams at which the pool waits for the device before it takes more memory
+// from the driver: a program that makes stream after stream would fill the device otherwise.
+constexpr size_t kForeignBytesMax = 256 * kMiB;
 
 std::string address_text(const void* pointer) {
   std::array<char, 24> text{};
@@ -43,8 +34,16 @@ std::string address_text(const void* pointer) {
 Pool::Pool(int device, SegmentIndex& index)
     : device_(device),
       device_bytes_(memory_info(device).total_bytes),
-      index_(index),
+      backing_(device, index, this),
       pending_(device, [this](Block* block) { make_free(block); }) {}
+
+StreamState& Pool::state_of(const StreamKey& key) {
+  return streams_.try_emplace(key, key).first->second;
+}
+
+Heap& Pool::heap_of(const Request& request) {
+  return state_of(request.stream).heap(request.size_class);
+}
 
 void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes == 0) return nullptr;
@@ -53,104 +52,88 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
 
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
+    pending_.mark(request.stream);
     pending_.poll();
   }
-  Block* block = obtain(request);
+  Block* block = obtain(lock, request);
   split(block, request);
   activate(block, request);
   return reinterpret_cast<void*>(block->address);
 }
 
-// Gives a free block of at least the request's size that is in no bin.
-Block* Pool::obtain(const Request& request) {
+// Gives a free block of at least the request's size that is in no heap's set. Throws
+// DeviceOutOfMemoryError.
+Block* Pool::obtain(Lock& lock, const Request& request) {
   if (Block* block = take_best_fit(request)) return block;
   const RelaxedCaptureScope relaxed;
-  const size_t preferred_bytes = preferred_segment_bytes(request.size_bytes);
-  if (Block* block = grow(request, preferred_bytes)) return block;
-
-  pending_.wait();
-  if (Block* block = take_best_fit(request)) return block;
-  release_free_segments();
-  ++statistics_.alloc_retries;
-  if (Block* block = grow(request, preferred_bytes)) return block;
-  const size_t least_bytes = round_up(request.size_bytes, kLargeSegmentUnit);
-  if (least_bytes < preferred_bytes) {
-    if (Block* block = grow(request, least_bytes)) return block;
+  if (Block* block = grow(request, Source::kHeld)) return block;
+  if (foreign_bytes() > kForeignBytesMax) {
+    wait_for_device(lock);
+    if (Block* block = grow(request, Source::kHeld)) return block;
   }
-  throw_out_of_memory(request);
+  if (Block* block = grow(request, Source::kNew)) return block;
+  return obtain_by_waiting(lock, request);
 }
 
 Block* Pool::take_best_fit(const Request& request) {
-  const auto bin = bins_.find({request.stream, request.size_class});
-  if (bin == bins_.end()) return nullptr;
+  Heap& heap = heap_of(request);
   Block wanted;
   wanted.size_bytes = request.size_bytes;
-  const auto position = bin->second.lower_bound(&wanted);
-  if (position == bin->second.end()) return nullptr;
+  const auto position = heap.free.lower_bound(&wanted);
+  if (position == heap.free.end()) return nullptr;
   Block* block = *position;
-  bin->second.erase(position);
-  if (bin->second.empty()) bins_.erase(bin);
+  remove_free(block);
   return block;
 }
 
-// Null when the device or the limit has no room for the segment.
-Block* Pool::grow(const Request& request, size_t segment_bytes) {
-  const auto reserved_bytes =
-      static_cast<size_t>(statistics_.reserved_bytes[SPILLOVER_CLASS_ALL].current);
-  const size_t limit = limit_bytes();
-  if (segment_bytes > limit || reserved_bytes > limit - segment_bytes) return nullptr;
-  auto memory = DeviceMemory::try_allocate(device_, segment_bytes);
-  if (!memory) return nullptr;
-
-  const DeviceAddress address = memory->address();
-  auto segment = std::make_unique<Segment>(
-      Segment{std::move(*memory), request.stream, request.size_class, nullptr});
+Block* Pool::make_block(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   auto block = std::make_unique<Block>();
-  block->segment = segment.get();
-  block->address = address;
-  block->size_bytes = segment_bytes;
-  Block* result = segment->first = block.get();
-  index_.insert({address, segment_bytes, this});
-  blocks_.emplace(address, std::move(block));
-  segments_.emplace(address, std::move(segment));
-  add(statistics_.segment, request.size_class, 1);
-  add(statistics_.reserved_bytes, request.size_class, segment_bytes);
-  return result;
+  block->heap = &heap;
+  block->address = range.begin;
+  block->size_bytes = range.size_bytes();
+  block->freed_at = freed_at;
+  ++heap.block_count;
+  return blocks_.emplace(range.begin, std::move(block)).first->second.get();
 }
 
-// Cuts what the request does not need off a free block and puts it into its bin. Counts as torch
-// does: a split block that shrinks stays one inactive block.
+void Pool::erase_block(Block* block) {
+  --block->heap->block_count;
+  blocks_.erase(block->address);
+}
+
+// Puts a free block, linked to its neighbours, into its heap's set, and takes it out.
+void Pool::insert_free(Block* block) {
+  Heap& heap = *block->heap;
+  heap.free.insert(block);
+  heap.free_bytes += block->size_bytes;
+  if (!block->is_split()) return;
+  add(statistics_.inactive_split, heap.size_class, 1);
+  add(statistics_.inactive_split_bytes, heap.size_class, block->size_bytes);
+}
+
+void Pool::remove_free(Block* block) {
+  Heap& heap = *block->heap;
+  heap.free.erase(block);
+  heap.free_bytes -= block->size_bytes;
+  if (!block->is_split()) return;
+  subtract(statistics_.inactive_split, heap.size_class, 1);
+  subtract(statistics_.inactive_split_bytes, heap.size_class, block->size_bytes);
+}
+
+// Cuts what the request does not need off a free block, to the last unit.
 void Pool::split(Block* block, const Request& request) {
-  const bool was_split = block->is_split();
-  const size_t remainder_bytes = block->size_bytes - request.size_bytes;
-  const SizeClass size_class = request.size_class;
-  if (!is_worth_splitting(remainder_bytes, size_class)) {
-    if (was_split) {
-      subtract(statistics_.inactive_split, size_class, 1);
-      subtract(statistics_.inactive_split_bytes, size_class, block->size_bytes);
-    }
-    return;
-  }
-  auto rest = std::make_unique<Block>();
-  rest->segment = block->segment;
-  rest->address = block->address + request.size_bytes;
-  rest->size_bytes = remainder_bytes;
+  if (block->size_bytes == request.size_bytes) return;
+  const AddressRange range{block->address + request.size_bytes, block->end()};
+  Block* rest = make_block(*block->heap, range, block->freed_at);
   rest->previous = block;
   rest->next = block->next;
-  if (rest->next != nullptr) rest->next->previous = rest.get();
-  block->next = rest.get();
+  if (rest->next != nullptr) rest->next->previous = rest;
+  block->next = rest;
   block->size_bytes = request.size_bytes;
-  bins_[{request.stream, size_class}].insert(rest.get());
-  blocks_.emplace(rest->address, std::move(rest));
-  if (was_split) {
-    subtract(statistics_.inactive_split_bytes, size_class, request.size_bytes);
-  } else {
-    add(statistics_.inactive_split, size_class, 1);
-    add(statistics_.inactive_split_bytes, size_class, remainder_bytes);
-  }
+  insert_free(rest);
 }
 
 void Pool::activate(Block* block, const Request& request) {
@@ -201,8 +184,9 @@ bool Pool::try_free(void* pointer) {
   return true;
 }
 
-void Pool::count_freed(const Block& block) {
-  const SizeClass size_class = block.segment->size_class;
+void Pool::count_freed(Block& block) {
+  block.freed_at = ++block.heap->stream->freed_count;
+  const SizeClass size_class = block.heap->size_class;
   subtract(statistics_.allocation, size_class, 1);
   subtract(statistics_.allocated_bytes, size_class, block.size_bytes);
 }
@@ -212,7 +196,8 @@ void Pool::record_stream(void* pointer, StreamHandle stream) {
   const StreamKey key = identify_stream(device_, stream);
   const std::lock_guard lock(mutex_);
   Block* block = find_live(pointer);
-  if (key == block->segment->stream) return;
+  if (!pending_.empty()) pending_.mark(key);
+  if (key == block->heap->stream->key) return;
   for (const StreamKey& known : block->uses) {
     if (known == key) return;
   }
@@ -225,95 +210,64 @@ bool Pool::is_live(const void* pointer) const {
   return position != blocks_.end() && position->second->state == BlockState::kLive;
 }
 
-// Merges the block with its free neighbours and puts the result into its bin.
+// Merges the block with its free neighbours and puts the result into its heap's set.
 void Pool::make_free(Block* block) noexcept {
-  const SizeClass size_class = block->segment->size_class;
+  const SizeClass size_class = block->heap->size_class;
   subtract(statistics_.active, size_class, 1);
   subtract(statistics_.active_bytes, size_class, block->size_bytes);
   subtract(statistics_.requested_bytes, size_class, block->requested_bytes);
   block->state = BlockState::kFree;
   block->requested_bytes = 0;
-
-  auto& bin = bins_[{block->segment->stream, size_class}];
-  size_t merged_count = 0;
-  size_t merged_bytes = 0;
   if (Block* next = block->next; next != nullptr && next->state == BlockState::kFree) {
-    ++merged_count;
-    merged_bytes += next->size_bytes;
-    bin.erase(next);
+    remove_free(next);
     absorb_next(block);
   }
   if (Block* previous = block->previous;
       previous != nullptr && previous->state == BlockState::kFree) {
-    ++merged_count;
-    merged_bytes += previous->size_bytes;
-    bin.erase(previous);
+    remove_free(previous);
     absorb_next(previous);
     block = previous;
   }
-  bin.insert(block);
-  // The net change, as torch counts: growing an inactive block is not freeing and adding one.
-  const size_t gained_count = block->is_split() ? 1 : 0;
-  const size_t gained_bytes = block->is_split() ? block->size_bytes : 0;
-  if (gained_count > merged_count) add(statistics_.inactive_split, size_class, 1);
-  if (gained_count < merged_count) {
-    subtract(statistics_.inactive_split, size_class, merged_count - gained_count);
-  }
-  if (gained_bytes > merged_bytes) {
-    add(statistics_.inactive_split_bytes, size_class, gained_bytes - merged_bytes);
-  } else if (gained_bytes < merged_bytes) {
-    subtract(statistics_.inactive_split_bytes, size_class, merged_bytes - gained_bytes);
-  }
+  insert_free(block);
 }
 
-// Extends the block over the one behind it, which is in no bin.
+// Extends the block over the one behind it, which is in no set.
 void Pool::absorb_next(Block* block) {
   Block* next = block->next;
-  SPILLOVER_CHECK(block->address + block->size_bytes == next->address,
+  SPILLOVER_CHECK(block->end() == next->address && block->heap == next->heap,
                   "two blocks that were about to be merged are not neighbours");
   block->size_bytes += next->size_bytes;
+  block->freed_at = std::max(block->freed_at, next->freed_at);
   block->next = next->next;
   if (block->next != nullptr) block->next->previous = block;
-  blocks_.erase(next->address);
+  erase_block(next);
 }
 
-// A segment that the driver fails to free goes all the same: whether it did its work before the
-// error is not known, and memory that may be free must never be handed out. Throws the first such
-// error when every segment has had its turn.
-void Pool::release_free_segments() {
-  std::exception_ptr failure;
-  for (auto position = segments_.begin(); position != segments_.end();) {
-    Segment& segment = *position->second;
-    Block* block = segment.first;
-    if (block->state != BlockState::kFree || block->is_split()) {
-      ++position;
-      continue;
-    }
-    const DeviceAddress address = segment.address();
-    const size_t size_bytes = segment.size_bytes();
-    try {
-      segment.memory.release();
-    } catch (const Error&) {
-      if (segment.memory.address() != 0) throw;  // The driver was not even asked.
-      if (!failure) failure = std::current_exception();
-    }
-    const auto bin = bins_.find({segment.stream, segment.size_class});
-    bin->second.erase(block);
-    if (bin->second.empty()) bins_.erase(bin);
-    subtract(statistics_.segment, segment.size_class, 1);
-    subtract(statistics_.reserved_bytes, segment.size_class, size_bytes);
-    index_.erase(address);
-    blocks_.erase(address);
-    position = segments_.erase(position);
+AddressRange Pool::segment_of(const void* pointer) const {
+  const auto address = reinterpret_cast<DeviceAddress>(pointer);
+  const std::lock_guard lock(mutex_);
+  const auto after = segments_.upper_bound(address);
+  if (after != segments_.begin()) {
+    const auto& [begin, first] = *std::prev(after);
+    const Block* last = first;
+    while (last->next != nullptr) last = last->next;
+    if (address < last->end()) return {begin, last->end()};
   }
-  if (failure) std::rethrow_exception(failure);
+  throw ConfigError(address_text(pointer) + " is not in the memory of device " +
+                    std::to_string(device_) +
+                    "'s pool: it was freed before, or comes from somewhere else");
 }
 
 void Pool::trim() {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   const RelaxedCaptureScope relaxed;
-  pending_.wait();
-  release_free_segments();
+  wait_for_device(lock);
+  release_idle();
+}
+
+void Pool::add_peer(int device) {
+  const std::lock_guard lock(mutex_);
+  backing_.add_peer(device);
 }
 
 size_t Pool::limit_bytes() const {

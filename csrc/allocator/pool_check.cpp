@@ -1,4 +1,4 @@
-// Walks the pool's structures and compares them with the equations in block.hpp.
+// Walks the pool's structures and compares them with the equations in block.hpp and backing.hpp.
 #include <array>
 #include <string>
 
@@ -12,7 +12,7 @@ namespace spillover {
 struct Pool::Totals {
   struct Sums {
     size_t segments = 0;
-    size_t reserved_bytes = 0;
+    size_t mapped_bytes = 0;
     size_t live = 0;
     size_t live_bytes = 0;
     size_t waiting = 0;
@@ -24,7 +24,6 @@ struct Pool::Totals {
   };
   std::array<Sums, 2> by_class;  // Indexed by SizeClass.
   size_t blocks = 0;
-  size_t free_blocks = 0;
   size_t outstanding_uses = 0;
 };
 
@@ -55,6 +54,8 @@ void check_block(const Block& block) {
   }
   expect(block.state == BlockState::kLive || block.uses.empty(),
          name_of(block) + " is not live but has noted streams");
+  expect(block.freed_at <= block.heap->stream->freed_count,
+         name_of(block) + " was freed by a free that has not happened");
 }
 
 void expect_counter(const ClassCounters& counters, int index, size_t walked, const char* name) {
@@ -67,19 +68,15 @@ void expect_counter(const ClassCounters& counters, int index, size_t walked, con
 
 }  // namespace
 
-void Pool::check_segment(const Segment& segment, Totals& totals) const {
-  auto& sums = totals.by_class[static_cast<size_t>(segment.size_class)];
+// Gives the last block of the segment.
+const Block* Pool::check_segment(const Block* first, Totals& totals) const {
+  const Heap& heap = *first->heap;
+  auto& sums = totals.by_class[static_cast<size_t>(heap.size_class)];
   ++sums.segments;
-  sums.reserved_bytes += segment.size_bytes();
-  const auto entry = index_.find(segment.address());
-  expect(entry && entry->pool == this && entry->address == segment.address() &&
-             entry->size_bytes == segment.size_bytes(),
-         "a segment is not in the index of addresses");
-  const auto bin = bins_.find({segment.stream, segment.size_class});
-  DeviceAddress expected = segment.address();
+  DeviceAddress expected = first->address;
   const Block* previous = nullptr;
-  for (Block* block = segment.first; block != nullptr; block = block->next) {
-    expect(block->address == expected && block->segment == &segment && block->previous == previous,
+  for (Block* block = segments_.at(first->address); block != nullptr; block = block->next) {
+    expect(block->address == expected && block->heap == &heap && block->previous == previous,
            name_of(*block) + " is not where its neighbours say");
     const auto known = blocks_.find(block->address);
     expect(known != blocks_.end() && known->second.get() == block,
@@ -95,9 +92,7 @@ void Pool::check_segment(const Segment& segment, Totals& totals) const {
       ++sums.waiting;
       sums.waiting_bytes += block->size_bytes;
     } else {
-      expect(bin != bins_.end() && bin->second.count(block) == 1,
-             name_of(*block) + " is free but not in its bin");
-      ++totals.free_blocks;
+      expect(heap.free.count(block) == 1, name_of(*block) + " is free but not in its heap's set");
       sums.free_bytes += block->size_bytes;
       if (block->is_split()) {
         ++sums.inactive_split;
@@ -107,18 +102,42 @@ void Pool::check_segment(const Segment& segment, Totals& totals) const {
     expected += block->size_bytes;
     previous = block;
   }
-  expect(expected == segment.address() + segment.size_bytes(),
-         "the blocks of a segment do not add up to its size");
+  const AddressRange range{first->address, expected};
+  sums.mapped_bytes += range.size_bytes();
+  const AddressRange chunks = backing_.chunks_within(range);
+  expect(chunks.begin == range.begin && chunks.end == range.end,
+         "the blocks of a segment do not cover whole chunks");
+  return previous;
+}
+
+void Pool::check_streams(const Totals& totals) const {
+  size_t block_count = 0;
+  size_t free_bytes = 0;
+  for (const auto& [key, stream] : streams_) {
+    expect(stream.completed_count <= stream.freed_count, "more frees are complete than happened");
+    for (const Heap& heap : stream.heaps) {
+      size_t heap_bytes = 0;
+      for (const Block* block : heap.free) heap_bytes += block->size_bytes;
+      expect(heap_bytes == heap.free_bytes, "a heap's free bytes do not add up");
+      block_count += heap.block_count;
+      free_bytes += heap_bytes;
+    }
+  }
+  expect(block_count == totals.blocks, "the heaps' numbers of blocks do not add up");
+  expect(free_bytes == totals.by_class[0].free_bytes + totals.by_class[1].free_bytes,
+         "the heaps have blocks that are not free");
 }
 
 void Pool::check_totals(const Totals& totals) const {
   Totals::Sums all;
   for (const SizeClass size_class : {SizeClass::kSmall, SizeClass::kLarge}) {
     const auto& sums = totals.by_class[static_cast<size_t>(size_class)];
-    expect(sums.live_bytes + sums.waiting_bytes + sums.free_bytes == sums.reserved_bytes,
-           "used and free bytes do not add up to the reserved ones");
+    expect(sums.live_bytes + sums.waiting_bytes + sums.free_bytes == sums.mapped_bytes,
+           "used and free bytes do not add up to the mapped ones");
+    expect(mapped_bytes_[static_cast<size_t>(size_class)] == sums.mapped_bytes,
+           "the mapped bytes of a class do not add up");
     all.segments += sums.segments;
-    all.reserved_bytes += sums.reserved_bytes;
+    all.mapped_bytes += sums.mapped_bytes;
     all.live += sums.live;
     all.live_bytes += sums.live_bytes;
     all.waiting += sums.waiting;
@@ -127,10 +146,12 @@ void Pool::check_totals(const Totals& totals) const {
     all.inactive_split_bytes += sums.inactive_split_bytes;
     all.requested_bytes += sums.requested_bytes;
   }
+  expect(all.mapped_bytes == backing_.mapped_bytes(), "a chunk belongs to no segment");
+  expect_counter(statistics_.reserved_bytes, SPILLOVER_CLASS_ALL, backing_.held_bytes(),
+                 "reserved_bytes");
   const auto compare = [this](const Totals::Sums& sums, int index) {
     const spillover_stats_t& s = statistics_;
     expect_counter(s.segment, index, sums.segments, "segment");
-    expect_counter(s.reserved_bytes, index, sums.reserved_bytes, "reserved_bytes");
     expect_counter(s.allocation, index, sums.live, "allocation");
     expect_counter(s.allocated_bytes, index, sums.live_bytes, "allocated_bytes");
     expect_counter(s.active, index, sums.live + sums.waiting, "active");
@@ -148,16 +169,16 @@ void Pool::check_totals(const Totals& totals) const {
 void Pool::check_invariants() const {
   const std::lock_guard lock(mutex_);
   Totals totals;
-  for (const auto& [address, segment] : segments_) check_segment(*segment, totals);
-  expect(totals.blocks == blocks_.size(), "the table of blocks has blocks of no segment");
-  size_t binned = 0;
-  for (const auto& [key, bin] : bins_) {
-    expect(!bin.empty(), "an empty bin was kept");
-    binned += bin.size();
+  DeviceAddress end = 0;
+  for (const auto& [address, first] : segments_) {
+    expect(address == first->address && address >= end && first->previous == nullptr,
+           name_of(*first) + " does not start a segment");
+    end = check_segment(first, totals)->end();
   }
-  expect(binned == totals.free_blocks, "the bins have blocks that are not free");
+  expect(totals.blocks == blocks_.size(), "the table of blocks has blocks of no segment");
   expect(pending_.count() == totals.outstanding_uses,
          "the pending uses do not match the waiting blocks");
+  check_streams(totals);
   check_totals(totals);
 }
 

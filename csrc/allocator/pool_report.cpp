@@ -33,9 +33,16 @@ void Pool::reset_peak_statistics() {
 
 size_t Pool::largest_free_bytes() const {
   const std::lock_guard lock(mutex_);
+  return largest_free();
+}
+
+size_t Pool::largest_free() const {
   size_t largest_bytes = 0;
-  for (const auto& [key, bin] : bins_) {
-    largest_bytes = std::max(largest_bytes, (*bin.rbegin())->size_bytes);
+  for (const auto& [key, stream] : streams_) {
+    for (const Heap& heap : stream.heaps) {
+      if (heap.free.empty()) continue;
+      largest_bytes = std::max(largest_bytes, (*heap.free.rbegin())->size_bytes);
+    }
   }
   return largest_bytes;
 }
@@ -43,15 +50,17 @@ size_t Pool::largest_free_bytes() const {
 void Pool::visit_segments(spillover_segment_visitor visitor, void* user) const {
   const std::lock_guard lock(mutex_);
   std::vector<spillover_block_info> blocks;
-  for (const auto& [address, segment] : segments_) {
+  for (const auto& [address, first] : segments_) {
     blocks.clear();
-    for (const Block* block = segment->first; block != nullptr; block = block->next) {
+    const Block* last = first;
+    for (const Block* block = first; block != nullptr; block = block->next) {
       blocks.push_back({reinterpret_cast<void*>(block->address), block->size_bytes,
                         block->requested_bytes, static_cast<int>(block->state)});
+      last = block;
     }
     const spillover_segment_info info{
-        reinterpret_cast<void*>(address), segment->size_bytes(), segment->stream.handle,
-        segment->size_class == SizeClass::kSmall ? 1 : 0, blocks.size()};
+        reinterpret_cast<void*>(address), last->end() - address, first->heap->stream->key.handle,
+        first->heap->size_class == SizeClass::kSmall ? 1 : 0, blocks.size()};
     visitor(user, &info, blocks.data());
   }
 }
@@ -66,10 +75,7 @@ void Pool::throw_out_of_memory(const Request& request) {
   const size_t allocated_bytes = current(statistics_.allocated_bytes);
   const size_t waiting_bytes = current(statistics_.active_bytes) - allocated_bytes;
   const size_t cached_bytes = reserved_bytes - allocated_bytes - waiting_bytes;
-  size_t largest_bytes = 0;
-  for (const auto& [key, bin] : bins_) {
-    largest_bytes = std::max(largest_bytes, (*bin.rbegin())->size_bytes);
-  }
+  const size_t largest_bytes = largest_free();
   // The share of the cached memory that even the largest request to succeed could not use.
   const double fragmentation_percent =
       cached_bytes == 0 ? 0.0

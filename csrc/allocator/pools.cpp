@@ -44,19 +44,17 @@ Pool& pool_of_device(int device) {
   return *slot.load(std::memory_order_relaxed);
 }
 
-std::optional<SegmentIndex::Entry> find_segment(const void* pointer) {
+Pool* find_pool(const void* pointer) {
   check_not_forked();
-  return pools().index.find(reinterpret_cast<DeviceAddress>(pointer));
+  const auto entry = pools().index.find(reinterpret_cast<DeviceAddress>(pointer));
+  return entry ? entry->pool : nullptr;
 }
 
-SegmentIndex::Entry segment_of(const void* pointer) {
-  const auto entry = find_segment(pointer);
-  if (!entry) {
-    throw ConfigError("the address " + std::to_string(reinterpret_cast<DeviceAddress>(pointer)) +
-                      " is not in spillover's device memory: it was freed before, or comes from "
-                      "another allocator");
-  }
-  return *entry;
+Pool& pool_of_address(const void* pointer) {
+  if (Pool* pool = find_pool(pointer)) return *pool;
+  throw ConfigError("the address " + std::to_string(reinterpret_cast<DeviceAddress>(pointer)) +
+                    " is not in spillover's device memory: it was freed before, or comes from "
+                    "another allocator");
 }
 
 }  // namespace spillover

@@ -5,8 +5,6 @@
 // StateError before it takes a lock, as the parent's locks may be held for ever.
 #pragma once
 
-#include <optional>
-
 #include "allocator/pool.hpp"
 
 namespace spillover {
@@ -14,10 +12,10 @@ namespace spillover {
 // Throws ConfigError for a device that does not exist, DriverError without a driver.
 Pool& pool_of_device(int device);
 
-// The segment that contains the address, whatever its device; empty where there is none.
-std::optional<SegmentIndex::Entry> find_segment(const void* pointer);
+// The pool that an address belongs to; null where there is none.
+Pool* find_pool(const void* pointer);
 
 // The same, and ConfigError where there is none.
-SegmentIndex::Entry segment_of(const void* pointer);
+Pool& pool_of_address(const void* pointer);
 
 }  // namespace spillover

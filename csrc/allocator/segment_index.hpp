@@ -1,4 +1,5 @@
-// Finds the pool that an address belongs to, whatever its device.
+// Finds the pool that an address belongs to, whatever its device: by reservation, or by chunk where
+// addresses are fixed.
 //
 // Thread-safe. Its lock is a leaf: a pool's mutex may be held when it is taken, nothing is taken
 // under it.
@@ -34,7 +35,7 @@ class SegmentIndex {
     entries_.erase(address);
   }
 
-  // The segment that contains the address, first byte or not.
+  // The range that contains the address, first byte or not.
   std::optional<Entry> find(DeviceAddress address) const {
     const std::shared_lock lock(mutex_);
     auto position = entries_.upper_bound(address);

@@ -4,7 +4,9 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <utility>
 
 #include "allocator/block.hpp"
 #include "allocator/c_api.h"
@@ -30,6 +32,21 @@ inline void subtract(ClassCounters& counters, SizeClass size_class, size_t amoun
   for (const int index : {static_cast<int>(SPILLOVER_CLASS_ALL), class_index(size_class)}) {
     counters[index].current -= static_cast<int64_t>(amount);
     counters[index].freed += static_cast<int64_t>(amount);
+  }
+}
+
+// Moves the counters of both classes to new values. What falls goes first: memory that changes its
+// class is no peak.
+inline void set_current(ClassCounters& counters, size_t small, size_t large) {
+  const std::array<std::pair<SizeClass, size_t>, 2> values{
+      {{SizeClass::kSmall, small}, {SizeClass::kLarge, large}}};
+  for (const auto& [size_class, value] : values) {
+    const auto current = static_cast<size_t>(counters[class_index(size_class)].current);
+    if (value < current) subtract(counters, size_class, current - value);
+  }
+  for (const auto& [size_class, value] : values) {
+    const auto current = static_cast<size_t>(counters[class_index(size_class)].current);
+    if (value > current) add(counters, size_class, value - current);
   }
 }
 

@@ -1,6 +1,10 @@
 #include "allocator/stream_key.hpp"
 
+#include <algorithm>
 #include <atomic>
+#include <mutex>
+#include <utility>
+#include <vector>
 
 #include "base/error.hpp"
 #include "driver/context.hpp"
@@ -16,14 +20,47 @@ uint64_t this_thread_number() {
   return number;
 }
 
+// The kept streams: a list that only grows, replaced as a whole, so that readers take no lock. Each
+// version is leaked, as a reader may still hold it; torch keeps 97 streams a device at most.
+using KeptStreams = std::vector<std::pair<int, StreamHandle>>;
+
+std::atomic<const KeptStreams*>& kept_streams() {
+  static std::atomic<const KeptStreams*> streams{new KeptStreams};
+  return streams;
+}
+
+bool is_kept(int device, StreamHandle stream) {
+  const KeptStreams& streams = *kept_streams().load(std::memory_order_acquire);
+  return std::binary_search(streams.begin(), streams.end(), std::pair(device, stream));
+}
+
 }  // namespace
 
 StreamKey identify_stream(int device, StreamHandle stream) {
   stream = normalize_stream(stream);
   if (stream == nullptr) return {};
   if (is_per_thread_stream(stream)) return {stream, this_thread_number()};
+  if (is_kept(device, stream)) return {stream, 0};
   const ContextScope scope(device);
   return {stream, stream_identity(stream)};
+}
+
+void keep_stream(int device, StreamHandle stream) {
+  static std::mutex& mutex = *new std::mutex;
+  stream = normalize_stream(stream);
+  if (stream == nullptr || is_per_thread_stream(stream)) return;
+  const std::lock_guard lock(mutex);
+  if (is_kept(device, stream)) return;
+  auto* streams = new KeptStreams(*kept_streams().load(std::memory_order_relaxed));
+  const std::pair entry(device, stream);
+  streams->insert(std::lower_bound(streams->begin(), streams->end(), entry), entry);
+  kept_streams().store(streams, std::memory_order_release);
+}
+
+bool may_be_asked(int device, const StreamKey& key) {
+  if (key.handle == nullptr) return true;
+  if (is_per_thread_stream(key.handle)) return key.identity == this_thread_number();
+  return key.identity == 0 && is_kept(device, key.handle);
 }
 
 void check_not_capturing(int device, StreamHandle stream) {
@@ -35,10 +72,6 @@ void check_not_capturing(int device, StreamHandle stream) {
         "the stream is recording a CUDA graph, and spillover's allocator does not serve graph "
         "captures; allocate before the capture, or use torch's own allocator for this program");
   }
-}
-
-bool reachable_from_this_thread(const StreamKey& key) {
-  return !is_per_thread_stream(key.handle) || key.identity == this_thread_number();
 }
 
 }  // namespace spillover

@@ -2,7 +2,15 @@
 //
 // A handle alone does not name a stream: a destroyed stream's handle is given to a new one while
 // the old one's work still runs, and the per-thread default stream has one handle for all threads.
-// Values only; identify_stream() is thread-safe.
+//
+// Note [Foreign streams]. The driver must not be asked about a stream that may be destroyed, and
+// nobody tells the pool when one is. So a stream is touched only
+//   - while its user passes it to the pool, which says that it is alive;
+//   - if it never dies: the legacy default stream, the calling thread's default stream, and streams
+//     that were kept (keep_stream), as torch's pool of streams are.
+// Of every other, *foreign*, stream completion is learnt from the whole device.
+//
+// Values only; the functions are thread-safe.
 #pragma once
 
 #include <compare>
@@ -15,20 +23,23 @@ namespace spillover {
 struct StreamKey {
   StreamHandle handle = nullptr;
   // The driver's number of the stream; the thread's for the per-thread default stream; 0 for the
-  // legacy default stream and where the driver does not number streams.
+  // legacy default stream, kept streams, and where the driver does not number streams.
   uint64_t identity = 0;
 
   auto operator<=>(const StreamKey&) const = default;
 };
 
-// Asks the driver about streams other than the default ones. Throws DriverError for a handle that
-// is not a stream.
+// Names a stream that is alive. Asks the driver about foreign ones. Throws DriverError for a handle
+// that is not a stream.
 StreamKey identify_stream(int device, StreamHandle stream);
 
-// Throws StateError for a stream that records a graph, which this pool does not serve.
-void check_not_capturing(int device, StreamHandle stream);
+// The caller promises that the stream lives as long as the process.
+void keep_stream(int device, StreamHandle stream);
 
-// False for another thread's default stream, which this thread cannot name.
-bool reachable_from_this_thread(const StreamKey& key);
+// Whether this thread may ask the driver about the stream at any time.
+bool may_be_asked(int device, const StreamKey& key);
+
+// Throws StateError for a stream, alive, that records a graph, which this pool does not serve.
+void check_not_capturing(int device, StreamHandle stream);
 
 }  // namespace spillover

@@ -128,6 +128,12 @@ void register_allocator(py::module_& module) {
           },
           py::arg("address"), py::arg("stream"), ReleaseGil())
       .def(
+          "keep_stream",
+          [](const PoolReference& pool, uintptr_t stream) {
+            keep_stream(pool.get().device(), pointer_of(stream));
+          },
+          py::arg("stream"), ReleaseGil(), "Promise that the stream lives as long as the process.")
+      .def(
           "trim", [](const PoolReference& pool) { pool.get().trim(); }, ReleaseGil())
       .def(
           "check_invariants", [](const PoolReference& pool) { pool.get().check_invariants(); },

@@ -13,14 +13,8 @@ CUevent raw(EventHandle event) {
   return static_cast<CUevent>(event);
 }
 
-bool means_stream_gone(CUresult result) {
-  return result == CUDA_ERROR_INVALID_HANDLE || result == CUDA_ERROR_INVALID_VALUE ||
-         result == CUDA_ERROR_CONTEXT_IS_DESTROYED || result == CUDA_ERROR_INVALID_CONTEXT;
-}
-
 RecordOutcome outcome_of(CUresult result) {
-  if (result == CUDA_SUCCESS) return RecordOutcome::kRecorded;
-  return means_stream_gone(result) ? RecordOutcome::kStreamGone : RecordOutcome::kFailed;
+  return result == CUDA_SUCCESS ? RecordOutcome::kRecorded : RecordOutcome::kFailed;
 }
 
 }  // namespace
@@ -50,17 +44,11 @@ void Event::record(StreamHandle stream) {
   SPILLOVER_CHECKED_CALL(cuEventRecord, raw(handle_), static_cast<CUstream>(stream));
 }
 
-RecordOutcome Event::try_record(StreamHandle stream, uint64_t identity) noexcept {
+RecordOutcome Event::try_record(StreamHandle stream) noexcept {
   try {
     const ContextScope scope(device_);
     const DriverFunctions& functions = driver_functions();
     auto* raw_stream = static_cast<CUstream>(stream);
-    if (identity != 0 && functions.p_cuStreamGetId != nullptr) {
-      unsigned long long current = 0;
-      const CUresult result = functions.p_cuStreamGetId(raw_stream, &current);
-      if (result != CUDA_SUCCESS) return outcome_of(result);
-      if (current != identity) return RecordOutcome::kStreamGone;
-    }
     if (stream != nullptr && functions.p_cuStreamIsCapturing != nullptr) {
       CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
       const CUresult result = functions.p_cuStreamIsCapturing(raw_stream, &status);

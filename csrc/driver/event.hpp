@@ -11,7 +11,6 @@ namespace spillover {
 // What became of an attempt to record an event on a stream that somebody else owns.
 enum class RecordOutcome {
   kRecorded,
-  kStreamGone,       // the handle is not a stream any more
   kStreamCapturing,  // the stream records a graph: an event would become a part of it
   kFailed,           // anything else, such as a device that has failed
 };
@@ -30,10 +29,8 @@ class Event {
   // Marks the stream's work up to now. Throws DriverError.
   void record(StreamHandle stream);
 
-  // The same for a stream that may have been destroyed or may be capturing. identity is what
-  // stream_identity() told when the stream was known to be alive: a handle that has been given to a
-  // new stream since counts as gone; 0 skips that test.
-  RecordOutcome try_record(StreamHandle stream, uint64_t identity) noexcept;
+  // The same for a stream that is alive and may be capturing.
+  RecordOutcome try_record(StreamHandle stream) noexcept;
 
   // Whether the mark was reached; true for an event that was never recorded. Does not block.
   bool is_complete() const;

@@ -24,6 +24,7 @@
   /* Devices and contexts */                  \
   X(cuDeviceGet, 2000)                        \
   X(cuDeviceGetCount, 2000)                   \
+  X(cuDeviceGetAttribute, 2000)               \
   X(cuDevicePrimaryCtxRetain, 7000)           \
   X(cuDevicePrimaryCtxRelease, 11000)         \
   X(cuCtxGetCurrent, 4000)                    \

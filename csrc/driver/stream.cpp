@@ -78,4 +78,18 @@ bool stream_is_capturing(StreamHandle stream) {
   return status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
+StreamActivity stream_activity(int device, StreamHandle stream) {
+  const ContextScope scope(device);
+  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+  CUresult result = SPILLOVER_DRIVER_CALL(cuStreamIsCapturing, raw(stream), &status);
+  // For the legacy stream: a blocking stream captures, and a query would end that capture.
+  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return StreamActivity::kBusy;
+  check(result, "cuStreamIsCapturing");
+  if (status != CU_STREAM_CAPTURE_STATUS_NONE) return StreamActivity::kBusy;
+  result = SPILLOVER_DRIVER_CALL(cuStreamQuery, raw(stream));
+  if (result == CUDA_ERROR_NOT_READY) return StreamActivity::kBusy;
+  check(result, "cuStreamQuery");
+  return StreamActivity::kIdle;
+}
+
 }  // namespace spillover

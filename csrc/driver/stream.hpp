@@ -51,4 +51,13 @@ uint64_t stream_identity(StreamHandle stream);
 // Whether the stream records a graph. The device's context must be current.
 bool stream_is_capturing(StreamHandle stream);
 
+enum class StreamActivity {
+  kIdle,  // everything submitted so far is complete
+  kBusy,  // or a graph is being recorded, when nothing may be asked
+};
+
+// Asks a stream that is alive, without disturbing a capture. Does not block. Throws DriverError
+// when the device has failed.
+StreamActivity stream_activity(int device, StreamHandle stream);
+
 }  // namespace spillover

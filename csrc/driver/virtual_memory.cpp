@@ -1,10 +1,8 @@
 #include "driver/virtual_memory.hpp"
 
-#include <string>
 #include <utility>
+#include <vector>
 
-#include "base/bytes.hpp"
-#include "base/error.hpp"
 #include "driver/check_result.hpp"
 #include "driver/context.hpp"
 
@@ -20,6 +18,17 @@ CUmemAllocationProp properties_of(int device) {
 }
 
 }  // namespace
+
+bool supports_virtual_memory(int device) {
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  int supported = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &supported,
+                         CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, handle);
+  const DriverFunctions& functions = driver_functions();
+  return supported != 0 && functions.p_cuMemCreate != nullptr &&
+         functions.p_cuMemAddressReserve != nullptr && functions.p_cuMemMap != nullptr;
+}
 
 size_t allocation_granularity(int device) {
   const ContextScope scope(device);
@@ -57,14 +66,20 @@ AddressReservation& AddressReservation::operator=(AddressReservation&& other) no
   return *this;
 }
 
-PhysicalMemory::PhysicalMemory(int device, size_t size_bytes)
-    : device_(device), size_bytes_(size_bytes) {
+std::optional<PhysicalMemory> PhysicalMemory::try_create(int device, size_t size_bytes) {
   const ContextScope scope(device);
   const CUmemAllocationProp properties = properties_of(device);
   CUmemGenericAllocationHandle handle = 0;
-  check(SPILLOVER_DRIVER_CALL(cuMemCreate, &handle, size_bytes, &properties, 0), "cuMemCreate",
-        size_bytes);
-  handle_ = handle;
+  const CUresult result = SPILLOVER_DRIVER_CALL(cuMemCreate, &handle, size_bytes, &properties, 0);
+  if (result == CUDA_ERROR_OUT_OF_MEMORY) return std::nullopt;
+  check(result, "cuMemCreate", size_bytes);
+  return PhysicalMemory(device, handle, size_bytes);
+}
+
+void PhysicalMemory::release() {
+  if (handle_ == 0) return;
+  const ContextScope scope(device_);
+  SPILLOVER_CHECKED_CALL(cuMemRelease, std::exchange(handle_, 0));
 }
 
 PhysicalMemory::~PhysicalMemory() {
@@ -83,49 +98,30 @@ PhysicalMemory& PhysicalMemory::operator=(PhysicalMemory&& other) noexcept {
   return *this;
 }
 
-Mapping::Mapping(std::shared_ptr<const AddressReservation> reservation, size_t offset_bytes,
-                 std::shared_ptr<const PhysicalMemory> memory)
-    : reservation_(std::move(reservation)), memory_(std::move(memory)) {
-  const size_t size_bytes = memory_->size_bytes();
-  if (offset_bytes > reservation_->size_bytes() ||
-      size_bytes > reservation_->size_bytes() - offset_bytes) {
-    throw ConfigError("a mapping of " + format_bytes(size_bytes) + " at offset " +
-                      std::to_string(offset_bytes) + " does not fit a reservation of " +
-                      format_bytes(reservation_->size_bytes()));
-  }
-  const ContextScope scope(memory_->device());
-  const auto target = static_cast<CUdeviceptr>(reservation_->address() + offset_bytes);
-  check(SPILLOVER_DRIVER_CALL(cuMemMap, target, size_bytes, 0, memory_->handle(), 0), "cuMemMap",
-        size_bytes);
-  CUmemAccessDesc access{};
-  access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-  access.location.id = memory_->device();
-  access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-  const CUresult result = SPILLOVER_DRIVER_CALL(cuMemSetAccess, target, size_bytes, &access, 1);
-  if (result != CUDA_SUCCESS) {
-    // The destructor does not run for an object that was never made.
-    SPILLOVER_RELEASE_CALL(cuMemUnmap, target, size_bytes);
-    throw_failure(result, "cuMemSetAccess", size_bytes);
-  }
-  address_ = static_cast<DeviceAddress>(target);
+void map_memory(DeviceAddress address, const PhysicalMemory& memory) {
+  const ContextScope scope(memory.device());
+  check(SPILLOVER_DRIVER_CALL(cuMemMap, static_cast<CUdeviceptr>(address), memory.size_bytes(), 0,
+                              memory.handle(), 0),
+        "cuMemMap", memory.size_bytes());
 }
 
-Mapping::~Mapping() {
-  if (address_ != 0) {
-    SPILLOVER_RELEASE_CALL(cuMemUnmap, static_cast<CUdeviceptr>(address_), memory_->size_bytes());
+void allow_access(DeviceAddress address, size_t size_bytes, std::span<const int> devices) {
+  const ContextScope scope(devices.front());
+  std::vector<CUmemAccessDesc> access(devices.size());
+  for (size_t i = 0; i < devices.size(); ++i) {
+    access[i].location.type = CU_MEM_LOCATION_TYPE_DEVICE;
+    access[i].location.id = devices[i];
+    access[i].flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
   }
+  check(SPILLOVER_DRIVER_CALL(cuMemSetAccess, static_cast<CUdeviceptr>(address), size_bytes,
+                              access.data(), access.size()),
+        "cuMemSetAccess", size_bytes);
 }
 
-Mapping::Mapping(Mapping&& other) noexcept
-    : reservation_(std::move(other.reservation_)),
-      memory_(std::move(other.memory_)),
-      address_(std::exchange(other.address_, 0)) {}
-
-Mapping& Mapping::operator=(Mapping&& other) noexcept {
-  std::swap(reservation_, other.reservation_);
-  std::swap(memory_, other.memory_);
-  std::swap(address_, other.address_);
-  return *this;
+void unmap_memory(int device, DeviceAddress address, size_t size_bytes) {
+  const ContextScope scope(device);
+  check(SPILLOVER_DRIVER_CALL(cuMemUnmap, static_cast<CUdeviceptr>(address), size_bytes),
+        "cuMemUnmap", size_bytes);
 }
 
 }  // namespace spillover

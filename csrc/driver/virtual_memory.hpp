@@ -1,18 +1,21 @@
 // CUDA's virtual memory: address ranges, physical memory, and mappings of one into the other.
 //
-// Each class is move-only and owns one driver object. A Mapping holds the range and the memory that
-// it joins, so they are released in the right order whatever the order in which their users go.
-// Methods may be called from any thread. Unmapping is not ordered with streams: whoever destroys a
-// Mapping knows that the work on it is complete.
+// Each class is move-only and owns one driver object. Who maps keeps both the range and the memory
+// until it has unmapped. Everything may be called from any thread. Unmapping is not ordered with
+// streams: whoever unmaps knows that the work on the memory is complete.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <optional>
+#include <span>
 
 #include "driver/types.hpp"
 
 namespace spillover {
+
+// Whether the device has virtual memory management at all.
+bool supports_virtual_memory(int device);
 
 // The unit of sizes and offsets below, bytes (2 MiB on the devices of today).
 size_t allocation_granularity(int device);
@@ -41,8 +44,8 @@ class AddressReservation {
 // Memory of a device without an address.
 class PhysicalMemory {
  public:
-  // Throws DeviceOutOfMemoryError.
-  PhysicalMemory(int device, size_t size_bytes);
+  // Empty when the device has not that much left; throws DriverError for any other failure.
+  static std::optional<PhysicalMemory> try_create(int device, size_t size_bytes);
   ~PhysicalMemory();
   PhysicalMemory(PhysicalMemory&& other) noexcept;
   PhysicalMemory& operator=(PhysicalMemory&& other) noexcept;
@@ -53,30 +56,28 @@ class PhysicalMemory {
   size_t size_bytes() const { return size_bytes_; }
   int device() const { return device_; }
 
+  // Gives the memory back, now or when the last mapping of it goes. Throws DriverError; the memory
+  // then is neither owned nor usable any more.
+  void release();
+
  private:
+  PhysicalMemory(int device, uint64_t handle, size_t size_bytes)
+      : device_(device), handle_(handle), size_bytes_(size_bytes) {}
+
   int device_ = -1;
-  uint64_t handle_ = 0;  // A CUmemGenericAllocationHandle; 0 when moved from.
+  uint64_t handle_ = 0;  // A CUmemGenericAllocationHandle; 0 when moved from or released.
   size_t size_bytes_ = 0;
 };
 
-// Physical memory at an offset of a reservation, readable and writable by the memory's device.
-class Mapping {
- public:
-  Mapping(std::shared_ptr<const AddressReservation> reservation, size_t offset_bytes,
-          std::shared_ptr<const PhysicalMemory> memory);
-  ~Mapping();
-  Mapping(Mapping&& other) noexcept;
-  Mapping& operator=(Mapping&& other) noexcept;
-  Mapping(const Mapping&) = delete;
-  Mapping& operator=(const Mapping&) = delete;
+// The calls below take ranges inside of a reservation and throw DriverError.
 
-  DeviceAddress address() const { return address_; }
-  size_t size_bytes() const { return memory_ ? memory_->size_bytes() : 0; }
+// Puts memory at an address; no device may access it yet.
+void map_memory(DeviceAddress address, const PhysicalMemory& memory);
 
- private:
-  std::shared_ptr<const AddressReservation> reservation_;
-  std::shared_ptr<const PhysicalMemory> memory_;
-  DeviceAddress address_ = 0;  // 0 when moved from.
-};
+// Lets the devices read and write mapped memory, which lies on the first of them.
+void allow_access(DeviceAddress address, size_t size_bytes, std::span<const int> devices);
+
+// Takes whole mappings, one or more, away from their addresses.
+void unmap_memory(int device, DeviceAddress address, size_t size_bytes);
 
 }  // namespace spillover

@@ -49,7 +49,23 @@ void delete_block(void* pointer) noexcept {
   if (status != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
 }
 
-// The same as a plain function pointer: deleters are compared to tell whose block it is.
+// torch's own streams never die, which lets the pool ask about them at any time. The last bit of a
+// stream's number tells them from streams that others made.
+void keep_if_torchs(c10::cuda::CUDAStream stream) {
+  if ((stream.id() & 1) == 0) return;
+  thread_local cudaStream_t kept = nullptr;
+  if (C10_LIKELY(kept == stream.stream())) return;
+  check_pool(spillover_keep_stream(stream.device_index(), stream.stream()), "keeping a stream");
+  kept = stream.stream();
+}
+
+cudaStream_t current_stream(c10::DeviceIndex device) {
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device);
+  keep_if_torchs(stream);
+  return stream.stream();
+}
+
+// delete_block as a plain function pointer: deleters are compared to tell whose block it is.
 void raw_delete_block(void* pointer) {
   delete_block(pointer);
 }
@@ -90,8 +106,7 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
 
 c10::DataPtr Allocator::allocate(size_t size_bytes) {
   const c10::DeviceIndex device = c10::cuda::current_device();
-  void* pointer =
-      allocate_block(device, size_bytes, c10::cuda::getCurrentCUDAStream(device).stream());
+  void* pointer = allocate_block(device, size_bytes, current_stream(device));
   // torch relies on the context being the pointer itself.
   return {pointer, pointer, &raw_delete_block, cuda_device(device)};
 }
@@ -102,7 +117,7 @@ c10::DeleterFnPtr Allocator::raw_deleter() const {
 
 void* Allocator::raw_alloc(size_t size_bytes) {
   const c10::DeviceIndex device = c10::cuda::current_device();
-  return allocate_block(device, size_bytes, c10::cuda::getCurrentCUDAStream(device).stream());
+  return allocate_block(device, size_bytes, current_stream(device));
 }
 
 void* Allocator::raw_alloc_with_stream(size_t size_bytes, cudaStream_t stream) {
@@ -120,6 +135,7 @@ void Allocator::copy_data(void* destination, const void* source, size_t size_byt
 void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream stream) {
   // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
   if (!data.get() || data.get_deleter() != &raw_delete_block) return;
+  keep_if_torchs(stream);
   check_pool(without_gil([&] { return spillover_record_stream(data.get(), stream.stream()); }),
              "record_stream");
 }
@@ -182,7 +198,7 @@ void Allocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
 
 std::vector<cuda_allocator::StreamSegmentSize> Allocator::getExpandableSegmentSizes(
     c10::DeviceIndex /*device*/) {
-  return {};  // Segments of the pool do not grow.
+  return {};  // Growth needs no attention of torch's: it is not limited to one reservation.
 }
 
 std::string Allocator::name() {
@@ -257,9 +273,12 @@ void Allocator::enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex devic
   if (error == cudaErrorPeerAccessAlreadyEnabled) {
     // What is wanted is so already; the sticky error must not reach the next CUDA call.
     (void)cudaGetLastError();
-    return;
+  } else {
+    C10_CUDA_CHECK(error);
   }
-  C10_CUDA_CHECK(error);
+  // Mapped memory has access rights of its own.
+  check_pool(without_gil([&] { return spillover_add_peer(device_to_access, device); }),
+             "giving a device access to its peer");
 }
 
 cudaError_t Allocator::memcpyAsync(void* destination, int destination_device, const void* source,

@@ -39,6 +39,16 @@ def pool(cuda: Cuda) -> Iterator[_core.Pool]:
     assert pool.segments() == []
 
 
+@pytest.fixture(scope="session")
+def kept_streams(cuda: Cuda) -> list[int]:
+    """Streams that live as long as the process, which the pool was told."""
+    cuda.use_device()
+    streams = [cuda.create_stream() for _ in range(3)]
+    for stream in streams:
+        _core.Pool(0).keep_stream(stream)
+    return streams
+
+
 @pytest.fixture
 def run_python() -> Callable[..., str]:
     """Run a program in a new process that enables the emulator itself; gives its output."""

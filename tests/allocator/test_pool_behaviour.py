@@ -27,11 +27,10 @@ def test_blocks_are_rounded_to_512_bytes(pool: _core.Pool) -> None:
     assert pool.stats()["requested_bytes"]["all"]["current"] == 1 + 512 + 513
 
 
-def test_small_and_large_requests_get_their_segments(pool: _core.Pool) -> None:
+def test_small_and_large_requests_get_segments_of_their_own(pool: _core.Pool) -> None:
     for size, segment_bytes, is_small in (
         (MIB, 2 * MIB, True),
-        (MIB + 1, 20 * MIB, False),
-        (10 * MIB, 10 * MIB, False),
+        (MIB + 1, 2 * MIB, False),
         (11 * MIB, 12 * MIB, False),
     ):
         address = pool.alloc(size)
@@ -53,6 +52,7 @@ def test_a_freed_block_is_reused_on_its_own_stream_at_once(pool: _core.Pool, cud
 def test_a_freed_block_is_not_given_to_another_stream(pool: _core.Pool, cuda: Cuda) -> None:
     stream = cuda.create_stream()
     first = pool.alloc(3 * MIB, stream)
+    cuda.fill(first, 3 * MIB, stream)
     pool.free(first)
     second = pool.alloc(3 * MIB)
     assert second != first
@@ -83,22 +83,26 @@ def test_neighbours_merge_when_freed(pool: _core.Pool) -> None:
 
 def test_a_noted_stream_delays_reuse_until_it_is_done(pool: _core.Pool, cuda: Cuda) -> None:
     other = cuda.create_stream()
+    pool.alloc(100, other)
     address = pool.alloc(3 * MIB)
     cuda.fill(address, 4096, other)
     pool.record_stream(address, other)
     pool.free(address)
     stats = pool.stats()
-    assert stats["allocation"]["all"]["current"] == 0
-    assert stats["active"]["all"]["current"] == 1
-    assert stats["active_bytes"]["all"]["current"] == 3 * MIB
+    assert stats["allocation"]["all"]["current"] == 1
+    assert stats["active"]["all"]["current"] == 2
+    assert stats["active_bytes"]["large_pool"]["current"] == 3 * MIB
     assert "waiting" in states(pool)
     assert _core.device_of(address) == -1
+    # The stream is passed to the pool once more, which so learns that it lives and marks it.
+    pool.free(pool.alloc(100, other))
     cuda.synchronize()
     assert pool.alloc(3 * MIB) == address
     cuda.destroy_stream(other)
 
 
-def test_a_noted_stream_that_was_destroyed_is_waited_for(pool: _core.Pool, cuda: Cuda) -> None:
+def test_a_noted_stream_that_was_destroyed_is_never_asked(pool: _core.Pool, cuda: Cuda) -> None:
+    """Only the whole device tells when its work is complete."""
     other = cuda.create_stream()
     address = pool.alloc(3 * MIB)
     cuda.fill(address, 4096, other)
@@ -107,11 +111,11 @@ def test_a_noted_stream_that_was_destroyed_is_waited_for(pool: _core.Pool, cuda:
     cuda.record(mark, other)
     cuda.destroy_stream(other)
     pool.free(address)
+    assert pool.alloc(3 * MIB) != address
+    pool.trim()
     assert "waiting" not in states(pool)
     assert cuda.is_complete(mark)
     cuda.destroy_event(mark)
-    # The pool asks whether the handle is still that stream's, which the checker rightly remarks.
-    spillover.emulator.clear_hazards()
 
 
 def test_blocks_of_a_destroyed_stream_can_be_freed_and_trimmed(
@@ -184,25 +188,14 @@ def test_the_memory_fraction_limits_the_pool(pool: _core.Pool) -> None:
     with pytest.raises((spillover.SpilloverError, RuntimeError), match="memory fraction limits"):
         pool.alloc(30 * MIB)
     pool.free(held)
-    # What is cached does not count against the limit: it is given back first.
+    # What is cached does not count against the limit: it is used first.
     assert pool.alloc(62 * MIB) != 0
-    assert pool.stats()["num_alloc_retries"] >= 1
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, float("nan")])
 def test_a_fraction_outside_0_to_1_is_refused(pool: _core.Pool, fraction: float) -> None:
     with pytest.raises(spillover.ConfigError, match="from 0 to 1"):
         pool.set_memory_fraction(fraction)
-
-
-def test_a_medium_request_gets_less_than_a_whole_segment_when_memory_is_short(
-    pool: _core.Pool,
-) -> None:
-    _, total_bytes = _core.memory_info(0)
-    pool.set_memory_fraction(8 * MIB / total_bytes)
-    address = pool.alloc(3 * MIB)
-    assert address != 0
-    assert pool.segments()[0]["size_bytes"] == 4 * MIB
 
 
 def test_out_of_memory_says_what_is_held_and_what_to_do(pool: _core.Pool) -> None:
@@ -262,4 +255,4 @@ def test_a_device_that_does_not_exist_is_refused() -> None:
 
 
 def test_abi_version() -> None:
-    assert _core.abi_version() == 1
+    assert _core.abi_version() == 2

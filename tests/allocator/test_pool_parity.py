@@ -14,11 +14,8 @@ import spillover
 from spillover import _core
 
 MIB = 1 << 20
-NAMES = (
-    "allocation", "segment", "active", "inactive_split",
-    "allocated_bytes", "reserved_bytes", "active_bytes", "inactive_split_bytes", "requested_bytes",
-)
-# Drawn so finely that free blocks of equal size, between which addresses decide, hardly occur.
+# Segments are each allocator's own affair.
+NAMES = ("allocation", "active", "allocated_bytes", "active_bytes", "requested_bytes")
 RANGES = [(150_000, MIB + 1), (MIB + 1, 10 * MIB), (10 * MIB, 14 * MIB)]
 
 
@@ -86,5 +83,7 @@ except torch.OutOfMemoryError as error:
 def test_counters_equal_those_of_torchs_allocator(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    result = run_emulated(COMPARE, vram="4GiB")
+    result = run_emulated(
+        COMPARE, vram="4GiB", env={"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    )
     assert "1024.00 TiB requested" in result.stdout

@@ -63,10 +63,11 @@ def test_threads_free_each_others_blocks(pool: _core.Pool, cuda: Cuda) -> None:
         cuda.destroy_stream(stream)
 
 
-def test_another_threads_default_stream_is_waited_for(pool: _core.Pool, cuda: Cuda) -> None:
+def test_another_threads_default_stream_is_not_asked(pool: _core.Pool, cuda: Cuda) -> None:
     """One handle names every thread's own default stream: blocks must not cross threads by it."""
     per_thread = 2
     address = pool.alloc(3 * MIB, per_thread)
+    cuda.fill(address, 3 * MIB, per_thread)
     pool.free(address)
     found: list[int] = []
 
@@ -81,6 +82,8 @@ def test_another_threads_default_stream_is_waited_for(pool: _core.Pool, cuda: Cu
     thread.start()
     thread.join()
     assert found[0] != address
-    # This thread cannot mark the other's stream, so the free waits for the device.
+    # This thread cannot mark the other's stream: the block waits for the device.
     pool.free(found[1])
+    assert pool.stats()["active"]["all"]["current"] == 2
+    pool.trim()
     assert pool.stats()["active"]["all"]["current"] == 1

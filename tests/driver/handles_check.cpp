@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
+#include <optional>
 #include <utility>
 
 #include "base/error.hpp"
@@ -64,50 +64,45 @@ void check_streams_and_events() {
   stream = std::move(moved);
   expect(stream.handle() == handle, "move assignment takes the stream over");
 
-  expect(event.try_record(stream.handle(), 0) == RecordOutcome::kRecorded,
+  expect(event.try_record(stream.handle()) == RecordOutcome::kRecorded,
          "an event is recorded on a live stream");
+  stream.synchronize();
+  expect(stream_activity(0, stream.handle()) == StreamActivity::kIdle,
+         "a stream is idle once it was waited for");
   Event survivor(0);
-  StreamHandle gone = nullptr;
   {
     Stream brief(0);
-    gone = brief.handle();
-    survivor.record(gone);
+    survivor.record(brief.handle());
   }
   survivor.synchronize();
   expect(survivor.is_complete(), "an event outlives its stream");
-  expect(event.try_record(gone, 0) == RecordOutcome::kStreamGone,
-         "a destroyed stream is told apart");
 }
 
 void check_virtual_memory() {
+  expect(supports_virtual_memory(0), "the device has virtual memory");
   const size_t page_bytes = allocation_granularity(0);
   expect(page_bytes > 0 && (page_bytes & (page_bytes - 1)) == 0, "granularity is a power of two");
   const size_t before = free_bytes();
-  auto reservation = std::make_shared<AddressReservation>(0, 4 * page_bytes);
+  const AddressReservation reservation(0, 4 * page_bytes);
   expect(free_bytes() == before, "a reservation takes no memory");
-  auto memory = std::make_shared<PhysicalMemory>(0, page_bytes);
+  std::optional<PhysicalMemory> memory = PhysicalMemory::try_create(0, page_bytes);
   expect(free_bytes() == before - page_bytes, "physical memory takes its size");
-  {
-    Mapping first(reservation, 0, memory);
-    Mapping third(reservation, 2 * page_bytes, memory);
-    expect(third.address() == first.address() + 2 * page_bytes, "mappings lie at their offsets");
-    expect_error<DriverError>([&] { Mapping(reservation, 0, memory); },
-                              "a range cannot be mapped twice");
-    Mapping moved(std::move(third));
-    expect(third.address() == 0 && moved.size_bytes() == page_bytes, "moving takes the mapping");
-  }
-  Mapping again(reservation, 0, memory);
-  expect_error<ConfigError>([&] { Mapping(reservation, 4 * page_bytes, memory); },
-                            "a mapping beyond the reservation is refused");
-  // The mapping keeps both parents: they go after it, in the right order.
-  reservation.reset();
-  memory.reset();
+  const int devices[] = {0};
+  const DeviceAddress second = reservation.address() + page_bytes;
+  map_memory(reservation.address(), *memory);
+  map_memory(second, *memory);
+  allow_access(reservation.address(), 2 * page_bytes, devices);
+  expect_error<DriverError>([&] { map_memory(second, *memory); },
+                            "a range cannot be mapped twice");
+  PhysicalMemory moved(std::move(*memory));
+  moved.release();
   expect(free_bytes() == before - page_bytes, "a mapping keeps its memory alive");
-  again = Mapping(std::make_shared<AddressReservation>(0, page_bytes), 0,
-                  std::make_shared<PhysicalMemory>(0, page_bytes));
-  expect_error<DeviceOutOfMemoryError>(
-      [&] { PhysicalMemory(0, memory_info(0).total_bytes + page_bytes); },
-      "more memory than the device has is refused");
+  unmap_memory(0, reservation.address(), 2 * page_bytes);
+  expect(free_bytes() == before, "the last unmapping gives the memory back");
+  expect_error<DriverError>([&] { unmap_memory(0, second, page_bytes); },
+                            "what is not mapped cannot be unmapped");
+  expect(!PhysicalMemory::try_create(0, memory_info(0).total_bytes + page_bytes),
+         "no memory is an answer, not an error");
 }
 
 void check_device_memory() {

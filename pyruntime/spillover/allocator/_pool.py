@@ -22,7 +22,7 @@ _COUNTERS = (
     "requested_bytes",
 )
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _OK, _INVALID_ARGUMENT, _OUT_OF_MEMORY, _DRIVER_FAILURE = range(4)
 
 

@@ -1,0 +1,101 @@
+#include "allocator/address_space.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "base/check.hpp"
+
+namespace spillover {
+
+AddressSpace::AddressSpace(int device, size_t reservation_bytes, SegmentIndex& index, Pool* pool)
+    : device_(device), reservation_bytes_(reservation_bytes), index_(index), pool_(pool) {}
+
+AddressSpace::Reservations::const_iterator AddressSpace::reservation_of(
+    DeviceAddress address) const {
+  const auto after = reservations_.upper_bound(address);
+  SPILLOVER_CHECK(after != reservations_.begin(), "an address is in no reservation");
+  const auto found = std::prev(after);
+  SPILLOVER_CHECK(address < found->second.end(), "an address is in no reservation");
+  return found;
+}
+
+bool AddressSpace::is_unused(const Reservation& reservation) const {
+  const auto gap = gaps_.find(reservation.range.address());
+  return gap != gaps_.end() && gap->second == reservation.range.size_bytes();
+}
+
+DeviceAddress AddressSpace::find(const void* owner, size_t size_bytes) {
+  auto best = gaps_.end();
+  for (const auto& [start, reservation] : reservations_) {
+    if (reservation.owner != owner) continue;
+    for (auto gap = gaps_.lower_bound(start); gap != gaps_.end() && gap->first < reservation.end();
+         ++gap) {
+      if (gap->second < size_bytes) continue;
+      if (best == gaps_.end() || gap->second < best->second) best = gap;
+    }
+  }
+  if (best != gaps_.end()) return best->first;
+  for (auto& [start, reservation] : reservations_) {
+    if (reservation.range.size_bytes() < size_bytes || !is_unused(reservation)) continue;
+    reservation.owner = owner;
+    return start;
+  }
+  return reserve(owner, size_bytes);
+}
+
+DeviceAddress AddressSpace::reserve(const void* owner, size_t size_bytes) {
+  AddressReservation range(device_, std::max(size_bytes, reservation_bytes_));
+  const DeviceAddress address = range.address();
+  const size_t range_bytes = range.size_bytes();
+  reservations_.emplace(address, Reservation{std::move(range), owner});
+  gaps_.emplace(address, range_bytes);
+  index_.insert({address, range_bytes, pool_});
+  return address;
+}
+
+size_t AddressSpace::gap_at(DeviceAddress address) const {
+  const auto gap = gaps_.find(address);
+  return gap == gaps_.end() ? 0 : gap->second;
+}
+
+void AddressSpace::take(DeviceAddress address, size_t size_bytes) {
+  const auto gap = gaps_.find(address);
+  SPILLOVER_CHECK(gap != gaps_.end() && gap->second >= size_bytes,
+                  "addresses that are in use were about to be mapped");
+  const size_t rest_bytes = gap->second - size_bytes;
+  gaps_.erase(gap);
+  if (rest_bytes != 0) gaps_.emplace(address + size_bytes, rest_bytes);
+}
+
+void AddressSpace::give(DeviceAddress address, size_t size_bytes) {
+  const Reservation& reservation = reservation_of(address)->second;
+  const auto after = gaps_.find(address + size_bytes);
+  if (after != gaps_.end() && after->first < reservation.end()) {
+    size_bytes += after->second;
+    gaps_.erase(after);
+  }
+  const auto next = gaps_.lower_bound(address);
+  if (next != gaps_.begin()) {
+    const auto before = std::prev(next);
+    if (before->first >= reservation.range.address() && before->first + before->second == address) {
+      before->second += size_bytes;
+      return;
+    }
+  }
+  gaps_.emplace(address, size_bytes);
+}
+
+void AddressSpace::release_unused() {
+  for (auto position = reservations_.begin(); position != reservations_.end();) {
+    if (!is_unused(position->second)) {
+      ++position;
+      continue;
+    }
+    index_.erase(position->first);
+    gaps_.erase(position->first);
+    position = reservations_.erase(position);
+  }
+}
+
+}  // namespace spillover

@@ -1,0 +1,59 @@
+// Device addresses for mappings: reservations, and the gaps in them that nothing is mapped into.
+//
+// Addresses cost nothing but driver calls, physical memory is what is scarce. So each heap gets a
+// reservation as large as the device, in which it can grow without meeting another heap, and a
+// reservation in which nothing is mapped any more goes to the next heap that needs one.
+//
+// Between calls: gaps of one reservation do not touch, and with the mapped ranges they cover it.
+// Owned by one Backing and guarded by the pool's mutex, under which it calls the driver.
+#pragma once
+
+#include <cstddef>
+#include <map>
+
+#include "allocator/segment_index.hpp"
+#include "driver/virtual_memory.hpp"
+
+namespace spillover {
+
+class AddressSpace {
+ public:
+  // The index learns of every reservation, under the pool's name.
+  AddressSpace(int device, size_t reservation_bytes, SegmentIndex& index, Pool* pool);
+
+  // Start of a gap of at least size_bytes in one of the owner's reservations, the smallest such; in
+  // a new one where there is none. Takes nothing yet. Throws DriverError.
+  DeviceAddress find(const void* owner, size_t size_bytes);
+
+  // Bytes of the gap that starts at the address; 0 where there is none.
+  size_t gap_at(DeviceAddress address) const;
+
+  // Takes the first size_bytes of the gap that starts at the address, and gives a range back.
+  void take(DeviceAddress address, size_t size_bytes);
+  void give(DeviceAddress address, size_t size_bytes);
+
+  // Gives the reservations without a mapping back to the driver.
+  void release_unused();
+
+ private:
+  struct Reservation {
+    AddressReservation range;
+    const void* owner;
+
+    DeviceAddress end() const { return range.address() + range.size_bytes(); }
+  };
+  using Reservations = std::map<DeviceAddress, Reservation>;
+
+  Reservations::const_iterator reservation_of(DeviceAddress address) const;
+  bool is_unused(const Reservation& reservation) const;
+  DeviceAddress reserve(const void* owner, size_t size_bytes);
+
+  const int device_;
+  const size_t reservation_bytes_;
+  SegmentIndex& index_;
+  Pool* const pool_;
+  Reservations reservations_;             // By first address.
+  std::map<DeviceAddress, size_t> gaps_;  // Address to size.
+};
+
+}  // namespace spillover

@@ -1,0 +1,211 @@
+#include "allocator/backing.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <iterator>
+#include <utility>
+
+#include "base/bytes.hpp"
+#include "base/check.hpp"
+#include "base/error.hpp"
+#include "driver/context.hpp"
+#include "driver/device.hpp"
+
+namespace spillover {
+namespace {
+
+// The unit where addresses are fixed: what cuMemAlloc rounds to.
+constexpr size_t kFixedUnit = 2 * kMiB;
+// Chunks are of one unit, the more of them are idle as a whole. What is mapped at once for one very
+// large block comes and goes as one: there chunks are larger, so that sharing the block with
+// another process does not take thousands of file descriptors.
+constexpr size_t kLargeGrowth = 512 * kMiB;
+constexpr size_t kLargeChunkUnits = 16;
+// A larger cached chunk than is missing is taken up to this many times its size.
+constexpr size_t kOvershoot = 4;
+
+// Size of the next chunk to make for growth_bytes, of which missing_bytes are left to make.
+size_t next_chunk_bytes(size_t growth_bytes, size_t missing_bytes, size_t unit_bytes) {
+  const size_t large_bytes = kLargeChunkUnits * unit_bytes;
+  return growth_bytes >= kLargeGrowth && missing_bytes >= large_bytes ? large_bytes : unit_bytes;
+}
+
+}  // namespace
+
+Backing::Backing(int device, SegmentIndex& index, Pool* pool)
+    : device_(device),
+      is_virtual_(supports_virtual_memory(device)),
+      unit_bytes_(is_virtual_ ? std::max(allocation_granularity(device), kFixedUnit) : kFixedUnit),
+      index_(index),
+      pool_(pool),
+      space_(device, round_up(memory_info(device).total_bytes, unit_bytes_), index, pool),
+      devices_{device} {}
+
+DeviceAddress Backing::find_gap(const void* owner, size_t size_bytes) {
+  return space_.find(owner, size_bytes);
+}
+
+std::optional<PhysicalMemory> Backing::take_cached(size_t size_bytes_max) {
+  auto list = cached_.upper_bound(size_bytes_max);
+  if (list == cached_.begin()) return std::nullopt;
+  --list;
+  PhysicalMemory memory = std::move(list->second.back());
+  list->second.pop_back();
+  if (list->second.empty()) cached_.erase(list);
+  cached_bytes_ -= memory.size_bytes();
+  return memory;
+}
+
+std::optional<PhysicalMemory> Backing::take_cached_larger(size_t size_bytes,
+                                                          size_t size_bytes_max) {
+  const auto list = cached_.upper_bound(size_bytes);
+  if (list == cached_.end() || list->first > size_bytes_max) return std::nullopt;
+  return take_cached(list->first);
+}
+
+void Backing::cache(PhysicalMemory memory) {
+  const size_t size_bytes = memory.size_bytes();
+  cached_[size_bytes].push_back(std::move(memory));
+  cached_bytes_ += size_bytes;
+}
+
+// Chunks of together size_bytes, or up to room_bytes where that saves making one.
+bool Backing::gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_max,
+                     std::vector<PhysicalMemory>& chunks) {
+  size_t gathered_bytes = 0;
+  while (gathered_bytes < size_bytes) {
+    const size_t missing_bytes = size_bytes - gathered_bytes;
+    std::optional<PhysicalMemory> memory = take_cached(missing_bytes);
+    if (!memory) {
+      memory = take_cached_larger(
+          missing_bytes, std::min(room_bytes - gathered_bytes, kOvershoot * missing_bytes));
+    }
+    if (!memory) {
+      const size_t chunk_bytes = next_chunk_bytes(size_bytes, missing_bytes, unit_bytes_);
+      if (missing_bytes > created_bytes_max) return false;
+      memory = PhysicalMemory::try_create(device_, chunk_bytes);
+      if (!memory) return false;
+      created_bytes_max -= chunk_bytes;
+    }
+    gathered_bytes += memory->size_bytes();
+    chunks.push_back(std::move(*memory));
+  }
+  return true;
+}
+
+std::optional<AddressRange> Backing::map(DeviceAddress address, size_t size_bytes,
+                                         size_t created_bytes_max) {
+  std::vector<PhysicalMemory> chunks;
+  try {
+    if (gather(size_bytes, space_.gap_at(address), created_bytes_max, chunks)) {
+      size_t gathered_bytes = 0;
+      for (const PhysicalMemory& chunk : chunks) gathered_bytes += chunk.size_bytes();
+      map_chunks(address, chunks, gathered_bytes);
+      return AddressRange{address, address + gathered_bytes};
+    }
+  } catch (...) {
+    for (PhysicalMemory& chunk : chunks) cache(std::move(chunk));
+    throw;
+  }
+  for (PhysicalMemory& chunk : chunks) cache(std::move(chunk));
+  return std::nullopt;
+}
+
+// All or nothing; what is mapped moves out of chunks.
+void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chunks,
+                         size_t size_bytes) {
+  size_t mapped_bytes = 0;
+  try {
+    for (const PhysicalMemory& chunk : chunks) {
+      map_memory(address + mapped_bytes, chunk);
+      mapped_bytes += chunk.size_bytes();
+    }
+    allow_access(address, size_bytes, devices_);
+  } catch (...) {
+    if (mapped_bytes == 0) throw;
+    try {
+      unmap_memory(device_, address, mapped_bytes);
+    } catch (const Error&) {
+      // Nobody knows what is mapped there now: neither the addresses nor the chunks are used again.
+      space_.take(address, size_bytes);
+      chunks.clear();
+    }
+    throw;
+  }
+  space_.take(address, size_bytes);
+  for (PhysicalMemory& chunk : chunks) {
+    const size_t chunk_bytes = chunk.size_bytes();
+    mapped_.emplace(address, Chunk{chunk_bytes, std::move(chunk), std::nullopt});
+    address += chunk_bytes;
+  }
+  chunks.clear();
+  mapped_bytes_ += size_bytes;
+}
+
+std::optional<AddressRange> Backing::allocate(size_t size_bytes) {
+  auto memory = DeviceMemory::try_allocate(device_, size_bytes);
+  if (!memory) return std::nullopt;
+  const DeviceAddress address = memory->address();
+  mapped_.emplace(address, Chunk{size_bytes, std::nullopt, std::move(*memory)});
+  mapped_bytes_ += size_bytes;
+  index_.insert({address, size_bytes, pool_});
+  return AddressRange{address, address + size_bytes};
+}
+
+AddressRange Backing::chunks_within(const AddressRange& range) const {
+  const auto first = mapped_.lower_bound(range.begin);
+  if (first == mapped_.end() || first->first + first->second.size_bytes > range.end) return {};
+  // The last chunk that starts in the range ends in it or reaches beyond it.
+  auto last = std::prev(mapped_.lower_bound(range.end));
+  if (last->first + last->second.size_bytes > range.end) --last;
+  return {first->first, last->first + last->second.size_bytes};
+}
+
+AddressRange Backing::first_chunks(const AddressRange& chunks, size_t size_bytes) const {
+  AddressRange first{chunks.begin, chunks.begin};
+  while (first.size_bytes() < size_bytes && first.end < chunks.end) {
+    first.end += mapped_.at(first.end).size_bytes;
+  }
+  return first;
+}
+
+void Backing::unmap(const AddressRange& chunks) {
+  const ContextScope scope(
+      device_);  // Where there is no context it throws before anything is done.
+  const auto begin = mapped_.find(chunks.begin);
+  const auto end = mapped_.lower_bound(chunks.end);
+  std::vector<Chunk> taken;
+  for (auto chunk = begin; chunk != end; ++chunk) taken.push_back(std::move(chunk->second));
+  mapped_.erase(begin, end);
+  mapped_bytes_ -= chunks.size_bytes();
+  if (!is_virtual_) {
+    index_.erase(chunks.begin);
+    for (Chunk& chunk : taken) chunk.fixed->release();
+    return;
+  }
+  unmap_memory(device_, chunks.begin, chunks.size_bytes());
+  space_.give(chunks.begin, chunks.size_bytes());
+  for (Chunk& chunk : taken) cache(std::move(*chunk.physical));
+}
+
+void Backing::release_cached() {
+  std::exception_ptr failure;
+  while (auto memory = take_cached(kLargeChunkUnits * unit_bytes_)) {
+    try {
+      memory->release();
+    } catch (const Error&) {
+      if (!failure) failure = std::current_exception();
+    }
+  }
+  space_.release_unused();
+  if (failure) std::rethrow_exception(failure);
+}
+
+void Backing::add_peer(int device) {
+  if (std::find(devices_.begin(), devices_.end(), device) != devices_.end()) return;
+  devices_.push_back(device);
+  if (!is_virtual_) return;
+  for (const auto& [address, chunk] : mapped_) allow_access(address, chunk.size_bytes, devices_);
+}
+
+}  // namespace spillover

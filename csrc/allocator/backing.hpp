@@ -1,0 +1,108 @@
+// The device memory that one pool holds from the driver.
+//
+// Where the device has virtual memory, that is physical *chunks* of 2 MiB, or 32 MiB in
+// very large blocks.
+// A chunk is mapped at an address of the pool's choice or kept in a cache without an address:
+// making a chunk costs several times what mapping one costs, so an unmapped chunk is not given back
+// at once. Where the device has none, a chunk is what cuMemAlloc gives, at a fixed address.
+//
+//   held = mapped + cached;  with fixed addresses cached = 0.
+//
+// Owned by one Pool and guarded by its mutex, under which it calls the driver. Unmapping is not
+// ordered with streams: the caller knows that the work on what it takes away is complete.
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <optional>
+#include <vector>
+
+#include "allocator/address_space.hpp"
+#include "driver/device_memory.hpp"
+#include "driver/virtual_memory.hpp"
+
+namespace spillover {
+
+struct AddressRange {
+  DeviceAddress begin = 0;
+  DeviceAddress end = 0;
+
+  size_t size_bytes() const { return end - begin; }
+};
+
+class Backing {
+ public:
+  Backing(int device, SegmentIndex& index, Pool* pool);
+
+  bool is_virtual() const { return is_virtual_; }
+  // Sizes and addresses of chunks are multiples of this.
+  size_t unit_bytes() const { return unit_bytes_; }
+  size_t mapped_bytes() const { return mapped_bytes_; }
+  size_t cached_bytes() const { return cached_bytes_; }
+  size_t held_bytes() const { return mapped_bytes_ + cached_bytes_; }
+
+  // Addresses for size_bytes that nothing is mapped at.
+  DeviceAddress find_gap(const void* owner, size_t size_bytes);
+  size_t gap_at(DeviceAddress address) const { return space_.gap_at(address); }
+
+  // Maps size_bytes, a multiple of the unit, at the start of a gap: cached chunks first, then new
+  // ones of together at most created_bytes_max. Where only a somewhat larger chunk is cached, and
+  // the gap has room, it maps more. Gives what is mapped, empty where memory does not suffice.
+  // Throws DriverError. A failure leaves chunks that were made in the cache, everything else as it
+  // was.
+  std::optional<AddressRange> map(DeviceAddress address, size_t size_bytes,
+                                  size_t created_bytes_max);
+
+  // One chunk at a fixed address; empty when the device has not that much left.
+  std::optional<AddressRange> allocate(size_t size_bytes);
+
+  // Whether a chunk starts at the address.
+  bool is_mapped(DeviceAddress address) const { return mapped_.count(address) != 0; }
+
+  // The chunks that lie wholly within a mapped range: they are neighbours. Empty where there are
+  // none.
+  AddressRange chunks_within(const AddressRange& range) const;
+  // The first of those chunks, as few as have size_bytes together.
+  AddressRange first_chunks(const AddressRange& chunks, size_t size_bytes) const;
+
+  // Takes whole chunks away from their addresses: into the cache, or to the driver where addresses
+  // are fixed. Throws DriverError: while the driver could not be asked nothing has changed, and
+  // after a call that failed the memory is held no longer and its addresses are never used again.
+  void unmap(const AddressRange& chunks);
+
+  // Gives the cache and unused reservations to the driver. Throws the first DriverError when all of
+  // them had their turn.
+  void release_cached();
+
+  // Lets another device use this one's memory, what is mapped now and later.
+  void add_peer(int device);
+
+ private:
+  struct Chunk {
+    size_t size_bytes;
+    std::optional<PhysicalMemory> physical;
+    std::optional<DeviceMemory> fixed;
+  };
+  using Chunks = std::map<DeviceAddress, Chunk>;
+
+  std::optional<PhysicalMemory> take_cached(size_t size_bytes_max);
+  std::optional<PhysicalMemory> take_cached_larger(size_t size_bytes, size_t size_bytes_max);
+  void cache(PhysicalMemory memory);
+  bool gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_max,
+              std::vector<PhysicalMemory>& chunks);
+  void map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chunks, size_t size_bytes);
+
+  const int device_;
+  const bool is_virtual_;
+  const size_t unit_bytes_;
+  SegmentIndex& index_;
+  Pool* const pool_;
+  AddressSpace space_;
+  Chunks mapped_;                                         // By first address.
+  std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
+  std::vector<int> devices_;  // That may use the memory; this one first.
+  size_t mapped_bytes_ = 0;
+  size_t cached_bytes_ = 0;
+};
+
+}  // namespace spillover

@@ -1,0 +1,323 @@
+// How a heap without a fit gets memory: from the cache, from other heaps, or from the driver.
+//
+// Note [Growing]. In this order, as each costs less or keeps less memory than the next:
+//   1. cached chunks are mapped, behind a free block at the end of a segment where there is one, so
+//      that only what is missing is mapped;
+//   2. whole chunks of a large enough free block of another heap change hands where they are, which
+//      takes no driver call;
+//   3. idle chunks anywhere are unmapped and mapped side by side: no fragmentation of free memory
+//      stands in the way of a large block as long as whole chunks are free;
+//   4. new chunks are made, as many as idle ones do not cover.
+// No step hands out much larger chunks than are asked for, which one small block would keep busy.
+// Steps 2 and 3 ask for proof that the work on those chunks is complete, and do not wait for it.
+#include <algorithm>
+#include <bit>
+#include <iterator>
+
+#include "allocator/pool.hpp"
+#include "allocator/statistics.hpp"
+#include "base/check.hpp"
+#include "base/error.hpp"
+#include "driver/stream.hpp"
+
+namespace spillover {
+namespace {
+
+// Growing by a little more than is needed saves driver calls: by this share of what is held, at
+// most this much.
+constexpr size_t kGrowthShare = 256;
+constexpr size_t kGrowthMax = 32 * kMiB;
+
+// Sizes of chunks where addresses are fixed: small and medium requests share theirs.
+constexpr size_t kFixedSmall = 2 * kMiB;
+constexpr size_t kMediumRequestMax = 10 * kMiB;
+constexpr size_t kFixedMedium = 20 * kMiB;
+
+// Chunks that are this many times larger than what is asked for are not taken.
+constexpr size_t kOvershootMax = 4;
+
+size_t preferred_fixed_bytes(size_t block_bytes, size_t unit_bytes) {
+  if (block_bytes <= kSmallRequestMax) return kFixedSmall;
+  if (block_bytes < kMediumRequestMax) return kFixedMedium;
+  return round_up(block_bytes, unit_bytes);
+}
+
+}  // namespace
+
+// Null when the source has not enough. Gives a block that is in no heap's set.
+Block* Pool::grow(const Request& request, Source source) {
+  const CountOnExit count(*this);
+  Block* block = nullptr;
+  if (backing_.is_virtual()) {
+    block = grow_virtual(request, source);
+  } else {
+    block = source == Source::kHeld ? steal(request) : grow_fixed(request);
+  }
+  if (block != nullptr) remove_free(block);
+  return block;
+}
+
+Block* Pool::grow_virtual(const Request& request, Source source) {
+  if (request.size_bytes > device_bytes_) return nullptr;
+  Heap& heap = heap_of(request);
+  Block* tail = find_tail(heap);
+  const auto missing_behind = [&](const Block* block) {
+    const size_t have_bytes = block == nullptr ? 0 : block->size_bytes;
+    return round_up(request.size_bytes - have_bytes, backing_.unit_bytes());
+  };
+  if (tail != nullptr && backing_.gap_at(tail->end()) < missing_behind(tail)) tail = nullptr;
+  const size_t missing_bytes = missing_behind(tail);
+  size_t room = 0;
+  if (backing_.cached_bytes() < missing_bytes) {
+    if (Block* block = steal(request)) return block;
+    room = source == Source::kNew ? room_bytes() : 0;
+    const size_t wanted_bytes = missing_bytes - backing_.cached_bytes();
+    const size_t idle_bytes = gather_idle(wanted_bytes, tail);
+    if (idle_bytes + room < wanted_bytes) return nullptr;
+  }
+  const DeviceAddress address =
+      tail == nullptr ? backing_.find_gap(&heap, missing_bytes) : tail->end();
+  std::optional<AddressRange> range;
+  if (const size_t generous_bytes = generous_growth(heap, missing_bytes);
+      generous_bytes <= std::min(backing_.gap_at(address), room)) {
+    range = backing_.map(address, generous_bytes, room);
+  }
+  if (!range) range = backing_.map(address, missing_bytes, room);
+  return range ? adopt(heap, *range, 0) : nullptr;
+}
+
+Block* Pool::grow_fixed(const Request& request) {
+  const size_t preferred_bytes = preferred_fixed_bytes(request.size_bytes, backing_.unit_bytes());
+  const size_t least_bytes = round_up(request.size_bytes, backing_.unit_bytes());
+  for (const size_t size_bytes : {preferred_bytes, least_bytes}) {
+    if (size_bytes > room_bytes()) continue;
+    if (const auto range = backing_.allocate(size_bytes)) {
+      return adopt(heap_of(request), *range, 0);
+    }
+  }
+  return nullptr;
+}
+
+// What a large heap that needs new chunks grows by. Small heaps grow by what is needed: a chunk
+// there is rarely idle again.
+size_t Pool::generous_growth(const Heap& heap, size_t missing_bytes) const {
+  if (heap.size_class == SizeClass::kSmall || backing_.cached_bytes() >= missing_bytes) {
+    return missing_bytes;
+  }
+  const size_t unit_bytes = backing_.unit_bytes();
+  const size_t share_bytes = std::min(backing_.held_bytes() / kGrowthShare, kGrowthMax);
+  return std::max(missing_bytes, std::bit_floor(share_bytes) / unit_bytes * unit_bytes);
+}
+
+// The largest free block at the end of a segment with room behind it.
+Block* Pool::find_tail(const Heap& heap) const {
+  for (auto position = heap.free.rbegin(); position != heap.free.rend(); ++position) {
+    Block* block = *position;
+    if (block->next == nullptr && backing_.gap_at(block->end()) != 0) return block;
+  }
+  return nullptr;
+}
+
+// Whether every free of the stream is known to be complete. Asks the driver once.
+bool Pool::prove_idle(StreamState& stream) {
+  while (!stream.marks.empty() && stream.marks.front().event.is_complete()) {
+    stream.completed_count = std::max(stream.completed_count, stream.marks.front().freed_count);
+    stream.marks.pop_front();
+  }
+  if (stream.completed_count == stream.freed_count) return true;
+  if (!may_be_asked(device_, stream.key)) return false;
+  if (stream_activity(device_, stream.key.handle) != StreamActivity::kIdle) return false;
+  stream.completed_count = stream.freed_count;
+  stream.marks.clear();
+  return true;
+}
+
+// A free block of another heap whose chunks can serve the request as they lie. On the same stream
+// work is ordered, on others it must be complete.
+Block* Pool::steal(const Request& request) {
+  StreamState& own = state_of(request.stream);
+  for (Heap& heap : own.heaps) {
+    if (heap.size_class == request.size_class) continue;
+    if (Block* block = steal_from(heap, request)) return block;
+  }
+  for (auto& [key, stream] : streams_) {
+    if (&stream == &own || stream.free_bytes() < request.size_bytes) continue;
+    prove_idle(stream);
+    for (Heap& heap : stream.heaps) {
+      if (Block* block = steal_from(heap, request)) return block;
+    }
+  }
+  return nullptr;
+}
+
+Block* Pool::steal_from(Heap& victim, const Request& request) {
+  Block wanted;
+  wanted.size_bytes = request.size_bytes;
+  const bool same_stream = victim.stream->key == request.stream;
+  for (auto position = victim.free.lower_bound(&wanted); position != victim.free.end();
+       ++position) {
+    Block* found = *position;
+    if (!same_stream && !victim.stream->is_complete(*found)) continue;
+    const AddressRange chunks = backing_.chunks_within({found->address, found->end()});
+    if (chunks.size_bytes() < request.size_bytes) continue;
+    const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
+    const size_t needed_bytes = round_up(request.size_bytes, backing_.unit_bytes());
+    if (backing_.is_virtual() && taken.size_bytes() > kOvershootMax * needed_bytes) continue;
+    const uint64_t freed_at = same_stream ? found->freed_at : 0;
+    carve(found, taken);
+    return adopt(heap_of(request), taken, freed_at);
+  }
+  return nullptr;
+}
+
+// Moves idle chunks to the cache: of the streams that need the fewest questions first. Gives how
+// much it has moved. kept stays where it is.
+size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept) {
+  size_t gathered_bytes = 0;
+  for (auto& [key, stream] : streams_) {
+    if (gathered_bytes >= wanted_bytes) break;
+    if (stream.free_bytes() < backing_.unit_bytes()) continue;
+    prove_idle(stream);
+    for (Heap& heap : stream.heaps) {
+      if (gathered_bytes >= wanted_bytes) break;
+      gathered_bytes += evict(heap, wanted_bytes - gathered_bytes, kept);
+    }
+  }
+  return gathered_bytes;
+}
+
+// Small free blocks go first: the large ones are worth more where they are.
+size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept) {
+  Block least;
+  least.size_bytes = backing_.unit_bytes();
+  // Carving changes the set: the candidates are noted first.
+  std::vector<Block*> candidates;
+  size_t candidate_bytes = 0;
+  for (auto position = heap.free.lower_bound(&least);
+       position != heap.free.end() && candidate_bytes < wanted_bytes; ++position) {
+    Block* block = *position;
+    if (block == kept || !heap.stream->is_complete(*block)) continue;
+    const AddressRange chunks = backing_.chunks_within({block->address, block->end()});
+    const size_t chunk_bytes =
+        backing_.first_chunks(chunks, wanted_bytes - candidate_bytes).size_bytes();
+    if (chunk_bytes == 0 || chunk_bytes > kOvershootMax * wanted_bytes) continue;
+    candidates.push_back(block);
+    candidate_bytes += chunk_bytes;
+  }
+  size_t evicted_bytes = 0;
+  for (Block* block : candidates) {
+    const AddressRange chunks = backing_.first_chunks(
+        backing_.chunks_within({block->address, block->end()}), wanted_bytes - evicted_bytes);
+    unmap(block, chunks);
+    evicted_bytes += chunks.size_bytes();
+  }
+  return evicted_bytes;
+}
+
+// A chunk that the driver fails to unmap goes all the same: whether it did its work before the
+// error is not known, and memory that may be gone must never be handed out.
+void Pool::unmap(Block* block, const AddressRange& chunks) {
+  try {
+    backing_.unmap(chunks);
+  } catch (const Error&) {
+    if (!backing_.is_mapped(chunks.begin)) carve(block, chunks);
+    throw;
+  }
+  carve(block, chunks);
+}
+
+// Takes chunks out of a free block and out of the pool's structures; what is left of the block on
+// either side stays free.
+void Pool::carve(Block* block, const AddressRange& chunks) {
+  Heap& heap = *block->heap;
+  remove_free(block);
+  Block* const next = block->next;
+  const AddressRange behind{chunks.end, block->end()};
+  if (behind.size_bytes() != 0) {
+    Block* rest = make_block(heap, behind, block->freed_at);
+    rest->next = next;
+    if (next != nullptr) next->previous = rest;
+    segments_.emplace(behind.begin, rest);
+    insert_free(rest);
+  } else if (next != nullptr) {
+    next->previous = nullptr;
+    segments_.emplace(behind.begin, next);
+  }
+  const auto size_class = static_cast<size_t>(heap.size_class);
+  if (behind.size_bytes() != 0 || next != nullptr) ++segment_counts_[size_class];
+  block->next = nullptr;
+  if (block->address < chunks.begin) {
+    block->size_bytes = chunks.begin - block->address;
+    insert_free(block);
+  } else {
+    if (block->previous != nullptr) {
+      block->previous->next = nullptr;
+    } else {
+      segments_.erase(block->address);
+      --segment_counts_[size_class];
+    }
+    erase_block(block);
+  }
+  mapped_bytes_[size_class] -= chunks.size_bytes();
+}
+
+// The last block of the segment that ends at the address, where that is the heap's.
+Block* Pool::last_block_before(const Heap& heap, DeviceAddress address) const {
+  const auto after = segments_.lower_bound(address);
+  if (after == segments_.begin()) return nullptr;
+  Block* block = std::prev(after)->second;
+  if (block->heap != &heap) return nullptr;
+  while (block->next != nullptr) block = block->next;
+  return block->end() == address ? block : nullptr;
+}
+
+// Makes a range of whole chunks a free block of the heap, merged with its neighbours.
+Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
+  const auto size_class = static_cast<size_t>(heap.size_class);
+  Block* block = make_block(heap, range, freed_at);
+  mapped_bytes_[size_class] += range.size_bytes();
+  ++segment_counts_[size_class];
+  segments_.emplace(range.begin, block);
+  // Fixed chunks stay apart: each is an allocation of its own for the driver.
+  if (backing_.is_virtual()) {
+    if (Block* previous = last_block_before(heap, range.begin)) {
+      if (previous->state == BlockState::kFree) remove_free(previous);
+      segments_.erase(range.begin);
+      --segment_counts_[size_class];
+      previous->next = block;
+      block->previous = previous;
+      if (previous->state == BlockState::kFree) {
+        absorb_next(previous);
+        block = previous;
+      }
+    }
+    const auto behind = segments_.find(range.end);
+    if (behind != segments_.end() && behind->second->heap == &heap) {
+      Block* next = behind->second;
+      if (next->state == BlockState::kFree) remove_free(next);
+      segments_.erase(behind);
+      --segment_counts_[size_class];
+      block->next = next;
+      next->previous = block;
+      if (next->state == BlockState::kFree) absorb_next(block);
+    }
+  }
+  insert_free(block);
+  return block;
+}
+
+// What the pool may still take from the driver.
+size_t Pool::room_bytes() const {
+  const size_t limit = limit_bytes();
+  return limit - std::min(limit, backing_.held_bytes());
+}
+
+// Brings the counters of segments and reserved bytes up to date; cached chunks count as large.
+void Pool::count_memory() {
+  const size_t small_bytes = mapped_bytes_[static_cast<size_t>(SizeClass::kSmall)];
+  set_current(statistics_.reserved_bytes, small_bytes, backing_.held_bytes() - small_bytes);
+  set_current(statistics_.segment, segment_counts_[static_cast<size_t>(SizeClass::kSmall)],
+              segment_counts_[static_cast<size_t>(SizeClass::kLarge)]);
+}
+
+}  // namespace spillover

@@ -1,0 +1,112 @@
+// What the pool does when memory has run out, rung by rung, and how it gives memory back.
+#include <algorithm>
+#include <chrono>
+#include <thread>
+
+#include "allocator/pool.hpp"
+#include "allocator/statistics.hpp"
+#include "base/error.hpp"
+#include "driver/device.hpp"
+
+namespace spillover {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How long a request waits for memory that streams still use. They may wait in turn for something
+// that the caller submits after it has got its memory: the wait must end.
+constexpr std::chrono::seconds kWaitMax{60};
+constexpr std::chrono::microseconds kPauseMin{20};
+constexpr std::chrono::microseconds kPauseMax{1000};
+
+}  // namespace
+
+// Null is never the answer: throws DeviceOutOfMemoryError.
+Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
+  ++statistics_.alloc_retries;
+  const auto try_again = [&]() -> Block* {
+    if (Block* block = take_best_fit(request)) return block;
+    return grow(request, Source::kNew);
+  };
+  if (Block* block = poll_until_fit(lock, request)) return block;
+  if (foreign_bytes() != 0 || pending_.has_unmarked()) {
+    wait_for_device(lock);
+    if (Block* block = try_again()) return block;
+  }
+  release_idle();
+  if (Block* block = try_again()) return block;
+  throw_out_of_memory(request);
+}
+
+// Waits for streams that may be asked, with the mutex released, until the request fits or they have
+// nothing more to give.
+Block* Pool::poll_until_fit(Lock& lock, const Request& request) {
+  const auto deadline = Clock::now() + kWaitMax;
+  auto pause = kPauseMin;
+  while (Clock::now() < deadline) {
+    const bool has_marks = mark_streams();
+    if (!has_marks && !pending_.has_marked()) return nullptr;
+    lock.unlock();
+    std::this_thread::sleep_for(pause);
+    lock.lock();
+    pause = std::min(2 * pause, kPauseMax);
+    pending_.poll();
+    if (Block* block = take_best_fit(request)) return block;
+    if (Block* block = grow(request, Source::kNew)) return block;
+  }
+  return nullptr;
+}
+
+// Puts a mark behind the frees of each stream that may be asked. False where none has frees that
+// are not known to be complete.
+bool Pool::mark_streams() {
+  bool has_marks = false;
+  for (auto& [key, stream] : streams_) {
+    if (stream.free_bytes() == 0 || prove_idle(stream)) continue;
+    if (stream.marks.empty() || stream.marks.back().freed_count < stream.freed_count) {
+      if (!may_be_asked(device_, key)) continue;
+      Event event(device_);
+      if (event.try_record(key.handle) != RecordOutcome::kRecorded) continue;
+      stream.marks.push_back({std::move(event), stream.freed_count});
+    }
+    has_marks = true;
+  }
+  return has_marks;
+}
+
+// Freed bytes of streams that may not be asked, as far as they are not known to be complete.
+size_t Pool::foreign_bytes() const {
+  size_t sum_bytes = 0;
+  for (const auto& [key, stream] : streams_) {
+    if (stream.completed_count == stream.freed_count || may_be_asked(device_, key)) continue;
+    sum_bytes += stream.free_bytes();
+  }
+  return sum_bytes;
+}
+
+// Afterwards everything that was freed before is known to be complete. Throws DriverError.
+void Pool::wait_for_device(Lock& lock) {
+  std::vector<std::pair<StreamKey, uint64_t>> freed_counts;
+  for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
+  const uint64_t latest_use = pending_.latest();
+  lock.unlock();
+  synchronize_device(device_);
+  lock.lock();
+  pending_.complete(latest_use);
+  pending_.poll();
+  for (const auto& [key, freed_count] : freed_counts) {
+    const auto stream = streams_.find(key);
+    if (stream == streams_.end()) continue;
+    stream->second.completed_count = std::max(stream->second.completed_count, freed_count);
+  }
+}
+
+// Gives every idle chunk to the driver, and forgets streams that have nothing any more.
+void Pool::release_idle() {
+  const CountOnExit count(*this);
+  gather_idle(backing_.held_bytes(), nullptr);
+  std::erase_if(streams_, [](const auto& entry) { return entry.second.block_count() == 0; });
+  backing_.release_cached();
+}
+
+}  // namespace spillover

@@ -1,0 +1,169 @@
+"""Where the pool takes memory from when no free block fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cuda_calls import Cuda
+
+from spillover import _core
+
+MIB = 1 << 20
+
+
+def reserved_bytes(pool: _core.Pool) -> int:
+    return pool.stats()["reserved_bytes"]["all"]["current"]
+
+
+@pytest.fixture
+def limit(pool: _core.Pool) -> Iterator[int]:
+    """64 MiB, which the pool may hold at most."""
+    _, total_bytes = _core.memory_info(0)
+    pool.set_memory_fraction(64 * MIB / total_bytes)
+    yield 64 * MIB
+    pool.set_memory_fraction(1.0)
+
+
+def test_a_segment_grows_behind_its_last_free_block(pool: _core.Pool) -> None:
+    held = pool.alloc(8 * MIB)
+    pool.free(pool.alloc(8 * MIB))
+    address = pool.alloc(20 * MIB)
+    assert address == held + 8 * MIB
+    assert reserved_bytes(pool) == 28 * MIB
+    assert len(pool.segments()) == 1
+
+
+def test_a_large_block_is_put_together_from_idle_pieces(pool: _core.Pool, limit: int) -> None:
+    pieces = [pool.alloc(4 * MIB) for _ in range(limit // (4 * MIB))]
+    for piece in pieces[::2]:
+        pool.free(piece)
+    assert pool.largest_free_bytes() == 4 * MIB
+    assert pool.alloc(32 * MIB) != 0
+    assert reserved_bytes(pool) == limit
+    pool.check_invariants()
+
+
+def test_idle_pieces_are_used_before_more_is_taken(pool: _core.Pool) -> None:
+    pieces = [pool.alloc(4 * MIB) for _ in range(16)]
+    for piece in pieces[::2]:
+        pool.free(piece)
+    pool.alloc(40 * MIB)
+    assert reserved_bytes(pool) == 64 * MIB + 8 * MIB
+    pool.check_invariants()
+
+
+def test_pieces_that_are_in_use_are_not_unmapped(pool: _core.Pool, cuda: Cuda) -> None:
+    pieces = [pool.alloc(4 * MIB) for _ in range(16)]
+    for piece in pieces[::2]:
+        cuda.fill(piece, 4 * MIB, 0)
+        pool.free(piece)
+    pool.alloc(40 * MIB)
+    assert reserved_bytes(pool) == 64 * MIB + 40 * MIB
+    cuda.synchronize()
+
+
+def test_pieces_that_are_in_use_are_waited_for_before_failing(
+    pool: _core.Pool, cuda: Cuda, limit: int
+) -> None:
+    pieces = [pool.alloc(4 * MIB) for _ in range(limit // (4 * MIB))]
+    for piece in pieces[::2]:
+        cuda.fill(piece, 4 * MIB, 0)
+        pool.free(piece)
+    assert pool.alloc(32 * MIB) != 0
+    assert pool.stats()["num_alloc_retries"] == 1
+
+
+def test_unmapped_memory_is_kept_for_the_next_growth(pool: _core.Pool) -> None:
+    pieces = [pool.alloc(4 * MIB) for _ in range(8)]
+    for piece in pieces[::2]:
+        pool.free(piece)
+    address = pool.alloc(16 * MIB)
+    pool.free(address)
+    assert pool.alloc(24 * MIB) == address
+    assert reserved_bytes(pool) == 40 * MIB
+
+
+def test_small_blocks_keep_no_large_hole_apart(pool: _core.Pool) -> None:
+    large = pool.alloc(8 * MIB)
+    pool.alloc(512)
+    pool.free(large)
+    assert pool.alloc(8 * MIB) == large
+
+
+def test_a_small_heap_grows_by_no_more_than_it_needs(pool: _core.Pool) -> None:
+    pool.alloc(64 * MIB)
+    for _ in range(5):
+        pool.alloc(MIB)
+    assert pool.stats()["reserved_bytes"]["small_pool"]["current"] == 6 * MIB
+
+
+class TestOtherStreams:
+    def test_idle_memory_changes_hands_where_it_lies(
+        self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+    ) -> None:
+        first, second, _ = kept_streams
+        address = pool.alloc(8 * MIB, first)
+        cuda.fill(address, 8 * MIB, first)
+        pool.free(address)
+        cuda.synchronize()
+        assert pool.alloc(6 * MIB, second) == address
+        assert reserved_bytes(pool) == 8 * MIB
+        (start, rest) = pool.segments()
+        assert (start["stream"], start["size_bytes"]) == (second, 6 * MIB)
+        assert (rest["stream"], rest["size_bytes"]) == (first, 2 * MIB)
+
+    def test_memory_comes_back_together(
+        self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+    ) -> None:
+        first, second, _ = kept_streams
+        address = pool.alloc(8 * MIB, first)
+        pool.free(address)
+        assert pool.alloc(6 * MIB, second) == address
+        pool.free(address)
+        assert pool.alloc(8 * MIB, first) != 0
+        assert reserved_bytes(pool) == 8 * MIB
+
+    def test_busy_memory_stays_with_its_stream(
+        self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+    ) -> None:
+        first, second, _ = kept_streams
+        address = pool.alloc(8 * MIB, first)
+        cuda.fill(address, 8 * MIB, first)
+        pool.free(address)
+        assert pool.alloc(8 * MIB, second) != address
+        cuda.synchronize()
+
+    def test_busy_memory_is_waited_for_before_failing(
+        self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int], limit: int
+    ) -> None:
+        first, second, _ = kept_streams
+        address = pool.alloc(limit, first)
+        cuda.fill(address, limit, first)
+        pool.free(address)
+        assert pool.alloc(limit, second) == address
+
+    def test_two_gigabytes_on_each_of_32_streams_take_two_gigabytes(
+        self, pool: _core.Pool, cuda: Cuda
+    ) -> None:
+        # Scaled down: 2 x 16 MiB on fresh streams, which nobody promises to keep.
+        for _ in range(32):
+            stream = cuda.create_stream()
+            blocks = [pool.alloc(16 * MIB, stream) for _ in range(2)]
+            for block in blocks:
+                cuda.fill(block, 4096, stream)
+            for block in blocks:
+                pool.free(block)
+            cuda.destroy_stream(stream)
+        # Foreign streams may hold up to 256 MiB before the device is waited for.
+        assert reserved_bytes(pool) <= (256 + 2 * 32) * MIB
+
+    def test_foreign_memory_is_waited_for_before_failing(
+        self, pool: _core.Pool, cuda: Cuda, limit: int
+    ) -> None:
+        stream = cuda.create_stream()
+        address = pool.alloc(limit, stream)
+        cuda.fill(address, limit, stream)
+        cuda.destroy_stream(stream)
+        pool.free(address)
+        assert pool.alloc(limit) == address
