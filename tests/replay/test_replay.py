@@ -155,3 +155,14 @@ def test_command_says_what_is_wrong(
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_replay_on_a_gpu(tmp_path: Path, allocator: Allocator) -> None:
+    trace = read_trace(written(tmp_path))
+    found = replay(trace, allocator)
+    assert not found.is_emulated
+    assert found.failed_at is None
+    assert found.driver_calls == {}
+    assert found.peak_bytes <= found.reserved_peak_bytes < 200 * MIB

@@ -62,6 +62,8 @@ class Replay:
     reserved_peak_bytes
         The most bytes ever held from the driver: physical memory, on the emulated device as the
         driver counts it.
+    reserved_end_bytes
+        Bytes that the allocator held after the last event.
     driver_calls, driver_bytes
         Calls by function and the bytes that they were about; empty on a real GPU, whose driver
         does not count them.
@@ -81,6 +83,7 @@ class Replay:
     event_count: int
     peak_bytes: int
     reserved_peak_bytes: int
+    reserved_end_bytes: int
     utilisation: float
     driver_calls: dict[str, int]
     driver_bytes: dict[str, int]
@@ -180,6 +183,7 @@ def _summarise(
         event_count=count,
         peak_bytes=peak,
         reserved_peak_bytes=reserved_peak,
+        reserved_end_bytes=int(found["reserved_end_bytes"]),
         utilisation=peak / reserved_peak if reserved_peak else 1.0,
         driver_calls=calls,
         driver_bytes=dict(found["call_bytes"]),

@@ -87,7 +87,7 @@ class Player:
         every = max(1, -(-len(events) // _SAMPLES_MAX))
         latency_ns = np.zeros(len(events), np.uint32)
         reserved_bytes = np.zeros(-(-len(events) // every), np.uint64)
-        streams = _make_streams(trace.stream_count)
+        streams = make_streams(trace.stream_count)
         job = _Job(
             events.ctypes.data,
             len(events),
@@ -138,7 +138,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _make_streams(count: int) -> Any:
+def make_streams(count: int) -> Any:
     """Handles of ``count`` streams; the first is the default stream. They live with the process."""
     driver = ctypes.CDLL("libcuda.so.1")
     context = ctypes.c_void_p()

@@ -53,6 +53,7 @@ def measure(allocator: str, trace: Trace, *, is_emulated: bool) -> dict[str, Any
         "event_count": played.event_count,
         "error": played.error,
         "reserved_peak_bytes": peak,
+        "reserved_end_bytes": player.reserved_bytes(),
         "sample_every": played.sample_every,
         "reserved_bytes": samples,
         "calls": calls,
