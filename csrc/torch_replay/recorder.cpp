@@ -9,15 +9,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cinttypes>
+#include <cstdarg>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <mutex>
 #include <unordered_map>
 
+#include "torch_replay/trace_file.hpp"
+
 namespace spillover::torch_replay {
 namespace {
+
+// Five fields, of which none is a text.
+constexpr std::size_t kLineBytesMax = 128;
 
 using TraceEntry = c10::CachingDeviceAllocator::TraceEntry;
 
@@ -30,20 +38,16 @@ class Recorder {
 
   // 0 or an errno. Blocks that are live already are written first.
   int start(const char* path, int device) {
-    std::FILE* const file = std::fopen(path, "w");
-    if (file == nullptr) return errno;
     const auto snapshot = c10::cuda::CUDACachingAllocator::snapshot();
     attach();
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (file_ != nullptr) {
-      std::fclose(file);
-      return EBUSY;
-    }
-    file_ = file;
+    if (file_.is_open()) return EBUSY;
+    const int error = file_.open(path);
+    if (error != 0) return error;
     device_ = device;
     live_.clear();
     next_id_ = 0;
-    std::fputs("op,id,bytes,stream,thread\n", file_);
+    file_.append("op,id,bytes,stream,thread\n");
     for (const auto& segment : snapshot.segments) {
       if (segment.device != device) continue;
       std::size_t address = segment.address;
@@ -58,19 +62,15 @@ class Recorder {
   // 0, or the errno of the first write that failed.
   int stop() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (file_ == nullptr) return 0;
-    const bool failed = std::ferror(file_) != 0;
-    const int closed = std::fclose(file_);
-    file_ = nullptr;
-    return failed ? EIO : (closed != 0 ? errno : 0);
+    return file_.close();
   }
 
   void record_stream(std::size_t address, const void* stream) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = live_.find(address);
-    if (file_ == nullptr || found == live_.end()) return;
-    std::fprintf(file_, "record_stream,%" PRIu64 ",,%#" PRIxPTR ",%ld\n", found->second,
-                 reinterpret_cast<std::uintptr_t>(stream), thread_id());
+    if (!file_.is_open() || found == live_.end()) return;
+    write("record_stream,%" PRIu64 ",,%#" PRIxPTR ",%ld\n", found->second,
+          reinterpret_cast<std::uintptr_t>(stream), thread_id());
   }
 
  private:
@@ -85,21 +85,30 @@ class Recorder {
   void on_entry(const TraceEntry& entry) {
     if (entry.action_ != TraceEntry::ALLOC && entry.action_ != TraceEntry::FREE_REQUESTED) return;
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (file_ == nullptr || entry.device_ != device_) return;
+    if (!file_.is_open() || entry.device_ != device_) return;
     if (entry.action_ == TraceEntry::ALLOC) {
       write_alloc(entry.addr_, entry.size_, entry.stream_);
       return;
     }
     const auto found = live_.find(entry.addr_);
     if (found == live_.end()) return;
-    std::fprintf(file_, "free,%" PRIu64 ",,,%ld\n", found->second, thread_id());
+    write("free,%" PRIu64 ",,,%ld\n", found->second, thread_id());
     live_.erase(found);
   }
 
   void write_alloc(std::size_t address, std::size_t size_bytes, const void* stream) {
     live_[address] = next_id_;
-    std::fprintf(file_, "alloc,%" PRIu64 ",%zu,%#" PRIxPTR ",%ld\n", next_id_++, size_bytes,
-                 reinterpret_cast<std::uintptr_t>(stream), thread_id());
+    write("alloc,%" PRIu64 ",%zu,%#" PRIxPTR ",%ld\n", next_id_++, size_bytes,
+          reinterpret_cast<std::uintptr_t>(stream), thread_id());
+  }
+
+  void write(const char* format, ...) __attribute__((format(printf, 2, 3))) {
+    std::array<char, kLineBytesMax> line;
+    std::va_list arguments;
+    va_start(arguments, format);
+    const int length = std::vsnprintf(line.data(), line.size(), format, arguments);
+    va_end(arguments);
+    file_.append({line.data(), static_cast<std::size_t>(length)});
   }
 
   static long thread_id() {
@@ -109,7 +118,7 @@ class Recorder {
 
   std::mutex mutex_;
   // Guarded by mutex_.
-  std::FILE* file_ = nullptr;
+  TraceFile file_;
   int device_ = 0;
   std::uint64_t next_id_ = 0;
   std::unordered_map<std::size_t, std::uint64_t> live_;  // address to id

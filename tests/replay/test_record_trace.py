@@ -108,3 +108,29 @@ def test_spillover_run_records_our_own_allocator(tmp_path: Path) -> None:
     rows = [line.split(",") for line in csv.read_text().splitlines()]
     (block,) = (row[1] for row in rows if row[2] == str(13 << 10))
     assert ["free", block] in [row[:2] for row in rows]
+
+
+FORKING = """
+import os, sys
+import spillover.emulator
+spillover.emulator.enable(vram="64MiB")
+import torch
+from spillover.allocator import record_trace
+
+record_trace(sys.argv[1])
+x = torch.empty(13 << 10, dtype=torch.uint8, device="cuda")
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_adds_nothing_and_the_end_of_the_program_completes_it(
+    tmp_path: Path,
+) -> None:
+    csv = tmp_path / "run.csv"
+    subprocess.run([sys.executable, "-c", FORKING, str(csv)], check=True)
+    rows = [line.split(",") for line in csv.read_text().splitlines()]
+    assert rows[0] == ["op", "id", "bytes", "stream", "thread"]
+    assert [row[:3] for row in rows[1:]] == [["alloc", "0", str(13 << 10)]]

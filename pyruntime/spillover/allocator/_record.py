@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -17,7 +18,10 @@ _active: TraceRecording | None = None
 
 
 class TraceRecording:
-    """A recording under way; :meth:`remove`, or the end of its ``with`` block, ends it."""
+    """A recording under way.
+
+    :meth:`remove` ends it, the end of its ``with`` block, or that of the program.
+    """
 
     def __init__(self, path: Path, library: ctypes.CDLL) -> None:
         self.path = path
@@ -50,6 +54,7 @@ class TraceRecording:
             _active = None
             self._restore()
             number = self._library.spillover_torch_recorder_stop()
+            atexit.unregister(self.remove)
         if number != 0:
             raise StorageError(number, os.strerror(number), str(self.path))
 
@@ -97,6 +102,8 @@ def record_trace(path: Path | str, *, device: int = 0) -> TraceRecording:
         if number != 0:
             raise StorageError(number, os.strerror(number), str(path))
         _active = TraceRecording(path, library)
+        # A handle that nobody removes: the file is complete when the program ends.
+        atexit.register(_active.remove)
         return _active
 
 

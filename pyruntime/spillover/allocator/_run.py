@@ -4,7 +4,6 @@ allocator in place.
 
 from __future__ import annotations
 
-import atexit
 import runpy
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ def main() -> None:
     try:
         install()
         if sys.argv[1] == "--record-trace":
-            atexit.register(record_trace(sys.argv[2]).remove)
+            record_trace(sys.argv[2])
             del sys.argv[1:3]
     except SpilloverError as error:
         sys.exit(f"spillover run: {error}")

@@ -38,9 +38,9 @@ class ReplayOptions:
     Parameters
     ----------
     vram
-        Capacity of an emulated device, bytes or a text such as ``"8GiB"``. None: the machine's own
-        GPU if it has one and the caller's process is not emulated itself, else an emulated device
-        of 80 GiB.
+        Capacity of an emulated device, bytes or a text such as ``"8GiB"``. None: a device like the
+        caller's where that is emulated, else the machine's own GPU if it has one, else an emulated
+        device of 80 GiB.
     """
 
     vram: int | str | None = None
@@ -120,7 +120,9 @@ def replay(trace: Trace, allocator: Allocator, options: ReplayOptions | None = N
     if allocator not in ALLOCATORS:
         raise ConfigError(f"allocator {allocator!r} is not one of {', '.join(ALLOCATORS)}")
     vram = (options or ReplayOptions()).vram
-    if vram is None and (is_enabled() or not _has_gpu()):
+    if vram is None and is_enabled():
+        vram = parse_bytes(os.environ["SPILLOVER_EMULATOR_VRAM"])
+    elif vram is None and not _has_gpu():
         vram = parse_bytes(_EMULATED_VRAM)
     with tempfile.TemporaryDirectory(prefix="spillover-replay-") as name:
         folder = Path(name)

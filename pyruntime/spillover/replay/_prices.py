@@ -27,7 +27,7 @@ class Price:
     source: str
 
 
-_KVCACHED = "kvcached's benchmark, A100, one 2 MiB page"
+_KVCACHED = "ovg-project/kvcached (commit 32b7578), benchmarks/bench_vmm/README.md: A100, mean"
 
 PRICES: Mapping[str, Price] = {
     "cuMemCreate": Price(193, "page", _KVCACHED),
@@ -35,7 +35,7 @@ PRICES: Mapping[str, Price] = {
     "cuMemSetAccess": Price(36, "page", _KVCACHED),
     "cuMemUnmap": Price(25.6, "page", _KVCACHED),
     "cuMemRelease": Price(25.6, "page", "assumed: as cuMemUnmap, the other half of giving back"),
-    "cuMemAddressReserve": Price(1.45, "call", "assumed: as cuMemMap, bookkeeping without a page"),
+    "cuMemAddressReserve": Price(19, "call", _KVCACHED + ", 8 GB in one call"),
     "cuMemAlloc": Price(230.45, "page", "assumed: cuMemCreate + cuMemMap + cuMemSetAccess"),
     "cuMemFree": Price(51.2, "page", "assumed: cuMemUnmap + cuMemRelease, without its waiting"),
     "cuEventRecord": Price(1.0, "call", "assumed: a call that only queues work"),
