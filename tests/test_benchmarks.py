@@ -11,6 +11,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
+    "allocator": {
+        "utilisation.diffusion_unet.ours",
+        "utilisation_mean.expandable",
+        "priced_driver_ms.diffusion_unet.native",
+        "stranding_gib.ours",
+        "stranding_gib.native",
+        "pair_ns.core.1MiB.4t",
+        "pair_ns.torch.512B.1t.ours",
+        "pair_ns.torch.64MiB.4t.native",
+        "pair_ratio.torch.4KiB.2t",
+        "oom_ladder_saved",
+    },
     "clock": {
         "clock_repeatable",
         "clock_step_ms",

@@ -17,10 +17,12 @@ ALLOWED = {
     "base": set(),
     "driver": {"base"},
     "allocator": {"base", "driver"},
+    "replay": {"allocator/c_api.h"},
     "tiers": {"base", "driver"},
     "bindings": {"base", "driver", "allocator", "tiers"},
     # The adapter sees only the C interface, so that it can be built without the other sources.
     "torch_adapter": {"allocator/c_api.h"},
+    "torch_replay": {"replay/c_api.h", "replay/timed_threads.hpp"},
     "emulator/core": set(),
     "emulator/libcuda": {"emulator/core"},
     "emulator/libcudart": {
@@ -39,7 +41,7 @@ ALLOWED = {
 }
 CUDA_LAYERS = {"driver", "torch_adapter"}
 PYTHON_LAYERS = {"bindings", "torch_adapter", "emulator/python"}
-TORCH_LAYERS = {"torch_adapter", "emulator/aten"}
+TORCH_LAYERS = {"torch_adapter", "torch_replay", "emulator/aten"}
 
 CUDA = re.compile(r"cuda(_runtime(_api)?)?\.h|driver_types\.h")
 TORCH = re.compile(r"(torch|ATen|c10|caffe2)/")

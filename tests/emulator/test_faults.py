@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spillover import ConfigError, StateError, emulator
-from spillover.emulator import Fault, StorageFault, calls, faults
+from spillover.emulator import Fault, StorageFault, call_bytes, calls, faults
 
 MIB = 1 << 20
 
@@ -39,6 +39,18 @@ def test_calls_are_counted_by_documented_name() -> None:
     assert not any(name.endswith(("_v2", "_ptsz")) for name in counted)
     with faults():
         assert "cuMemAlloc" not in calls()
+
+
+def test_bytes_of_calls_are_counted() -> None:
+    with faults():
+        first, second = allocate(), allocate(128)
+        assert call_bytes() == {"cuMemAlloc": 192 * MIB}
+        with pytest.raises(torch.OutOfMemoryError):
+            allocate(8192)
+        assert call_bytes()["cuMemAlloc"] == 192 * MIB, "a call that failed is about nothing"
+        del first, second
+        torch.cuda.empty_cache()
+        assert call_bytes() == {"cuMemAlloc": 192 * MIB, "cuMemFree": 192 * MIB}
 
 
 def test_nth_call_of_a_function_fails_and_the_next_works() -> None:

@@ -102,6 +102,10 @@ size_t spillover_emulator_call_counts(char* out, size_t capacity) {
   return copy_text(is_forked() ? "" : FaultPlan::instance().counts(), out, capacity);
 }
 
+size_t spillover_emulator_call_bytes(char* out, size_t capacity) {
+  return copy_text(is_forked() ? "" : FaultPlan::instance().bytes(), out, capacity);
+}
+
 size_t spillover_emulator_faults_fired(char* out, size_t capacity) {
   return copy_text(is_forked() ? "" : FaultPlan::instance().fired(), out, capacity);
 }

@@ -53,6 +53,11 @@ int spillover_emulator_device_is_broken(void);
 /* One "name count" a line, ascending: every function that was called since the plan began. */
 size_t spillover_emulator_call_counts(char* out, size_t capacity);
 
+/* One "name bytes" a line, ascending: the device memory that successful calls were about since the
+ * plan began, for the functions that allocate, free, reserve, create, map, unmap, release it or set
+ * its access. */
+size_t spillover_emulator_call_bytes(char* out, size_t capacity);
+
 /* One "name call error" a line, in the order of injection. */
 size_t spillover_emulator_faults_fired(char* out, size_t capacity);
 

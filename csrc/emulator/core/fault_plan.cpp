@@ -52,6 +52,13 @@ CUresult plausible_error(std::string_view function) {
                                                   : CUDA_ERROR_OPERATING_SYSTEM;
 }
 
+// One "name number" a line.
+std::string lines_of(const std::map<std::string, std::uint64_t, std::less<>>& numbers) {
+  std::string text;
+  for (const auto& [name, number] : numbers) text += name + " " + std::to_string(number) + "\n";
+  return text;
+}
+
 }  // namespace
 
 std::string_view documented_name(std::string_view symbol) {
@@ -100,6 +107,7 @@ void FaultPlan::begin(std::vector<Rule> rules, std::uint64_t seed) {
   rules_ = std::move(rules);
   seed_ = seed;
   counts_.clear();
+  bytes_.clear();
   driver_calls_ = 0;
   fired_.clear();
   is_active_ = true;
@@ -142,11 +150,23 @@ FaultPlan::Verdict FaultPlan::observe(const char* symbol) {
   return {};
 }
 
+void FaultPlan::add_bytes(const char* symbol, std::size_t size_bytes) {
+  const std::string_view name = documented_name(symbol);
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!is_active_) return;
+  auto position = bytes_.find(name);
+  if (position == bytes_.end()) position = bytes_.emplace(std::string(name), 0).first;
+  position->second += size_bytes;
+}
+
 std::string FaultPlan::counts() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::string text;
-  for (const auto& [name, count] : counts_) text += name + " " + std::to_string(count) + "\n";
-  return text;
+  return lines_of(counts_);
+}
+
+std::string FaultPlan::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return lines_of(bytes_);
 }
 
 std::string FaultPlan::fired() const {

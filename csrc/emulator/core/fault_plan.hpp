@@ -50,8 +50,10 @@ class FaultPlan {
   void begin(std::vector<Rule> rules, std::uint64_t seed);
   void end();
   Verdict observe(const char* name);
+  void add_bytes(const char* name, std::size_t size_bytes);
 
   std::string counts() const;
+  std::string bytes() const;
   std::string fired() const;
 
  private:
@@ -68,6 +70,7 @@ class FaultPlan {
   std::uint64_t seed_ = 0;
   std::vector<Rule> rules_;
   std::map<std::string, std::uint64_t, std::less<>> counts_;
+  std::map<std::string, std::uint64_t, std::less<>> bytes_;
   std::uint64_t driver_calls_ = 0;
   std::vector<Fired> fired_;
 };

@@ -13,6 +13,7 @@
 #include "emulator/core/call_site.hpp"
 #include "emulator/core/context.hpp"
 #include "emulator/core/fault_api.h"
+#include "emulator/core/fault_plan.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
 #include "emulator/core/report.hpp"
@@ -49,6 +50,12 @@ class Injection {
   CUresult at_once_ = CUDA_SUCCESS;
   int late_ = CUDA_SUCCESS;
 };
+
+// Adds to the bytes that calls of this function were about, once one has succeeded.
+inline void note_bytes(const char* name, std::size_t size_bytes) {
+  if (__atomic_load_n(&spillover_emulator_observes_calls, __ATOMIC_RELAXED) == 0) return;
+  if (process_state() != ProcessState::kForked) FaultPlan::instance().add_bytes(name, size_bytes);
+}
 
 // A function that needs neither a device nor state, and works even in a forked child.
 template <typename Body>

@@ -9,6 +9,7 @@ using emulator::HostRegion;
 using emulator::HostRegionKind;
 using emulator::Lock;
 using emulator::Machine;
+using emulator::note_bytes;
 using emulator::with_context;
 using emulator::with_unsafe_context;
 
@@ -58,8 +59,10 @@ CUresult cuMemAlloc(CUdeviceptr* pointer, std::size_t size_bytes) {
     Address address = 0;
     const CUresult result = emulator::allocate_device_memory(machine, lock, context.device,
                                                              size_bytes, nullptr, &address);
-    if (result == CUDA_SUCCESS) *pointer = address;
-    return result;
+    if (result != CUDA_SUCCESS) return result;
+    *pointer = address;
+    note_bytes("cuMemAlloc", size_bytes);
+    return CUDA_SUCCESS;
   });
 }
 
@@ -84,7 +87,12 @@ CUresult cuMemAllocPitch(CUdeviceptr* pointer, std::size_t* pitch_bytes, std::si
 
 CUresult cuMemFree(CUdeviceptr pointer) {
   return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context&) {
-    return pointer == 0 ? CUDA_SUCCESS : emulator::free_device_memory(machine, lock, pointer);
+    if (pointer == 0) return CUDA_SUCCESS;
+    const emulator::Allocation* allocation = machine.device_memory.find(pointer);
+    const std::size_t size_bytes = allocation == nullptr ? 0 : allocation->size_bytes;
+    const CUresult result = emulator::free_device_memory(machine, lock, pointer);
+    if (result == CUDA_SUCCESS) note_bytes("cuMemFree", size_bytes);
+    return result;
   });
 }
 

@@ -9,6 +9,7 @@ using emulator::Address;
 using emulator::is_device;
 using emulator::Lock;
 using emulator::Machine;
+using emulator::note_bytes;
 using emulator::with_driver;
 
 namespace {
@@ -57,8 +58,10 @@ CUresult cuMemAddressReserve(CUdeviceptr* pointer, std::size_t size_bytes, std::
     if (pointer == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     Address address = 0;
     const CUresult result = machine.virtual_memory.reserve(size_bytes, alignment, hint, &address);
-    if (result == CUDA_SUCCESS) *pointer = address;
-    return result;
+    if (result != CUDA_SUCCESS) return result;
+    *pointer = address;
+    note_bytes("cuMemAddressReserve", size_bytes);
+    return CUDA_SUCCESS;
   });
 }
 
@@ -76,14 +79,21 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size_byte
     if (result != CUDA_SUCCESS) return result;
     emulator::PhysicalId id = 0;
     const CUresult created = machine.virtual_memory.create(size_bytes, *properties, &id);
-    if (created == CUDA_SUCCESS) *handle = id;
-    return created;
+    if (created != CUDA_SUCCESS) return created;
+    *handle = id;
+    note_bytes("cuMemCreate", size_bytes);
+    return CUDA_SUCCESS;
   });
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  return with_driver(
-      __func__, [=](Machine& machine, Lock&) { return machine.virtual_memory.release(handle); });
+  return with_driver(__func__, [=](Machine& machine, Lock&) {
+    const auto* physical = machine.virtual_memory.physical(handle);
+    const std::size_t size_bytes = physical == nullptr ? 0 : physical->size_bytes;
+    const CUresult released = machine.virtual_memory.release(handle);
+    if (released == CUDA_SUCCESS) note_bytes("cuMemRelease", size_bytes);
+    return released;
+  });
 }
 
 CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offset_bytes,
@@ -92,6 +102,7 @@ CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offse
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
     const CUresult mapped = machine.virtual_memory.map(pointer, size_bytes, offset_bytes, handle);
     if (mapped != CUDA_SUCCESS) return mapped;
+    note_bytes("cuMemMap", size_bytes);
     machine.follow_mapping(pointer, size_bytes);
     if (machine.virtual_memory.physical(handle)->is_imported()) {
       machine.note_foreign_writes(__func__, pointer, size_bytes);
@@ -102,7 +113,9 @@ CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offse
 
 CUresult cuMemUnmap(CUdeviceptr pointer, std::size_t size_bytes) {
   return with_driver(__func__, [=](Machine& machine, Lock& lock) {
-    return emulator::unmap_memory(machine, lock, pointer, size_bytes);
+    const CUresult unmapped = emulator::unmap_memory(machine, lock, pointer, size_bytes);
+    if (unmapped == CUDA_SUCCESS) note_bytes("cuMemUnmap", size_bytes);
+    return unmapped;
   });
 }
 
@@ -119,6 +132,7 @@ CUresult cuMemSetAccess(CUdeviceptr pointer, std::size_t size_bytes,
           pointer, size_bytes, descriptors[i].location.id, descriptors[i].flags);
       if (result != CUDA_SUCCESS) return result;
     }
+    note_bytes("cuMemSetAccess", size_bytes);
     return CUDA_SUCCESS;
   });
 }

@@ -16,9 +16,9 @@ from spillover._build import _cache, _compiler, _torch
 from spillover._errors import BuildError
 from spillover._settings import logger
 
-Part = Literal["adapter", "emulator"]
+Part = Literal["adapter", "emulator", "replay"]
 
-_PARTS: tuple[Part, ...] = ("adapter", "emulator")
+_PARTS: tuple[Part, ...] = ("adapter", "emulator", "replay")
 _COMPILE_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-Wall")
 _LINK_FLAGS = ("-Wl,--no-as-needed",)
 
@@ -61,6 +61,16 @@ _RECIPES: dict[Part, _Recipe] = {
         ),
         torch_libraries=("c10", "c10_cuda", "torch_cpu", "torch_cuda"),
         own_libraries=((("emulator",), "libcuda.so.1"),),
+        compile_flags=(),
+        is_python_module=False,
+    ),
+    "replay": _Recipe(
+        description="trace recorder for PyTorch",
+        file_name="libspillover_torch_replay.so",
+        source_folder=("torch_replay",),
+        shared_headers=(("replay", "c_api.h"), ("replay", "timed_threads.hpp")),
+        torch_libraries=("c10", "c10_cuda"),
+        own_libraries=(),
         compile_flags=(),
         is_python_module=False,
     ),

@@ -1,4 +1,6 @@
-"""``python -m spillover.allocator._run SCRIPT [ARGS]``: a script with our allocator in place."""
+"""``python -m spillover.allocator._run [--record-trace FILE] SCRIPT [ARGS]``: a script with our
+allocator in place.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,16 @@ from pathlib import Path
 
 from spillover._errors import SpilloverError
 from spillover.allocator._install import install
+from spillover.allocator._record import record_trace
 
 
 def main() -> None:
     """Install the allocator, then run the script as ``python SCRIPT`` would."""
     try:
         install()
+        if sys.argv[1] == "--record-trace":
+            record_trace(sys.argv[2])
+            del sys.argv[1:3]
     except SpilloverError as error:
         sys.exit(f"spillover run: {error}")
     del sys.argv[0]

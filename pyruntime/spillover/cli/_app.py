@@ -12,7 +12,7 @@ import typer
 
 import spillover
 from spillover._errors import SpilloverError
-from spillover.cli import _bench, _profiles
+from spillover.cli import _bench, _profiles, _replay
 
 app = typer.Typer(
     name="spillover",
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(_profiles.app, name="profiles")
 app.command()(_bench.bench)
+app.command()(_replay.replay)
 
 _PASS_THROUGH = {"allow_interspersed_args": False}
 
@@ -147,6 +148,10 @@ def run(
     arguments: Annotated[
         list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")
     ] = None,
+    record_trace: Annotated[
+        Path | None,
+        typer.Option(help="Write what it allocates on device 0, for replay.", metavar="FILE.csv"),
+    ] = None,
 ) -> None:
     """Run an unmodified script with Spillover's allocator in place of PyTorch's own.
 
@@ -158,5 +163,8 @@ def run(
         raise ConfigError(f"there is no script {str(script)!r}")
     # A process of its own: the script's exceptions, signals and exit code are not the command
     # line's to interpret.
-    command = [sys.executable, "-m", "spillover.allocator._run", str(script), *(arguments or [])]
+    command = [sys.executable, "-m", "spillover.allocator._run"]
+    if record_trace is not None:
+        command += ["--record-trace", str(record_trace.absolute())]
+    command += [str(script), *(arguments or [])]
     os.execv(sys.executable, command)

@@ -219,10 +219,23 @@ def calls() -> dict[str, int]:
     """
     from spillover import _core
 
-    counted = (line.split() for line in _text("call_counts").splitlines())
-    driver = {name: int(count) for name, count in counted}
+    driver = _numbers("call_counts")
     storage = {f"storage.{name}": count for name, count in _core.storage_calls().items()}
     return {**driver, **storage}
+
+
+def call_bytes() -> dict[str, int]:
+    """Device memory that successful calls were about, by function, as :func:`calls` counts them.
+
+    Covers ``cuMemAlloc``, ``cuMemFree``, ``cuMemAddressReserve``, ``cuMemCreate``, ``cuMemMap``,
+    ``cuMemSetAccess``, ``cuMemUnmap`` and ``cuMemRelease``.
+    """
+    return _numbers("call_bytes")
+
+
+def _numbers(name: str) -> dict[str, int]:
+    lines = (line.split() for line in _text(name).splitlines())
+    return {function: int(number) for function, number in lines}
 
 
 @contextlib.contextmanager

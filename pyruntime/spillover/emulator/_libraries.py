@@ -106,6 +106,7 @@ def driver() -> ctypes.CDLL:
         "spillover_emulator_plan_begin": (None, [ctypes.POINTER(FaultRow), size, number]),
         "spillover_emulator_plan_end": (None, []),
         "spillover_emulator_call_counts": (size, [text, size]),
+        "spillover_emulator_call_bytes": (size, [text, size]),
         "spillover_emulator_faults_fired": (size, [text, size]),
         "spillover_emulator_function_names": (size, [text, size]),
         "spillover_emulator_error_names": (size, [text, size]),
