@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks._dry import models
 from benchmarks._dry.compare import COUNTS, PEAKS
+from spillover import StateError, emulator
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 Loss = Callable[[], Tensor]
@@ -27,19 +28,34 @@ _SCALE = 256.0
 
 
 def measure(case: Callable[[], None]) -> dict[str, int]:
-    """Run a case from an empty cache; peaks are absolute, counts are of this case alone."""
+    """Run a case from an empty cache; peaks are absolute, counts and times of this case alone.
+
+    Times, which end in ``_ns``, are there under the virtual clock: of the case, and for which each
+    resource worked.
+    """
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    before = torch.cuda.memory_stats()
+    before, times_before = torch.cuda.memory_stats(), _times()
     case()
     torch.cuda.synchronize()
-    after = torch.cuda.memory_stats()
-    values = {name: int(after.get(name, 0)) for name in PEAKS}
+    after, times = torch.cuda.memory_stats(), _times()
+    values = {name: time - times_before.get(name, 0) for name, time in times.items()}
+    values |= {name: int(after.get(name, 0)) for name in PEAKS}
     return values | {name: int(after.get(name, 0)) - int(before.get(name, 0)) for name in COUNTS}
+
+
+def _times() -> dict[str, int]:
+    try:
+        report = emulator.clock_report()
+    except StateError:  # the clock is off
+        return {}
+    return {"makespan_ns": report.makespan_ns} | {
+        f"{use.name}_ns": use.busy_ns for use in report.resources
+    }
 
 
 def _adamw(**options: Any) -> Optimizer:

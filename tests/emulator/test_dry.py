@@ -13,7 +13,7 @@ from pathlib import Path
 import dry_checks
 import pytest
 from benchmarks._dry import compare_cases
-from benchmarks._dry.compare import COUNTS, PEAKS
+from benchmarks._dry.compare import COUNTS, DEVICE_BOUND_PROFILE, PEAKS, PROFILE
 
 from spillover import ConfigError, StateError, emulator
 
@@ -80,8 +80,8 @@ def test_in_a_dry_process(outcomes: dict[str, str], name: str) -> None:
     assert not outcomes[name], outcomes[name]
 
 
-def compare(names: tuple[str, ...] | None) -> None:
-    comparisons = compare_cases(names)
+def compare(names: tuple[str, ...] | None, profile: str) -> None:
+    comparisons = compare_cases(names, profile=profile)
     assert names is None or len(comparisons) == len(names)
     for comparison in comparisons:
         assert isinstance(comparison.computed, dict), f"{comparison.name}: {comparison.computed}"
@@ -91,15 +91,19 @@ def compare(names: tuple[str, ...] | None) -> None:
             assert comparison.computed[statistic] == comparison.dry[statistic], (
                 f"{comparison.name}: {statistic}"
             )
+        if profile:
+            assert comparison.computed["makespan_ns"] > comparison.computed["compute_ns"] > 0
+            assert comparison.schedule_error() == 0, comparison
 
 
-def test_memory_equals_a_computed_run() -> None:
-    compare(SAMPLE)
+def test_memory_and_schedule_equal_a_computed_run() -> None:
+    compare(SAMPLE, DEVICE_BOUND_PROFILE)
 
 
 @pytest.mark.soak
-def test_memory_equals_a_computed_run_for_every_case() -> None:
-    compare(None)
+@pytest.mark.parametrize("profile", ["", PROFILE, DEVICE_BOUND_PROFILE])
+def test_memory_and_schedule_equal_a_computed_run_for_every_case(profile: str) -> None:
+    compare(None, profile)
 
 
 def dry(
