@@ -55,7 +55,10 @@ def emulate(
         list[str] | None,
         typer.Argument(help="Program and arguments, after --.", metavar="-- COMMAND..."),
     ] = None,
-    vram: Annotated[str | None, typer.Option(help="Capacity of each device, such as 8GiB.")] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(help="Capacity of each device, such as 24GiB; else the profile's, or 8GiB."),
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Number of devices, 1 to 16.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="When queued work runs: late, eager, threaded or random.")

@@ -40,7 +40,7 @@ _active: Options | None = None
 def enable(
     *,
     devices: int = 1,
-    vram: int | str = "8GiB",
+    vram: int | str | None = None,
     schedule: Schedule = "late",
     seed: int = 0,
     hazards: HazardPolicy = "raise",
@@ -65,7 +65,8 @@ def enable(
     devices
         Number of devices, 1 to 16.
     vram
-        Capacity of each device, bytes or a text such as ``"8GiB"``.
+        Capacity of each device, bytes or a text such as ``"24GiB"``; by default the profile's
+        memory, or 8 GiB without a profile.
     schedule
         ``late``, ``eager``, ``threaded`` or ``random``; see :class:`Options`.
     seed
