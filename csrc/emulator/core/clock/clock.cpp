@@ -140,6 +140,8 @@ OperationCost Clock::fill_cost(std::uint64_t bytes) const {
   cost.duration =
       to_nanoseconds(profile_.at("gpu.kernel_ramp_us") * 1000 + static_cast<double>(bytes) / rate);
   if (!fits_cache) cost.device_bytes = bytes;
+  const bool moves = static_cast<double>(bytes) / rate > profile_.at("gpu.kernel_ramp_us") * 1000;
+  cost.limit = moves ? KernelLimit::kMemory : KernelLimit::kFixed;
   return cost;
 }
 
@@ -178,14 +180,11 @@ void Clock::append(const StreamRef& stream, const Operation& operation) {
   push(stream, std::move(node));
 }
 
-void Clock::append_kernel(const StreamRef& stream, const char* name, Nanoseconds duration,
-                          std::uint64_t device_bytes) {
+void Clock::append_kernel(const StreamRef& stream, const char* name, const OperationCost& cost) {
   TimelineNode node;
   node.ticket = stream->enqueued;
   node.name = name;
-  node.cost.resource = Resource::kCompute;
-  node.cost.duration = duration;
-  node.cost.device_bytes = device_bytes;
+  node.cost = cost;
   push(stream, std::move(node));
 }
 
@@ -425,6 +424,10 @@ Recorder::Facts Clock::facts(Lock& lock) {
   facts.unseen_waits = turns_.unseen_waits();
   facts.profile = profile_name_;
   return facts;
+}
+
+std::int64_t Clock::mark() {
+  return recorder_.mark(timeline_.submissions(), turns_.current().now);
 }
 
 std::string Clock::report(Lock& lock) {

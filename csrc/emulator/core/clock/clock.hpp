@@ -47,8 +47,7 @@ class Clock {
   void append(const StreamRef& stream, const Operation& operation);
 
   // A kernel that the calling thread performs itself.
-  void append_kernel(const StreamRef& stream, const char* name, Nanoseconds duration,
-                     std::uint64_t device_bytes);
+  void append_kernel(const StreamRef& stream, const char* name, const OperationCost& cost);
 
   // Lets the host wait while the stream's launch queue is full.
   void throttle(Lock& lock, const StreamRef& stream);
@@ -91,7 +90,12 @@ class Clock {
   // A switching point: lets threads that are behind go first.
   void yield(Lock& lock);
 
+  // A moment: when all that was launched so far is done. Its time is what is known of it yet.
+  std::int64_t mark();
+  Nanoseconds mark_time(std::int64_t mark) const { return recorder_.mark_time(mark); }
+
   std::string report(Lock& lock);
+  std::string limits(Nanoseconds from, Nanoseconds to) const { return recorder_.limits(from, to); }
   bool write_trace(Lock& lock, const char* path);
 
  private:

@@ -78,6 +78,7 @@ void Recorder::add(const Span& span) {
   count(&resources_[{span.resource, span.device}]);
   count(&operations_[span.name]);
   note_gap(span);
+  note_mark(span);
   push(&spans_, span, kSpansMax, &spans_dropped_);
 }
 

@@ -67,6 +67,8 @@ struct Span {
   Nanoseconds start = 0;
   Nanoseconds end = 0;
   std::uint64_t bytes = 0;
+  std::uint64_t submission = 0;  // in the order in which nodes were appended, from 1 on
+  KernelLimit limit = KernelLimit::kFixed;
   Origin cause;           // what it started after; no span: the launch by the host
   bool by_event = false;  // the cause is of another lane
   HostStamp host;
@@ -77,6 +79,7 @@ struct TimelineNode {
   const char* name = "";
   OperationCost cost;
   Nanoseconds submitted = 0;
+  std::uint64_t submission = 0;
   HostStamp host;
   // Waits for a ticket of another lane.
   LaneId awaited_lane = 0;
@@ -137,6 +140,9 @@ class Timeline {
 
   Nanoseconds now() const { return now_; }
 
+  // How many nodes have been appended.
+  std::uint64_t submissions() const { return submissions_; }
+
   // When anything happens next, if nothing else is submitted; kForever: nothing will.
   Nanoseconds next_moment() const;
 
@@ -186,6 +192,7 @@ class Timeline {
   std::map<Slot, Running> running_;
   std::map<Slot, Origin> freed_by_;  // what each resource ran last
   std::uint64_t next_span_ = 0;
+  std::uint64_t submissions_ = 0;
   Origin last_ended_;
   Need need_;
 };
