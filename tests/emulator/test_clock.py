@@ -378,3 +378,41 @@ def test_trace_and_summary_of_a_script(tmp_path: Path) -> None:
     busy_ms = sum(duration for _, duration in compute) / 1000
     summary = re.findall(r"compute of cuda:0: busy ([0-9.]+) ms", result.stderr)
     assert f"{busy_ms:.3f}" in summary
+
+
+def test_what_limits_a_stretch_of_time() -> None:
+    report = run_clocked(
+        """
+        from spillover.emulator._dry_times import limits
+
+        wide = torch.zeros(2048, 2048, dtype=torch.bfloat16, device="cuda")
+        large = torch.zeros(16 << 20, device="cuda")
+        small = torch.zeros(8, device="cuda")
+        host = torch.zeros(16 << 20, pin_memory=True)
+
+        def repeat(count, function):
+            for _ in range(count):
+                function()
+
+        def limit(function):
+            torch.cuda.synchronize()
+            start = emulator.now_ns()
+            function()
+            torch.cuda.synchronize()
+            return limits(start, emulator.now_ns())
+
+        print(json.dumps({
+            "compute": limit(lambda: repeat(10, lambda: wide @ wide)),
+            "memory bandwidth": limit(lambda: repeat(4, lambda: large.mul_(2))),
+            "copies to the device": limit(lambda: large.copy_(host, non_blocking=True)),
+            "copies to the host": limit(lambda: host.copy_(large, non_blocking=True)),
+            "CPU optimizer": limit(lambda: emulator.busy("cpu-optimizer", bytes=1 << 30)),
+            "disk reads": limit(lambda: emulator.busy("disk-read", bytes=1 << 30)),
+            "host: Python and launches": limit(lambda: repeat(99, lambda: small.add_(1))),
+        }))
+        """
+    )
+    for name, shares in report.items():
+        assert next(iter(shares)) == name, (name, shares)
+        assert shares[name] > 0.75
+        assert sum(shares.values()) == pytest.approx(1)

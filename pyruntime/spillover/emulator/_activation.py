@@ -243,7 +243,7 @@ def _after_torch_import() -> None:
     _collectives.replace(torch)
     _refuse_jiterator(torch._C)
     if _active is not None and _active.dry:
-        _dry.watch(torch, library)
+        _dry.watch(torch, library, clock=_active.clock)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
     if _active is not None and (_active.hazards != "off" or _active.clock):
