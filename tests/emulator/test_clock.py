@@ -416,3 +416,40 @@ def test_what_limits_a_stretch_of_time() -> None:
         assert next(iter(shares)) == name, (name, shares)
         assert shares[name] > 0.75
         assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_cpu_operators_take_time_by_their_bytes() -> None:
+    report = run_clocked(
+        """
+        torch.cuda.synchronize()
+        size = 1 << 22
+        tensor, other = torch.ones(size), torch.ones(size)
+        weights = [torch.ones(size, requires_grad=True) for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.ones(size)
+        optimizer = torch.optim.AdamW(weights, fused=True)
+        optimizer.step()
+
+        def taken(function):
+            start = emulator.now_ns()
+            function()
+            return emulator.now_ns() - start
+
+        print(json.dumps({
+            "sum": taken(lambda: torch.add(tensor, other)),
+            "in place": taken(lambda: tensor.mul_(2)),
+            "list": taken(lambda: torch._foreach_mul_([tensor, other], 2.0)),
+            "small": taken(lambda: tensor[:1000].mul_(2)),
+            "optimizer": taken(optimizer.step),
+            "busy": {use.name: use.bytes for use in emulator.clock_report().resources},
+        }))
+        """
+    )
+    bytes_each, profile = 4 << 22, emulator.load_profile("rtx4090").host
+    assert report["sum"] == pytest.approx(3 * bytes_each / profile.memory_bandwidth_gb_s, rel=1e-6)
+    assert report["in place"] == pytest.approx(report["sum"] * 2 / 3, abs=2)
+    assert report["list"] == pytest.approx(2 * report["in place"], abs=2)
+    assert report["small"] == 0
+    passes = 2 * 7 * bytes_each
+    assert report["optimizer"] == pytest.approx(passes / profile.optimizer_bandwidth_gb_s, rel=0.01)
+    assert report["busy"]["cpu-optimizer"] == pytest.approx(2 * passes, rel=1e-3)

@@ -205,6 +205,7 @@ KernelCost kernel_cost(double work_ns, double bytes) {
   const Card& card = Card::instance();
   KernelCost cost;
   cost.duration_ns = static_cast<uint64_t>(std::ceil(card.ramp_ns + work_ns));
+  cost.moved_bytes = static_cast<uint64_t>(bytes);
   if (!card.fits_cache(bytes)) cost.device_bytes = static_cast<uint64_t>(bytes);
   if (work_ns > card.ramp_ns) {
     cost.limit = work_ns > bytes / card.rate(bytes) ? SPILLOVER_EMULATOR_LIMIT_MATH

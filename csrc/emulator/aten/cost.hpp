@@ -18,6 +18,7 @@ namespace spillover::emulator {
 
 struct KernelCost {
   uint64_t duration_ns = 0;
+  uint64_t moved_bytes = 0;   // read and written by the operator
   uint64_t device_bytes = 0;  // moved in the device's memory; 0 where the cache holds them
   spillover_emulator_limit limit = SPILLOVER_EMULATOR_LIMIT_FIXED;
 };

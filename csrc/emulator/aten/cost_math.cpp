@@ -153,6 +153,7 @@ KernelCost convolution_backward(const CostOperands& operands) {
       total.limit = part.limit;
     }
     total.duration_ns += part.duration_ns;
+    total.moved_bytes += part.moved_bytes;
     total.device_bytes += part.device_bytes;
   };
   if (wanted(0)) {

@@ -101,6 +101,13 @@ int spillover_emulator_work(const char* resource, size_t size_bytes, int64_t dur
                                                                       : CUDA_ERROR_INVALID_VALUE;
 }
 
+void spillover_emulator_host_operator(const char* name, uint64_t size_bytes, int is_optimizer) {
+  Machine* const machine = clocked_machine();
+  if (machine == nullptr) return;
+  Lock lock(machine->mutex);
+  machine->clock.host_operator(lock, name, size_bytes, is_optimizer != 0);
+}
+
 uint64_t spillover_emulator_work_submit(const char* resource, size_t size_bytes) {
   Machine* const machine = clocked_machine();
   if (machine == nullptr) return 0;

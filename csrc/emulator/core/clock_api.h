@@ -42,6 +42,11 @@ void spillover_emulator_advance(int64_t duration_ns);
  * CUDA_ERROR_INVALID_VALUE for a resource that there is not. */
 int spillover_emulator_work(const char* resource, size_t size_bytes, int64_t duration_ns);
 
+/* The calling thread has performed a CPU operator that moves size_bytes of the host's memory; few
+ * bytes take no time. Where the thread is between begin and end of work (below), the operator is a
+ * part of that. name lives for ever. */
+void spillover_emulator_host_operator(const char* name, uint64_t size_bytes, int is_optimizer);
+
 /* The same for work that another thread does later. submit is called by the thread that asks for
  * it and returns its number, or 0. The thread that does it calls begin and end; what it waits for
  * of the device in between, the work waits for in virtual time. wait moves the calling thread to

@@ -156,6 +156,7 @@ enum class Resource : std::uint8_t {
   kPeerLink,
   kHostFunction,
   kOptimizer,
+  kHostOperator,
   kDiskRead,
   kDiskWrite,
 };

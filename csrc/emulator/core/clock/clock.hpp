@@ -75,8 +75,10 @@ class Clock {
 
   // Work of the host on a resource; false for a resource that there is not. A negative duration
   // asks the profile. The calling thread does it itself, or has submitted it to a thread that
-  // reports when it begins and ends.
+  // reports when it begins and ends. A CPU operator is such work too, but within what a thread
+  // reports of it.
   bool work(Lock& lock, const char* resource, std::uint64_t bytes, Nanoseconds duration);
+  void host_operator(Lock& lock, const char* name, std::uint64_t bytes, bool is_optimizer);
   std::uint64_t submit_work(const char* resource, std::uint64_t bytes);
   void begin_work(std::uint64_t id);
   void end_work(std::uint64_t id);
@@ -102,6 +104,7 @@ class Clock {
   enum class Patience { kBlock, kBrief };
 
   void push(const StreamRef& stream, TimelineNode node);
+  void perform(Lock& lock, const char* name, const OperationCost& cost);
   bool run_until(Lock& lock, LaneId lane, Ticket ticket);
   bool run_to_now(Lock& lock, LaneId lane, Ticket ticket);
   bool execute(Lock& lock, const Timeline::Need& need, Patience patience);

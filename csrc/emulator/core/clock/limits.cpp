@@ -24,6 +24,8 @@ const char* limit_of(const Span& span) {
       return "host functions";
     case Resource::kOptimizer:
       return "CPU optimizer";
+    case Resource::kHostOperator:
+      return "CPU operators";
     case Resource::kDiskRead:
       return "disk reads";
     case Resource::kDiskWrite:

@@ -45,6 +45,8 @@ const char* resource_name(Resource resource) {
       return "host-function";
     case Resource::kOptimizer:
       return "cpu-optimizer";
+    case Resource::kHostOperator:
+      return "cpu-operators";
     case Resource::kDiskRead:
       return "disk-read";
     case Resource::kDiskWrite:

@@ -328,6 +328,11 @@ Ticket Timeline::ticket_behind(LaneId id, std::size_t depth) const {
   return lane->pending[lane->pending.size() - depth - 1].ticket;
 }
 
+const char* Timeline::next_name(LaneId id) const {
+  const Lane* const lane = find(id);
+  return lane == nullptr || lane->pending.empty() ? "" : lane->pending.front().name;
+}
+
 std::vector<std::pair<LaneId, Ticket>> Timeline::busy_lanes(int device) const {
   std::vector<std::pair<LaneId, Ticket>> found;
   for (const auto& [id, lane] : busy_) {

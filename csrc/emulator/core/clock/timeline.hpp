@@ -134,6 +134,9 @@ class Timeline {
   // Whether a node still has to run really before its end can be told.
   bool needs_execution(LaneId lane, Ticket ticket) const;
 
+  // What a lane does next; "" where it is idle.
+  const char* next_name(LaneId lane) const;
+
   // What ended a lane's latest node, and what ended last of all.
   Origin origin(LaneId lane) const;
   Origin last_ended() const { return last_ended_; }
