@@ -40,7 +40,8 @@ WatchedOperator::WatchedOperator(OperatorPlan plan)
     : plan_(std::move(plan)),
       cost_rule_(plan_),
       is_optimizer_(plan_.name.starts_with("aten::_fused_ada") ||
-                    plan_.name.starts_with("aten::_fused_sgd")) {}
+                    plan_.name.starts_with("aten::_fused_sgd")),
+      is_zero_(plan_.name == "aten::zero_") {}
 
 void WatchedOperator::report(const c10::IValue* arguments) const {
   RangeList ranges;
@@ -110,6 +111,9 @@ void WatchedOperator::run(const c10::OperatorHandle& op, c10::DispatchKeySet key
   }
   constexpr auto kBelow =
       c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect);
+  if (is_zero_ && dry_run_enabled() && zero_without_memory(stack->back().toTensor())) {
+    return set_known(stack->back().toTensor(), true);
+  }
   const bool may_be_unknown =
       dry_run_enabled() && !DeviceWorkScope::is_active() &&
       (spillover_emulator_unknown_host_runs() != 0 || spillover_emulator_pinned_count() != 0);

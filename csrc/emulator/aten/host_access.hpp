@@ -36,6 +36,7 @@ class WatchedOperator final : public c10::OperatorKernel {
   OperatorPlan plan_;
   CostRule cost_rule_;
   bool is_optimizer_;
+  bool is_zero_;
 };
 
 }  // namespace spillover::emulator
