@@ -453,3 +453,32 @@ def test_cpu_operators_take_time_by_their_bytes() -> None:
     passes = 2 * 7 * bytes_each
     assert report["optimizer"] == pytest.approx(passes / profile.optimizer_bandwidth_gb_s, rel=0.01)
     assert report["busy"]["cpu-optimizer"] == pytest.approx(2 * passes, rel=1e-3)
+
+
+def test_critical_path_goes_through_a_copy_beside_many_kernels() -> None:
+    report = run_clocked(
+        """
+        host = torch.zeros(32 << 20, pin_memory=True)
+        small = torch.zeros(8, device="cuda")
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            large = host.to("cuda", non_blocking=True)
+            arrived = side.record_event()
+        for _ in range(200):
+            small.add_(1)
+        torch.cuda.current_stream().wait_event(arrived)
+        large.mul_(2)
+        torch.cuda.synchronize()
+        report = emulator.clock_report()
+        print(json.dumps({
+            "path": [(share.name, share.ns) for share in report.critical_path],
+            "is_whole": report.critical_path_is_whole,
+            "makespan": report.makespan_ns,
+        }))
+        """
+    )
+    path = dict(report["path"])  # type: ignore[call-overload]
+    assert report["is_whole"]
+    assert path["memcpy host-to-device"] > 128 << 20 >> 5  # at less than 32 bytes a nanosecond
+    assert "aten::add_.Scalar" not in path
+    assert sum(path.values()) == pytest.approx(report["makespan"], rel=0.01)

@@ -93,6 +93,7 @@ class Recorder {
 
   void note_gap(const Span& span);
   void note_mark(const Span& span);
+  void note_place(const Span& span);
   const Span* find(std::uint64_t number) const;
   // Follows the chain of causes back from the latest end. True when it reached the beginning.
   bool critical_path(Shares* path) const;
@@ -109,6 +110,12 @@ class Recorder {
   std::map<std::pair<int, bool>, MemorySample> memory_peaks_;
   Nanoseconds end_ = 0;
   std::vector<Mark> marks_;  // in the order of their submissions
+
+  // Spans are numbered by their starts and kept by their ends: places_[number - first_place_] is
+  // how many had ended before the one with that number.
+  static constexpr std::uint64_t kNoPlace = ~std::uint64_t{0};  // has not ended
+  std::deque<std::uint64_t> places_;
+  std::uint64_t first_place_ = 0;
 
   std::deque<Span> spans_;
   std::deque<HostWait> host_waits_;
