@@ -32,6 +32,7 @@ SAMPLE = (
     "vision transformer amp",
     "lstm and gru",
     "generate with a cache",
+    "fsdp2 CPUOffloadPolicy",
     "spillover AdamW on the host",
     "spillover offloaded activations",
     "spillover streamed parameters",
