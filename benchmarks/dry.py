@@ -1,7 +1,8 @@
-"""Dry runs: memory equal to runs that compute, and what a dry run of a large model costs here.
+"""Dry runs: memory and schedule equal to runs that compute, and what a large model's cost here.
 
 Every case of ``benchmarks/_dry/cases.py`` runs twice on the emulated device, computed and dry, and
-all of torch's peaks and counts are compared. No peer makes dry runs through the real allocator.
+all of torch's peaks and counts are compared, and simulated time. No peer makes dry runs through the
+real allocator.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._dry import compare_cases
-from benchmarks._dry.compare import COUNTS, PEAKS
+from benchmarks._dry.compare import COUNTS, DEVICE_BOUND_PROFILE, PEAKS, PROFILE
 from benchmarks._dry.large import run_large
 
 #: At least one of each kind of model, for the quick form.
@@ -25,21 +26,29 @@ _QUICK = (
 
 def run(*, quick: bool) -> dict[str, Any]:
     """Compare every case both ways, and dry-run 7B fully trained and 70B with LoRA."""
-    comparisons = compare_cases(_QUICK if quick else None)
+    names = _QUICK if quick else None
+    comparisons = compare_cases(names, profile=PROFILE)
+    device_bound = compare_cases(names, profile=DEVICE_BOUND_PROFILE)
     full = run_large("1b" if quick else "7b")
     metrics: dict[str, int | float] = {
         "dry_cases": len(comparisons),
         "dry_peak_error_bytes_max": max(one.difference(PEAKS) for one in comparisons),
         "dry_allocation_count_error_max": max(one.difference(COUNTS) for one in comparisons),
+        "dry_schedule_error": max(one.schedule_error() for one in (*comparisons, *device_bound)),
         "dry_7b_seconds": full["seconds"],
         "dry_7b_rss_gib": full["rss_gib"],
         "dry_7b_peak_gib": full["report"]["peak_allocated_bytes"] / 2**30,
     }
     notes = [
         f"{one.name}: computed {one.computed!r}, dry {one.dry!r}"
-        for one in comparisons
-        if one.difference((*PEAKS, *COUNTS))
+        for one in (*comparisons, *device_bound)
+        if one.difference((*PEAKS, *COUNTS)) or one.schedule_error()
     ]
+    notes.append(
+        "dry_schedule_error: the largest relative difference, dry against computed, of a case's "
+        "simulated time or of any resource's busy time; with the h100-pcie profile and with one "
+        "on which the device is the limit"
+    )
     if quick:
         notes.append("quick: dry_7b_* are of a model of 1.1B parameters")
     else:

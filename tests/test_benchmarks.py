@@ -28,6 +28,9 @@ EXPECTED = {
         "clock_step_ms",
         "calibration_error_percent_median",
         "dry_peak_error_bytes_max",
+        "dry_schedule_error",
+        "simulated_slowdown.h100-pcie.save_on_cpu",
+        "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
     "dry": {
         "dry_cases",

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from benchmarks import _calibration
 
+from spillover.emulator._dry_times import CALIBRATION_ERROR_MAX, CALIBRATION_ERROR_MEDIAN
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -36,6 +38,8 @@ def test_median_error_over_held_out_cases() -> None:
     assert metrics["calibration_error_percent_median"] <= 15
     # A change of the model or of a profile that makes any case much worse is a mistake.
     assert metrics["calibration_error_percent_max"] <= 25
+    assert round(metrics["calibration_error_percent_median"], 1) == CALIBRATION_ERROR_MEDIAN
+    assert round(metrics["calibration_error_percent_max"], 1) == CALIBRATION_ERROR_MAX
     errors = [value for name, value in metrics.items() if name.startswith("calibration_error_p")]
     assert len(errors) == metrics["calibration_cases_held_out"] + 2
 

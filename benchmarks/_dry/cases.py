@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from benchmarks._dry import models
 from benchmarks._dry.compare import COUNTS, PEAKS
+from spillover import StateError, emulator
 
 Optimizer = Callable[[Any], torch.optim.Optimizer]
 Loss = Callable[[], Tensor]
@@ -27,19 +29,34 @@ _SCALE = 256.0
 
 
 def measure(case: Callable[[], None]) -> dict[str, int]:
-    """Run a case from an empty cache; peaks are absolute, counts are of this case alone."""
+    """Run a case from an empty cache; peaks are absolute, counts and times of this case alone.
+
+    Times, which end in ``_ns``, are there under the virtual clock: of the case, and for which each
+    resource worked.
+    """
     gc.collect()
     torch.cuda.synchronize()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(0)
-    before = torch.cuda.memory_stats()
+    before, times_before = torch.cuda.memory_stats(), _times()
     case()
     torch.cuda.synchronize()
-    after = torch.cuda.memory_stats()
-    values = {name: int(after.get(name, 0)) for name in PEAKS}
+    after, times = torch.cuda.memory_stats(), _times()
+    values = {name: time - times_before.get(name, 0) for name, time in times.items()}
+    values |= {name: int(after.get(name, 0)) for name in PEAKS}
     return values | {name: int(after.get(name, 0)) - int(before.get(name, 0)) for name in COUNTS}
+
+
+def _times() -> dict[str, int]:
+    try:
+        report = emulator.clock_report()
+    except StateError:  # the clock is off
+        return {}
+    return {"makespan_ns": report.makespan_ns} | {
+        f"{use.name}_ns": use.busy_ns for use in report.resources
+    }
 
 
 def _adamw(**options: Any) -> Optimizer:
@@ -194,7 +211,7 @@ def _hugging_face_generate() -> None:
     model.generate(_tokens(2, 32), max_new_tokens=12, do_sample=False, pad_token_id=0)
 
 
-def _spillover_model() -> tuple[nn.Module, Loss]:
+def _small_llama() -> tuple[models.LanguageModel, Loss]:
     with torch.device("cuda"):
         model = models.LanguageModel(llama=True).to(torch.bfloat16)
 
@@ -208,7 +225,7 @@ def _spillover_model() -> tuple[nn.Module, Loss]:
 def _host_optimizer() -> None:
     from spillover import optim
 
-    model, loss = _spillover_model()
+    model, loss = _small_llama()
     optimizer = optim.AdamW(model.parameters(), lr=1e-3, tier="host")
     for _ in range(_STEPS):
         loss().backward()
@@ -219,7 +236,7 @@ def _host_optimizer() -> None:
 def _offloaded_activations() -> None:
     import spillover
 
-    model, loss = _spillover_model()
+    model, loss = _small_llama()
     optimizer = _sgd(model.parameters())
     for _ in range(_STEPS + 1):  # the first one only looks
         with spillover.offload_activations():
@@ -232,9 +249,26 @@ def _offloaded_activations() -> None:
 def _streamed_parameters() -> None:
     import spillover
 
-    model, loss = _spillover_model()
+    model, loss = _small_llama()
     optimizer = _sgd(model.parameters())
     spillover.stream_parameters(model)
+    for _ in range(_STEPS):
+        loss().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def _fsdp2_offloaded() -> None:
+    model, loss = _small_llama()
+    with models.sharded_on_the_host(model):
+        _train(model, loss, _adamw(fused=True))
+
+
+def _torchao_optimizer() -> None:
+    from torchao.optim import CPUOffloadOptimizer
+
+    model, loss = _small_llama()
+    optimizer = CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-3)
     for _ in range(_STEPS):
         loss().backward()
         optimizer.step()
@@ -276,6 +310,7 @@ CASES: dict[str, Callable[[], None]] = {
     ),
     "lstm and gru": _recurrent,
     "generate with a cache": _generate,
+    "fsdp2 CPUOffloadPolicy": _fsdp2_offloaded,
     "spillover AdamW on the host": _host_optimizer,
     "spillover offloaded activations": _offloaded_activations,
     "spillover streamed parameters": _streamed_parameters,
@@ -290,10 +325,13 @@ HUGGING_FACE_CASES: dict[str, Callable[[], None]] = {
 }
 
 
+#: Need the ``torchao`` package.
+TORCHAO_CASES = {"torchao CPUOffloadOptimizer": _torchao_optimizer}
+
+
 def all_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every case that the installed packages allow."""
     yield from CASES.items()
-    with contextlib.suppress(ImportError):
-        import transformers  # noqa: F401
-
-        yield from HUGGING_FACE_CASES.items()
+    for package, cases in (("transformers", HUGGING_FACE_CASES), ("torchao", TORCHAO_CASES)):
+        if importlib.util.find_spec(package) is not None:
+            yield from cases.items()

@@ -15,6 +15,7 @@ from typing import Any
 
 #: Width, heads, blocks, vocabulary; the units are wider than Llama's, so there are fewer blocks.
 SHAPES = {
+    "quick": (1024, 8, 2, 4000),
     "1b": (2048, 16, 16, 32000),
     "7b": (4096, 32, 27, 32000),
     "70b": (8192, 64, 69, 32000),

@@ -5,6 +5,9 @@ Most of their tensors are larger than what a dry run computes for real, so that 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -142,6 +145,25 @@ def add_low_rank(model: nn.Module) -> nn.Module:
         if isinstance(module, Attention):
             module.query, module.value = LowRank(module.query), LowRank(module.value)
     return model
+
+
+@contextlib.contextmanager
+def sharded_on_the_host(model: LanguageModel) -> Iterator[None]:
+    """FSDP2 with weights, gradients and optimizer on the host, in one process.
+
+    It computes what each of many processes would, without their communication.
+    """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        for module in (*model.blocks, model):
+            fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=True))
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 class ConvNet(nn.Module):

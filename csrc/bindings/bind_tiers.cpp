@@ -178,8 +178,11 @@ void register_host_pool(py::module_& module) {
       .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
       .def("trim", &HostPool::trim, ReleaseGil())
       .def("stats", &HostPool::stats, ReleaseGil());
-  module.def("annotate_work", &annotate_work, py::arg("resource"), py::arg("size_bytes"),
-             ReleaseGil(), "Tell a virtual clock, where there is one, what was just done.");
+  module.def("begin_work", &annotate_work_begin, py::arg("resource"), py::arg("size_bytes"),
+             ReleaseGil(),
+             "Tell a virtual clock, where there is one, that this thread begins to do something.");
+  module.def("end_work", &annotate_work_end, py::arg("work"), ReleaseGil(),
+             "The work with this number is done.");
   module.def("available_host_bytes", &available_host_bytes, ReleaseGil(),
              "What the machine and the process's memory control groups leave, in bytes.");
 }

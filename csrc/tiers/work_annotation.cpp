@@ -13,8 +13,6 @@ Function* find(const char* name) {
 // The part of the emulator's C interface that is used here, declared again because the product
 // shares no header with the emulator.
 struct Clock {
-  int (*work)(const char*, size_t,
-              int64_t) = find<int(const char*, size_t, int64_t)>("spillover_emulator_work");
   uint64_t (*submit)(const char*, size_t) =
       find<uint64_t(const char*, size_t)>("spillover_emulator_work_submit");
   void (*begin)(uint64_t) = find<void(uint64_t)>("spillover_emulator_work_begin");
@@ -30,8 +28,16 @@ const Clock& clock() {
 
 }  // namespace
 
-void annotate_work(const char* resource, size_t size_bytes) noexcept {
-  if (clock().work != nullptr) clock().work(resource, size_bytes, -1);
+WorkId annotate_work_begin(const char* resource, size_t size_bytes) noexcept {
+  const WorkId work = annotate_work_submit(resource, size_bytes);
+  if (work != 0) clock().begin(work);
+  return work;
+}
+
+void annotate_work_end(WorkId work) noexcept {
+  if (work == 0) return;
+  clock().end(work);
+  clock().wait(work);
 }
 
 WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept {

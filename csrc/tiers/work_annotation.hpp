@@ -15,11 +15,15 @@ inline constexpr const char* kCpuOptimizer = "cpu-optimizer";
 inline constexpr const char* kDiskRead = "disk-read";
 inline constexpr const char* kDiskWrite = "disk-write";
 
-// The calling thread has done this work itself.
-void annotate_work(const char* resource, size_t size_bytes) noexcept;
-
-// Work that the calling thread asks for and another one does; 0 where nobody keeps time.
+// A number of a piece of work; 0 where nobody keeps time.
 using WorkId = uint64_t;
+
+// Around work that the calling thread does itself. PyTorch's CPU operators in between, of which the
+// clock knows too, count as a part of it.
+WorkId annotate_work_begin(const char* resource, size_t size_bytes) noexcept;
+void annotate_work_end(WorkId work) noexcept;
+
+// Work that the calling thread asks for and another one does.
 WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept;
 
 // Around doing it, on the thread that does. What the thread waits for of the device meanwhile, the

@@ -72,6 +72,27 @@ def known_values_go_over_pinned_and_pageable_memory_and_back() -> None:
 
 
 @check()
+def zeros_on_the_host_are_real_and_need_no_memory() -> None:
+    import resource
+
+    import torch
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state = torch.zeros_like(torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True))
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10 < 1 << 28
+    assert state[::4096].sum().item() == 0
+    state[12345] = 7
+    assert state.zero_()[12345] == 0
+    inner, shared = torch.ones(LARGE), torch.ones(LARGE).share_memory_()
+    inner[7:-9].zero_()
+    assert inner.sum().item() == 16
+    every_other = torch.ones(LARGE)
+    every_other[::2].zero_()
+    assert every_other.sum().item() == LARGE / 2
+    assert shared.zero_().sum().item() == 0
+
+
+@check()
 def an_unknown_value_overwrites_a_known_one() -> None:
     import torch
 

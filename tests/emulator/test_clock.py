@@ -378,3 +378,107 @@ def test_trace_and_summary_of_a_script(tmp_path: Path) -> None:
     busy_ms = sum(duration for _, duration in compute) / 1000
     summary = re.findall(r"compute of cuda:0: busy ([0-9.]+) ms", result.stderr)
     assert f"{busy_ms:.3f}" in summary
+
+
+def test_what_limits_a_stretch_of_time() -> None:
+    report = run_clocked(
+        """
+        from spillover.emulator._dry_times import limits
+
+        wide = torch.zeros(2048, 2048, dtype=torch.bfloat16, device="cuda")
+        large = torch.zeros(16 << 20, device="cuda")
+        small = torch.zeros(8, device="cuda")
+        host = torch.zeros(16 << 20, pin_memory=True)
+
+        def repeat(count, function):
+            for _ in range(count):
+                function()
+
+        def limit(function):
+            torch.cuda.synchronize()
+            start = emulator.now_ns()
+            function()
+            torch.cuda.synchronize()
+            return limits(start, emulator.now_ns())
+
+        print(json.dumps({
+            "compute": limit(lambda: repeat(10, lambda: wide @ wide)),
+            "memory bandwidth": limit(lambda: repeat(4, lambda: large.mul_(2))),
+            "copies to the device": limit(lambda: large.copy_(host, non_blocking=True)),
+            "copies to the host": limit(lambda: host.copy_(large, non_blocking=True)),
+            "CPU optimizer": limit(lambda: emulator.busy("cpu-optimizer", bytes=1 << 30)),
+            "disk reads": limit(lambda: emulator.busy("disk-read", bytes=1 << 30)),
+            "host: Python and launches": limit(lambda: repeat(99, lambda: small.add_(1))),
+        }))
+        """
+    )
+    for name, shares in report.items():
+        assert next(iter(shares)) == name, (name, shares)
+        assert shares[name] > 0.75
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_cpu_operators_take_time_by_their_bytes() -> None:
+    report = run_clocked(
+        """
+        torch.cuda.synchronize()
+        size = 1 << 22
+        tensor, other = torch.ones(size), torch.ones(size)
+        weights = [torch.ones(size, requires_grad=True) for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.ones(size)
+        optimizer = torch.optim.AdamW(weights, fused=True)
+        optimizer.step()
+
+        def taken(function):
+            start = emulator.now_ns()
+            function()
+            return emulator.now_ns() - start
+
+        print(json.dumps({
+            "sum": taken(lambda: torch.add(tensor, other)),
+            "in place": taken(lambda: tensor.mul_(2)),
+            "list": taken(lambda: torch._foreach_mul_([tensor, other], 2.0)),
+            "small": taken(lambda: tensor[:1000].mul_(2)),
+            "optimizer": taken(optimizer.step),
+            "busy": {use.name: use.bytes for use in emulator.clock_report().resources},
+        }))
+        """
+    )
+    bytes_each, profile = 4 << 22, emulator.load_profile("rtx4090").host
+    assert report["sum"] == pytest.approx(3 * bytes_each / profile.memory_bandwidth_gb_s, rel=1e-6)
+    assert report["in place"] == pytest.approx(report["sum"] * 2 / 3, abs=2)
+    assert report["list"] == pytest.approx(2 * report["in place"], abs=2)
+    assert report["small"] == 0
+    passes = 2 * 7 * bytes_each
+    assert report["optimizer"] == pytest.approx(passes / profile.optimizer_bandwidth_gb_s, rel=0.01)
+    assert report["busy"]["cpu-optimizer"] == pytest.approx(2 * passes, rel=1e-3)
+
+
+def test_critical_path_goes_through_a_copy_beside_many_kernels() -> None:
+    report = run_clocked(
+        """
+        host = torch.zeros(32 << 20, pin_memory=True)
+        small = torch.zeros(8, device="cuda")
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            large = host.to("cuda", non_blocking=True)
+            arrived = side.record_event()
+        for _ in range(200):
+            small.add_(1)
+        torch.cuda.current_stream().wait_event(arrived)
+        large.mul_(2)
+        torch.cuda.synchronize()
+        report = emulator.clock_report()
+        print(json.dumps({
+            "path": [(share.name, share.ns) for share in report.critical_path],
+            "is_whole": report.critical_path_is_whole,
+            "makespan": report.makespan_ns,
+        }))
+        """
+    )
+    path = dict(report["path"])  # type: ignore[call-overload]
+    assert report["is_whole"]
+    assert path["memcpy host-to-device"] > 128 << 20 >> 5  # at less than 32 bytes a nanosecond
+    assert "aten::add_.Scalar" not in path
+    assert sum(path.values()) == pytest.approx(report["makespan"], rel=0.01)

@@ -292,6 +292,9 @@ def test_options_from_environment() -> None:
     with pytest.raises(ConfigError, match="SPILLOVER_EMULATOR_SEED='x' is not a number"):
         Options.from_environment({"SPILLOVER_EMULATOR_SEED": "x"})
     assert Options(vram="1GiB") == Options(vram=1 << 30)
+    assert Options() == Options(vram="8GiB")
+    assert Options(profile="rtx4090").vram_bytes == 24 << 30
+    assert Options(profile="rtx4090", vram="8GiB").vram_bytes == 8 << 30
     assert Options.from_environment({"SPILLOVER_EMULATOR_POISON": "off"}).poison is False
     with pytest.raises(ConfigError, match="poison must be True or False"):
         Options(poison="off")  # type: ignore[arg-type]

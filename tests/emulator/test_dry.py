@@ -6,6 +6,7 @@ One process makes all checks of a policy (``dry_checks.py``), one process a way 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import dry_checks
 import pytest
 from benchmarks._dry import compare_cases
-from benchmarks._dry.compare import COUNTS, PEAKS
+from benchmarks._dry.compare import COUNTS, DEVICE_BOUND_PROFILE, PEAKS, PROFILE
 
 from spillover import ConfigError, StateError, emulator
 
@@ -31,6 +32,7 @@ SAMPLE = (
     "vision transformer amp",
     "lstm and gru",
     "generate with a cache",
+    "fsdp2 CPUOffloadPolicy",
     "spillover AdamW on the host",
     "spillover offloaded activations",
     "spillover streamed parameters",
@@ -62,6 +64,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=300,
         cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("SPILLOVER_EMULATOR")},
     )
 
 
@@ -80,8 +83,8 @@ def test_in_a_dry_process(outcomes: dict[str, str], name: str) -> None:
     assert not outcomes[name], outcomes[name]
 
 
-def compare(names: tuple[str, ...] | None) -> None:
-    comparisons = compare_cases(names)
+def compare(names: tuple[str, ...] | None, profile: str) -> None:
+    comparisons = compare_cases(names, profile=profile)
     assert names is None or len(comparisons) == len(names)
     for comparison in comparisons:
         assert isinstance(comparison.computed, dict), f"{comparison.name}: {comparison.computed}"
@@ -91,15 +94,19 @@ def compare(names: tuple[str, ...] | None) -> None:
             assert comparison.computed[statistic] == comparison.dry[statistic], (
                 f"{comparison.name}: {statistic}"
             )
+        if profile:
+            assert comparison.computed["makespan_ns"] > comparison.computed["compute_ns"] > 0
+            assert comparison.schedule_error() == 0, comparison
 
 
-def test_memory_equals_a_computed_run() -> None:
-    compare(SAMPLE)
+def test_memory_and_schedule_equal_a_computed_run() -> None:
+    compare(SAMPLE, DEVICE_BOUND_PROFILE)
 
 
 @pytest.mark.soak
-def test_memory_equals_a_computed_run_for_every_case() -> None:
-    compare(None)
+@pytest.mark.parametrize("profile", ["", PROFILE, DEVICE_BOUND_PROFILE])
+def test_memory_and_schedule_equal_a_computed_run_for_every_case(profile: str) -> None:
+    compare(None, profile)
 
 
 def dry(
@@ -145,6 +152,69 @@ def test_report_of_a_script_that_does_not_fit(tmp_path: Path) -> None:
     assert report["peak_reserved_bytes"] <= 400 << 20
 
 
+def test_report_of_simulated_times(tmp_path: Path) -> None:
+    result, report = dry(tmp_path, "--profile", "rtx3060", "--tokens-per-step", "512")
+    assert result.returncode == 0, result.stderr
+    assert report["capacity_bytes"] == 12 << 30
+    assert report["profile"].startswith("rtx3060")
+    # Four products of 512 x 4096 x 4096 forward and seven backward, in fp32, and AdamW's passes.
+    floor_s = 11 * 2 * 512 * 4096**2 / 12.7e12
+    assert floor_s < report["step_time_s"] < report["simulated_s"]
+    assert report["tokens_per_second"] == pytest.approx(512 / report["step_time_s"])
+    assert report["limited_by"] == next(iter(report["limits"]))
+    assert report["limited_by"] in ("compute", "memory bandwidth")
+    assert sum(report["limits"].values()) == pytest.approx(1)
+    for text in ("512 a step", f"Limited by {report['limited_by']}", "4.4 % (median)"):
+        assert text in result.stderr
+
+
+LANGUAGE = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.places = nn.Embedding(1000, 256), nn.Embedding(64, 256)
+        self.head = nn.Linear(256, 1000)
+
+    def forward(self, tokens):
+        hidden = self.words(tokens) + self.places(torch.arange(64, device="cuda"))
+        return torch.utils.checkpoint.checkpoint(self.head, hidden, use_reentrant=False)
+
+model = Model().cuda()
+optimizers = [torch.optim.SGD([p], lr=0.1) for p in model.parameters()]
+for _ in range(STEPS):
+    for _ in range(2):
+        tokens = torch.randint(0, 1000, (3, 64), device="cuda")
+        model(tokens).square().mean().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    with torch.no_grad():
+        model(torch.randint(0, 1000, (50, 64), device="cuda"))
+"""
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_steps_and_tokens_are_counted(steps: int) -> None:
+    program = (
+        "from spillover import emulator\n"
+        "emulator.enable(dry=True, profile='rtx4090')\n"
+        + LANGUAGE.replace("STEPS", str(steps))
+        + "print(emulator.dry_report().to_json())"
+    )
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["steps"] == steps
+    assert report["simulated_s"] > 0
+    if steps == 0:
+        assert report["step_time_s"] is report["tokens_per_second"] is report["limited_by"] is None
+    else:
+        assert report["tokens_per_step"] == 2 * 3 * 64  # neither the places nor the evaluation
+        assert report["limited_by"] == "host: Python and launches"
+
+
 def test_wrong_options() -> None:
     with pytest.raises(ConfigError, match="unknown='two' is not known; choose one of error, zero"):
         emulator.Options(unknown="two")  # type: ignore[arg-type]
@@ -155,3 +225,8 @@ def test_wrong_options() -> None:
     result = python("-m", "spillover", "emulate", "--report", "x.json", "--", "python", "-c", "1")
     assert result.returncode == 2
     assert "--report is for dry runs; add --dry" in result.stderr
+    result = python(
+        "-m", "spillover", "emulate", "--tokens-per-step", "9", "--", "python", "-c", "1"
+    )
+    assert result.returncode == 2
+    assert "--tokens-per-step is for dry runs; add --dry" in result.stderr

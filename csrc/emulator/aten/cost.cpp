@@ -198,10 +198,20 @@ double tensor_bytes(const at::Tensor& tensor) {
 }
 
 KernelCost bytes_bound_cost(double bytes) {
+  return kernel_cost(bytes / Card::instance().rate(bytes), bytes);
+}
+
+KernelCost kernel_cost(double work_ns, double bytes) {
   const Card& card = Card::instance();
-  const double duration = card.ramp_ns + bytes / card.rate(bytes);
-  return {static_cast<uint64_t>(std::ceil(duration)),
-          card.fits_cache(bytes) ? 0 : static_cast<uint64_t>(bytes)};
+  KernelCost cost;
+  cost.duration_ns = static_cast<uint64_t>(std::ceil(card.ramp_ns + work_ns));
+  cost.moved_bytes = static_cast<uint64_t>(bytes);
+  if (!card.fits_cache(bytes)) cost.device_bytes = static_cast<uint64_t>(bytes);
+  if (work_ns > card.ramp_ns) {
+    cost.limit = work_ns > bytes / card.rate(bytes) ? SPILLOVER_EMULATOR_LIMIT_MATH
+                                                    : SPILLOVER_EMULATOR_LIMIT_MEMORY;
+  }
+  return cost;
 }
 
 bool clock_enabled() {
@@ -210,7 +220,7 @@ bool clock_enabled() {
 }
 
 void charge_kernel(cudaStream_t stream, const char* name, const KernelCost& cost) {
-  spillover_emulator_kernel(stream, name, cost.duration_ns, cost.device_bytes);
+  spillover_emulator_kernel(stream, name, cost.duration_ns, cost.device_bytes, cost.limit);
 }
 
 }  // namespace spillover::emulator

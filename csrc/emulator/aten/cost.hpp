@@ -12,12 +12,15 @@
 #include <cstdint>
 
 #include "emulator/aten/plan.hpp"
+#include "emulator/core/clock_api.h"
 
 namespace spillover::emulator {
 
 struct KernelCost {
   uint64_t duration_ns = 0;
+  uint64_t moved_bytes = 0;   // read and written by the operator
   uint64_t device_bytes = 0;  // moved in the device's memory; 0 where the cache holds them
+  spillover_emulator_limit limit = SPILLOVER_EMULATOR_LIMIT_FIXED;
 };
 
 // What a rule looks at.
@@ -43,6 +46,9 @@ class CostRule {
 
 // A kernel that moves so many bytes.
 KernelCost bytes_bound_cost(double bytes);
+
+// A kernel that moves so many bytes and works for so many nanoseconds, its fixed part aside.
+KernelCost kernel_cost(double work_ns, double bytes);
 
 // The bytes that a tensor covers: dimensions of stride 0 count once.
 double tensor_bytes(const at::Tensor& tensor);

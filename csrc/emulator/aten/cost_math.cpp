@@ -26,11 +26,6 @@ double ceil_div(double a, double b) {
   return std::ceil(a / b);
 }
 
-KernelCost rounded(double duration, double bytes) {
-  return {static_cast<uint64_t>(std::ceil(duration)),
-          Card::instance().fits_cache(bytes) ? 0 : static_cast<uint64_t>(bytes)};
-}
-
 double extent_of(const at::Tensor& tensor, int64_t dimension) {
   return static_cast<double>(tensor.size(dimension));
 }
@@ -151,8 +146,14 @@ KernelCost convolution_backward(const CostOperands& operands) {
            mask->toBoolList().get(index);
   };
   KernelCost total;
+  uint64_t longest_ns = 0;
   const auto add = [&](const KernelCost& part) {
+    if (part.duration_ns > longest_ns) {
+      longest_ns = part.duration_ns;
+      total.limit = part.limit;
+    }
     total.duration_ns += part.duration_ns;
+    total.moved_bytes += part.moved_bytes;
     total.device_bytes += part.device_bytes;
   };
   if (wanted(0)) {
@@ -185,7 +186,7 @@ KernelCost attention_cost(const AttentionShape& shape, bool is_causal, bool is_b
       shape.d / (shape.d + card.attention_head_ramp);
   const double flop = (is_backward ? 10 : 4) * kBlock * shape.d * (keys + card.attention_key_ramp);
   const double math = waves * card.sm_count * flop / (card.peak(type) * efficiency);
-  return rounded(card.ramp_ns + std::max(math, bytes / card.rate(bytes)), bytes);
+  return kernel_cost(std::max(math, bytes / card.rate(bytes)), bytes);
 }
 
 bool is_causal(const CostOperands& operands) {
@@ -252,7 +253,7 @@ KernelCost product_cost(const ProductShape& shape, double bytes, double peak, do
       moved = total;
     }
   }
-  return rounded(card.ramp_ns + best, moved);
+  return kernel_cost(best, moved);
 }
 
 void add_math_rules(

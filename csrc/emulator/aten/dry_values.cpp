@@ -3,9 +3,13 @@
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/copy_native.h>
 #include <ATen/ops/empty.h>
+#include <c10/core/CPUAllocator.h>
 #include <c10/util/Exception.h>
 
+#include <sys/mman.h>
+
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <unordered_map>
 #include <utility>
@@ -211,6 +215,28 @@ void bind_unknown_to_storage(const at::Tensor& tensor) {
   auto* const guard =
       new UnknownGuard{storage->set_data_ptr(c10::DataPtr(nullptr, device)), storage->nbytes()};
   storage->set_data_ptr_noswap(c10::DataPtr(data, guard, &UnknownGuard::release, device));
+}
+
+bool zero_without_memory(const at::Tensor& tensor) {
+  constexpr uintptr_t kPageBytes = 4096;
+  constexpr size_t kBytesMin = size_t{1} << 20;
+  if (!is_plain_host(tensor) || tensor.nbytes() < kBytesMin ||
+      !tensor.is_non_overlapping_and_dense()) {
+    return false;
+  }
+  // Private memory of the allocator's own: mapped files and shared memory keep their bytes.
+  if (tensor.storage().data_ptr().get_deleter() != c10::GetCPUAllocator()->raw_deleter()) {
+    return false;
+  }
+  auto* const begin = static_cast<char*>(tensor.storage().mutable_data()) +
+                      static_cast<size_t>(tensor.storage_offset()) * tensor.element_size();
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const size_t head = (kPageBytes - address % kPageBytes) % kPageBytes;
+  const size_t middle = (tensor.nbytes() - head) / kPageBytes * kPageBytes;
+  if (madvise(begin + head, middle, MADV_DONTNEED) != 0) return false;
+  std::memset(begin, 0, head);
+  std::memset(begin + head + middle, 0, tensor.nbytes() - head - middle);
+  return true;
 }
 
 bool run_host_operator(const OperatorPlan& plan, const c10::OperatorHandle& op,

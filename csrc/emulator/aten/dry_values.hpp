@@ -38,6 +38,11 @@ at::Scalar scalar_of(const at::Tensor& self);
 // Keeps what is unknown in a pageable tensor from outliving its memory.
 void bind_unknown_to_storage(const at::Tensor& tensor);
 
+// zero_ of a large CPU tensor: gives its pages back to the system, from which they read as zeros,
+// so that an optimizer's state on the host needs no memory before anybody touches it. False where
+// the memory is not that simple, and has to be written.
+bool zero_without_memory(const at::Tensor& tensor);
+
 // A CPU operator of the program's own. True where it was dealt with here: it reads what is not
 // known, or fills pinned memory that a dry run gives no bytes to, and so only carries on what is
 // not known. Otherwise the operator has to run, and finish_host_operator to be called afterwards

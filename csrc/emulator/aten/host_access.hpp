@@ -1,5 +1,5 @@
-// CPU operators seen by the checker: what a program does to pinned memory with ordinary CPU
-// tensors.
+// CPU operators seen by the checker and the clock: what a program does to pinned memory, and how
+// much memory of the host it moves, with ordinary CPU tensors.
 //
 // Note [Watching CPU operators]. The wrapper stands at key BackendSelect, which every thread's
 // dispatcher visits right above the backends, and then hands on to the operator's own kernel. A
@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/plan.hpp"
 
 namespace spillover::emulator {
@@ -26,9 +27,16 @@ class WatchedOperator final : public c10::OperatorKernel {
                   torch::jit::Stack* stack) const;
 
  private:
+  void run(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) const;
+  void run_charged(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                   torch::jit::Stack* stack) const;
   void report(const c10::IValue* arguments) const;
+  bool is_on_host(c10::ArrayRef<c10::IValue> arguments) const;
 
   OperatorPlan plan_;
+  CostRule cost_rule_;
+  bool is_optimizer_;
+  bool is_zero_;
 };
 
 }  // namespace spillover::emulator

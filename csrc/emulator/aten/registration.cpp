@@ -11,6 +11,7 @@
 
 #include "emulator/aten/accesses.hpp"
 #include "emulator/aten/copy.hpp"
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/dry_run.hpp"
 #include "emulator/aten/dry_values.hpp"
 #include "emulator/aten/host_access.hpp"
@@ -117,7 +118,7 @@ class Registrar {
       register_on_device(*op);
       register_sparse(*op, DispatchKey::SparseCUDA, DispatchKey::SparseCPU);
       register_sparse(*op, DispatchKey::SparseCsrCUDA, DispatchKey::SparseCsrCPU);
-      if (hazards_enabled() || dry_run_enabled()) register_watch(*op);
+      if (hazards_enabled() || dry_run_enabled() || clock_enabled()) register_watch(*op);
     }
     add(c10::OperatorName("aten::copy_", ""), DispatchKey::CUDA,
         c10::KernelFunction::makeFromUnboxedFunction(TORCH_FN(copy_)));

@@ -25,6 +25,23 @@ Machine* clocked_machine() {
   return machine.clock.enabled() ? &machine : nullptr;
 }
 
+// Without out makes a new text, with a buffer copies the latest one there; its length.
+template <typename Function>
+size_t hand_out(char* out, size_t capacity, Function&& make) {
+  if (out != nullptr && capacity > 0) *out = '\0';
+  Machine* const machine = clocked_machine();
+  if (machine == nullptr) return 0;
+  Lock lock(machine->mutex);
+  static std::string& text = *new std::string;  // guarded by the machine's mutex
+  if (out == nullptr) text = make(machine, lock);
+  if (out != nullptr && capacity > 0) {
+    const std::size_t length = std::min(text.size(), capacity - 1);
+    std::memcpy(out, text.data(), length);
+    out[length] = '\0';
+  }
+  return text.size();
+}
+
 }  // namespace
 
 extern "C" {
@@ -38,7 +55,7 @@ double spillover_emulator_profile(const char* key) {
 }
 
 void spillover_emulator_kernel(void* stream, const char* name, uint64_t duration_ns,
-                               uint64_t device_bytes) {
+                               uint64_t device_bytes, spillover_emulator_limit limit) {
   Machine* const machine = clocked_machine();
   if (machine == nullptr || emulator::in_callback()) return;
   const emulator::ReportScope reports;
@@ -54,8 +71,12 @@ void spillover_emulator_kernel(void* stream, const char* name, uint64_t duration
     return;  // the operator's next call says so
   }
   machine->clock.advance(machine->clock.profile().microseconds("host.operator_us"));
-  machine->clock.append_kernel(target, name, static_cast<emulator::Nanoseconds>(duration_ns),
-                               device_bytes);
+  emulator::OperationCost cost;
+  cost.resource = emulator::Resource::kCompute;
+  cost.limit = static_cast<emulator::KernelLimit>(limit);
+  cost.duration = static_cast<emulator::Nanoseconds>(duration_ns);
+  cost.device_bytes = device_bytes;
+  machine->clock.append_kernel(target, name, cost);
   machine->clock.throttle(lock, target);
   machine->clock.yield(lock);
 }
@@ -78,6 +99,13 @@ int spillover_emulator_work(const char* resource, size_t size_bytes, int64_t dur
   Lock lock(machine->mutex);
   return machine->clock.work(lock, resource, size_bytes, duration_ns) ? CUDA_SUCCESS
                                                                       : CUDA_ERROR_INVALID_VALUE;
+}
+
+void spillover_emulator_host_operator(const char* name, uint64_t size_bytes, int is_optimizer) {
+  Machine* const machine = clocked_machine();
+  if (machine == nullptr) return;
+  Lock lock(machine->mutex);
+  machine->clock.host_operator(lock, name, size_bytes, is_optimizer != 0);
 }
 
 uint64_t spillover_emulator_work_submit(const char* resource, size_t size_bytes) {
@@ -116,18 +144,27 @@ int spillover_emulator_work_is_done(uint64_t work) {
 }
 
 size_t spillover_emulator_clock_report(char* out, size_t capacity) {
-  if (out != nullptr && capacity > 0) *out = '\0';
+  return hand_out(out, capacity,
+                  [](Machine* machine, Lock& lock) { return machine->clock.report(lock); });
+}
+
+int64_t spillover_emulator_clock_mark(void) {
+  Machine* const machine = clocked_machine();
+  if (machine == nullptr) return -1;
+  const Lock lock(machine->mutex);
+  return machine->clock.mark();
+}
+
+int64_t spillover_emulator_clock_mark_time(int64_t mark) {
   Machine* const machine = clocked_machine();
   if (machine == nullptr) return 0;
-  Lock lock(machine->mutex);
-  static std::string& text = *new std::string;  // guarded by the machine's mutex
-  if (out == nullptr) text = machine->clock.report(lock);
-  if (out != nullptr && capacity > 0) {
-    const std::size_t length = std::min(text.size(), capacity - 1);
-    std::memcpy(out, text.data(), length);
-    out[length] = '\0';
-  }
-  return text.size();
+  const Lock lock(machine->mutex);
+  return machine->clock.mark_time(mark);
+}
+
+size_t spillover_emulator_clock_limits(int64_t from_ns, int64_t to_ns, char* out, size_t capacity) {
+  return hand_out(out, capacity,
+                  [=](Machine* machine, Lock&) { return machine->clock.limits(from_ns, to_ns); });
 }
 
 int spillover_emulator_clock_trace(const char* path) {

@@ -21,10 +21,17 @@ int spillover_emulator_clock_enabled(void);
 /* A number of the profile, such as "gpu.sm_count"; 0 for a key that is not there. */
 double spillover_emulator_profile(const char* key);
 
+/* What most of a kernel's duration comes from: its fixed part, memory bandwidth, or arithmetic. */
+typedef enum {
+  SPILLOVER_EMULATOR_LIMIT_FIXED = 0,
+  SPILLOVER_EMULATOR_LIMIT_MEMORY = 1,
+  SPILLOVER_EMULATOR_LIMIT_MATH = 2
+} spillover_emulator_limit;
+
 /* The calling thread has just performed a kernel on stream that takes duration_ns on the profile's
  * card, where nothing else runs, and moves device_bytes of its memory. name lives for ever. */
 void spillover_emulator_kernel(void* stream, const char* name, uint64_t duration_ns,
-                               uint64_t device_bytes);
+                               uint64_t device_bytes, spillover_emulator_limit limit);
 
 /* The calling thread's time; the thread works, or waits for something outside, for so long. */
 int64_t spillover_emulator_now(void);
@@ -34,6 +41,11 @@ void spillover_emulator_advance(int64_t duration_ns);
  * "disk-write". A negative duration is computed from the profile. Returns 0, or
  * CUDA_ERROR_INVALID_VALUE for a resource that there is not. */
 int spillover_emulator_work(const char* resource, size_t size_bytes, int64_t duration_ns);
+
+/* The calling thread has performed a CPU operator that moves size_bytes of the host's memory; few
+ * bytes take no time. Where the thread is between begin and end of work (below), the operator is a
+ * part of that. name lives for ever. */
+void spillover_emulator_host_operator(const char* name, uint64_t size_bytes, int is_optimizer);
 
 /* The same for work that another thread does later. submit is called by the thread that asks for
  * it and returns its number, or 0. The thread that does it calls begin and end; what it waits for
@@ -49,6 +61,16 @@ int spillover_emulator_work_is_done(uint64_t work);
  * length. With out NULL a new one is made, which calls with a buffer then copy. Like
  * cuCtxSynchronize, it waits for everything that was launched. */
 size_t spillover_emulator_clock_report(char* out, size_t capacity);
+
+/* Notes the moment at which all that was launched so far is done, and returns its number, from 0
+ * on; -1 while the clock is off. The moment itself is known once it has come. */
+int64_t spillover_emulator_clock_mark(void);
+int64_t spillover_emulator_clock_mark_time(int64_t mark);
+
+/* What the time between two moments went by, along the critical path: JSON, a list of causes as in
+ * the report's shares. Their sum is to_ns - from_ns, or less where the record of so long ago was
+ * dropped. Used like the report. */
+size_t spillover_emulator_clock_limits(int64_t from_ns, int64_t to_ns, char* out, size_t capacity);
 
 /* Writes what is known as a trace in Chrome's format. Returns 0 or an errno. */
 int spillover_emulator_clock_trace(const char* path);

@@ -156,12 +156,17 @@ enum class Resource : std::uint8_t {
   kPeerLink,
   kHostFunction,
   kOptimizer,
+  kHostOperator,
   kDiskRead,
   kDiskWrite,
 };
 
+// What most of a kernel's duration comes from: its fixed part, memory bandwidth, or arithmetic.
+enum class KernelLimit : std::uint8_t { kFixed, kMemory, kMath };
+
 struct OperationCost {
   Resource resource = Resource::kNone;
+  KernelLimit limit = KernelLimit::kFixed;
   std::int64_t duration = 0;       // nanoseconds where nothing else runs
   std::uint64_t device_bytes = 0;  // moved in the device's memory meanwhile
   std::uint64_t link_bytes = 0;

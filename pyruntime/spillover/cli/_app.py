@@ -56,7 +56,10 @@ def emulate(
         list[str] | None,
         typer.Argument(help="Program and arguments, after --.", metavar="-- COMMAND..."),
     ] = None,
-    vram: Annotated[str | None, typer.Option(help="Capacity of each device, such as 8GiB.")] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(help="Capacity of each device, such as 24GiB; else the profile's, or 8GiB."),
+    ] = None,
     devices: Annotated[int | None, typer.Option(help="Number of devices, 1 to 16.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="When queued work runs: late, eager, threaded or random.")
@@ -88,6 +91,10 @@ def emulate(
     ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a dry run's report there, as JSON.", metavar="FILE")
+    ] = None,
+    tokens_per_step: Annotated[
+        int | None,
+        typer.Option(min=1, help="What a step trains on, for a dry run's tokens per second."),
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Say what works on this machine, and exit.")
@@ -122,10 +129,13 @@ def emulate(
     options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
     if check:
         sys.exit(_check.check(options))
+    for name, value in (("--report", report), ("--tokens-per-step", tokens_per_step)):
+        if value is not None and not options.dry:
+            raise ConfigError(f"{name} is for dry runs; add --dry")
     if report is not None:
-        if not options.dry:
-            raise ConfigError("--report is for dry runs; add --dry")
         os.environ[_dry.REPORT_VARIABLE] = str(report.absolute())
+    if tokens_per_step is not None:
+        os.environ[_dry.TOKENS_VARIABLE] = str(tokens_per_step)
     _command.replace_process(command or [], options)
 
 

@@ -40,7 +40,7 @@ _active: Options | None = None
 def enable(
     *,
     devices: int = 1,
-    vram: int | str = "8GiB",
+    vram: int | str | None = None,
     schedule: Schedule = "late",
     seed: int = 0,
     hazards: HazardPolicy = "raise",
@@ -65,7 +65,8 @@ def enable(
     devices
         Number of devices, 1 to 16.
     vram
-        Capacity of each device, bytes or a text such as ``"8GiB"``.
+        Capacity of each device, bytes or a text such as ``"24GiB"``; by default the profile's
+        memory, or 8 GiB without a profile.
     schedule
         ``late``, ``eager``, ``threaded`` or ``random``; see :class:`Options`.
     seed
@@ -242,7 +243,7 @@ def _after_torch_import() -> None:
     _collectives.replace(torch)
     _refuse_jiterator(torch._C)
     if _active is not None and _active.dry:
-        _dry.watch(torch, library)
+        _dry.watch(torch, library, clock=_active.clock)
     if _active is not None and _active.hazards != "off":
         _watch_tolist(torch.Tensor)
     if _active is not None and (_active.hazards != "off" or _active.clock):

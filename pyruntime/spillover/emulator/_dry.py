@@ -11,17 +11,24 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from spillover._errors import StateError
 from spillover._units import format_bytes
-from spillover.emulator import _dry_values
+from spillover.emulator import _clock, _dry_values
 from spillover.emulator._dry_records import Block, Records
+from spillover.emulator._dry_times import (
+    CALIBRATION_ERROR_MAX,
+    CALIBRATION_ERROR_MEDIAN,
+    StepTimes,
+)
 
 #: Where ``spillover emulate --dry --report FILE`` has the report written as JSON.
 REPORT_VARIABLE = "SPILLOVER_EMULATOR_DRY_REPORT"
+#: How many tokens (or images) a step has, where ``--tokens-per-step`` says so.
+TOKENS_VARIABLE = "SPILLOVER_EMULATOR_TOKENS_PER_STEP"
 _TOP_GROUPS = 12
 _FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')
 
@@ -69,8 +76,13 @@ class DryReport:
     ``by_class`` divides what was alive at the peak into ``parameters``, ``buffers``, ``gradients``,
     ``optimizer state``, ``activations`` (allocated in forward passes and alive still),
     ``temporaries`` (allocated in backward passes and optimizer steps), ``workspace`` (of cuBLAS)
-    and ``rounding`` (of blocks). ``step_time_s`` and ``tokens_per_second`` are None without a
-    virtual clock.
+    and ``rounding`` (of blocks).
+
+    Times are simulated on the card ``profile`` (``""``: a made-up one); they are None without the
+    virtual clock, and those of steps where no optimizer made one. ``step_time_s`` is the median
+    over the steps after the first. ``tokens_per_step`` is what the caller says, or the number of
+    indices that the most used embedding was asked for. ``limits`` divides the critical path of the
+    steps by what would have to be faster; ``limited_by`` is the greatest of them.
     """
 
     device: int
@@ -83,30 +95,36 @@ class DryReport:
     top: tuple[BlockGroup, ...]
     shortage: Shortage | None
     steps: int
+    profile: str | None = None
+    simulated_s: float | None = None
     step_time_s: float | None = None
+    tokens_per_step: int | None = None
     tokens_per_second: float | None = None
     limited_by: str | None = None
+    limits: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """All fields, as one JSON object."""
         return json.dumps(asdict(self), indent=1)
 
 
-def watch(torch: Any, library: str) -> None:
+def watch(torch: Any, library: str, *, clock: bool) -> None:
     """Begin to follow the dry run; called once torch is imported."""
     global _records
-    _records = Records(library)
+    _records = Records(library, StepTimes() if clock else None)
     _records.watch(torch)
     _dry_values.watch(torch)
 
 
-def report(device: int = 0) -> DryReport:
-    """What the dry run found so far.
+def report(device: int = 0, *, tokens_per_step: int | None = None) -> DryReport:
+    """What the dry run found so far. Under the clock, waits for all that was launched.
 
     Parameters
     ----------
     device
         Index of the emulated device.
+    tokens_per_step
+        What a step trains on, for ``tokens_per_second``; None counts indices of embeddings.
 
     Raises
     ------
@@ -145,7 +163,26 @@ def report(device: int = 0) -> DryReport:
         top=_groups(blocks),
         shortage=shortage,
         steps=_records.step - 1,
+        **_times(_records.times, tokens_per_step),
     )
+
+
+def _times(times: StepTimes | None, tokens_per_step: int | None) -> dict[str, Any]:
+    if times is None:
+        return {}
+    clock = _clock.clock_report()
+    known: dict[str, Any] = {"profile": clock.profile, "simulated_s": clock.makespan_ns / 1e9}
+    steps = times.summary()
+    if steps is None:
+        return known
+    tokens = tokens_per_step or steps.tokens_per_step
+    return known | {
+        "step_time_s": steps.step_time_s,
+        "tokens_per_step": tokens,
+        "tokens_per_second": tokens / steps.step_time_s if tokens else None,
+        "limited_by": next(iter(steps.shares), None),
+        "limits": steps.shares,
+    }
 
 
 def _class_of(block: Block) -> str:
@@ -230,11 +267,39 @@ def print_report(found: DryReport) -> None:
         console.print(
             f"The peak: {where}, {found.peak.operator or 'an allocation'}, {found.peak.line}"
         )
+    for line in _time_lines(found):
+        console.print(line)
     lines = Table("size", "blocks", "class", "allocated by", title="Largest at the peak")
     for group in found.top:
         by = f"{group.operator}\n{group.line}" if group.operator else group.line
         lines.add_row(format_bytes(group.size_bytes), str(group.count), group.kind, by)
     console.print(lines)
+
+
+def _time_lines(found: DryReport) -> Iterator[str]:
+    if found.simulated_s is None:
+        return
+    card = found.profile or "a made-up card"
+    if found.step_time_s is None:
+        yield (
+            f"Simulated on {card}: {_duration(found.simulated_s)} in all; no optimizer step was "
+            "made, so there is no step time"
+        )
+        return
+    line = f"Simulated on {card}: {_duration(found.step_time_s)} a step"
+    if found.tokens_per_second is not None:
+        line += f", {found.tokens_per_second:,.0f} tokens/s at {found.tokens_per_step:,} a step"
+    yield line
+    shares = [f"{name} {share:.1%}" for name, share in found.limits.items() if share >= 0.001]
+    yield f"Limited by {found.limited_by}; the critical path: {', '.join(shares[:5])}"
+    yield (
+        f"The cost model's error is {CALIBRATION_ERROR_MEDIAN} % (median) and at most "
+        f"{CALIBRATION_ERROR_MAX} % on published figures that it was not fit on"
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
 def headline(found: DryReport) -> str:
@@ -262,7 +327,8 @@ def print_at_exit(owner_pid: int) -> None:
 
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return
-    found = [report(device) for device in range(torch.cuda.device_count())]
+    tokens = int(os.environ.get(TOKENS_VARIABLE) or 0) or None
+    found = [report(device, tokens_per_step=tokens) for device in range(torch.cuda.device_count())]
     used = [one for one in found if one.peak_reserved_bytes or one.shortage] or found[:1]
     for one in used:
         print_report(one)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spillover.emulator import _libraries
+from spillover.emulator._dry_times import StepTimes
 
 #: What a block holds, by the recorder's number; 0 is what nobody said anything of.
 KINDS = ("", "parameters", "buffers", "gradients", "optimizer state", "workspace")
@@ -67,13 +68,17 @@ class Records:
     ----------
     library
         Path of the emulated device's ATen part.
+    times
+        Notes when steps end; None without a clock.
     """
 
-    def __init__(self, library: str) -> None:
+    def __init__(self, library: str, times: StepTimes | None) -> None:
         self._lock = threading.Lock()
         self._modules: weakref.WeakSet[Any] = weakref.WeakSet()
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._step = 1
+        self._steps_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.times = times
         self.failure: FailedAllocation | None = None
         self._library = ctypes.CDLL(library)
         self._library.spillover_emulator_recorder_phase.argtypes = [ctypes.c_int, ctypes.c_uint]
@@ -96,6 +101,8 @@ class Records:
         optimizers.register_optimizer_step_pre_hook(self._before_step)
         optimizers.register_optimizer_step_post_hook(self._after_step)
         self._watch_moves(torch.nn.Module)
+        if self.times is not None:
+            self.times.watch(torch)
         torch.cuda._lazy_call(self._start)
         torch.cuda._lazy_call(
             lambda: torch._C._cuda_attach_out_of_memory_observer(self._on_out_of_memory)
@@ -168,7 +175,11 @@ class Records:
 
     def _after_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
         self._tag_optimizer(optimizer)
-        self._step += 1
+        made = self._steps_made.get(optimizer, 0) + 1
+        self._steps_made[optimizer] = made
+        self._step = max(self._step, made + 1)
+        if self.times is not None:
+            self.times.end_step(made)
         self._library.spillover_emulator_recorder_phase(0, self._step)
 
     def _on_out_of_memory(self, device: int, requested: int, total: int, free: int) -> None:

@@ -125,6 +125,9 @@ def driver() -> ctypes.CDLL:
         "spillover_emulator_work": (status, [text, size, ctypes.c_int64]),
         "spillover_emulator_clock_report": (size, [text, size]),
         "spillover_emulator_clock_trace": (status, [text]),
+        "spillover_emulator_clock_mark": (ctypes.c_int64, []),
+        "spillover_emulator_clock_mark_time": (ctypes.c_int64, [ctypes.c_int64]),
+        "spillover_emulator_clock_limits": (size, [ctypes.c_int64, ctypes.c_int64, text, size]),
     }
     _declare(library, signatures)
     return library

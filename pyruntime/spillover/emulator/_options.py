@@ -19,6 +19,7 @@ UnknownPolicy = Literal["error", "zero", "one"]
 ACTIVE_VARIABLE = "SPILLOVER_EMULATOR"
 _PREFIX = "SPILLOVER_EMULATOR_"
 _DEVICES_MAX = 16
+_VRAM_DEFAULT = "8GiB"
 #: The smallest capacity that a CUDA context and torch's first segments fit into.
 _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
@@ -38,7 +39,8 @@ class Options:
     devices
         Number of devices, 1 to 16.
     vram
-        Capacity of each device, bytes or a text such as ``"8GiB"``.
+        Capacity of each device, bytes or a text such as ``"24GiB"``; None for the profile's memory,
+        or 8 GiB without a profile.
     schedule
         When queued work runs. ``late``: only when something waits for it, so that a forgotten wait
         reads stale data. ``eager``: at once. ``threaded``: on a thread of its own. ``random``: in a
@@ -80,7 +82,7 @@ class Options:
     """
 
     devices: int = 1
-    vram: int | str = "8GiB"
+    vram: int | str | None = None
     schedule: Schedule = "late"
     seed: int = 0
     hazards: HazardPolicy = "raise"
@@ -100,10 +102,6 @@ class Options:
             raise ConfigError(f"devices must be a number, not {self.devices!r}")
         if not 1 <= self.devices <= _DEVICES_MAX:
             raise ConfigError(f"devices must be 1 to {_DEVICES_MAX}, got {self.devices}")
-        if not _VRAM_BYTES_MIN <= parse_bytes(self.vram, name="vram") <= _VRAM_BYTES_MAX:
-            raise ConfigError(f"vram must be 4MiB to 1TiB, got {self.vram!r}")
-        # The same capacity written in another way is the same option.
-        object.__setattr__(self, "vram", parse_bytes(self.vram, name="vram"))
         _check_choice("schedule", self.schedule, get_args(Schedule))
         _check_choice("hazards", self.hazards, get_args(HazardPolicy))
         _check_choice("unknown", self.unknown, get_args(UnknownPolicy))
@@ -117,15 +115,26 @@ class Options:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a text, not {getattr(self, name)!r}")
+        # The same capacity written in another way is the same option.
+        object.__setattr__(self, "vram", self._capacity_bytes())
         if self.profile or self.trace:
             object.__setattr__(self, "clock", True)
-        if self.profile:
-            _profiles.load(self.profile)  # says which ones there are
+
+    def _capacity_bytes(self) -> int:
+        profile = _profiles.load(self.profile) if self.profile else None  # says which there are
+        given = self.vram
+        if given is None:
+            given = int(profile.gpu.memory_gib * 2**30) if profile else _VRAM_DEFAULT
+        capacity = parse_bytes(given, name="vram")
+        if not _VRAM_BYTES_MIN <= capacity <= _VRAM_BYTES_MAX:
+            raise ConfigError(f"vram must be 4MiB to 1TiB, got {given!r}")
+        return capacity
 
     @property
     def vram_bytes(self) -> int:
         """Capacity of each device in bytes."""
-        return parse_bytes(self.vram, name="vram")
+        assert isinstance(self.vram, int)
+        return self.vram
 
     def environment(self) -> dict[str, str]:
         """The variables that the emulated driver reads."""

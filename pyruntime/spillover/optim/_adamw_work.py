@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from spillover._core import annotate_work
+from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover.optim._staging import Piece, cut, end_of
@@ -38,29 +38,32 @@ def update(
 ) -> None:
     """One AdamW step of flat float32 ``weights``, in place, with torch's fused CPU kernel."""
     amsgrad = bool(group["amsgrad"])
-    torch._fused_adamw_(
-        weights,
-        gradients,
-        [work.of_state("exp_avg", start, count) for work, start, count in ranges],
-        [work.of_state("exp_avg_sq", start, count) for work, start, count in ranges],
-        [work.of_state("max_exp_avg_sq", start, count) for work, start, count in ranges]
-        if amsgrad
-        else [],
-        [work.state["step"] for work, _, _ in ranges],
-        lr=float(group["lr"]),
-        beta1=float(group["betas"][0]),
-        beta2=float(group["betas"][1]),
-        weight_decay=float(group["weight_decay"]),
-        eps=float(group["eps"]),
-        amsgrad=amsgrad,
-        maximize=bool(group["maximize"]),
-        grad_scale=None,
-        found_inf=None,
-    )
     # Weights and moments are read and written, gradients read.
     passes = 9 if amsgrad else 7
     count = sum(weight.numel() for weight in weights)
-    annotate_work("cpu-optimizer", passes * count * torch.float32.itemsize)
+    reported = begin_work("cpu-optimizer", passes * count * torch.float32.itemsize)
+    try:
+        torch._fused_adamw_(
+            weights,
+            gradients,
+            [work.of_state("exp_avg", start, count) for work, start, count in ranges],
+            [work.of_state("exp_avg_sq", start, count) for work, start, count in ranges],
+            [work.of_state("max_exp_avg_sq", start, count) for work, start, count in ranges]
+            if amsgrad
+            else [],
+            [work.state["step"] for work, _, _ in ranges],
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            weight_decay=float(group["weight_decay"]),
+            eps=float(group["eps"]),
+            amsgrad=amsgrad,
+            maximize=bool(group["maximize"]),
+            grad_scale=None,
+            found_inf=None,
+        )
+    finally:
+        end_work(reported)
 
 
 def batches(groups: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:

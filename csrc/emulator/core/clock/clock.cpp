@@ -15,6 +15,9 @@ namespace {
 constexpr auto kBriefWait = std::chrono::milliseconds(50);
 constexpr auto kWorkWait = std::chrono::seconds(60);
 
+// Smaller loops stay in a processor's cache and take less than the Python around them.
+constexpr std::uint64_t kHostOperatorBytesMin = std::uint64_t{1} << 20;
+
 // What a host function that this thread runs adds to its duration, and the work that this thread
 // does for another; 0 for none.
 thread_local Nanoseconds callback_duration = 0;
@@ -140,6 +143,8 @@ OperationCost Clock::fill_cost(std::uint64_t bytes) const {
   cost.duration =
       to_nanoseconds(profile_.at("gpu.kernel_ramp_us") * 1000 + static_cast<double>(bytes) / rate);
   if (!fits_cache) cost.device_bytes = bytes;
+  const bool moves = static_cast<double>(bytes) / rate > profile_.at("gpu.kernel_ramp_us") * 1000;
+  cost.limit = moves ? KernelLimit::kMemory : KernelLimit::kFixed;
   return cost;
 }
 
@@ -178,14 +183,11 @@ void Clock::append(const StreamRef& stream, const Operation& operation) {
   push(stream, std::move(node));
 }
 
-void Clock::append_kernel(const StreamRef& stream, const char* name, Nanoseconds duration,
-                          std::uint64_t device_bytes) {
+void Clock::append_kernel(const StreamRef& stream, const char* name, const OperationCost& cost) {
   TimelineNode node;
   node.ticket = stream->enqueued;
   node.name = name;
-  node.cost.resource = Resource::kCompute;
-  node.cost.duration = duration;
-  node.cost.device_bytes = device_bytes;
+  node.cost = cost;
   push(stream, std::move(node));
 }
 
@@ -300,6 +302,9 @@ void Clock::advance(Nanoseconds duration) {
 }
 
 void Clock::charge_call(const char* function) {
+  // A thread that does work for another has no time of its own, and whose turn it is when it calls
+  // depends on the machine.
+  if (current_work != 0) return;
   const auto found = call_costs_.find(std::string_view(function));
   if (found != call_costs_.end()) advance(found->second);
 }
@@ -316,6 +321,8 @@ OperationCost Clock::work_cost(Resource resource, std::uint64_t bytes, Nanosecon
     cost.duration = duration;
   } else if (resource == Resource::kOptimizer) {
     cost.duration = profile_.transfer(bytes, "host.optimizer_bandwidth_gb_s");
+  } else if (resource == Resource::kHostOperator) {
+    cost.duration = profile_.transfer(bytes, "host.memory_bandwidth_gb_s");
   } else if (resource == Resource::kDiskRead) {
     cost.duration =
         profile_.microseconds("disk.read_latency_us") + profile_.transfer(bytes, "disk.read_gb_s");
@@ -329,24 +336,34 @@ OperationCost Clock::work_cost(Resource resource, std::uint64_t bytes, Nanosecon
 bool Clock::work(Lock& lock, const char* name, std::uint64_t bytes, Nanoseconds duration) {
   Resource resource{};
   if (!resource_of(name, &resource)) return false;
-  const OperationCost cost = work_cost(resource, bytes, duration);
+  perform(lock, resource_name(resource), work_cost(resource, bytes, duration));
+  return true;
+}
+
+void Clock::host_operator(Lock& lock, const char* name, std::uint64_t bytes, bool is_optimizer) {
+  if (bytes < kHostOperatorBytesMin || current_work != 0) return;
+  const Resource resource = is_optimizer ? Resource::kOptimizer : Resource::kHostOperator;
+  perform(lock, name, work_cost(resource, bytes, -1));
+}
+
+// The calling thread does the work and goes on when it is done.
+void Clock::perform(Lock& lock, const char* name, const OperationCost& cost) {
   if (in_callback()) {  // a host function's work is part of its duration
     callback_duration += cost.duration;
-    return true;
+    return;
   }
   HostThread& thread = turns_.current();
   const LaneId lane = kHostLanes + next_work_++;
   TimelineNode node;
   node.ticket = 1;
-  node.name = resource_name(resource);
+  node.name = name;
   node.cost = cost;
   node.submitted = thread.now;
   node.host = thread.stamp();
   timeline_.append(lane, 0, 0, nullptr, std::move(node));
   const Nanoseconds start = thread.now;
   run_until(lock, lane, 1);
-  end_wait(&thread, start, resource_name(resource), timeline_.last_ended());
-  return true;
+  end_wait(&thread, start, resource_name(cost.resource), timeline_.last_ended());
 }
 
 std::uint64_t Clock::submit_work(const char* name, std::uint64_t bytes) {
@@ -378,8 +395,9 @@ void Clock::end_work(std::uint64_t id) {
 void Clock::wait_for_work(Lock& lock, std::uint64_t id) {
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
+  const char* const name = timeline_.next_name(kHostLanes + id);
   run_until(lock, kHostLanes + id, 1);
-  end_wait(&thread, start, "disk", timeline_.last_ended());
+  end_wait(&thread, start, name, timeline_.last_ended());
 }
 
 bool Clock::work_has_passed(Lock& lock, std::uint64_t id) {
@@ -425,6 +443,10 @@ Recorder::Facts Clock::facts(Lock& lock) {
   facts.unseen_waits = turns_.unseen_waits();
   facts.profile = profile_name_;
   return facts;
+}
+
+std::int64_t Clock::mark() {
+  return recorder_.mark(timeline_.submissions(), turns_.current().now);
 }
 
 std::string Clock::report(Lock& lock) {

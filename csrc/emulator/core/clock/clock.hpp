@@ -47,8 +47,7 @@ class Clock {
   void append(const StreamRef& stream, const Operation& operation);
 
   // A kernel that the calling thread performs itself.
-  void append_kernel(const StreamRef& stream, const char* name, Nanoseconds duration,
-                     std::uint64_t device_bytes);
+  void append_kernel(const StreamRef& stream, const char* name, const OperationCost& cost);
 
   // Lets the host wait while the stream's launch queue is full.
   void throttle(Lock& lock, const StreamRef& stream);
@@ -76,8 +75,10 @@ class Clock {
 
   // Work of the host on a resource; false for a resource that there is not. A negative duration
   // asks the profile. The calling thread does it itself, or has submitted it to a thread that
-  // reports when it begins and ends.
+  // reports when it begins and ends. A CPU operator is such work too, but within what a thread
+  // reports of it.
   bool work(Lock& lock, const char* resource, std::uint64_t bytes, Nanoseconds duration);
+  void host_operator(Lock& lock, const char* name, std::uint64_t bytes, bool is_optimizer);
   std::uint64_t submit_work(const char* resource, std::uint64_t bytes);
   void begin_work(std::uint64_t id);
   void end_work(std::uint64_t id);
@@ -91,13 +92,19 @@ class Clock {
   // A switching point: lets threads that are behind go first.
   void yield(Lock& lock);
 
+  // A moment: when all that was launched so far is done. Its time is what is known of it yet.
+  std::int64_t mark();
+  Nanoseconds mark_time(std::int64_t mark) const { return recorder_.mark_time(mark); }
+
   std::string report(Lock& lock);
+  std::string limits(Nanoseconds from, Nanoseconds to) const { return recorder_.limits(from, to); }
   bool write_trace(Lock& lock, const char* path);
 
  private:
   enum class Patience { kBlock, kBrief };
 
   void push(const StreamRef& stream, TimelineNode node);
+  void perform(Lock& lock, const char* name, const OperationCost& cost);
   bool run_until(Lock& lock, LaneId lane, Ticket ticket);
   bool run_to_now(Lock& lock, LaneId lane, Ticket ticket);
   bool execute(Lock& lock, const Timeline::Need& need, Patience patience);

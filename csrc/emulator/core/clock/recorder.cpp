@@ -45,6 +45,8 @@ const char* resource_name(Resource resource) {
       return "host-function";
     case Resource::kOptimizer:
       return "cpu-optimizer";
+    case Resource::kHostOperator:
+      return "cpu-operators";
     case Resource::kDiskRead:
       return "disk-read";
     case Resource::kDiskWrite:
@@ -78,7 +80,13 @@ void Recorder::add(const Span& span) {
   count(&resources_[{span.resource, span.device}]);
   count(&operations_[span.name]);
   note_gap(span);
+  note_mark(span);
+  note_place(span);
   push(&spans_, span, kSpansMax, &spans_dropped_);
+  while (places_.front() < spans_dropped_) {
+    places_.pop_front();
+    ++first_place_;
+  }
 }
 
 void Recorder::add(const HostWait& wait) {
@@ -93,17 +101,16 @@ void Recorder::add(const MemorySample& sample) {
   push(&memory_, sample, kSamplesMax, &samples_dropped_);
 }
 
-// Spans are numbered by their starts and kept by their ends, so only nearly in order.
+void Recorder::note_place(const Span& span) {
+  while (first_place_ + places_.size() <= span.number) places_.push_back(kNoPlace);
+  places_[span.number - first_place_] = spans_dropped_ + spans_.size();
+}
+
 const Span* Recorder::find(std::uint64_t number) const {
-  const std::uint64_t first = spans_dropped_;
-  constexpr std::uint64_t kReach = 64;  // more than can run at the same time
-  const std::uint64_t middle = number < first ? 0 : number - first;
-  const std::uint64_t begin = middle < kReach ? 0 : middle - kReach;
-  const std::uint64_t end = std::min<std::uint64_t>(spans_.size(), middle + kReach);
-  for (std::uint64_t index = begin; index < end; ++index) {
-    if (spans_[index].number == number) return &spans_[index];
-  }
-  return nullptr;
+  if (number < first_place_ || number - first_place_ >= places_.size()) return nullptr;
+  const std::uint64_t place = places_[number - first_place_];
+  if (place == kNoPlace || place < spans_dropped_) return nullptr;
+  return &spans_[place - spans_dropped_];
 }
 
 bool Recorder::critical_path(Shares* path) const {

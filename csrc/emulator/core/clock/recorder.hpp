@@ -63,6 +63,15 @@ class Recorder {
     std::string profile;
   };
 
+  // Notes the moment when all of so many submissions have ended and the host has come to now.
+  std::int64_t mark(std::uint64_t submissions, Nanoseconds now);
+  Nanoseconds mark_time(std::int64_t mark) const;
+
+  // What the time between two moments went by, along the critical path (JSON): the work on each
+  // resource, kernels by their limit, and the host. Adds up to the whole time where no span of it
+  // was dropped.
+  std::string limits(Nanoseconds from, Nanoseconds to) const;
+
   std::string report(const Facts& facts) const;                  // JSON
   bool write_trace(const char* path, const Facts& facts) const;  // Chrome's format; false: errno
 
@@ -77,7 +86,14 @@ class Recorder {
   };
   using Shares = std::map<std::string, Share>;
 
+  struct Mark {
+    std::uint64_t submissions = 0;
+    Nanoseconds end = 0;  // of what was submitted since the mark before, and the host's time
+  };
+
   void note_gap(const Span& span);
+  void note_mark(const Span& span);
+  void note_place(const Span& span);
   const Span* find(std::uint64_t number) const;
   // Follows the chain of causes back from the latest end. True when it reached the beginning.
   bool critical_path(Shares* path) const;
@@ -93,6 +109,13 @@ class Recorder {
   Shares waits_;
   std::map<std::pair<int, bool>, MemorySample> memory_peaks_;
   Nanoseconds end_ = 0;
+  std::vector<Mark> marks_;  // in the order of their submissions
+
+  // Spans are numbered by their starts and kept by their ends: places_[number - first_place_] is
+  // how many had ended before the one with that number.
+  static constexpr std::uint64_t kNoPlace = ~std::uint64_t{0};  // has not ended
+  std::deque<std::uint64_t> places_;
+  std::uint64_t first_place_ = 0;
 
   std::deque<Span> spans_;
   std::deque<HostWait> host_waits_;

@@ -63,6 +63,7 @@ void Timeline::append(LaneId id, int device, int priority, const StreamRef& stre
   // Nothing can start in the past, also where a thread's own time lies behind.
   node.submitted = std::max(node.submitted, now_);
   node.cost.duration = std::clamp(node.cost.duration, Nanoseconds{0}, kDurationMax);
+  node.submission = ++submissions_;
   lane.pending.push_back(std::move(node));
   busy_.emplace(id, &lane);
 }
@@ -145,6 +146,8 @@ void Timeline::start(Lane* lane) {
   span.lane = lane->id;
   span.resource = node.cost.resource;
   span.device = slot.second;
+  span.submission = node.submission;
+  span.limit = node.cost.limit;
   span.submitted = node.submitted;
   span.ready = ready_time(*lane);
   span.start = now_;
@@ -323,6 +326,11 @@ Ticket Timeline::ticket_behind(LaneId id, std::size_t depth) const {
   const Lane* const lane = find(id);
   if (lane == nullptr || lane->pending.size() <= depth) return 0;
   return lane->pending[lane->pending.size() - depth - 1].ticket;
+}
+
+const char* Timeline::next_name(LaneId id) const {
+  const Lane* const lane = find(id);
+  return lane == nullptr || lane->pending.empty() ? "" : lane->pending.front().name;
 }
 
 std::vector<std::pair<LaneId, Ticket>> Timeline::busy_lanes(int device) const {

@@ -67,6 +67,8 @@ struct Span {
   Nanoseconds start = 0;
   Nanoseconds end = 0;
   std::uint64_t bytes = 0;
+  std::uint64_t submission = 0;  // in the order in which nodes were appended, from 1 on
+  KernelLimit limit = KernelLimit::kFixed;
   Origin cause;           // what it started after; no span: the launch by the host
   bool by_event = false;  // the cause is of another lane
   HostStamp host;
@@ -77,6 +79,7 @@ struct TimelineNode {
   const char* name = "";
   OperationCost cost;
   Nanoseconds submitted = 0;
+  std::uint64_t submission = 0;
   HostStamp host;
   // Waits for a ticket of another lane.
   LaneId awaited_lane = 0;
@@ -131,11 +134,17 @@ class Timeline {
   // Whether a node still has to run really before its end can be told.
   bool needs_execution(LaneId lane, Ticket ticket) const;
 
+  // What a lane does next; "" where it is idle.
+  const char* next_name(LaneId lane) const;
+
   // What ended a lane's latest node, and what ended last of all.
   Origin origin(LaneId lane) const;
   Origin last_ended() const { return last_ended_; }
 
   Nanoseconds now() const { return now_; }
+
+  // How many nodes have been appended.
+  std::uint64_t submissions() const { return submissions_; }
 
   // When anything happens next, if nothing else is submitted; kForever: nothing will.
   Nanoseconds next_moment() const;
@@ -186,6 +195,7 @@ class Timeline {
   std::map<Slot, Running> running_;
   std::map<Slot, Origin> freed_by_;  // what each resource ran last
   std::uint64_t next_span_ = 0;
+  std::uint64_t submissions_ = 0;
   Origin last_ended_;
   Need need_;
 };
