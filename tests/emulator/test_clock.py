@@ -207,6 +207,52 @@ def test_operators_cost_what_the_formulas_say() -> None:
         assert abs(taken - expected) <= 1, (name, found[name], expected)
 
 
+def test_a_graph_costs_what_its_operators_cost() -> None:
+    found = run_clocked(
+        """
+        def measure(work):
+            before = {s.name: (s.ns, s.count) for s in emulator.clock_report().operations}
+            start = emulator.now_ns()
+            work()
+            torch.cuda.synchronize()
+            taken = emulator.now_ns() - start
+            after = {s.name: (s.ns, s.count) for s in emulator.clock_report().operations}
+            zero = (0, 0)
+            costs = {name: [new - old for new, old in zip(total, before.get(name, zero))]
+                     for name, total in after.items() if total != before.get(name)}
+            return {"ns": taken, "operations": costs}
+        nn = torch.nn
+        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        model.cuda()
+        x = torch.randn(32, 64, device="cuda")
+        host = torch.zeros(32, 64).pin_memory()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        def step():
+            x.copy_(host, non_blocking=True)
+            model.zero_grad(set_to_none=False)
+            model(x.t().contiguous().t()).sum().backward()
+        with torch.cuda.stream(side):
+            step()
+            eager = measure(step)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            step()
+            graph.capture_end()
+            replays = [measure(graph.replay) for _ in range(2)]
+        print(json.dumps({"eager": eager, "replays": replays}))
+        """
+    )
+    eager, replays = found["eager"], found["replays"]
+    for name in ("aten::addmm", "aten::copy_", "memcpy host-to-device"):
+        assert name in eager["operations"]  # type: ignore[index]
+    for replay in replays:  # type: ignore[attr-defined]
+        assert replay["operations"] == eager["operations"]  # type: ignore[index]
+        assert replay["ns"] < eager["ns"] / 2  # type: ignore[index]
+    kernels_ns = sum(ns for ns, _ in eager["operations"].values())  # type: ignore[index]
+    assert replays[0]["ns"] > kernels_ns  # type: ignore[index]
+
+
 def test_backward_and_other_passes_take_time(tmp_path: Path) -> None:
     found = run_clocked(
         """

@@ -10,7 +10,7 @@ import ctypes
 import json
 import threading
 from collections.abc import Callable
-from ctypes import c_int64, c_size_t, c_uint64
+from ctypes import c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
 
 from driver_ctypes import (
@@ -23,6 +23,10 @@ from driver_ctypes import (
     expect,
     run_program,
 )
+from graph_calls import begin, end, instantiate
+
+KERNEL_BODY = ctypes.CFUNCTYPE(ctypes.c_int, c_void_p, c_void_p, c_size_t)
+RELEASE = ctypes.CFUNCTYPE(None, c_void_p)
 
 SIZE = 25_000_000  # exactly a millisecond at 25 GB/s
 MS = 1_000_000
@@ -43,6 +47,7 @@ ROUND = {
     "host.operator_us": 0,
     "host.launch_us": 0,
     "host.event_us": 0,
+    "host.graph_launch_us": 0,
     "host.wait_us": 0,
     "host.query_us": 1,
     "host.function_us": 0,
@@ -352,6 +357,33 @@ def a_full_launch_queue_holds_the_host_up() -> None:
 
 def test_a_full_launch_queue_holds_the_host_up() -> None:
     clocked(a_full_launch_queue_holds_the_host_up, host__launch_queue_depth=8)
+
+
+def graph_nodes_take_their_time_and_one_launch() -> None:
+    cuda = Clocked()
+    body = KERNEL_BODY(lambda *_: 0)
+    release = RELEASE(lambda _: None)
+    begin(cuda, cuda.a)
+    for _ in range(20):
+        arguments = (c_uint64(cuda.a), b"triple", body, None, release, None, c_size_t(0))
+        capture = cuda.library.spillover_emulator_capture_kernel
+        expect(SUCCESS, capture(*arguments, c_uint64(MS), c_uint64(0)))
+    executable = instantiate(cuda, end(cuda, cuda.a))
+    start = cuda.now()
+    cuda("cuGraphLaunch", executable, cuda.a)
+    assert cuda.now() - start == 7_000  # 20 nodes are one launch of a queue of eight
+    cuda("cuCtxSynchronize")
+    assert cuda.now() - start == 20 * MS + 7_000
+    operations = {entry["name"]: entry for entry in cuda.report()["operations"]}
+    assert (operations["triple"]["ns"], operations["triple"]["count"]) == (20 * MS, 20)
+
+
+def test_graphs() -> None:
+    clocked(
+        graph_nodes_take_their_time_and_one_launch,
+        host__launch_queue_depth=8,
+        host__graph_launch_us=7,
+    )
 
 
 def one_direction_slows_the_other_down() -> None:

@@ -55,8 +55,8 @@ const CallCost kCallCosts[] = {
                         "cuMemsetD2D16",        "cuMemsetD2D32",
                         "cuMemsetD2D8Async",    "cuMemsetD2D16Async",
                         "cuMemsetD2D32Async",   "cuMemsetD8_v2",
-                        "cuMemsetD16_v2",       "cuMemsetD32_v2",
-                        "cuGraphLaunch"}},
+                        "cuMemsetD16_v2",       "cuMemsetD32_v2"}},
+    {"host.graph_launch_us", {"cuGraphLaunch"}},
     {"host.event_us",
      {"cuEventRecord", "cuEventRecordWithFlags", "cuStreamWaitEvent", "cuStreamWriteValue32",
       "cuStreamWriteValue64", "cuStreamWaitValue32", "cuStreamWaitValue64", "cuMemFreeAsync",
@@ -102,7 +102,7 @@ OperationCost Clock::copy_cost(Route route, bool is_pageable, std::uint64_t byte
   const Nanoseconds latency = profile_.microseconds("gpu.copy_latency_us");
   switch (route) {
     case Route::kDeviceToDevice:
-      cost = fill_cost(2 * bytes);
+      cost = bytes_bound_cost(2 * bytes);
       break;
     case Route::kToDevice:
       cost.resource = Resource::kCopyIn;
@@ -130,7 +130,7 @@ OperationCost Clock::copy_cost(Route route, bool is_pageable, std::uint64_t byte
   return cost;
 }
 
-OperationCost Clock::fill_cost(std::uint64_t bytes) const {
+OperationCost Clock::bytes_bound_cost(std::uint64_t bytes) const {
   OperationCost cost;
   cost.resource = Resource::kCompute;
   const bool fits_cache = static_cast<double>(bytes) <= profile_.at("gpu.l2_mib") * 1048576 / 2;
@@ -154,8 +154,8 @@ void Clock::push(const StreamRef& stream, TimelineNode node) {
 void Clock::append(const StreamRef& stream, const Operation& operation) {
   TimelineNode node;
   node.ticket = stream->enqueued;
-  node.name = operation.name;
   node.cost = operation.cost;
+  node.name = node.cost.name != nullptr ? node.cost.name : operation.name;
   if (const auto* wait = std::get_if<WaitForTicket>(&operation.body)) {
     node.awaited_lane = wait->stream->id;
     node.awaited_ticket = wait->ticket;
@@ -171,7 +171,8 @@ void Clock::append(const StreamRef& stream, const Operation& operation) {
   } else if (node.cost.resource == Resource::kNone &&
              (std::holds_alternative<Kernel>(operation.body) ||
               std::holds_alternative<SharedKernel>(operation.body))) {
-    node.cost = fill_cost(0);
+    node.cost = bytes_bound_cost(0);
+    node.cost.shares_launch = operation.cost.shares_launch;
   } else if (node.cost.resource == Resource::kNone) {
     return;  // takes no time
   }
@@ -190,7 +191,7 @@ void Clock::append_kernel(const StreamRef& stream, const char* name, Nanoseconds
 }
 
 void Clock::throttle(Lock& lock, const StreamRef& stream) {
-  const Ticket ticket = timeline_.ticket_behind(stream->id, queue_depth_);
+  const Ticket ticket = timeline_.launch_behind(stream->id, queue_depth_);
   if (ticket == 0) return;
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;

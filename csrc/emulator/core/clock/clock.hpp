@@ -41,7 +41,7 @@ class Clock {
   // What operations cost.
   enum class Route { kDeviceToDevice, kToDevice, kToHost, kPeer, kHostToHost };
   OperationCost copy_cost(Route route, bool is_pageable, std::uint64_t bytes) const;
-  OperationCost fill_cost(std::uint64_t bytes) const;
+  OperationCost bytes_bound_cost(std::uint64_t bytes) const;  // a kernel that only moves bytes
 
   // An operation was queued on the stream; its ticket is stream->enqueued.
   void append(const StreamRef& stream, const Operation& operation);

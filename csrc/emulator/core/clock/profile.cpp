@@ -44,6 +44,7 @@ constexpr Default kDefaults[] = {
     {"gpu.pageable_to_host_gb_s", 8},
     {"host.operator_us", 6},
     {"host.launch_us", 4},
+    {"host.graph_launch_us", 4},
     {"host.event_us", 1},
     {"host.query_us", 1},
     {"host.wait_us", 2},

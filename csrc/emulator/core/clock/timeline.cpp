@@ -63,6 +63,7 @@ void Timeline::append(LaneId id, int device, int priority, const StreamRef& stre
   // Nothing can start in the past, also where a thread's own time lies behind.
   node.submitted = std::max(node.submitted, now_);
   node.cost.duration = std::clamp(node.cost.duration, Nanoseconds{0}, kDurationMax);
+  lane.launches += node.cost.shares_launch ? 0 : 1;
   lane.pending.push_back(std::move(node));
   busy_.emplace(id, &lane);
 }
@@ -80,6 +81,7 @@ bool Timeline::may_go_on(const Lane& lane) const {
 }
 
 void Timeline::pop(Lane* lane) {
+  lane->launches -= lane->pending.front().cost.shares_launch ? 0 : 1;
   lane->pending.pop_front();
   if (!lane->pending.empty()) return;
   lane->stream = nullptr;
@@ -319,10 +321,14 @@ bool Timeline::needs_execution(LaneId id, Ticket ticket) const {
   });
 }
 
-Ticket Timeline::ticket_behind(LaneId id, std::size_t depth) const {
+Ticket Timeline::launch_behind(LaneId id, std::size_t depth) const {
   const Lane* const lane = find(id);
-  if (lane == nullptr || lane->pending.size() <= depth) return 0;
-  return lane->pending[lane->pending.size() - depth - 1].ticket;
+  if (lane == nullptr || lane->launches <= depth) return 0;
+  std::size_t surplus = lane->launches - depth;
+  for (const TimelineNode& node : lane->pending) {
+    if (!node.cost.shares_launch && --surplus == 0) return node.ticket;
+  }
+  return 0;
 }
 
 std::vector<std::pair<LaneId, Ticket>> Timeline::busy_lanes(int device) const {

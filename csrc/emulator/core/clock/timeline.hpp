@@ -122,8 +122,9 @@ class Timeline {
   bool is_done(LaneId lane, Ticket ticket) const;
   bool is_idle(LaneId lane) const { return is_done(lane, ~Ticket{0}); }
 
-  // Ticket of the node that must be done before at most depth are left; 0: none.
-  Ticket ticket_behind(LaneId lane, std::size_t depth) const;
+  // Ticket of the node that must be done before at most depth launches are left; 0: none. A graph
+  // is one launch.
+  Ticket launch_behind(LaneId lane, std::size_t depth) const;
 
   // Lanes with work, those of a device or (-1) all, with the last ticket of each.
   std::vector<std::pair<LaneId, Ticket>> busy_lanes(int device) const;
@@ -147,6 +148,7 @@ class Timeline {
     int priority = 0;
     StreamRef stream;  // kept while there is work
     std::deque<TimelineNode> pending;
+    std::size_t launches = 0;  // of what is pending
     Nanoseconds end = 0;
     Origin end_origin;
     bool by_event = false;  // end_origin came by a wait
