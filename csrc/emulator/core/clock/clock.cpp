@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "emulator/core/clock/detached.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
 
@@ -57,10 +58,9 @@ const CallCost kCallCosts[] = {
                         "cuMemsetD2D32Async",   "cuMemsetD8_v2",
                         "cuMemsetD16_v2",       "cuMemsetD32_v2"}},
     {"host.graph_launch_us", {"cuGraphLaunch"}},
-    {"host.event_us",
-     {"cuEventRecord", "cuEventRecordWithFlags", "cuStreamWaitEvent", "cuStreamWriteValue32",
-      "cuStreamWriteValue64", "cuStreamWaitValue32", "cuStreamWaitValue64", "cuMemFreeAsync",
-      "cuMemAllocAsync", "cuMemAllocFromPoolAsync"}},
+    {"host.stream_call_us",
+     {"cuStreamWaitEvent", "cuStreamWriteValue32", "cuStreamWriteValue64", "cuStreamWaitValue32",
+      "cuStreamWaitValue64", "cuMemFreeAsync", "cuMemAllocAsync", "cuMemAllocFromPoolAsync"}},
     {"host.wait_us", {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}},
     {"host.allocation_us", {"cuMemAlloc", "cuMemAlloc_v2", "cuMemAllocManaged", "cuMemCreate"}},
     {"host.free_us", {"cuMemFree", "cuMemFree_v2", "cuMemRelease", "cuMemFreeHost"}},
@@ -143,7 +143,24 @@ OperationCost Clock::bytes_bound_cost(std::uint64_t bytes) const {
   return cost;
 }
 
+// Puts a detached thread's operation on a lane, after marks for what the thread waited for.
+void Clock::push_detached(LaneId lane, const StreamRef& stream, TimelineNode node) {
+  const int device = stream == nullptr ? 0 : stream->device;
+  const int priority = stream == nullptr ? 0 : stream->priority;
+  for (const auto& [awaited, ticket] : DetachedThread::current().launch()) {
+    if (awaited == lane || timeline_.is_done(awaited, ticket)) continue;
+    TimelineNode mark;
+    mark.ticket = node.ticket;
+    mark.cost.shares_launch = true;
+    mark.awaited_lane = awaited;
+    mark.awaited_ticket = ticket;
+    timeline_.append(lane, device, priority, stream, std::move(mark));
+  }
+  timeline_.append(lane, device, priority, stream, std::move(node));
+}
+
 void Clock::push(const StreamRef& stream, TimelineNode node) {
+  if (turns_.is_detached()) return push_detached(stream->id, stream, std::move(node));
   const HostThread& thread = turns_.current();
   node.submitted = thread.now;
   if (node.cost.resource != Resource::kNone) node.submitted += launch_latency_;
@@ -191,6 +208,7 @@ void Clock::append_kernel(const StreamRef& stream, const char* name, Nanoseconds
 }
 
 void Clock::throttle(Lock& lock, const StreamRef& stream) {
+  if (turns_.is_detached()) return;
   const Ticket ticket = timeline_.launch_behind(stream->id, queue_depth_);
   if (ticket == 0) return;
   HostThread& thread = turns_.current();
@@ -262,6 +280,7 @@ void Clock::wait(Lock& lock, const StreamRef& stream, Ticket ticket) {
     timeline_.await(kHostLanes + current_work, 1, stream->id, ticket);
     return;
   }
+  if (turns_.is_detached()) return DetachedThread::current().wait(stream->id, ticket);
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   run_until(lock, stream->id, ticket);
@@ -269,6 +288,12 @@ void Clock::wait(Lock& lock, const StreamRef& stream, Ticket ticket) {
 }
 
 void Clock::wait_device(Lock& lock, int device) {
+  if (turns_.is_detached()) {
+    for (const auto& [lane, ticket] : timeline_.busy_lanes(device)) {
+      DetachedThread::current().wait(lane, ticket);
+    }
+    return;
+  }
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   Origin last;
@@ -280,15 +305,29 @@ void Clock::wait_device(Lock& lock, int device) {
 
 // Simulates up to the calling thread's time. Whether the ticket is done then.
 bool Clock::run_to_now(Lock& lock, LaneId lane, Ticket ticket) {
+  if (turns_.is_detached()) {  // it has no time at which the ticket could be undone
+    DetachedThread::current().wait(lane, ticket);
+    return true;
+  }
   HostThread& thread = turns_.current();
-  thread.now += profile_.microseconds("host.query_us");
   while (!timeline_.is_done(lane, ticket)) {
     const Timeline::Step step = timeline_.step(thread.now);
     if (step == Timeline::Step::kAdvanced) continue;
     if (step != Timeline::Step::kNeedsExecution) break;
     if (!execute(lock, Timeline::Need(timeline_.need()), Patience::kBrief)) break;
   }
-  return timeline_.is_done(lane, ticket);
+  if (timeline_.is_done(lane, ticket)) return true;
+  charge_polling(&thread);
+  return false;
+}
+
+// Allocators look at the events of what other threads freed, whenever that was, so a few queries
+// cost nothing. Who polls makes many with nothing else in between.
+void Clock::charge_polling(HostThread* thread) {
+  constexpr unsigned kFreeQueries = 32;
+  if (thread->queried_at != thread->now) thread->queries = 0;
+  if (++thread->queries > kFreeQueries) thread->now += profile_.microseconds("host.query_us");
+  thread->queried_at = thread->now;
 }
 
 bool Clock::has_passed(Lock& lock, const StreamRef& stream, Ticket ticket) {
@@ -296,6 +335,7 @@ bool Clock::has_passed(Lock& lock, const StreamRef& stream, Ticket ticket) {
 }
 
 void Clock::advance(Nanoseconds duration) {
+  if (turns_.is_detached()) return;
   HostThread& thread = turns_.current();
   thread.now += duration;
 }
@@ -303,6 +343,10 @@ void Clock::advance(Nanoseconds duration) {
 void Clock::charge_call(const char* function) {
   const auto found = call_costs_.find(std::string_view(function));
   if (found != call_costs_.end()) advance(found->second);
+}
+
+void Clock::charge_event() {
+  advance(profile_.microseconds("host.event_us"));
 }
 
 void Clock::charge_pinning(std::uint64_t bytes) {
@@ -335,12 +379,17 @@ bool Clock::work(Lock& lock, const char* name, std::uint64_t bytes, Nanoseconds 
     callback_duration += cost.duration;
     return true;
   }
-  HostThread& thread = turns_.current();
   const LaneId lane = kHostLanes + next_work_++;
   TimelineNode node;
   node.ticket = 1;
   node.name = resource_name(resource);
   node.cost = cost;
+  if (turns_.is_detached()) {
+    push_detached(lane, nullptr, std::move(node));
+    DetachedThread::current().wait(lane, 1);
+    return true;
+  }
+  HostThread& thread = turns_.current();
   node.submitted = thread.now;
   node.host = thread.stamp();
   timeline_.append(lane, 0, 0, nullptr, std::move(node));
@@ -353,15 +402,19 @@ bool Clock::work(Lock& lock, const char* name, std::uint64_t bytes, Nanoseconds 
 std::uint64_t Clock::submit_work(const char* name, std::uint64_t bytes) {
   Resource resource{};
   if (!resource_of(name, &resource)) return 0;
-  const HostThread& thread = turns_.current();
   const std::uint64_t id = next_work_++;
   TimelineNode node;
   node.ticket = 1;
   node.name = resource_name(resource);
   node.cost = work_cost(resource, bytes, -1);
+  node.needs_execution = true;
+  if (turns_.is_detached()) {
+    push_detached(kHostLanes + id, nullptr, std::move(node));
+    return id;
+  }
+  const HostThread& thread = turns_.current();
   node.submitted = thread.now;
   node.host = thread.stamp();
-  node.needs_execution = true;
   timeline_.append(kHostLanes + id, 0, 0, nullptr, std::move(node));
   return id;
 }
@@ -377,6 +430,7 @@ void Clock::end_work(std::uint64_t id) {
 }
 
 void Clock::wait_for_work(Lock& lock, std::uint64_t id) {
+  if (turns_.is_detached()) return DetachedThread::current().wait(kHostLanes + id, 1);
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   run_until(lock, kHostLanes + id, 1);

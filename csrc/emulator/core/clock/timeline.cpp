@@ -280,24 +280,24 @@ Timeline::Step Timeline::step(Nanoseconds limit) {
   return Step::kAdvanced;
 }
 
-TimelineNode* Timeline::find_node(LaneId id, Ticket ticket) {
+TimelineNode* Timeline::unexecuted_node(LaneId id, Ticket ticket) {
   const auto lane = lanes_.find(id);
   if (lane == lanes_.end()) return nullptr;
   for (TimelineNode& node : lane->second.pending) {
-    if (node.ticket == ticket) return &node;
+    if (node.ticket == ticket && node.needs_execution) return &node;
   }
   return nullptr;
 }
 
 void Timeline::executed(LaneId lane, Ticket ticket, Nanoseconds extra) {
-  TimelineNode* const node = find_node(lane, ticket);
+  TimelineNode* const node = unexecuted_node(lane, ticket);
   if (node == nullptr) return;
   node->needs_execution = false;
   node->cost.duration = std::clamp(node->cost.duration + extra, Nanoseconds{0}, kDurationMax);
 }
 
 void Timeline::await(LaneId lane, Ticket ticket, LaneId awaited_lane, Ticket awaited_ticket) {
-  TimelineNode* const node = find_node(lane, ticket);
+  TimelineNode* const node = unexecuted_node(lane, ticket);
   if (node == nullptr || is_done(awaited_lane, awaited_ticket)) return;
   node->awaited_lane = awaited_lane;
   node->awaited_ticket = awaited_ticket;

@@ -174,7 +174,7 @@ class Timeline {
   Lane* next_to_start(bool* needs_execution);
   void start(Lane* lane);
   void pop(Lane* lane);
-  TimelineNode* find_node(LaneId lane, Ticket ticket);
+  TimelineNode* unexecuted_node(LaneId lane, Ticket ticket);
   void progress(Nanoseconds until);
   void finish_done();
   void set_rates();
