@@ -1,4 +1,4 @@
-"""``python -m benchmarks._calibration``: the table of docs/cost-model.md."""
+"""``python -m benchmarks._calibration``: the tables of docs/cost-model.md."""
 
 from __future__ import annotations
 
@@ -17,9 +17,22 @@ def main() -> None:
         print("| case | published | simulated | error |\n|---|---|---|---|")
         for row in rows:
             published = f"{row.case.published:,g} {row.case.unit}"
-            predicted = f"{row.predicted:,.4g}" if row.predicted < 1000 else f"{row.predicted:,.0f}"
-            print(f"| {row.case.name} | {published} | {predicted} | {row.signed_percent:+.1f} % |")
+            print(
+                f"| {row.case.name} | {published} | {_figure(row)} | {row.signed_percent:+.1f} % |"
+            )
         print()
+    print("Through the clock\n\n| case | published | clock | error | walk |\n|---|---|---|---|---|")
+    walked = {outcome.case.name: outcome for outcome in found}
+    for row in _calibration.clocked():
+        walk = walked[row.case.name].signed_percent
+        print(
+            f"| {row.case.name} | {row.case.published:,g} {row.case.unit} | {_figure(row)} "
+            f"| {row.signed_percent:+.1f} % | {walk:+.1f} % |"
+        )
+
+
+def _figure(row: _calibration.Outcome) -> str:
+    return f"{row.predicted:,.4g}" if row.predicted < 1000 else f"{row.predicted:,.0f}"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from spillover.emulator import costs
 _PRELUDE = """
 import json, sys
 from spillover import emulator
-emulator.enable(vram="1GiB", hazards="raise", profile="rtx4090", **OPTIONS)
+emulator.enable(vram="1GiB", profile="rtx4090", **OPTIONS)
 import torch
 import torch.nn.functional as F
 torch.set_num_threads(1)
@@ -92,7 +92,8 @@ order.append(emulator.now_ns())
 
 def run_clocked(code: str, *arguments: str, **options: object) -> dict[str, object]:
     """Run code with the clock on; it prints JSON last."""
-    prelude = _PRELUDE.replace("**OPTIONS", f"**{options!r}")
+    settings = {"hazards": "raise", **options}
+    prelude = _PRELUDE.replace("**OPTIONS", f"**{settings!r}")
     result = subprocess.run(
         [sys.executable, "-c", prelude + textwrap.dedent(code), *arguments],
         capture_output=True,
@@ -137,6 +138,60 @@ print(json.dumps({"ends": ends, "order": order, "makespan": report.makespan_ns,
     kinds = [entry[0] for entry in first["order"] if isinstance(entry, list) and entry[0] != 0]  # type: ignore[attr-defined]
     # The producer runs ahead of the consumer by the length of the queue only.
     assert kinds.index("used") < len(kinds) - 8
+
+
+def test_threads_that_torch_starts_change_nothing(tmp_path: Path) -> None:
+    program = """
+        import torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        from torch.utils.data import DataLoader, TensorDataset
+        dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+        model = DistributedDataParallel(torch.nn.Linear(64, 10).cuda(), device_ids=[0])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        data = TensorDataset(torch.randn(64, 64), torch.randint(10, (64,)))
+        ends = []
+        for workers, pinned in ((2, False), (0, True)):
+            loader = DataLoader(data, 8, num_workers=workers, pin_memory=pinned)
+            for inputs, labels in loader:
+                inputs, labels = (value.cuda(non_blocking=True) for value in (inputs, labels))
+                loss = F.cross_entropy(model(inputs), labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                ends.append(emulator.now_ns())
+        report = emulator.clock_report()
+        dist.destroy_process_group()
+        print(json.dumps({"ends": ends, "makespan": report.makespan_ns,
+            "threads": report.threads_ns, "resources": [use.busy_ns for use in report.resources],
+            "waits": [(wait.name, wait.ns) for wait in report.host_waits]}))
+    """
+    first = run_clocked(program, str(tmp_path / "first"), hazards="warn")
+    with cpu_load():
+        second = run_clocked(program, str(tmp_path / "second"), hazards="warn")
+    assert first == second
+
+
+def test_a_condition_is_held_again_before_the_device_starts() -> None:
+    found = run_clocked(
+        """
+        import threading, time
+        condition, state = threading.Condition(), []
+        def notify():
+            with condition:
+                state.append("notified")
+                condition.notify()
+                time.sleep(0.1)
+                state.append("released")
+        with condition:
+            thread = threading.Thread(target=notify)
+            thread.start()
+            condition.wait()
+            seen = list(state)
+        thread.join()
+        print(json.dumps({"seen": seen}))
+        """
+    )
+    assert found["seen"] == ["notified", "released"]
 
 
 def test_operators_cost_what_the_formulas_say() -> None:
@@ -205,6 +260,52 @@ def test_operators_cost_what_the_formulas_say() -> None:
     for name, expected in wanted.items():
         taken = sum(found[name].values())  # type: ignore[attr-defined]
         assert abs(taken - expected) <= 1, (name, found[name], expected)
+
+
+def test_a_graph_costs_what_its_operators_cost() -> None:
+    found = run_clocked(
+        """
+        def measure(work):
+            before = {s.name: (s.ns, s.count) for s in emulator.clock_report().operations}
+            start = emulator.now_ns()
+            work()
+            torch.cuda.synchronize()
+            taken = emulator.now_ns() - start
+            after = {s.name: (s.ns, s.count) for s in emulator.clock_report().operations}
+            zero = (0, 0)
+            costs = {name: [new - old for new, old in zip(total, before.get(name, zero))]
+                     for name, total in after.items() if total != before.get(name)}
+            return {"ns": taken, "operations": costs}
+        nn = torch.nn
+        model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        model.cuda()
+        x = torch.randn(32, 64, device="cuda")
+        host = torch.zeros(32, 64).pin_memory()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        def step():
+            x.copy_(host, non_blocking=True)
+            model.zero_grad(set_to_none=False)
+            model(x.t().contiguous().t()).sum().backward()
+        with torch.cuda.stream(side):
+            step()
+            eager = measure(step)
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            step()
+            graph.capture_end()
+            replays = [measure(graph.replay) for _ in range(2)]
+        print(json.dumps({"eager": eager, "replays": replays}))
+        """
+    )
+    eager, replays = found["eager"], found["replays"]
+    for name in ("aten::addmm", "aten::copy_", "memcpy host-to-device"):
+        assert name in eager["operations"]  # type: ignore[index]
+    for replay in replays:  # type: ignore[attr-defined]
+        assert replay["operations"] == eager["operations"]  # type: ignore[index]
+        assert replay["ns"] < eager["ns"] / 2  # type: ignore[index]
+    kernels_ns = sum(ns for ns, _ in eager["operations"].values())  # type: ignore[index]
+    assert replays[0]["ns"] > kernels_ns  # type: ignore[index]
 
 
 def test_backward_and_other_passes_take_time(tmp_path: Path) -> None:

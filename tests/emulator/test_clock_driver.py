@@ -10,7 +10,7 @@ import ctypes
 import json
 import threading
 from collections.abc import Callable
-from ctypes import c_int64, c_size_t, c_uint64
+from ctypes import c_int64, c_size_t, c_uint64, c_void_p
 from typing import Any
 
 from driver_ctypes import (
@@ -23,9 +23,18 @@ from driver_ctypes import (
     expect,
     run_program,
 )
+from graph_calls import begin, end, instantiate
+
+KERNEL_BODY = ctypes.CFUNCTYPE(ctypes.c_int, c_void_p, c_void_p, c_size_t)
+RELEASE = ctypes.CFUNCTYPE(None, c_void_p)
 
 SIZE = 25_000_000  # exactly a millisecond at 25 GB/s
 MS = 1_000_000
+
+SEVEN = (
+    *("compute", "copy-in", "copy-out", "peer-link"),
+    *("cpu-optimizer", "disk-read", "disk-write"),
+)
 
 ROUND = {
     "gpu.pcie_to_device_gb_s": 25,
@@ -38,16 +47,21 @@ ROUND = {
     "gpu.kernel_gap_us": 0,
     "gpu.launch_latency_us": 0,
     "gpu.copy_latency_us": 0,
+    "gpu.peer_gb_s": 25,
     "gpu.pageable_to_device_gb_s": 5,
     "gpu.pageable_to_host_gb_s": 5,
     "host.operator_us": 0,
     "host.launch_us": 0,
     "host.event_us": 0,
+    "host.stream_call_us": 0,
+    "host.graph_launch_us": 0,
     "host.wait_us": 0,
     "host.query_us": 1,
     "host.function_us": 0,
     "host.memory_bandwidth_gb_s": 100,
     "host.optimizer_bandwidth_gb_s": 50,
+    "disk.read_gb_s": 5,
+    "disk.read_latency_us": 0,
     "disk.write_gb_s": 5,
     "disk.write_latency_us": 0,
 }
@@ -90,11 +104,30 @@ class Clocked(Driver):
         self("cuCtxSynchronize")
         return self.now() - start
 
+    def context(self, device: int) -> c_void_p:
+        context = c_void_p()
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        return context
+
+    def work(self, resource: bytes, size_bytes: int) -> None:
+        work = self.library.spillover_emulator_work
+        expect(SUCCESS, work(resource, c_size_t(size_bytes), c_int64(-1)))
+
+    def background_work(self, resource: bytes, size_bytes: int) -> None:
+        """Work of another thread, which has really done it."""
+        number = self.library.spillover_emulator_work_submit(resource, c_size_t(size_bytes))
+        self.library.spillover_emulator_work_begin(c_uint64(number))
+        self.library.spillover_emulator_work_end(c_uint64(number))
+
     def report(self) -> dict[str, Any]:
         length = self.library.spillover_emulator_clock_report(None, c_size_t(0))
         text = ctypes.create_string_buffer(length + 1)
         self.library.spillover_emulator_clock_report(text, c_size_t(length + 1))
         return dict(json.loads(text.value))
+
+
+def busy(report: dict[str, Any], name: str) -> int:
+    return sum(use["busy_ns"] for use in report["resources"] if use["name"] == name)
 
 
 def clocked(*programs: Callable[[], object], **changes: float) -> None:
@@ -213,9 +246,9 @@ def polling_ends_when_the_event_has_passed() -> None:
     start, polls = cuda.now(), 1
     while cuda.status("cuEventQuery", event) == NOT_READY:
         polls += 1
-    # A query takes a microsecond, so there were a thousand of them; and the bytes are there.
+    # A query that polls takes a microsecond, which the first 32 do not; and the bytes are there.
     assert cuda.now() - start == MS
-    assert polls == 1000
+    assert polls == 1000 + 32 + 1
     assert cuda.peek(cuda.x, 4) == bytes([7]) * 4
 
 
@@ -225,7 +258,7 @@ def a_stream_is_ready_in_virtual_time() -> None:
     polls = 1
     while cuda.status("cuStreamQuery", cuda.a) == NOT_READY:
         polls += 1
-    assert polls == 10
+    assert polls == 10 + 32 + 1
 
 
 def pageable_memory_is_slow_and_holds_the_host_up() -> None:
@@ -293,10 +326,6 @@ def the_report_adds_up() -> None:
     cuda.order(cuda.a, cuda.b)
     cuda.kernel(cuda.b, 2 * MS)
     after = cuda.report()
-
-    def busy(report: dict[str, Any], name: str) -> int:
-        return sum(use["busy_ns"] for use in report["resources"] if use["name"] == name)
-
     assert busy(after, "copy-in") - busy(before, "copy-in") == MS
     assert busy(after, "compute") - busy(before, "compute") == 2 * MS
     assert after["makespan_ns"] - before["makespan_ns"] == 3 * MS
@@ -354,6 +383,33 @@ def test_a_full_launch_queue_holds_the_host_up() -> None:
     clocked(a_full_launch_queue_holds_the_host_up, host__launch_queue_depth=8)
 
 
+def graph_nodes_take_their_time_and_one_launch() -> None:
+    cuda = Clocked()
+    body = KERNEL_BODY(lambda *_: 0)
+    release = RELEASE(lambda _: None)
+    begin(cuda, cuda.a)
+    for _ in range(20):
+        arguments = (c_uint64(cuda.a), b"triple", body, None, release, None, c_size_t(0))
+        capture = cuda.library.spillover_emulator_capture_kernel
+        expect(SUCCESS, capture(*arguments, c_uint64(MS), c_uint64(0)))
+    executable = instantiate(cuda, end(cuda, cuda.a))
+    start = cuda.now()
+    cuda("cuGraphLaunch", executable, cuda.a)
+    assert cuda.now() - start == 7_000  # 20 nodes are one launch of a queue of eight
+    cuda("cuCtxSynchronize")
+    assert cuda.now() - start == 20 * MS + 7_000
+    operations = {entry["name"]: entry for entry in cuda.report()["operations"]}
+    assert (operations["triple"]["ns"], operations["triple"]["count"]) == (20 * MS, 20)
+
+
+def test_graphs() -> None:
+    clocked(
+        graph_nodes_take_their_time_and_one_launch,
+        host__launch_queue_depth=8,
+        host__graph_launch_us=7,
+    )
+
+
 def one_direction_slows_the_other_down() -> None:
     cuda = Clocked()
 
@@ -377,6 +433,62 @@ def test_other_cards() -> None:
         gpu__launch_latency_us=5,
         host__launch_us=7,
     )
+
+
+def every_resource_works_at_once() -> None:
+    cuda = Clocked()
+    cuda.use_device(1)
+    there = cuda.alloc(SIZE)
+    contexts = [cuda.context(device) for device in (0, 1)]
+    cuda.use_device(0)
+    copies = cuda.stream()
+    before = cuda.report()
+
+    def all_of_them() -> None:
+        cuda.upload(cuda.x, cuda.h, cuda.a)
+        cuda.download(cuda.g, cuda.y, cuda.b)
+        cuda("cuMemcpyPeerAsync", there, contexts[1], cuda.x, contexts[0], SIZE, copies)
+        cuda.kernel(cuda.stream(), MS)
+        for resource in (b"disk-read", b"disk-write"):
+            cuda.background_work(resource, 5 * MS)
+        cuda.work(b"cpu-optimizer", 50 * MS)
+
+    assert cuda.time(all_of_them) == MS
+    after = cuda.report()
+    for name in SEVEN:
+        assert busy(after, name) - busy(before, name) == MS, name
+
+
+def the_optimizer_has_what_copies_leave() -> None:
+    cuda = Clocked()
+
+    # Both copies take 50 of the host's 75 GB/s for a millisecond, in which the optimizer, which
+    # would take 50, comes half of its way.
+    def three() -> None:
+        cuda.upload(cuda.x, cuda.h, cuda.a)
+        cuda.download(cuda.g, cuda.y, cuda.b)
+        cuda.work(b"cpu-optimizer", 50 * MS)
+
+    assert abs(cuda.time(three) - 3 * MS // 2) < 10
+
+
+def a_kernel_in_the_cache_leaves_copies_alone() -> None:
+    cuda = Clocked()
+
+    def both() -> None:
+        cuda.upload(cuda.x, cuda.h, cuda.a)
+        cuda.kernel(cuda.b, MS, 0)
+
+    assert cuda.time(both) == MS
+
+
+def test_resources_run_side_by_side() -> None:
+    settings = {"vram": "256MiB", "clock": 1, "hazards": "off"}
+    wide = values(host__memory_bandwidth_gb_s=200)
+    run_program(every_resource_works_at_once, profile_values=wide, devices=2, **settings)
+    narrow = values(host__memory_bandwidth_gb_s=75)
+    run_program(the_optimizer_has_what_copies_leave, profile_values=narrow, **settings)
+    clocked(a_kernel_in_the_cache_leaves_copies_alone)
 
 
 def off_keeps_no_time() -> None:

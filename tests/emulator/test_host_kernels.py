@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import math
 import os
 from collections.abc import Callable
 from ctypes import byref, c_float, c_size_t, c_uint, c_uint64, c_void_p
@@ -24,6 +26,7 @@ from driver_ctypes import (
     expect,
     run_program,
 )
+from graph_calls import begin, end, instantiate
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("SPILLOVER_TEST_GPU") == "1", reason="checks the emulated libraries"
@@ -256,6 +259,27 @@ def wrong_declarations() -> None:
     expect(NOT_FOUND, program.cuda.status(declare, b"nobody", pointer, None))
 
 
+def kernels_on_the_clock() -> None:
+    """A kernel has its name there, and the time of the bytes that it declares."""
+    program = Program()
+    cuda, size = program.cuda, 40 << 20
+    x, y, stream = cuda.alloc(size), cuda.alloc(size), cuda.stream()
+    values = (c_float(1), c_uint64(x), c_uint64(y), c_uint(size // 4))
+    expect(SUCCESS, program.launch("axpy", (1, 1, 1), (32, 1, 1), *values, stream=stream))
+    begin(cuda, stream)
+    expect(SUCCESS, program.launch("axpy", (1, 1, 1), (32, 1, 1), *values, stream=stream))
+    executable = instantiate(cuda, end(cuda, stream))
+    for _ in range(2):
+        cuda("cuGraphLaunch", executable, stream)
+    report = cuda.library.spillover_emulator_clock_report
+    text = ctypes.create_string_buffer(report(None, c_size_t(0)) + 1)
+    report(text, c_size_t(len(text)))
+    operations = {entry["name"]: entry for entry in json.loads(text.value)["operations"]}
+    assert operations["axpy"]["count"] == 3
+    # It declares x and y, which move at 900 GB/s and with the ramp of 2 us of the made-up card.
+    assert operations["axpy"]["ns"] == 3 * math.ceil(2000 + 2 * size / 900)
+
+
 def a_barrier_that_not_all_reach() -> None:
     program = Program()
     program.launch("hangs", (1, 1, 1), (64, 1, 1), program.upload(np.zeros(64, np.int32)))
@@ -280,6 +304,10 @@ def test_accesses() -> None:
     run_program(hazards, memory_that_is_gone, wrong_launches, wrong_declarations)
     run_program(neighbours_memory, devices=2)
     run_program(memory_that_goes_before_its_turn, hazards="off")
+
+
+def test_the_clock_knows_them() -> None:
+    run_program(kernels_on_the_clock, clock=1, vram="256MiB")
 
 
 def test_a_barrier_that_not_all_reach() -> None:

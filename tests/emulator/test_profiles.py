@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from spillover import ConfigError
 from spillover.emulator import load_profile, profile_names
 from spillover.emulator._profiles import load_part
 
+ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = ("gpu", "host", "disk")
 EVERY = [(section, name) for section in SECTIONS for name in profile_names(section)]
 
@@ -38,10 +40,22 @@ def test_cards_are_consistent(name: str) -> None:
     gpu = load_profile(name).gpu
     assert gpu.peak_fp64_tflops <= gpu.peak_fp32_tflops <= gpu.peak_tf32_tflops
     assert gpu.peak_tf32_tflops < gpu.peak_bf16_tflops == gpu.peak_fp16_tflops
+    assert gpu.peak_fp16_tflops <= gpu.peak_fp8_tflops <= gpu.peak_int8_tops
     both = gpu.pcie_to_device_gb_s + gpu.pcie_to_host_gb_s
     assert max(gpu.pcie_to_device_gb_s, gpu.pcie_to_host_gb_s) <= gpu.pcie_duplex_gb_s <= both
     assert gpu.pageable_to_device_gb_s < gpu.pcie_to_device_gb_s
     assert gpu.memory_bandwidth_gb_s * gpu.memory_efficiency < gpu.l2_bandwidth_gb_s
+
+
+def test_the_clock_has_no_number_of_its_own() -> None:
+    """What it asks of a profile is in every profile, with a source."""
+    text = (ROOT / "csrc/emulator/core/clock/profile.cpp").read_text(encoding="utf-8")
+    asked = set(re.findall(r'^    \{"((?:gpu|host|disk)\.\w+)", [\d.]+\},$', text, re.MULTILINE))
+    given = {line.split("=")[0] for line in load_profile("rtx4090").flatten().splitlines()}
+    assert len(asked) > 40
+    assert asked <= given
+    unused = {"memory_gib", "clock_mhz", "sustained_efficiency", "cores", "drives", "name"}
+    assert {key.split(".")[1] for key in given - asked} == unused
 
 
 def test_parts_are_joined_in_any_order_and_filled_in() -> None:

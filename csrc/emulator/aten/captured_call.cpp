@@ -187,7 +187,7 @@ class CapturedCall {
   CapturedCall(const OperatorPlan& plan, const c10::cuda::CUDAStream& stream)
       : plan_(plan), device_(stream.device_index()), stream_(stream.stream()), aliases_(stream_) {}
 
-  void run(const HostCall& call, torch::jit::Stack* stack) {
+  void run(const CostRule& cost_rule, const HostCall& call, torch::jit::Stack* stack) {
     const size_t count = plan_.arguments.size();
     const auto first = stack->end() - static_cast<ptrdiff_t>(count);
     originals_.assign(first, stack->end());
@@ -211,9 +211,11 @@ class CapturedCall {
       ranges_.push_back({position.seed, sizeof(int64_t), 0});
       ranges_.push_back({position.offset, sizeof(int64_t), 0});
     }
+    const KernelCost cost =
+        clock_enabled() ? cost_rule({plan_, originals_, results}) : KernelCost{};
     const int status = spillover_emulator_capture_kernel(
         stream_, plan_.name.c_str(), &FrozenCall::run, frozen.release(), &FrozenCall::release,
-        ranges_.data(), ranges_.size());
+        ranges_.data(), ranges_.size(), cost.duration_ns, cost.device_bytes, cost.limit);
     C10_CUDA_CHECK(static_cast<cudaError_t>(status));
     for (c10::IValue& result : results) stack->push_back(std::move(result));
   }
@@ -336,12 +338,12 @@ class CapturedCall {
 
 }  // namespace
 
-void capture_call(const OperatorPlan& plan, HostCall call, const c10::cuda::CUDAStream& stream,
-                  torch::jit::Stack* stack) {
+void capture_call(const OperatorPlan& plan, const CostRule& cost_rule, HostCall call,
+                  const c10::cuda::CUDAStream& stream, torch::jit::Stack* stack) {
   TORCH_CHECK_NOT_IMPLEMENTED(!dry_run_enabled(), "spillover dry run: operator ", plan.name,
                               " is captured into a CUDA graph, which a dry run does not have; "
                               "leave graphs out of it");
-  CapturedCall(plan, stream).run(call, stack);
+  CapturedCall(plan, stream).run(cost_rule, call, stack);
 }
 
 }  // namespace spillover::emulator

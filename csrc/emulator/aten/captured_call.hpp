@@ -16,6 +16,7 @@
 
 #include <functional>
 
+#include "emulator/aten/cost.hpp"
 #include "emulator/aten/plan.hpp"
 #include "emulator/core/c_api.h"
 
@@ -34,7 +35,7 @@ inline bool is_capturing(const c10::cuda::CUDAStream& stream) {
 // Makes a node of a call whose arguments are on top of the stack, and puts its results there.
 // Throws c10::AcceleratorError where CUDA would: for operators that wait for the device, and in a
 // capture that is invalid.
-void capture_call(const OperatorPlan& plan, HostCall call, const c10::cuda::CUDAStream& stream,
-                  torch::jit::Stack* stack);
+void capture_call(const OperatorPlan& plan, const CostRule& cost_rule, HostCall call,
+                  const c10::cuda::CUDAStream& stream, torch::jit::Stack* stack);
 
 }  // namespace spillover::emulator

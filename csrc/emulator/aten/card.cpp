@@ -29,7 +29,7 @@ Card read_card() {
   card.peak_fp16 = peak("gpu.peak_fp16_tflops");
   card.peak_bf16 = peak("gpu.peak_bf16_tflops");
   card.peak_fp8 = peak("gpu.peak_fp8_tflops");
-  card.peak_int8 = peak("gpu.peak_int8_tflops");
+  card.peak_int8 = peak("gpu.peak_int8_tops");
   return card;
 }
 
@@ -51,10 +51,10 @@ double Card::peak(c10::ScalarType type) const {
       return peak_bf16;
     case c10::kFloat8_e4m3fn:
     case c10::kFloat8_e5m2:
-      return peak_fp8 > 0 ? peak_fp8 : peak_fp16;
+      return peak_fp8;
     case c10::kChar:
     case c10::kByte:
-      return peak_int8 > 0 ? peak_int8 : peak_fp16;
+      return peak_int8;
     default:
       return at::globalContext().allowTF32CuBLAS() ? peak_tf32 : peak_fp32;
   }

@@ -48,11 +48,12 @@ void capture_copy(const at::Tensor& self, const at::Tensor& source,
                   const c10::cuda::CUDAStream& stream) {
   static const OperatorPlan plan(
       c10::Dispatcher::singleton().findSchemaOrThrow("aten::copy_", "").schema());
+  static const CostRule cost_rule(plan);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const DeviceWorkScope device_work;
   torch::jit::Stack stack{self, source, false};
   capture_call(
-      plan,
+      plan, cost_rule,
       [](torch::jit::Stack* tensors) {
         copy_on_host((*tensors)[0].toTensor(), (*tensors)[1].toTensor());
         tensors->resize(1);

@@ -62,6 +62,11 @@ KernelCost overwrites(const CostOperands& operands) {
   return bytes_bound_cost(total);
 }
 
+// copy_: the target is overwritten.
+KernelCost copies(const CostOperands& operands) {
+  return bytes_bound_cost(value_bytes(operands.arguments[0]) + value_bytes(operands.arguments[1]));
+}
+
 // Reads what its indices name: as much as it writes.
 KernelCost gathers(const CostOperands& operands) {
   double total = 2 * result_bytes(operands);
@@ -153,6 +158,7 @@ const std::unordered_map<std::string_view, Function>& rules() {
          {"nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward"}) {
       found.emplace(name, picks_targets);
     }
+    found.emplace("copy_", copies);
     found.emplace("embedding_dense_backward", embedding_backward);
     add_math_rules(found);
     return found;

@@ -314,7 +314,7 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
   if (plan_.uses_cublas) ensure_cublas_workspace(stream);
   if (C10_UNLIKELY(is_capturing(stream))) {
     const auto call = [this, op](torch::jit::Stack* copies) { run_on_host(op, copies); };
-    return capture_call(plan_, call, stream, stack);
+    return capture_call(plan_, cost_rule_, call, stream, stack);
   }
 
   OperatorCall call(plan_, stream);

@@ -178,11 +178,16 @@ void* spillover_emulator_capture_pointer(void* stream, const void* pointer, size
 int spillover_emulator_capture_kernel(void* stream, const char* name,
                                       int (*run)(void* argument, char* error, size_t capacity),
                                       void* argument, void (*release)(void* argument),
-                                      const spillover_emulator_range* ranges, size_t range_count) {
+                                      const spillover_emulator_range* ranges, size_t range_count,
+                                      uint64_t duration_ns, uint64_t device_bytes, int limit) {
   emulator::KernelBody body;
   body.run = run;
   body.argument = argument;
   body.release = release;
+  body.cost.resource = emulator::Resource::kCompute;
+  body.cost.limit = static_cast<emulator::KernelLimit>(limit);
+  body.cost.duration = static_cast<std::int64_t>(duration_ns);
+  body.cost.device_bytes = device_bytes;
   for (size_t i = 0; i < range_count; ++i) {
     body.accesses.push_back({reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes,
                              ranges[i].is_write != 0});
@@ -197,6 +202,9 @@ int spillover_emulator_capture_kernel(void* stream, const char* name,
   if (result == CUDA_SUCCESS) result = machine.captures.admit_work(target);
   if (result != CUDA_SUCCESS) return result;
   if (target->capture == nullptr) return CUDA_ERROR_ILLEGAL_STATE;
+  if (machine.clock.enabled()) {
+    machine.clock.advance(machine.clock.profile().microseconds("host.operator_us"));
+  }
   machine.captures.add(target, machine.hazards.intern(name),
                        std::make_shared<const emulator::KernelBody>(std::move(body)));
   return CUDA_SUCCESS;

@@ -56,11 +56,13 @@ void* spillover_emulator_capture_pointer(void* stream, const void* pointer, size
 
 /* Makes a node of the capture that the stream is in. run is called once a launch, on any thread,
  * and must not call CUDA; it returns a CUresult, and a sentence where it failed. release is called
- * when no graph holds the node any more, whatever this function returns. */
+ * when no graph holds the node any more, whatever this function returns. duration_ns,
+ * device_bytes and limit are those of spillover_emulator_kernel, for each launch. */
 int spillover_emulator_capture_kernel(void* stream, const char* name,
                                       int (*run)(void* argument, char* error, size_t capacity),
                                       void* argument, void (*release)(void* argument),
-                                      const spillover_emulator_range* ranges, size_t range_count);
+                                      const spillover_emulator_range* ranges, size_t range_count,
+                                      uint64_t duration_ns, uint64_t device_bytes, int limit);
 
 /* Tells the checker what the host itself (a CPU operator, a disk engine) touches of pinned memory.
  * Returns 0 or SPILLOVER_EMULATOR_HAZARD. */

@@ -89,6 +89,7 @@ void spillover_emulator_advance(int64_t duration_ns) {
   // Time begins with the device: what a program sleeps before that depends on the machine it runs
   // on.
   if (clocked_machine() == nullptr || duration_ns < 0) return;
+  if (HostTurns::instance().is_detached()) return;
   HostTurns::instance().current().now += duration_ns;
   HostTurns::instance().yield();
 }

@@ -91,6 +91,7 @@ void GraphExec::add_nodes(Machine& machine, const Graph& graph,
     made.source = node->original;
     made.type = node->type();
     made.work = node->work;
+    made.title = node->name;
     made.name =
         machine.hazards.intern((std::string(*node->name == '\0' ? "empty node" : node->name) +
                                 " in a graph (node " + std::to_string(node->id) + ")")
@@ -200,7 +201,8 @@ void GraphExec::open_lanes(Machine& machine, const Stream& stream) {
 }
 
 // True when there was a hazard.
-bool GraphExec::enqueue(Machine& machine, const Node& node, const StreamRef& lane) const {
+bool GraphExec::enqueue(Machine& machine, const Node& node, const StreamRef& lane,
+                        bool is_first) const {
   if (!node.is_enabled) return false;
   Operation operation;
   operation.name = node.name;
@@ -213,6 +215,7 @@ bool GraphExec::enqueue(Machine& machine, const Node& node, const StreamRef& lan
     if (machine.clock.enabled()) operation.cost = cost_of(machine, *fill);
   } else if (const auto* kernel = std::get_if<std::shared_ptr<const KernelBody>>(&work)) {
     operation.body = SharedKernel{*kernel};
+    operation.cost = (*kernel)->cost;
   } else if (const auto* function = std::get_if<HostFunction>(&work)) {
     operation.body = HostFunction{function->body, function->argument};
   } else if (const auto* write = std::get_if<WriteValue>(&work)) {
@@ -235,6 +238,8 @@ bool GraphExec::enqueue(Machine& machine, const Node& node, const StreamRef& lan
   if (const auto* write = std::get_if<WriteValue>(&work)) {
     machine.streams.release_value(*lane, write->address);
   }
+  if (operation.cost.name == nullptr) operation.cost.name = node.title;
+  operation.cost.shares_launch = !is_first;
   const bool found = record_accesses(machine, *lane, ticket, node.name, work);
   machine.streams.append(lane, std::move(operation));
   return found;
@@ -266,7 +271,7 @@ CUresult GraphExec::launch(Machine& machine, Lock& lock, const StreamRef& stream
       const Done& before = done[dependency];
       streams.wait_for(lane, before.stream, before.ticket, before.clock);
     }
-    found = enqueue(machine, node, lane) || found;
+    found = enqueue(machine, node, lane, index == 0) || found;
     if (node.waited_for) done[index] = {lane, lane->enqueued, tracks ? lane->clock : VectorClock()};
   }
   for (const StreamRef& lane : lanes_) {
@@ -276,11 +281,13 @@ CUresult GraphExec::launch(Machine& machine, Lock& lock, const StreamRef& stream
     Operation end;
     end.name = "graph end";
     end.body = SharedKernel{std::make_shared<const KernelBody>(keeping(graph_))};
+    end.cost.shares_launch = true;
     streams.prepare(stream);
     streams.append(stream, std::move(end));
   }
   last_ = {stream, stream->enqueued, tracks ? stream->clock : VectorClock()};
   machine.scheduler.settle(lock, stream, nodes_.size());
+  if (machine.clock.enabled()) machine.clock.throttle(lock, stream);
   const CUresult hazard = machine.hazard_status(found);
   return hazard != CUDA_SUCCESS ? hazard : machine.sticky_error(stream->device);
 }
@@ -309,6 +316,7 @@ CUresult GraphExec::update(Machine& machine, const Graph& graph,
   }
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     nodes_[i].name = other->nodes_[i].name;
+    nodes_[i].title = other->nodes_[i].title;
     nodes_[i].work = other->nodes_[i].work;
   }
   // The launches so far keep the old user objects, later ones the new.

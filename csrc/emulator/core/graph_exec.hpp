@@ -40,7 +40,8 @@ class GraphExec {
   struct Node {
     CUgraphNode source = nullptr;
     CUgraphNodeType type = CU_GRAPH_NODE_TYPE_EMPTY;
-    const char* name = "";
+    const char* name = "";   // with the node's number
+    const char* title = "";  // of its work alone, for the clock
     std::shared_ptr<const NodeWork> work;
     std::vector<std::size_t> dependencies;  // indices of earlier nodes
     std::size_t lane = 0;
@@ -67,7 +68,7 @@ class GraphExec {
                  std::vector<std::size_t>* leaves);
   void assign_lanes();
   CUresult check_memory(Machine& machine, const Stream& stream) const;
-  bool enqueue(Machine& machine, const Node& node, const StreamRef& lane) const;
+  bool enqueue(Machine& machine, const Node& node, const StreamRef& lane, bool is_first) const;
   void open_lanes(Machine& machine, const Stream& stream);
 
   std::vector<Node> nodes_;  // each after its dependencies

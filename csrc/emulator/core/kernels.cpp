@@ -6,6 +6,7 @@
 #include <memory>
 #include <utility>
 
+#include "emulator/core/clock/clock.hpp"
 #include "emulator/core/config.hpp"
 
 namespace spillover::emulator {
@@ -25,24 +26,42 @@ void Kernels::add(RegisteredKernel kernel) {
   const auto [position, is_new] = kernels_.try_emplace(kernel.name);
   RegisteredKernel& place = position->second;
   // The name stays where it is: queued operations point to its characters.
-  if (is_new) place.name = position->first;
+  if (is_new) {
+    place.name = position->first;
+    place.title = demangled(place.name);
+  }
   place.body = kernel.body;
   place.user = kernel.user;
   place.parameter_bytes = std::move(kernel.parameter_bytes);
   place.accesses = nullptr;
 }
 
-std::vector<spillover_emulator_range> RegisteredKernel::accesses_of(
+std::vector<KernelAccess> RegisteredKernel::accesses_of(
     const spillover_emulator_launch_shape& shape, void** parameters) const {
   if (accesses == nullptr) return {};
   std::vector<spillover_emulator_range> ranges(16);
-  for (;;) {
+  for (bool is_all = false; !is_all;) {
     const std::size_t count =
         accesses(parameters, &shape, accesses_user, ranges.data(), ranges.size());
-    const bool is_all = count <= ranges.size();
+    is_all = count <= ranges.size();
     ranges.resize(count);
-    if (is_all) return ranges;
   }
+  std::vector<KernelAccess> found;
+  for (const spillover_emulator_range& range : ranges) {
+    found.push_back(
+        {reinterpret_cast<Address>(range.pointer), range.size_bytes, range.is_write != 0});
+  }
+  return found;
+}
+
+OperationCost launch_cost(const Clock& clock, const RegisteredKernel& kernel,
+                          const std::vector<KernelAccess>& accesses) {
+  if (!clock.enabled()) return {};
+  std::uint64_t size_bytes = 0;
+  for (const KernelAccess& access : accesses) size_bytes += access.size_bytes;
+  OperationCost cost = clock.bytes_bound_cost(size_bytes);
+  cost.name = kernel.title.c_str();
+  return cost;
 }
 
 bool Kernels::declare(const std::string& name, spillover_emulator_kernel_accesses accesses,

@@ -15,8 +15,11 @@
 
 namespace spillover::emulator {
 
+class Clock;
+
 struct RegisteredKernel {
   std::string name;
+  std::string title;  // as the source code has it
   spillover_emulator_kernel_body body = nullptr;
   void* user = nullptr;
   std::vector<std::size_t> parameter_bytes;
@@ -24,8 +27,8 @@ struct RegisteredKernel {
   void* accesses_user = nullptr;
 
   // What a launch touches; empty where nobody said.
-  std::vector<spillover_emulator_range> accesses_of(const spillover_emulator_launch_shape& shape,
-                                                    void** parameters) const;
+  std::vector<KernelAccess> accesses_of(const spillover_emulator_launch_shape& shape,
+                                        void** parameters) const;
 };
 
 class Kernels {
@@ -47,6 +50,10 @@ class Kernels {
   std::map<std::string, RegisteredKernel> kernels_;
   std::map<std::string, bool> reported_;
 };
+
+// What a launch takes on the clock: to move the bytes that it says it touches.
+OperationCost launch_cost(const Clock& clock, const RegisteredKernel& kernel,
+                          const std::vector<KernelAccess>& accesses);
 
 // body(argument), as often as a graph is launched.
 KernelBody repeated(void (*body)(void*), void* argument);

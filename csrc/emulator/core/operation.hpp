@@ -71,6 +71,34 @@ struct Kernel {
   void (*drop)(void*) = nullptr;
 };
 
+// What an operation occupies on the virtual clock (clock/timeline.hpp).
+enum class Resource : std::uint8_t {
+  kNone,
+  kCompute,
+  kCopyIn,
+  kCopyOut,
+  kPeerLink,
+  kHostFunction,
+  kOptimizer,
+  kHostOperator,
+  kDiskRead,
+  kDiskWrite,
+};
+
+// What most of a kernel's duration comes from: its fixed part, memory bandwidth, or arithmetic.
+enum class KernelLimit : std::uint8_t { kFixed, kMemory, kMath };
+
+struct OperationCost {
+  Resource resource = Resource::kNone;
+  KernelLimit limit = KernelLimit::kFixed;
+  std::int64_t duration = 0;       // nanoseconds where nothing else runs
+  std::uint64_t device_bytes = 0;  // moved in the device's memory meanwhile
+  std::uint64_t link_bytes = 0;
+  std::uint64_t host_bytes = 0;
+  const char* name = nullptr;  // on the clock; null: the operation's own
+  bool shares_launch = false;  // it was launched along with another node of its graph
+};
+
 // A kernel that runs as often as graphs that hold it are launched. run returns a CUresult, and says
 // in `error` what went wrong.
 struct KernelBody {
@@ -78,13 +106,15 @@ struct KernelBody {
   void* argument = nullptr;
   void (*release)(void* argument) = nullptr;
   std::vector<KernelAccess> accesses{};
+  OperationCost cost{};
 
   KernelBody() = default;
   KernelBody(KernelBody&& other) noexcept
       : run(other.run),
         argument(other.argument),
         release(std::exchange(other.release, nullptr)),
-        accesses(std::move(other.accesses)) {}
+        accesses(std::move(other.accesses)),
+        cost(other.cost) {}
   KernelBody(const KernelBody&) = delete;
   KernelBody& operator=(const KernelBody&) = delete;
   ~KernelBody() {
@@ -145,32 +175,6 @@ struct FreeMemory {
 // Holds the stream until it is released: a kernel that hangs (see Scheduler::add_hold).
 struct Hold {
   std::uint64_t id = 0;
-};
-
-// What an operation occupies on the virtual clock (clock/timeline.hpp).
-enum class Resource : std::uint8_t {
-  kNone,
-  kCompute,
-  kCopyIn,
-  kCopyOut,
-  kPeerLink,
-  kHostFunction,
-  kOptimizer,
-  kHostOperator,
-  kDiskRead,
-  kDiskWrite,
-};
-
-// What most of a kernel's duration comes from: its fixed part, memory bandwidth, or arithmetic.
-enum class KernelLimit : std::uint8_t { kFixed, kMemory, kMath };
-
-struct OperationCost {
-  Resource resource = Resource::kNone;
-  KernelLimit limit = KernelLimit::kFixed;
-  std::int64_t duration = 0;       // nanoseconds where nothing else runs
-  std::uint64_t device_bytes = 0;  // moved in the device's memory meanwhile
-  std::uint64_t link_bytes = 0;
-  std::uint64_t host_bytes = 0;
 };
 
 struct Operation {

@@ -125,7 +125,7 @@ OperationCost cost_of(Machine& machine, const Copy& copy) {
 }
 
 OperationCost cost_of(Machine& machine, const Fill& fill) {
-  return machine.clock.fill_cost(fill.width_bytes() * fill.height);
+  return machine.clock.bytes_bound_cost(fill.width_bytes() * fill.height);
 }
 
 CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,

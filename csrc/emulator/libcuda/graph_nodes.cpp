@@ -82,8 +82,11 @@ CUresult kernel_work(Machine& machine, const CUDA_KERNEL_NODE_PARAMS_v2& request
       {request.blockDimX, request.blockDimY, request.blockDimZ},
       request.sharedMemBytes};
   *name = kernel->name.c_str();
-  *work = std::make_shared<const KernelBody>(
-      KernelLaunch::shared(std::make_unique<KernelLaunch>(*kernel, shape, request.kernelParams)));
+  KernelBody body =
+      KernelLaunch::shared(std::make_unique<KernelLaunch>(*kernel, shape, request.kernelParams));
+  body.accesses = kernel->accesses_of(shape, request.kernelParams);
+  body.cost = launch_cost(machine.clock, *kernel, body.accesses);
+  *work = std::make_shared<const KernelBody>(std::move(body));
   return CUDA_SUCCESS;
 }
 

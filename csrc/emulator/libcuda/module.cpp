@@ -64,17 +64,17 @@ bool is_launchable(const spillover_emulator_launch_shape& shape) {
   return threads <= kThreadsMax && shape.shared_bytes <= kSharedBytesMax;
 }
 
-AccessKind kind_of(const spillover_emulator_range& range) {
-  return range.is_write != 0 ? AccessKind::kWrite : AccessKind::kRead;
+AccessKind kind_of(const emulator::KernelAccess& access) {
+  return access.is_write ? AccessKind::kWrite : AccessKind::kRead;
 }
 
 // Whether all that a kernel says it touches is there for its device; a GPU would find out only when
 // the kernel runs.
 bool may_touch(Machine& machine, const emulator::Stream& stream, const RegisteredKernel& kernel,
-               const std::vector<spillover_emulator_range>& accesses) {
-  return std::all_of(accesses.begin(), accesses.end(), [&](const auto& range) {
-    return machine.check_usable(stream, kernel.name.c_str(), kind_of(range),
-                                reinterpret_cast<Address>(range.pointer), range.size_bytes);
+               const std::vector<emulator::KernelAccess>& accesses) {
+  return std::all_of(accesses.begin(), accesses.end(), [&](const auto& access) {
+    return machine.check_usable(stream, kernel.name.c_str(), kind_of(access), access.address,
+                                access.size_bytes);
   });
 }
 
@@ -86,19 +86,16 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     if (extra != nullptr) return CUDA_ERROR_NOT_SUPPORTED;
     if (parameters == nullptr && !kernel->parameter_bytes.empty()) return CUDA_ERROR_INVALID_VALUE;
     if (!is_launchable(shape)) return CUDA_ERROR_INVALID_VALUE;
-    const auto accesses = kernel->accesses_of(shape, parameters);
-    if (!may_touch(machine, *stream, *kernel, accesses)) {
+    std::vector<emulator::KernelAccess> touched = kernel->accesses_of(shape, parameters);
+    if (!may_touch(machine, *stream, *kernel, touched)) {
       return machine.hazards.raises() ? CUDA_ERROR_UNKNOWN : CUDA_ERROR_ILLEGAL_ADDRESS;
     }
     auto launched = std::make_unique<emulator::KernelLaunch>(*kernel, shape, parameters);
-    std::vector<emulator::KernelAccess> touched;
-    for (const spillover_emulator_range& range : accesses) {
-      touched.push_back(
-          {reinterpret_cast<Address>(range.pointer), range.size_bytes, range.is_write != 0});
-    }
+    const emulator::OperationCost cost = launch_cost(machine.clock, *kernel, touched);
     if (stream->capture != nullptr) {
       emulator::KernelBody body = emulator::KernelLaunch::shared(std::move(launched));
       body.accesses = std::move(touched);
+      body.cost = cost;
       machine.captures.add(stream, kernel->name.c_str(),
                            std::make_shared<const emulator::KernelBody>(std::move(body)));
       return CUDA_SUCCESS;
@@ -106,9 +103,8 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     const emulator::Ticket ticket = machine.streams.prepare(stream);
     bool found = false;
     for (const emulator::KernelAccess& access : touched) {
-      const AccessKind kind = access.is_write ? AccessKind::kWrite : AccessKind::kRead;
-      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind, access.address,
-                                    access.size_bytes) ||
+      found = machine.record_access(*stream, ticket, kernel->name.c_str(), kind_of(access),
+                                    access.address, access.size_bytes) ||
               found;
     }
     emulator::Kernel queued{emulator::KernelLaunch::run, launched.release(), std::move(touched),
@@ -116,6 +112,7 @@ CUresult launch(const char* name, CUfunction function, const spillover_emulator_
     emulator::Operation operation;
     operation.body = std::move(queued);
     operation.name = kernel->name.c_str();
+    operation.cost = cost;
     machine.streams.submit(lock, stream, std::move(operation));
     const CUresult hazard = machine.hazard_status(found);
     return hazard != CUDA_SUCCESS ? hazard : machine.sticky_error(stream->device);

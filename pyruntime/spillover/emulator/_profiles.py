@@ -64,6 +64,8 @@ class GpuProfile(_Part):
     peak_tf32_tflops: float = _number(maximum=100_000)
     peak_fp16_tflops: float = _number(maximum=100_000)
     peak_bf16_tflops: float = _number(maximum=100_000)
+    peak_fp8_tflops: float = _number(maximum=100_000)
+    peak_int8_tops: float = _number(maximum=100_000)
     # Above 1 where the card runs at a higher clock than the vendor's boost clock.
     matmul_efficiency: float = _number(maximum=1.25)
     matmul_k_ramp: float = _number(maximum=100_000)
@@ -80,6 +82,7 @@ class GpuProfile(_Part):
     pcie_to_device_gb_s: float = _number(maximum=10_000)
     pcie_to_host_gb_s: float = _number(maximum=10_000)
     pcie_duplex_gb_s: float = _number(maximum=20_000)
+    peer_gb_s: float = _number(maximum=10_000)
     pageable_to_device_gb_s: float = _number(maximum=10_000)
     pageable_to_host_gb_s: float = _number(maximum=10_000)
 
@@ -110,6 +113,17 @@ class HostProfile(_Part):
     optimizer_bandwidth_gb_s: float = _number(maximum=100_000)
     pin_gb_s: float = _number(maximum=100_000)
     operator_us: float = _number(maximum=1e6)
+    launch_us: float = _number(maximum=1e6)
+    graph_launch_us: float = _number(maximum=1e6)
+    event_us: float = _number(maximum=1e6)
+    stream_call_us: float = _number(maximum=1e6)
+    query_us: float = _number(maximum=1e6)
+    wait_us: float = _number(maximum=1e6)
+    allocation_us: float = _number(maximum=1e6)
+    free_us: float = _number(maximum=1e6)
+    mapping_us: float = _number(maximum=1e6)
+    function_us: float = _number(maximum=1e6)
+    launch_queue_depth: int = _number(maximum=1e6)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import asyncio.base_events
 import ctypes
 import functools
 import itertools
+import multiprocessing.queues
 import queue
 import threading
 from collections.abc import Callable
@@ -156,14 +157,16 @@ class RLock:
         return state
 
     def _acquire_restore(self, state: Any) -> None:
-        _turns.take(lambda *_: self._restore(state), self._token.number, True, -1)
+        _turns.take(
+            lambda blocking, _: self._restore(state, blocking), self._token.number, True, -1
+        )
         self._token.acquire()
 
-    def _restore(self, state: Any) -> bool:
-        """Take the lock as often as before, if it is free."""
-        if _turns.are_taken() and not self._lock.acquire(False):
-            return False
-        if _turns.are_taken():
+    def _restore(self, state: Any, blocking: bool) -> bool:
+        """Take the lock as often as before; where that may not block, if it is free."""
+        if not blocking:
+            if not self._lock.acquire(False):
+                return False
             self._lock.release()
         self._lock._acquire_restore(state)
         return True
@@ -249,6 +252,8 @@ def watch(library_path: str, *, takes_turns: bool = False) -> None:
     queue.SimpleQueue = SimpleQueue  # type: ignore[misc]
     _watch_threads()
     _watch_event_loops()
+    if takes_turns:
+        _free_feeders()
 
 
 def _watch_threads() -> None:
@@ -258,6 +263,9 @@ def _watch_threads() -> None:
 
     @functools.wraps(start)
     def watched_start(self: Any) -> None:
+        if getattr(self, "_spillover_is_free", False):
+            start(self)
+            return
         while _before_first_start:
             _before_first_start.pop()()
         self._spillover_token = _Token()
@@ -271,6 +279,9 @@ def _watch_threads() -> None:
 
     @functools.wraps(bootstrap)
     def watched_bootstrap(self: Any) -> None:
+        if getattr(self, "_spillover_is_free", False):
+            bootstrap(self)
+            return
         token = getattr(self, "_spillover_token", None)
         _calls().begin()
         _turns.attach(getattr(self, "_spillover_turn", 0))
@@ -302,6 +313,43 @@ def _watch_threads() -> None:
 
     thread_class.start, thread_class.join = watched_start, watched_join
     thread_class._bootstrap_inner = watched_bootstrap
+
+
+def _free_feeders() -> None:
+    """Let the threads that feed ``multiprocessing``'s queues run without turns.
+
+    Such a thread only moves bytes to a pipe, and who waits for the process at its other end keeps
+    the turn meanwhile: whatever the feeder's moment, the order of all others stays the same. What
+    it shares with its queue is therefore locked unseen.
+    """
+    queue_class: Any = multiprocessing.queues.Queue
+    reset = queue_class._reset
+
+    @functools.wraps(reset)
+    def free_reset(self: Any, *args: Any, **options: Any) -> None:
+        reset(self, *args, **options)
+        self._notempty = threading.Condition(_allocate_lock())
+
+    class _FeederThread(threading.Thread):
+        _spillover_is_free = True
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            started: Any = threading.Event()
+            started._cond = threading.Condition(_allocate_lock())
+            self._started = started
+
+    class _Threading:
+        """``threading`` as ``multiprocessing.queues`` sees it."""
+
+        Thread = _FeederThread
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(threading, name)
+
+    queue_class._reset = free_reset
+    module: Any = multiprocessing.queues
+    module.threading = _Threading()
 
 
 def _watch_event_loops() -> None:

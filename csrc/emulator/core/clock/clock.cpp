@@ -4,6 +4,7 @@
 #include <chrono>
 #include <utility>
 
+#include "emulator/core/clock/detached.hpp"
 #include "emulator/core/machine.hpp"
 #include "emulator/core/process.hpp"
 
@@ -58,12 +59,11 @@ const CallCost kCallCosts[] = {
                         "cuMemsetD2D16",        "cuMemsetD2D32",
                         "cuMemsetD2D8Async",    "cuMemsetD2D16Async",
                         "cuMemsetD2D32Async",   "cuMemsetD8_v2",
-                        "cuMemsetD16_v2",       "cuMemsetD32_v2",
-                        "cuGraphLaunch"}},
-    {"host.event_us",
-     {"cuEventRecord", "cuEventRecordWithFlags", "cuStreamWaitEvent", "cuStreamWriteValue32",
-      "cuStreamWriteValue64", "cuStreamWaitValue32", "cuStreamWaitValue64", "cuMemFreeAsync",
-      "cuMemAllocAsync", "cuMemAllocFromPoolAsync"}},
+                        "cuMemsetD16_v2",       "cuMemsetD32_v2"}},
+    {"host.graph_launch_us", {"cuGraphLaunch"}},
+    {"host.stream_call_us",
+     {"cuStreamWaitEvent", "cuStreamWriteValue32", "cuStreamWriteValue64", "cuStreamWaitValue32",
+      "cuStreamWaitValue64", "cuMemFreeAsync", "cuMemAllocAsync", "cuMemAllocFromPoolAsync"}},
     {"host.wait_us", {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}},
     {"host.allocation_us", {"cuMemAlloc", "cuMemAlloc_v2", "cuMemAllocManaged", "cuMemCreate"}},
     {"host.free_us", {"cuMemFree", "cuMemFree_v2", "cuMemRelease", "cuMemFreeHost"}},
@@ -105,7 +105,7 @@ OperationCost Clock::copy_cost(Route route, bool is_pageable, std::uint64_t byte
   const Nanoseconds latency = profile_.microseconds("gpu.copy_latency_us");
   switch (route) {
     case Route::kDeviceToDevice:
-      cost = fill_cost(2 * bytes);
+      cost = bytes_bound_cost(2 * bytes);
       break;
     case Route::kToDevice:
       cost.resource = Resource::kCopyIn;
@@ -133,7 +133,7 @@ OperationCost Clock::copy_cost(Route route, bool is_pageable, std::uint64_t byte
   return cost;
 }
 
-OperationCost Clock::fill_cost(std::uint64_t bytes) const {
+OperationCost Clock::bytes_bound_cost(std::uint64_t bytes) const {
   OperationCost cost;
   cost.resource = Resource::kCompute;
   const bool fits_cache = static_cast<double>(bytes) <= profile_.at("gpu.l2_mib") * 1048576 / 2;
@@ -148,7 +148,24 @@ OperationCost Clock::fill_cost(std::uint64_t bytes) const {
   return cost;
 }
 
+// Puts a detached thread's operation on a lane, after marks for what the thread waited for.
+void Clock::push_detached(LaneId lane, const StreamRef& stream, TimelineNode node) {
+  const int device = stream == nullptr ? 0 : stream->device;
+  const int priority = stream == nullptr ? 0 : stream->priority;
+  for (const auto& [awaited, ticket] : DetachedThread::current().launch()) {
+    if (awaited == lane || timeline_.is_done(awaited, ticket)) continue;
+    TimelineNode mark;
+    mark.ticket = node.ticket;
+    mark.cost.shares_launch = true;
+    mark.awaited_lane = awaited;
+    mark.awaited_ticket = ticket;
+    timeline_.append(lane, device, priority, stream, std::move(mark));
+  }
+  timeline_.append(lane, device, priority, stream, std::move(node));
+}
+
 void Clock::push(const StreamRef& stream, TimelineNode node) {
+  if (turns_.is_detached()) return push_detached(stream->id, stream, std::move(node));
   const HostThread& thread = turns_.current();
   node.submitted = thread.now;
   if (node.cost.resource != Resource::kNone) node.submitted += launch_latency_;
@@ -159,8 +176,8 @@ void Clock::push(const StreamRef& stream, TimelineNode node) {
 void Clock::append(const StreamRef& stream, const Operation& operation) {
   TimelineNode node;
   node.ticket = stream->enqueued;
-  node.name = operation.name;
   node.cost = operation.cost;
+  node.name = node.cost.name != nullptr ? node.cost.name : operation.name;
   if (const auto* wait = std::get_if<WaitForTicket>(&operation.body)) {
     node.awaited_lane = wait->stream->id;
     node.awaited_ticket = wait->ticket;
@@ -176,7 +193,8 @@ void Clock::append(const StreamRef& stream, const Operation& operation) {
   } else if (node.cost.resource == Resource::kNone &&
              (std::holds_alternative<Kernel>(operation.body) ||
               std::holds_alternative<SharedKernel>(operation.body))) {
-    node.cost = fill_cost(0);
+    node.cost = bytes_bound_cost(0);
+    node.cost.shares_launch = operation.cost.shares_launch;
   } else if (node.cost.resource == Resource::kNone) {
     return;  // takes no time
   }
@@ -192,7 +210,8 @@ void Clock::append_kernel(const StreamRef& stream, const char* name, const Opera
 }
 
 void Clock::throttle(Lock& lock, const StreamRef& stream) {
-  const Ticket ticket = timeline_.ticket_behind(stream->id, queue_depth_);
+  if (turns_.is_detached()) return;
+  const Ticket ticket = timeline_.launch_behind(stream->id, queue_depth_);
   if (ticket == 0) return;
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
@@ -263,6 +282,7 @@ void Clock::wait(Lock& lock, const StreamRef& stream, Ticket ticket) {
     timeline_.await(kHostLanes + current_work, 1, stream->id, ticket);
     return;
   }
+  if (turns_.is_detached()) return DetachedThread::current().wait(stream->id, ticket);
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   run_until(lock, stream->id, ticket);
@@ -270,6 +290,12 @@ void Clock::wait(Lock& lock, const StreamRef& stream, Ticket ticket) {
 }
 
 void Clock::wait_device(Lock& lock, int device) {
+  if (turns_.is_detached()) {
+    for (const auto& [lane, ticket] : timeline_.busy_lanes(device)) {
+      DetachedThread::current().wait(lane, ticket);
+    }
+    return;
+  }
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   Origin last;
@@ -281,15 +307,29 @@ void Clock::wait_device(Lock& lock, int device) {
 
 // Simulates up to the calling thread's time. Whether the ticket is done then.
 bool Clock::run_to_now(Lock& lock, LaneId lane, Ticket ticket) {
+  if (turns_.is_detached()) {  // it has no time at which the ticket could be undone
+    DetachedThread::current().wait(lane, ticket);
+    return true;
+  }
   HostThread& thread = turns_.current();
-  thread.now += profile_.microseconds("host.query_us");
   while (!timeline_.is_done(lane, ticket)) {
     const Timeline::Step step = timeline_.step(thread.now);
     if (step == Timeline::Step::kAdvanced) continue;
     if (step != Timeline::Step::kNeedsExecution) break;
     if (!execute(lock, Timeline::Need(timeline_.need()), Patience::kBrief)) break;
   }
-  return timeline_.is_done(lane, ticket);
+  if (timeline_.is_done(lane, ticket)) return true;
+  charge_polling(&thread);
+  return false;
+}
+
+// Allocators look at the events of what other threads freed, whenever that was, so a few queries
+// cost nothing. Who polls makes many with nothing else in between.
+void Clock::charge_polling(HostThread* thread) {
+  constexpr unsigned kFreeQueries = 32;
+  if (thread->queried_at != thread->now) thread->queries = 0;
+  if (++thread->queries > kFreeQueries) thread->now += profile_.microseconds("host.query_us");
+  thread->queried_at = thread->now;
 }
 
 bool Clock::has_passed(Lock& lock, const StreamRef& stream, Ticket ticket) {
@@ -297,6 +337,7 @@ bool Clock::has_passed(Lock& lock, const StreamRef& stream, Ticket ticket) {
 }
 
 void Clock::advance(Nanoseconds duration) {
+  if (turns_.is_detached()) return;
   HostThread& thread = turns_.current();
   thread.now += duration;
 }
@@ -307,6 +348,10 @@ void Clock::charge_call(const char* function) {
   if (current_work != 0) return;
   const auto found = call_costs_.find(std::string_view(function));
   if (found != call_costs_.end()) advance(found->second);
+}
+
+void Clock::charge_event() {
+  advance(profile_.microseconds("host.event_us"));
 }
 
 void Clock::charge_pinning(std::uint64_t bytes) {
@@ -352,12 +397,17 @@ void Clock::perform(Lock& lock, const char* name, const OperationCost& cost) {
     callback_duration += cost.duration;
     return;
   }
-  HostThread& thread = turns_.current();
   const LaneId lane = kHostLanes + next_work_++;
   TimelineNode node;
   node.ticket = 1;
   node.name = name;
   node.cost = cost;
+  if (turns_.is_detached()) {
+    push_detached(lane, nullptr, std::move(node));
+    DetachedThread::current().wait(lane, 1);
+    return;
+  }
+  HostThread& thread = turns_.current();
   node.submitted = thread.now;
   node.host = thread.stamp();
   timeline_.append(lane, 0, 0, nullptr, std::move(node));
@@ -369,15 +419,19 @@ void Clock::perform(Lock& lock, const char* name, const OperationCost& cost) {
 std::uint64_t Clock::submit_work(const char* name, std::uint64_t bytes) {
   Resource resource{};
   if (!resource_of(name, &resource)) return 0;
-  const HostThread& thread = turns_.current();
   const std::uint64_t id = next_work_++;
   TimelineNode node;
   node.ticket = 1;
   node.name = resource_name(resource);
   node.cost = work_cost(resource, bytes, -1);
+  node.needs_execution = true;
+  if (turns_.is_detached()) {
+    push_detached(kHostLanes + id, nullptr, std::move(node));
+    return id;
+  }
+  const HostThread& thread = turns_.current();
   node.submitted = thread.now;
   node.host = thread.stamp();
-  node.needs_execution = true;
   timeline_.append(kHostLanes + id, 0, 0, nullptr, std::move(node));
   return id;
 }
@@ -393,6 +447,7 @@ void Clock::end_work(std::uint64_t id) {
 }
 
 void Clock::wait_for_work(Lock& lock, std::uint64_t id) {
+  if (turns_.is_detached()) return DetachedThread::current().wait(kHostLanes + id, 1);
   HostThread& thread = turns_.current();
   const Nanoseconds start = thread.now;
   const char* const name = timeline_.next_name(kHostLanes + id);

@@ -41,7 +41,7 @@ class Clock {
   // What operations cost.
   enum class Route { kDeviceToDevice, kToDevice, kToHost, kPeer, kHostToHost };
   OperationCost copy_cost(Route route, bool is_pageable, std::uint64_t bytes) const;
-  OperationCost fill_cost(std::uint64_t bytes) const;
+  OperationCost bytes_bound_cost(std::uint64_t bytes) const;  // a kernel that only moves bytes
 
   // An operation was queued on the stream; its ticket is stream->enqueued.
   void append(const StreamRef& stream, const Operation& operation);
@@ -59,7 +59,7 @@ class Clock {
   void wait(Lock& lock, const StreamRef& stream, Ticket ticket);
   void wait_device(Lock& lock, int device);
 
-  // Whether a ticket is done at the calling thread's time. Asking takes time, so that polling ends.
+  // Whether a ticket is done at the calling thread's time. Polling takes time, so that it ends.
   bool has_passed(Lock& lock, const StreamRef& stream, Ticket ticket);
 
   // The same, without asking anew.
@@ -71,6 +71,7 @@ class Clock {
   Nanoseconds now() { return turns_.current().now; }
   void advance(Nanoseconds duration);
   void charge_call(const char* function);
+  void charge_event();  // a record that takes the time
   void charge_pinning(std::uint64_t bytes);
 
   // Work of the host on a resource; false for a resource that there is not. A negative duration
@@ -105,8 +106,10 @@ class Clock {
 
   void push(const StreamRef& stream, TimelineNode node);
   void perform(Lock& lock, const char* name, const OperationCost& cost);
+  void push_detached(LaneId lane, const StreamRef& stream, TimelineNode node);
   bool run_until(Lock& lock, LaneId lane, Ticket ticket);
   bool run_to_now(Lock& lock, LaneId lane, Ticket ticket);
+  void charge_polling(HostThread* thread);
   bool execute(Lock& lock, const Timeline::Need& need, Patience patience);
   void end_wait(HostThread* thread, Nanoseconds start, const char* cause, Origin origin);
   OperationCost work_cost(Resource resource, std::uint64_t bytes, Nanoseconds duration) const;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string_view>
 
 namespace spillover::emulator {
 namespace {
@@ -18,6 +19,14 @@ constexpr std::int64_t kIdleNs = 500'000'000;
 constexpr std::int64_t kSilentNs = 10'000'000'000;
 
 thread_local void* followed = nullptr;
+
+// By the name that torch gives them.
+bool is_autograd_worker() {
+  constexpr std::string_view kName = "pt_autograd";
+  char name[16] = "";  // what Linux keeps
+  return pthread_getname_np(pthread_self(), name, sizeof name) == 0 &&
+         std::string_view(name).starts_with(kName);
+}
 
 HostTurns* the_turns = nullptr;
 
@@ -71,6 +80,12 @@ bool HostTurns::is_followed() const {
   return followed != nullptr;
 }
 
+bool HostTurns::is_detached() const {
+  if (followed != nullptr || !follows_any_) return false;
+  thread_local const bool is_worker = is_autograd_worker();
+  return !is_worker;
+}
+
 HostThread& HostTurns::current() {
   progress_.fetch_add(1, std::memory_order_relaxed);
   if (Entry* const entry = mine()) return *entry;
@@ -92,6 +107,7 @@ void HostTurns::begin(const char* name) {
   Entry* const first = threads_.begin()->second.get();
   first->name = name;
   followed = first;
+  follows_any_ = true;
   holder_ = last_holder_ = first;
   acting_ = first;
 }

@@ -8,10 +8,12 @@
 // synchronisation, an operator's end, a call that waits for the device. Whoever waits for its turn
 // lets go of Python's interpreter lock.
 //
-// Threads of C++ (autograd's workers) are not followed: they act for the thread whose turn it is,
-// whose clock they move, and never switch. What a followed thread waits for in ways that nobody
-// sees (an import, a lock of C++, a pipe) is noticed when nothing has moved for half a second: the
-// turn passes on, and the report counts it as an unseen wait, since the order may then differ.
+// Threads of C++ are not followed and never switch. Autograd's workers act for the thread whose
+// turn it is, which waits for them, and move its clock. All others (of process groups, of pools)
+// are detached: see Note [Detached threads] in detached.hpp. What a followed thread waits for in
+// ways that nobody sees (an import, a lock of C++, a pipe) is noticed when nothing has moved for
+// half a second: the turn passes on, and the report counts it as an unseen wait, since the order
+// may then differ.
 //
 // Turns are taken from the device's start on: what a program does before (imports, compilers) has
 // no virtual time. Threads that run already join in at their next switching point.
@@ -41,6 +43,9 @@ struct HostThread {
   // Only the thread whose turn it is touches these.
   Nanoseconds resumed = 0;
   Origin waited_for;
+  // Queries that found work undone since time last passed for the thread.
+  Nanoseconds queried_at = -1;
+  unsigned queries = 0;
 
   void move_to(Nanoseconds time) {
     if (time > now) now = time;
@@ -91,6 +96,9 @@ class HostTurns {
   Nanoseconds limit();
   bool is_followed() const;
 
+  // Whether the calling thread has no time: one of C++ beside threads that are followed.
+  bool is_detached() const;
+
   std::vector<Recorder::ThreadEntry> entries();
   std::uint64_t unseen_waits();
 
@@ -126,6 +134,7 @@ class HostTurns {
   std::map<std::uint32_t, std::unique_ptr<Entry>> threads_;  // in the order of their ids
   std::vector<Recorder::ThreadEntry> ended_;
   std::atomic<bool> is_started_{false};
+  std::atomic<bool> follows_any_{false};
   Entry* holder_ = nullptr;
   Entry* last_holder_ = nullptr;  // never dangling: the first thread where the last has ended
   std::uint32_t next_id_ = 0;

@@ -19,7 +19,7 @@ constexpr Default kDefaults[] = {
     {"gpu.peak_fp16_tflops", 100},
     {"gpu.peak_bf16_tflops", 100},
     {"gpu.peak_fp8_tflops", 200},
-    {"gpu.peak_int8_tflops", 200},
+    {"gpu.peak_int8_tops", 200},
     {"gpu.sm_count", 100},
     {"gpu.matmul_efficiency", 0.8},
     {"gpu.matmul_k_ramp", 128},
@@ -44,7 +44,9 @@ constexpr Default kDefaults[] = {
     {"gpu.pageable_to_host_gb_s", 8},
     {"host.operator_us", 6},
     {"host.launch_us", 4},
-    {"host.event_us", 1},
+    {"host.graph_launch_us", 4},
+    {"host.event_us", 2},
+    {"host.stream_call_us", 1},
     {"host.query_us", 1},
     {"host.wait_us", 2},
     {"host.allocation_us", 100},
@@ -118,7 +120,9 @@ std::string ClockProfile::read(std::string_view text) {
                           "gpu.peak_fp32_tflops",
                           "gpu.peak_tf32_tflops",
                           "gpu.peak_fp16_tflops",
-                          "gpu.peak_bf16_tflops"}) {
+                          "gpu.peak_bf16_tflops",
+                          "gpu.peak_fp8_tflops",
+                          "gpu.peak_int8_tops"}) {
     if (at(key) > 0) continue;
     return std::string("SPILLOVER_EMULATOR_PROFILE_VALUES has ") + key +
            "=0: use a number above 0.";

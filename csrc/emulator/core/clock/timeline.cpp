@@ -64,6 +64,7 @@ void Timeline::append(LaneId id, int device, int priority, const StreamRef& stre
   node.submitted = std::max(node.submitted, now_);
   node.cost.duration = std::clamp(node.cost.duration, Nanoseconds{0}, kDurationMax);
   node.submission = ++submissions_;
+  lane.launches += node.cost.shares_launch ? 0 : 1;
   lane.pending.push_back(std::move(node));
   busy_.emplace(id, &lane);
 }
@@ -81,6 +82,7 @@ bool Timeline::may_go_on(const Lane& lane) const {
 }
 
 void Timeline::pop(Lane* lane) {
+  lane->launches -= lane->pending.front().cost.shares_launch ? 0 : 1;
   lane->pending.pop_front();
   if (!lane->pending.empty()) return;
   lane->stream = nullptr;
@@ -281,24 +283,24 @@ Timeline::Step Timeline::step(Nanoseconds limit) {
   return Step::kAdvanced;
 }
 
-TimelineNode* Timeline::find_node(LaneId id, Ticket ticket) {
+TimelineNode* Timeline::unexecuted_node(LaneId id, Ticket ticket) {
   const auto lane = lanes_.find(id);
   if (lane == lanes_.end()) return nullptr;
   for (TimelineNode& node : lane->second.pending) {
-    if (node.ticket == ticket) return &node;
+    if (node.ticket == ticket && node.needs_execution) return &node;
   }
   return nullptr;
 }
 
 void Timeline::executed(LaneId lane, Ticket ticket, Nanoseconds extra) {
-  TimelineNode* const node = find_node(lane, ticket);
+  TimelineNode* const node = unexecuted_node(lane, ticket);
   if (node == nullptr) return;
   node->needs_execution = false;
   node->cost.duration = std::clamp(node->cost.duration + extra, Nanoseconds{0}, kDurationMax);
 }
 
 void Timeline::await(LaneId lane, Ticket ticket, LaneId awaited_lane, Ticket awaited_ticket) {
-  TimelineNode* const node = find_node(lane, ticket);
+  TimelineNode* const node = unexecuted_node(lane, ticket);
   if (node == nullptr || is_done(awaited_lane, awaited_ticket)) return;
   node->awaited_lane = awaited_lane;
   node->awaited_ticket = awaited_ticket;
@@ -322,10 +324,14 @@ bool Timeline::needs_execution(LaneId id, Ticket ticket) const {
   });
 }
 
-Ticket Timeline::ticket_behind(LaneId id, std::size_t depth) const {
+Ticket Timeline::launch_behind(LaneId id, std::size_t depth) const {
   const Lane* const lane = find(id);
-  if (lane == nullptr || lane->pending.size() <= depth) return 0;
-  return lane->pending[lane->pending.size() - depth - 1].ticket;
+  if (lane == nullptr || lane->launches <= depth) return 0;
+  std::size_t surplus = lane->launches - depth;
+  for (const TimelineNode& node : lane->pending) {
+    if (!node.cost.shares_launch && --surplus == 0) return node.ticket;
+  }
+  return 0;
 }
 
 const char* Timeline::next_name(LaneId id) const {

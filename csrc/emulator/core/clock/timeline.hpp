@@ -125,8 +125,9 @@ class Timeline {
   bool is_done(LaneId lane, Ticket ticket) const;
   bool is_idle(LaneId lane) const { return is_done(lane, ~Ticket{0}); }
 
-  // Ticket of the node that must be done before at most depth are left; 0: none.
-  Ticket ticket_behind(LaneId lane, std::size_t depth) const;
+  // Ticket of the node that must be done before at most depth launches are left; 0: none. A graph
+  // is one launch.
+  Ticket launch_behind(LaneId lane, std::size_t depth) const;
 
   // Lanes with work, those of a device or (-1) all, with the last ticket of each.
   std::vector<std::pair<LaneId, Ticket>> busy_lanes(int device) const;
@@ -156,6 +157,7 @@ class Timeline {
     int priority = 0;
     StreamRef stream;  // kept while there is work
     std::deque<TimelineNode> pending;
+    std::size_t launches = 0;  // of what is pending
     Nanoseconds end = 0;
     Origin end_origin;
     bool by_event = false;  // end_origin came by a wait
@@ -181,7 +183,7 @@ class Timeline {
   Lane* next_to_start(bool* needs_execution);
   void start(Lane* lane);
   void pop(Lane* lane);
-  TimelineNode* find_node(LaneId lane, Ticket ticket);
+  TimelineNode* unexecuted_node(LaneId lane, Ticket ticket);
   void progress(Nanoseconds until);
   void finish_done();
   void set_rates();
