@@ -92,8 +92,7 @@ void check_virtual_memory() {
   map_memory(reservation.address(), *memory);
   map_memory(second, *memory);
   allow_access(reservation.address(), 2 * page_bytes, devices);
-  expect_error<DriverError>([&] { map_memory(second, *memory); },
-                            "a range cannot be mapped twice");
+  expect_error<DriverError>([&] { map_memory(second, *memory); }, "a range cannot be mapped twice");
   PhysicalMemory moved(std::move(*memory));
   moved.release();
   expect(free_bytes() == before - page_bytes, "a mapping keeps its memory alive");
