@@ -139,6 +139,49 @@ def a_number_that_is_only_printed_is_no_error() -> None:
 
 
 @check()
+def decisions_in_c_by_an_unknown_number_are_errors() -> None:
+    import math
+
+    import numpy as np
+    import torch
+
+    from spillover import SpilloverError
+
+    loss = torch.randn(LARGE, device="cuda").mean().item()
+    deciding: dict[str, Callable[[], Any]] = {
+        "math.isfinite": lambda: math.isfinite(loss),
+        "math.isnan": lambda: math.isnan(loss),
+        "math.isinf": lambda: math.isinf(loss),
+        "math.isclose": lambda: math.isclose(1.0, loss),
+        "float": lambda: float(loss),
+        "is_integer": lambda: loss.is_integer(),
+        "numpy.isfinite": lambda: np.isfinite(loss),
+        "numpy.less": lambda: np.float64(1.0) < loss,
+        "min": lambda: min(loss, 1.0),
+    }
+    for function in deciding.values():
+        assert "aten::mean" in message(SpilloverError, function)
+    for number in (math.exp(loss), math.sqrt(loss), np.exp(loss), loss // 2, sum([loss, 1.0])):
+        assert f"{number:.2f}" == "unknown"
+    assert math.isfinite(1.0)
+    assert json.dumps({"loss": loss}) == '{"loss": NaN}'
+
+
+@check()
+def unknown_pinned_memory_is_no_array() -> None:
+    import torch
+
+    pinned = torch.empty(LARGE, pin_memory=True)
+    pinned.copy_(torch.randn(LARGE, device="cuda"), non_blocking=True)
+    torch.cuda.synchronize()
+    message(RuntimeError, pinned.numpy)
+    message(RuntimeError, lambda: pinned[:4].numpy())
+    known = torch.zeros(4, pin_memory=True)
+    known.copy_(torch.ones(4, device="cuda"))
+    assert known.numpy().sum() == 4.0
+
+
+@check()
 def results_whose_size_is_data_are_refused_by_name() -> None:
     import torch
 
@@ -447,6 +490,9 @@ def unknown_values_are_zero_where_asked_for() -> None:
     assert not bool(unknown[0] > 1)
     assert not torch.equal(unknown, unknown + 1)
     assert unknown.cpu().numpy().sum() == 0.0
+    pinned = torch.empty(LARGE, pin_memory=True).copy_(unknown)
+    assert pinned.numpy().sum() == 0.0
+    assert pinned.sum().item() == 0.0
     assert unknown[:3].tolist() == [0.0, 0.0, 0.0]
     message(NotImplementedError, lambda: unknown.nonzero())
 

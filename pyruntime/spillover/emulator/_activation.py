@@ -26,6 +26,7 @@ from spillover.emulator import (
     _clock,
     _collectives,
     _dry,
+    _dry_values,
     _libraries,
     _library_operators,
     _stacks,
@@ -153,6 +154,8 @@ def activate(options: Options) -> bool:
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"), takes_turns=options.clock)
         if options.stacks and (options.dry or options.hazards != "off"):
             _stacks.install()
+        if options.dry:
+            _dry_values.watch_math()
         if options.leaks:
             atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.
