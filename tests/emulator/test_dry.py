@@ -136,6 +136,12 @@ def test_report_of_a_script_that_fits(tmp_path: Path) -> None:
     assert report["peak"]["phase"] == "optimizer step"
     assert "train.py:14" in report["peak"]["line"]
     assert any("train.py:7 (build" in group["line"] for group in report["top"])
+    # The gradients come from a backward pass, on a thread without Python frames.
+    gradients = [group for group in report["top"] if group["kind"] == "gradients"]
+    assert gradients
+    for group in gradients:
+        assert "backward of " in group["line"]
+        assert "train.py:12 (<module>)" in group["line"]
     assert "fits into 8.00 GiB" in result.stderr
     assert "optimizer state" in result.stderr
 

@@ -16,7 +16,8 @@ extern "C" {
 struct spillover_emulator_block {
   uint64_t number;
   uint64_t size_bytes;
-  uint32_t site;  // a Python stack (core/dry_api.h)
+  uint32_t site;          // a Python stack (core/dry_api.h)
+  uint32_t forward_site;  // where site is 0 and a backward pass allocated: of the forward operator
   uint32_t step;
   int32_t phase;
   int32_t kind;
