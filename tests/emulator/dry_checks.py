@@ -320,6 +320,14 @@ def layers_without_meta_kernels_of_torch_are_covered() -> None:
 
 
 @check()
+def results_are_those_of_the_card() -> None:
+    from tests.emulator import result_cases
+
+    for name, (function, expected) in result_cases.CASES.items():
+        assert result_cases.describe(function()) == expected, name
+
+
+@check()
 def large_models_cost_no_memory_here() -> None:
     import resource
 

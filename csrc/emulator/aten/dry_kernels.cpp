@@ -5,6 +5,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
 #include <array>
@@ -56,22 +57,30 @@ class ConvolutionKernel final : public c10::OperatorKernel {
   const bool is_backward_;
 };
 
-// Statistics are as wide as the parameters: narrow inputs with wide parameters have wide ones.
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input,
+                                              std::vector<int64_t> normalized_shape,
+                                              const OptionalTensor& /*weight*/,
+                                              const OptionalTensor& /*bias*/, double /*eps*/) {
+  std::vector<int64_t> outer = input.sizes().vec();
+  std::fill(outer.end() - static_cast<ptrdiff_t>(normalized_shape.size()), outer.end(), 1);
+  const auto options =
+      input.options().dtype(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  return {at::empty_like(input, at::MemoryFormat::Contiguous), at::empty(outer, options),
+          at::empty(outer, options)};
+}
+
+std::tuple<Tensor, Tensor> weight_norm(const Tensor& v, const Tensor& g, int64_t /*dim*/) {
+  const auto type = g.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return {at::empty_like(v, at::MemoryFormat::Contiguous),
+          at::empty_strided(g.sizes(), g.strides(), g.options().dtype(type))};
+}
+
+// Statistics of groups are as wide as the parameters: narrow inputs with wide parameters have wide
+// ones.
 at::ScalarType statistics_type(const Tensor& input, const OptionalTensor& weight,
                                const OptionalTensor& bias) {
   if (is_given(weight)) return weight->scalar_type();
   return is_given(bias) ? bias->scalar_type() : input.scalar_type();
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& input,
-                                              std::vector<int64_t> normalized_shape,
-                                              const OptionalTensor& weight,
-                                              const OptionalTensor& bias, double /*eps*/) {
-  std::vector<int64_t> outer = input.sizes().vec();
-  std::fill(outer.end() - static_cast<ptrdiff_t>(normalized_shape.size()), outer.end(), 1);
-  const auto options = input.options().dtype(statistics_type(input, weight, bias));
-  return {at::empty_like(input, at::MemoryFormat::Contiguous), at::empty(outer, options),
-          at::empty(outer, options)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> group_norm(const Tensor& input, const OptionalTensor& weight,
@@ -117,6 +126,7 @@ KernelTable make_table() {
   add_convolution("aten::_convolution", false);
   add_convolution("aten::convolution_backward", true);
   add_kernel<&layer_norm>(table, "aten::native_layer_norm");
+  add_kernel<&weight_norm>(table, "aten::_weight_norm_interface");
   add_kernel<&group_norm>(table, "aten::native_group_norm");
   add_kernel<&ctc_loss>(table, "aten::_ctc_loss");
   add_kernel<&ctc_loss_backward>(table, "aten::_ctc_loss_backward");
