@@ -100,3 +100,12 @@ def test_half_precision_softmax_into_single_precision(name: str) -> None:
     assert scores.grad is not None
     assert wide.grad is not None
     torch.testing.assert_close(scores.grad, wide.grad.half())
+
+
+@pytest.mark.parametrize("maximum", [7, 8])
+def test_histograms_of_whole_numbers(maximum: int) -> None:
+    """Routers count experts so; the CPU has histograms of floats alone."""
+    chosen = torch.randint(0, 8, (500,), dtype=torch.int32)
+    counts = torch.histc(chosen.cuda(), bins=8, min=0, max=maximum)
+    assert counts.dtype == torch.int32
+    assert counts.tolist() == torch.bincount(chosen, minlength=8).tolist()
