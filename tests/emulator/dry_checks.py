@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 LARGE = 1 << 20
-CHECKS: dict[str, dict[str, Callable[[], None]]] = {"error": {}, "zero": {}}
+#: By policy, or by "routing" where a routing model is stated too.
+CHECKS: dict[str, dict[str, Callable[[], None]]] = {"error": {}, "zero": {}, "routing": {}}
 
 
 def check(policy: str = "error") -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -489,6 +490,71 @@ def the_report_divides_the_peak() -> None:
     assert json.loads(found.to_json())["device"] == 0
 
 
+@check()
+def a_known_mask_selects_from_unknown_data() -> None:
+    import torch
+
+    unknown = torch.randn(300, 5, 700, device="cuda")
+    rows = torch.arange(300, device="cuda") % 3 == 0
+    assert unknown[rows].shape == (100, 5, 700)
+    assert unknown[rows, 1].shape == (100, 700)
+    both = torch.zeros(300, 5, dtype=torch.bool, device="cuda")
+    both[:7, 2] = True
+    assert unknown[both].shape == (7, 700)
+    assert unknown.masked_select(both[:, :, None]).shape == (4900,)
+    assert "mask" in message(NotImplementedError, lambda: unknown[unknown[:, 0, 0] > 0])
+
+
+@check("routing")
+def experts_are_chosen_as_stated() -> None:
+    import torch
+
+    for experts, chosen, tokens in ((8, 2, 4000), (64, 6, 10000), (16, 16, 3000), (4, 1, 9001)):
+        scores = torch.randn(2, tokens, experts, device="cuda").softmax(-1)
+        values, places = scores.topk(chosen)
+        message(RuntimeError, lambda values=values: bool(values[0, 0, 0] > 0))
+        assert places.shape == (2, tokens, chosen)
+        assert (places.sort(-1).values.diff(dim=-1) > 0).all()
+        loads = torch.bincount(places.flatten(), minlength=experts).tolist()
+        mean = 2 * tokens * chosen / experts
+        assert loads[0] == (round(2 * mean) if chosen < experts else mean)
+        assert max(loads[1:]) - min(loads[1:]) <= 1
+    assert torch.equal(scores.topk(chosen)[1], places)
+
+
+@check("routing")
+def what_follows_from_the_choice_is_computed() -> None:
+    import torch
+
+    tokens, experts = 20000, 64
+    x = torch.randn(tokens, 32, device="cuda")
+    weights, chosen = torch.randn(tokens, experts, device="cuda").topk(4)
+    hit = torch.nn.functional.one_hot(chosen, experts).permute(2, 1, 0)
+    sizes = []
+    for expert in hit.sum((-1, -2)).greater(0).nonzero():
+        slots, rows = torch.where(hit[expert[0]])
+        sizes.append(x[rows].shape[0])
+        assert weights[rows, slots].shape == rows.shape
+        assert x[(chosen == expert[0]).any(-1)].shape == (sizes[-1], 32)
+    assert sum(sizes) == 4 * tokens
+    assert sizes[0] == 2 * 4 * tokens // experts
+    counts = torch.histc(chosen.flatten().int(), bins=experts, min=0, max=experts - 1)
+    assert counts.tolist() == sizes
+    order = chosen.flatten().argsort(stable=True)
+    assert len(x[order // 4].split(counts.tolist())) == experts
+
+
+@check("routing")
+def other_choices_stay_unknown() -> None:
+    import torch
+
+    scores = torch.randn(40, 32000, device="cuda")
+    for places in (scores.topk(4)[1], scores[:, :64].topk(4, dim=0)[1], scores[:, 0].topk(3)[1]):
+        message(RuntimeError, lambda places=places: bool(places.flatten()[0] > 0))
+    known = torch.eye(4, device="cuda")
+    assert known.topk(1)[1].flatten().tolist() == [0, 1, 2, 3]
+
+
 @check("zero")
 def unknown_values_are_zero_where_asked_for() -> None:
     import torch
@@ -509,7 +575,10 @@ def main(policy: str) -> None:
     """Run the checks of a policy."""
     import spillover.emulator
 
-    spillover.emulator.enable(dry=True, vram="64GiB", unknown=policy)  # type: ignore[arg-type]
+    if policy == "routing":
+        spillover.emulator.enable(dry=True, vram="64GiB", routing="2")
+    else:
+        spillover.emulator.enable(dry=True, vram="64GiB", unknown=policy)  # type: ignore[arg-type]
     import torch
 
     results = {}

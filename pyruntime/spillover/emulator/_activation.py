@@ -55,6 +55,7 @@ def enable(
     trace: str = "",
     dry: bool = False,
     unknown: UnknownPolicy = "error",
+    routing: str = "",
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -94,6 +95,8 @@ def enable(
         Dry run: memory has sizes but no bytes; see :class:`Options`.
     unknown
         What a dry run's host code gets for an unknown value; see :class:`Options`.
+    routing
+        How a dry run's mixtures of experts route, such as ``"uniform"``; see :class:`Options`.
 
     Returns
     -------
@@ -125,6 +128,7 @@ def enable(
             trace=trace,
             dry=dry,
             unknown=unknown,
+            routing=routing,
         )
     )
 
