@@ -256,6 +256,28 @@ def test_steps_and_tokens_are_counted(steps: int) -> None:
         assert report["limited_by"] == "host: Python and launches"
 
 
+def test_a_workspace_that_does_not_fit_is_no_shortage() -> None:
+    """Torch takes another of cuDNN's kernels then, and the program sees no error."""
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True, vram="72MiB")
+import torch
+
+images, weight = (torch.empty(*s, device="cuda").half() for s in ((10, 64, 80, 80), (64, 64, 3, 3)))
+torch.cuda.empty_cache()
+images = torch.nn.functional.conv2d(images, weight, padding=1)
+assert torch.cuda.memory_stats()["num_ooms"] == 0
+images = torch.empty(10, 64, 128, 128, device="cuda", dtype=torch.half)
+torch.cuda.empty_cache()
+images = torch.nn.functional.conv2d(images, weight, padding=1)
+assert torch.cuda.memory_stats()["num_ooms"] == 1
+assert emulator.dry_report().shortage is None
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
 def test_wrong_options() -> None:
     with pytest.raises(ConfigError, match="unknown='two' is not known; choose one of error, zero"):
         emulator.Options(unknown="two")  # type: ignore[arg-type]

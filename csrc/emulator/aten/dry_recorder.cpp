@@ -167,9 +167,10 @@ __attribute__((visibility("default"))) void spillover_emulator_recorder_tag(int 
   Recorder::instance().tag(device, reinterpret_cast<uintptr_t>(address), kind);
 }
 
-__attribute__((visibility("default"))) void spillover_emulator_recorder_freeze(
-    int device) noexcept {
+__attribute__((visibility("default"))) int spillover_emulator_recorder_freeze(int device) noexcept {
+  if (spillover::emulator::allocates_optional_workspace()) return 0;
   Recorder::instance().freeze(device);
+  return 1;
 }
 
 __attribute__((visibility("default"))) size_t spillover_emulator_recorder_peak(

@@ -33,8 +33,9 @@ void spillover_emulator_recorder_phase(int phase, unsigned step) noexcept;
 // Says what the block that the address lies in holds.
 void spillover_emulator_recorder_tag(int device, const void* address, int kind) noexcept;
 
-// The present counts as the peak of the device from now on: an allocation failed.
-void spillover_emulator_recorder_freeze(int device) noexcept;
+// The present counts as the peak of the device from now on: an allocation of this thread's failed.
+// 0 where the program goes on without it.
+int spillover_emulator_recorder_freeze(int device) noexcept;
 
 // The blocks of the peak; returns their number and fills at most capacity of them.
 size_t spillover_emulator_recorder_peak(int device, spillover_emulator_block* out,

@@ -193,7 +193,8 @@ class Records:
     def _on_out_of_memory(self, device: int, requested: int, total: int, free: int) -> None:
         if self.failure is not None:
             return
-        self._library.spillover_emulator_recorder_freeze(device)
+        if not self._library.spillover_emulator_recorder_freeze(device):
+            return
         self.failure = FailedAllocation(
             device=device, requested_bytes=requested, free_bytes=free, capacity_bytes=total
         )
