@@ -2,6 +2,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty_strided.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
@@ -31,6 +32,9 @@ constexpr std::string_view kArgumentsReadByOwnKernels[] = {
 
 // A GPU's kernel sets it where a gradient is not finite. A dry run's gradients are taken as finite.
 constexpr std::string_view kFoundInfArgument = "found_inf";
+
+// What LAPACK's kernels say of a factorisation; 0 says that it succeeded, and is taken so.
+constexpr std::string_view kInfo = "info";
 
 bool is_read_by_own_kernel(const ArgumentPlan& argument) {
   return std::find(std::begin(kArgumentsReadByOwnKernels), std::end(kArgumentsReadByOwnKernels),
@@ -120,8 +124,7 @@ class DryCall {
 
   // Operators whose result is a number for the host, or as long as the data says.
   void refuse_values_on_host() const {
-    if (plan_.synchronizes_host && plan_.name != "aten::equal" &&
-        !selects_by_known_mask(plan_, arguments_)) {
+    if (plan_.synchronizes_host && !size_is_given() && !selects_by_known_mask(plan_, arguments_)) {
       refuse_unknown(plan_.name,
                      "the size of its result depends on data that is not known. A mixture of "
                      "experts runs where it is said how it routes: --routing uniform "
@@ -135,6 +138,11 @@ class DryCall {
                        "it is not known");
       }
     });
+  }
+
+  bool size_is_given() const {
+    return plan_.name == "aten::equal" ||
+           (plan_.name == "aten::repeat_interleave.Tensor" && !arguments_[1].isNone());
   }
 
   // Not index_put_, which writes where the mask says.
@@ -264,7 +272,22 @@ class DryCall {
     }
     for (size_t i = first_; i < stack_->size(); ++i) convert_result((*stack_)[i], i - first_);
     if (on_host_) return;
+    assume_success();
     if (const auto experts = routed_experts(plan_, arguments_)) stack_->back() = *experts;
+  }
+
+  void assume_success() {
+    const auto& returns = op_.schema().returns();
+    for (size_t i = 0; i < returns.size(); ++i) {
+      c10::IValue& value = (*stack_)[first_ + i];
+      if (returns[i].name() != kInfo || !value.isTensor()) continue;
+      if (plan_.returned_arguments[i] < 0) {
+        value = at::zeros(value.toTensor().sizes(), value.toTensor().options());
+      } else {
+        value.toTensor().zero_();
+        set_known(value.toTensor(), true);
+      }
+    }
   }
 
   void convert_result(c10::IValue& value, size_t index) const {
