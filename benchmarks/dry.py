@@ -10,7 +10,15 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks._dry import compare_cases
-from benchmarks._dry.compare import COUNTS, DEVICE_BOUND_PROFILE, PEAKS, PROFILE
+from benchmarks._dry.compare import (
+    COUNTS,
+    DEVICE_BOUND_PROFILE,
+    INEXACT,
+    PEAKS,
+    PROFILE,
+    VARIANTS,
+    Comparison,
+)
 from benchmarks._dry.large import run_large
 
 #: At least one of each kind of model, for the quick form.
@@ -29,6 +37,12 @@ def run(*, quick: bool) -> dict[str, Any]:
     names = _QUICK if quick else None
     comparisons = compare_cases(names, profile=PROFILE)
     device_bound = compare_cases(names, profile=DEVICE_BOUND_PROFILE)
+    close = []
+    for variant in () if quick else VARIANTS:
+        if variant in INEXACT:
+            close += compare_cases(profile="", variant=variant)
+        elif variant != "default":
+            comparisons += compare_cases(profile="", variant=variant)
     full = run_large("1b" if quick else "7b")
     metrics: dict[str, int | float] = {
         "dry_cases": len(comparisons),
@@ -40,7 +54,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         "dry_7b_peak_gib": full["report"]["peak_allocated_bytes"] / 2**30,
     }
     notes = [
-        f"{one.name}: computed {one.computed!r}, dry {one.dry!r}"
+        f"{one.name} ({one.variant}): computed {one.computed!r}, dry {one.dry!r}"
         for one in (*comparisons, *device_bound)
         if one.difference((*PEAKS, *COUNTS)) or one.schedule_error()
     ]
@@ -52,6 +66,7 @@ def run(*, quick: bool) -> dict[str, Any]:
     if quick:
         notes.append("quick: dry_7b_* are of a model of 1.1B parameters")
     else:
+        metrics["dry_untrained_router_peak_difference_percent"] = max(map(_peak_difference, close))
         adapted = run_large("70b", low_rank=True, checkpoint=True)
         metrics |= {
             "dry_70b_lora_seconds": adapted["seconds"],
@@ -59,3 +74,11 @@ def run(*, quick: bool) -> dict[str, Any]:
             "dry_70b_lora_peak_gib": adapted["report"]["peak_allocated_bytes"] / 2**30,
         }
     return {"metrics": metrics, "notes": notes}
+
+
+def _peak_difference(one: Comparison) -> float:
+    """Of the dry run's allocated peak from the computed one's, in percent of this."""
+    name = PEAKS[0]
+    if isinstance(one.computed, str) or isinstance(one.dry, str):
+        raise TypeError(f"{one.name} ({one.variant}): computed {one.computed!r}, dry {one.dry!r}")
+    return 100 * abs(one.dry[name] - one.computed[name]) / one.computed[name]

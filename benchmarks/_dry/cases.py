@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +27,7 @@ Loss = Callable[[], Tensor]
 _STEPS = 2
 #: Small enough that no gradient of a case overflows: dry runs take gradients as finite.
 _SCALE = 256.0
+_EXPERTS = 8
 
 
 def measure(case: Callable[[], None]) -> dict[str, int]:
@@ -211,6 +213,71 @@ def _hugging_face_generate() -> None:
     model.generate(_tokens(2, 32), max_new_tokens=12, do_sample=False, pad_token_id=0)
 
 
+def _assign(chosen: Tensor) -> None:
+    """Have the router of a computed run choose as the routing model of a dry one does."""
+    if os.environ["SPILLOVER_EMULATOR_DRY"] == "1":
+        return
+    tokens, count = chosen.shape
+    routing = os.environ["SPILLOVER_EMULATOR_ROUTING"]
+    imbalance = 1.0 if routing == "uniform" else float(routing)
+    busiest = min(tokens, round(imbalance * tokens * count / _EXPERTS))
+    by_quota = imbalance > 1
+    others = _EXPERTS - by_quota
+    rows, turn = [], 0
+    for token in range(tokens):
+        takes_first = by_quota and (token + 1) * busiest // tokens > token * busiest // tokens
+        row = [0] if takes_first else []
+        while len(row) < count:
+            row.append(turn % others + by_quota)
+            turn += 1
+        rows.append(row)
+    chosen.data.copy_(torch.tensor(rows))  # autograd need not know
+
+
+def _experts() -> None:
+    with torch.device("cuda"):
+        model = nn.Sequential(
+            nn.Embedding(1000, 192),
+            models.MixtureOfExperts(experts=_EXPERTS, route=_assign),
+            models.MixtureOfExperts(experts=_EXPERTS, route=_assign),
+            nn.Linear(192, 1000),
+        )
+
+    def loss() -> Tensor:
+        tokens = _tokens()
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    _train(model, loss, _adamw())
+
+
+def _mixtral(implementation: str) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=1000,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        num_local_experts=_EXPERTS,
+        output_router_logits=True,
+        use_cache=False,
+        experts_implementation=implementation,
+    )
+    with torch.device("cuda"):
+        model = MixtralForCausalLM(config).to(torch.bfloat16)
+    model.train()
+
+    def loss() -> Tensor:
+        tokens = _tokens()
+        value: Tensor = model(input_ids=tokens, labels=tokens).loss
+        return value
+
+    _train(model, loss, _adamw(fused=True))
+
+
 def _small_llama() -> tuple[models.LanguageModel, Loss]:
     with torch.device("cuda"):
         model = models.LanguageModel(llama=True).to(torch.bfloat16)
@@ -316,6 +383,9 @@ CASES: dict[str, Callable[[], None]] = {
     "spillover streamed parameters": _streamed_parameters,
 }
 
+#: Choose experts by data: their dry runs need a routing model.
+ROUTED_CASES: dict[str, Callable[[], None]] = {"mixture of experts": _experts}
+
 #: Need the ``transformers`` package.
 HUGGING_FACE_CASES: dict[str, Callable[[], None]] = {
     "hugging face llama": _hugging_face,
@@ -323,15 +393,21 @@ HUGGING_FACE_CASES: dict[str, Callable[[], None]] = {
     "hugging face llama eager attention": lambda: _hugging_face(attn_implementation="eager"),
     "hugging face generate": _hugging_face_generate,
 }
-
-
+ROUTED_HUGGING_FACE_CASES: dict[str, Callable[[], None]] = {
+    "hugging face mixtral": lambda: _mixtral("grouped_mm"),
+    "hugging face mixtral in a loop": lambda: _mixtral("eager"),
+}
 #: Need the ``torchao`` package.
 TORCHAO_CASES = {"torchao CPUOffloadOptimizer": _torchao_optimizer}
+
+UNROUTED = frozenset((*CASES, *HUGGING_FACE_CASES, *TORCHAO_CASES))
 
 
 def all_cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """Every case that the installed packages allow."""
     yield from CASES.items()
-    for package, cases in (("transformers", HUGGING_FACE_CASES), ("torchao", TORCHAO_CASES)):
+    yield from ROUTED_CASES.items()
+    hugging_face = HUGGING_FACE_CASES | ROUTED_HUGGING_FACE_CASES
+    for package, cases in (("transformers", hugging_face), ("torchao", TORCHAO_CASES)):
         if importlib.util.find_spec(package) is not None:
             yield from cases.items()

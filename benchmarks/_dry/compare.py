@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -38,11 +39,49 @@ COUNTS = (
 )
 
 
+#: Cases of the variants below: a sample, since the variants only change who hands out blocks.
+_SAMPLE = (
+    "gpt amp fp16 with GradScaler",
+    "gpt checkpointing",
+    "conv net channels-last",
+    "generate with a cache",
+    "spillover offloaded activations",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """How both processes are set up, and which cases they run (None: all without routers)."""
+
+    environment: tuple[tuple[str, str], ...] = ()
+    uses_spillover_allocator: bool = False
+    routing: str = ""
+    cases: tuple[str, ...] | None = None
+
+
+VARIANTS = {
+    "default": Variant(),
+    "expandable segments": Variant(
+        environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),), cases=_SAMPLE
+    ),
+    "spillover allocator": Variant(uses_spillover_allocator=True, cases=_SAMPLE),
+    "uniform routing": Variant(
+        routing="uniform", cases=("mixture of experts", "hugging face mixtral")
+    ),
+    "routing of 1.5": Variant(routing="1.5", cases=("mixture of experts",)),
+    # The router of a model that was not trained does not route evenly: only close.
+    "untrained router": Variant(routing="uniform", cases=("hugging face mixtral in a loop",)),
+}
+#: Variants whose two ways are not expected to be equal.
+INEXACT = ("untrained router",)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One case, both ways: by name of the statistic, or the error that it ended with."""
 
     name: str
+    variant: str
     computed: dict[str, int] | str
     dry: dict[str, int] | str
 
@@ -65,44 +104,57 @@ class Comparison:
 
 
 def compare_cases(
-    names: Sequence[str] | None = None, *, profile: str = PROFILE
+    names: Sequence[str] | None = None, *, profile: str = PROFILE, variant: str = "default"
 ) -> list[Comparison]:
-    """Run the named cases, or all that the installed packages allow, computed and dry.
+    """Run the named cases, or all of the variant that the packages allow, computed and dry.
 
     ``profile`` is the card of the virtual clock; ``""`` leaves the clock off.
     """
-    computed, dry = (_run(way, names, profile) for way in ("computed", "dry"))
+    wanted = VARIANTS[variant].cases if names is None else names
+    computed, dry = (_run(way, variant, wanted, profile) for way in ("computed", "dry"))
     return [
-        Comparison(name=name, computed=computed[name], dry=dry.get(name, "was not run"))
+        Comparison(
+            name=name, variant=variant, computed=computed[name], dry=dry.get(name, "was not run")
+        )
         for name in computed
     ]
 
 
-def _run(way: str, names: Sequence[str] | None, profile: str) -> dict[str, Any]:
+def _run(way: str, variant: str, names: Sequence[str] | None, profile: str) -> dict[str, Any]:
+    arguments = (way, variant, json.dumps(names), profile)
     result = subprocess.run(
-        [sys.executable, "-m", "benchmarks._dry.compare", way, json.dumps(names), profile],
+        [sys.executable, "-m", "benchmarks._dry.compare", *arguments],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, **dict(VARIANTS[variant].environment)},
     )
     if result.returncode != 0:
-        raise RuntimeError(f"the {way} process failed:\n{result.stderr}")
+        raise RuntimeError(f"the {way} process of {variant} failed:\n{result.stderr}")
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
-def _main(way: str, wanted: list[str] | None, profile: str) -> None:
+def _main(way: str, variant: str, wanted: list[str] | None, profile: str) -> None:
     import spillover.emulator
 
-    spillover.emulator.enable(vram="16GiB", dry=way == "dry", profile=profile)
+    chosen = VARIANTS[variant]
+    spillover.emulator.enable(
+        vram="16GiB", dry=way == "dry", profile=profile, routing=chosen.routing
+    )
     import torch
+
+    if chosen.uses_spillover_allocator:
+        import spillover
+
+        spillover.allocator.install()
 
     from benchmarks._dry import cases
 
     torch.set_num_threads(2)
     results: dict[str, Any] = {}
     for name, case in cases.all_cases():
-        if wanted is not None and name not in wanted:
+        if name not in (cases.UNROUTED if wanted is None else wanted):
             continue
         start = time.monotonic()
         try:
@@ -117,4 +169,4 @@ def _main(way: str, wanted: list[str] | None, profile: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3])
+    _main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4])

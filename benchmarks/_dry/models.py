@@ -6,7 +6,7 @@ Most of their tensors are larger than what a dry run computes for real, so that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -258,3 +258,39 @@ class Recurrent(nn.Module):
         x, _ = self.lstm(self.embedding(tokens))
         x, _ = self.gru(x)
         return self.head(x)
+
+
+class MixtureOfExperts(nn.Module):
+    """A layer of gated experts that each token's best ``chosen`` compute, in a loop.
+
+    ``route`` may change the chosen experts, a (tokens, chosen) tensor, in place.
+    """
+
+    def __init__(
+        self,
+        width: int = 192,
+        *,
+        experts: int = 8,
+        chosen: int = 2,
+        route: Callable[[Tensor], None] | None = None,
+    ):
+        super().__init__()
+        self.chosen, self.route = chosen, route
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+            for _ in range(experts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, length, width) to the same."""
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.gate(tokens).softmax(-1).topk(self.chosen)
+        if self.route is not None:
+            self.route(chosen)
+        output = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows, slots = torch.where(chosen == index)
+            mixed = expert(tokens[rows]) * weights[rows, slots, None]
+            output.index_add_(0, rows, mixed)
+        return output.view_as(x)

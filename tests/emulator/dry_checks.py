@@ -15,7 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 LARGE = 1 << 20
-CHECKS: dict[str, dict[str, Callable[[], None]]] = {"error": {}, "zero": {}}
+#: By policy, or by "routing" where a routing model is stated too.
+CHECKS: dict[str, dict[str, Callable[[], None]]] = {"error": {}, "zero": {}, "routing": {}}
 
 
 def check(policy: str = "error") -> Callable[[Callable[[], None]], Callable[[], None]]:
@@ -136,6 +137,49 @@ def a_number_that_is_only_printed_is_no_error() -> None:
     message(SpilloverError, lambda: bool(total))
     message(RuntimeError, lambda: float(loss))
     message(RuntimeError, lambda: int(loss))
+
+
+@check()
+def decisions_in_c_by_an_unknown_number_are_errors() -> None:
+    import math
+
+    import numpy as np
+    import torch
+
+    from spillover import SpilloverError
+
+    loss = torch.randn(LARGE, device="cuda").mean().item()
+    deciding: dict[str, Callable[[], Any]] = {
+        "math.isfinite": lambda: math.isfinite(loss),
+        "math.isnan": lambda: math.isnan(loss),
+        "math.isinf": lambda: math.isinf(loss),
+        "math.isclose": lambda: math.isclose(1.0, loss),
+        "float": lambda: float(loss),
+        "is_integer": lambda: loss.is_integer(),
+        "numpy.isfinite": lambda: np.isfinite(loss),
+        "numpy.less": lambda: np.float64(1.0) < loss,
+        "min": lambda: min(loss, 1.0),
+    }
+    for function in deciding.values():
+        assert "aten::mean" in message(SpilloverError, function)
+    for number in (math.exp(loss), math.sqrt(loss), np.exp(loss), loss // 2, sum([loss, 1.0])):
+        assert f"{number:.2f}" == "unknown"
+    assert math.isfinite(1.0)
+    assert json.dumps({"loss": loss}) == '{"loss": NaN}'
+
+
+@check()
+def unknown_pinned_memory_is_no_array() -> None:
+    import torch
+
+    pinned = torch.empty(LARGE, pin_memory=True)
+    pinned.copy_(torch.randn(LARGE, device="cuda"), non_blocking=True)
+    torch.cuda.synchronize()
+    message(RuntimeError, pinned.numpy)
+    message(RuntimeError, lambda: pinned[:4].numpy())
+    known = torch.zeros(4, pin_memory=True)
+    known.copy_(torch.ones(4, device="cuda"))
+    assert known.numpy().sum() == 4.0
 
 
 @check()
@@ -274,6 +318,14 @@ def layers_without_meta_kernels_of_torch_are_covered() -> None:
     nn.functional.scaled_dot_product_attention(
         device(2, 4, 256, 64), device(2, 4, 256, 64), device(2, 4, 256, 64), dropout_p=0.1
     ).sum().backward()
+
+
+@check()
+def results_are_those_of_the_card() -> None:
+    from tests.emulator import result_cases
+
+    for name, (function, expected) in result_cases.CASES.items():
+        assert result_cases.describe(function()) == expected, name
 
 
 @check()
@@ -438,6 +490,71 @@ def the_report_divides_the_peak() -> None:
     assert json.loads(found.to_json())["device"] == 0
 
 
+@check()
+def a_known_mask_selects_from_unknown_data() -> None:
+    import torch
+
+    unknown = torch.randn(300, 5, 700, device="cuda")
+    rows = torch.arange(300, device="cuda") % 3 == 0
+    assert unknown[rows].shape == (100, 5, 700)
+    assert unknown[rows, 1].shape == (100, 700)
+    both = torch.zeros(300, 5, dtype=torch.bool, device="cuda")
+    both[:7, 2] = True
+    assert unknown[both].shape == (7, 700)
+    assert unknown.masked_select(both[:, :, None]).shape == (4900,)
+    assert "mask" in message(NotImplementedError, lambda: unknown[unknown[:, 0, 0] > 0])
+
+
+@check("routing")
+def experts_are_chosen_as_stated() -> None:
+    import torch
+
+    for experts, chosen, tokens in ((8, 2, 4000), (64, 6, 10000), (16, 16, 3000), (4, 1, 9001)):
+        scores = torch.randn(2, tokens, experts, device="cuda").softmax(-1)
+        values, places = scores.topk(chosen)
+        message(RuntimeError, lambda values=values: bool(values[0, 0, 0] > 0))
+        assert places.shape == (2, tokens, chosen)
+        assert (places.sort(-1).values.diff(dim=-1) > 0).all()
+        loads = torch.bincount(places.flatten(), minlength=experts).tolist()
+        mean = 2 * tokens * chosen / experts
+        assert loads[0] == (round(2 * mean) if chosen < experts else mean)
+        assert max(loads[1:]) - min(loads[1:]) <= 1
+    assert torch.equal(scores.topk(chosen)[1], places)
+
+
+@check("routing")
+def what_follows_from_the_choice_is_computed() -> None:
+    import torch
+
+    tokens, experts = 20000, 64
+    x = torch.randn(tokens, 32, device="cuda")
+    weights, chosen = torch.randn(tokens, experts, device="cuda").topk(4)
+    hit = torch.nn.functional.one_hot(chosen, experts).permute(2, 1, 0)
+    sizes = []
+    for expert in hit.sum((-1, -2)).greater(0).nonzero():
+        slots, rows = torch.where(hit[expert[0]])
+        sizes.append(x[rows].shape[0])
+        assert weights[rows, slots].shape == rows.shape
+        assert x[(chosen == expert[0]).any(-1)].shape == (sizes[-1], 32)
+    assert sum(sizes) == 4 * tokens
+    assert sizes[0] == 2 * 4 * tokens // experts
+    counts = torch.histc(chosen.flatten().int(), bins=experts, min=0, max=experts - 1)
+    assert counts.tolist() == sizes
+    order = chosen.flatten().argsort(stable=True)
+    assert len(x[order // 4].split(counts.tolist())) == experts
+
+
+@check("routing")
+def other_choices_stay_unknown() -> None:
+    import torch
+
+    scores = torch.randn(40, 32000, device="cuda")
+    for places in (scores.topk(4)[1], scores[:, :64].topk(4, dim=0)[1], scores[:, 0].topk(3)[1]):
+        message(RuntimeError, lambda places=places: bool(places.flatten()[0] > 0))
+    known = torch.eye(4, device="cuda")
+    assert known.topk(1)[1].flatten().tolist() == [0, 1, 2, 3]
+
+
 @check("zero")
 def unknown_values_are_zero_where_asked_for() -> None:
     import torch
@@ -447,6 +564,9 @@ def unknown_values_are_zero_where_asked_for() -> None:
     assert not bool(unknown[0] > 1)
     assert not torch.equal(unknown, unknown + 1)
     assert unknown.cpu().numpy().sum() == 0.0
+    pinned = torch.empty(LARGE, pin_memory=True).copy_(unknown)
+    assert pinned.numpy().sum() == 0.0
+    assert pinned.sum().item() == 0.0
     assert unknown[:3].tolist() == [0.0, 0.0, 0.0]
     message(NotImplementedError, lambda: unknown.nonzero())
 
@@ -455,7 +575,10 @@ def main(policy: str) -> None:
     """Run the checks of a policy."""
     import spillover.emulator
 
-    spillover.emulator.enable(dry=True, vram="64GiB", unknown=policy)  # type: ignore[arg-type]
+    if policy == "routing":
+        spillover.emulator.enable(dry=True, vram="64GiB", routing="2")
+    else:
+        spillover.emulator.enable(dry=True, vram="64GiB", unknown=policy)  # type: ignore[arg-type]
     import torch
 
     results = {}

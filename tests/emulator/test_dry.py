@@ -14,7 +14,14 @@ from pathlib import Path
 import dry_checks
 import pytest
 from benchmarks._dry import compare_cases
-from benchmarks._dry.compare import COUNTS, DEVICE_BOUND_PROFILE, PEAKS, PROFILE
+from benchmarks._dry.compare import (
+    COUNTS,
+    DEVICE_BOUND_PROFILE,
+    INEXACT,
+    PEAKS,
+    PROFILE,
+    VARIANTS,
+)
 
 from spillover import ConfigError, StateError, emulator
 
@@ -83,8 +90,9 @@ def test_in_a_dry_process(outcomes: dict[str, str], name: str) -> None:
     assert not outcomes[name], outcomes[name]
 
 
-def compare(names: tuple[str, ...] | None, profile: str) -> None:
-    comparisons = compare_cases(names, profile=profile)
+def compare(names: tuple[str, ...] | None, profile: str, *, variant: str = "default") -> None:
+    comparisons = compare_cases(names, profile=profile, variant=variant)
+    assert comparisons
     assert names is None or len(comparisons) == len(names)
     for comparison in comparisons:
         assert isinstance(comparison.computed, dict), f"{comparison.name}: {comparison.computed}"
@@ -103,10 +111,37 @@ def test_memory_and_schedule_equal_a_computed_run() -> None:
     compare(SAMPLE, DEVICE_BOUND_PROFILE)
 
 
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    [
+        ("expandable segments", "gpt amp fp16 with GradScaler"),
+        ("spillover allocator", "spillover offloaded activations"),
+        ("routing of 1.5", "mixture of experts"),
+    ],
+)
+def test_memory_equals_a_computed_run_in_other_set_ups(variant: str, case: str) -> None:
+    compare((case,), "", variant=variant)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("profile", ["", PROFILE, DEVICE_BOUND_PROFILE])
 def test_memory_and_schedule_equal_a_computed_run_for_every_case(profile: str) -> None:
     compare(None, profile)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("variant", sorted(VARIANTS.keys() - {"default", *INEXACT}))
+def test_memory_equals_a_computed_run_in_every_set_up(variant: str) -> None:
+    compare(None, "", variant=variant)
+
+
+@pytest.mark.soak
+def test_an_untrained_router_is_close_to_uniform() -> None:
+    pytest.importorskip("transformers")
+    (found,) = compare_cases(profile="", variant="untrained router")
+    assert isinstance(found.computed, dict)
+    assert isinstance(found.dry, dict)
+    assert found.dry[PEAKS[0]] == pytest.approx(found.computed[PEAKS[0]], rel=0.01)
 
 
 def dry(
@@ -136,6 +171,12 @@ def test_report_of_a_script_that_fits(tmp_path: Path) -> None:
     assert report["peak"]["phase"] == "optimizer step"
     assert "train.py:14" in report["peak"]["line"]
     assert any("train.py:7 (build" in group["line"] for group in report["top"])
+    # The gradients come from a backward pass, on a thread without Python frames.
+    gradients = [group for group in report["top"] if group["kind"] == "gradients"]
+    assert gradients
+    for group in gradients:
+        assert "backward of " in group["line"]
+        assert "train.py:12 (<module>)" in group["line"]
     assert "fits into 8.00 GiB" in result.stderr
     assert "optimizer state" in result.stderr
 
@@ -215,11 +256,36 @@ def test_steps_and_tokens_are_counted(steps: int) -> None:
         assert report["limited_by"] == "host: Python and launches"
 
 
+def test_a_workspace_that_does_not_fit_is_no_shortage() -> None:
+    """Torch takes another of cuDNN's kernels then, and the program sees no error."""
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True, vram="72MiB")
+import torch
+
+images, weight = (torch.empty(*s, device="cuda").half() for s in ((10, 64, 80, 80), (64, 64, 3, 3)))
+torch.cuda.empty_cache()
+images = torch.nn.functional.conv2d(images, weight, padding=1)
+assert torch.cuda.memory_stats()["num_ooms"] == 0
+images = torch.empty(10, 64, 128, 128, device="cuda", dtype=torch.half)
+torch.cuda.empty_cache()
+images = torch.nn.functional.conv2d(images, weight, padding=1)
+assert torch.cuda.memory_stats()["num_ooms"] == 1
+assert emulator.dry_report().shortage is None
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
 def test_wrong_options() -> None:
     with pytest.raises(ConfigError, match="unknown='two' is not known; choose one of error, zero"):
         emulator.Options(unknown="two")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="dry must be True or False"):
         emulator.Options(dry=1)  # type: ignore[arg-type]
+    for routing in ("even", "0.5", "nan"):
+        with pytest.raises(ConfigError, match="use uniform, or how many times the mean load"):
+            emulator.Options(routing=routing)
     with pytest.raises(StateError, match="there is no dry run in this process"):
         emulator.dry_report()
     result = python("-m", "spillover", "emulate", "--report", "x.json", "--", "python", "-c", "1")

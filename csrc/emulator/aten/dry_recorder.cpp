@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "emulator/aten/dry_run.hpp"
+#include "emulator/aten/forward_lines.hpp"
 #include "emulator/aten/operator_kernel.hpp"
 #include "emulator/aten/workspace.hpp"
 #include "emulator/core/dry_api.h"
@@ -51,8 +52,9 @@ class Recorder {
     block.size_bytes = (size_bytes + kRoundBytes - 1) / kRoundBytes * kRoundBytes;
     block.site = spillover_emulator_take_site();
     block.step = step_.load(std::memory_order_relaxed);
-    const bool in_backward = torch::autograd::get_current_node() != nullptr;
-    block.phase = in_backward ? kBackwardPhase : phase_.load(std::memory_order_relaxed);
+    const auto node = torch::autograd::get_current_node();
+    block.phase = node ? kBackwardPhase : phase_.load(std::memory_order_relaxed);
+    if (node && block.site == 0) block.forward_site = forward_site(*node);
     block.kind = allocates_workspace() ? kWorkspace : kUntagged;
     block.operator_name = DeviceWorkScope::is_active() ? last_dry_operator() : nullptr;
     const std::lock_guard<std::mutex> guard(mutex_);
@@ -147,6 +149,7 @@ __attribute__((visibility("default"))) int spillover_emulator_recorder_start() n
   try {
     c10::cuda::CUDACachingAllocator::attachAllocatorTraceTracker(
         &spillover::emulator::record_block);
+    spillover::emulator::follow_forward_lines();
     return 0;
   } catch (const std::exception&) {
     return -1;
@@ -164,9 +167,10 @@ __attribute__((visibility("default"))) void spillover_emulator_recorder_tag(int 
   Recorder::instance().tag(device, reinterpret_cast<uintptr_t>(address), kind);
 }
 
-__attribute__((visibility("default"))) void spillover_emulator_recorder_freeze(
-    int device) noexcept {
+__attribute__((visibility("default"))) int spillover_emulator_recorder_freeze(int device) noexcept {
+  if (spillover::emulator::allocates_optional_workspace()) return 0;
   Recorder::instance().freeze(device);
+  return 1;
 }
 
 __attribute__((visibility("default"))) size_t spillover_emulator_recorder_peak(

@@ -16,7 +16,8 @@ extern "C" {
 struct spillover_emulator_block {
   uint64_t number;
   uint64_t size_bytes;
-  uint32_t site;  // a Python stack (core/dry_api.h)
+  uint32_t site;          // a Python stack (core/dry_api.h)
+  uint32_t forward_site;  // where site is 0 and a backward pass allocated: of the forward operator
   uint32_t step;
   int32_t phase;
   int32_t kind;
@@ -32,8 +33,9 @@ void spillover_emulator_recorder_phase(int phase, unsigned step) noexcept;
 // Says what the block that the address lies in holds.
 void spillover_emulator_recorder_tag(int device, const void* address, int kind) noexcept;
 
-// The present counts as the peak of the device from now on: an allocation failed.
-void spillover_emulator_recorder_freeze(int device) noexcept;
+// The present counts as the peak of the device from now on: an allocation of this thread's failed.
+// 0 where the program goes on without it.
+int spillover_emulator_recorder_freeze(int device) noexcept;
 
 // The blocks of the peak; returns their number and fills at most capacity of them.
 size_t spillover_emulator_recorder_peak(int device, spillover_emulator_block* out,

@@ -1,9 +1,8 @@
 #include "emulator/aten/dry_run.hpp"
 
 #include <ATen/ExpandUtils.h>
-#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/Allocator.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/Exception.h>
 
@@ -13,14 +12,14 @@
 #include <utility>
 
 #include "emulator/aten/dry_kernels.hpp"
+#include "emulator/aten/dry_masks.hpp"
+#include "emulator/aten/dry_twins.hpp"
 #include "emulator/aten/dry_values.hpp"
+#include "emulator/aten/routing.hpp"
 #include "emulator/core/dry_api.h"
 
 namespace spillover::emulator {
 namespace {
-
-// What the storages of phantom results point to: an address that stands for no bytes.
-char phantom_bytes;
 
 thread_local const char* operator_of_thread = nullptr;
 
@@ -34,109 +33,13 @@ constexpr std::string_view kArgumentsReadByOwnKernels[] = {
 // A GPU's kernel sets it where a gradient is not finite. A dry run's gradients are taken as finite.
 constexpr std::string_view kFoundInfArgument = "found_inf";
 
+// What LAPACK's kernels say of a factorisation; 0 says that it succeeded, and is taken so.
+constexpr std::string_view kInfo = "info";
+
 bool is_read_by_own_kernel(const ArgumentPlan& argument) {
   return std::find(std::begin(kArgumentsReadByOwnKernels), std::end(kArgumentsReadByOwnKernels),
                    argument.name) != std::end(kArgumentsReadByOwnKernels);
 }
-
-// Python's meta kernels are ordinary torch code: neither a program's modes nor a default device may
-// have a part in it.
-class MetaScope {
- public:
-  MetaScope() : state_(at::impl::PythonTorchFunctionTLS::get_disabled_state()) {
-    at::impl::PythonTorchFunctionTLS::set_disabled_state(
-        at::impl::TorchFunctionDisabledState::ALL_DISABLED);
-  }
-  ~MetaScope() { at::impl::PythonTorchFunctionTLS::set_disabled_state(state_); }
-  MetaScope(const MetaScope&) = delete;
-  MetaScope& operator=(const MetaScope&) = delete;
-
- private:
-  const at::impl::TorchFunctionDisabledState state_;
-  const c10::impl::ExcludeDispatchKeyGuard without_modes_{
-      c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot})};
-};
-
-// Meta tensors for one call's CPU tensors. Storages are shared as theirs are.
-class MetaTwins {
- public:
-  at::Tensor twin(const at::Tensor& host) {
-    const c10::Storage& host_storage = host.storage();
-    c10::Storage meta_storage;
-    for (const Pair& pair : storages_) {
-      if (pair.host.is_alias_of(host_storage)) meta_storage = pair.meta;
-    }
-    if (!meta_storage) {
-      meta_storage = c10::Storage(c10::Storage::use_byte_size_t(), host_storage.nbytes(),
-                                  c10::DataPtr(nullptr, c10::Device(c10::DeviceType::Meta)),
-                                  c10::GetAllocator(c10::DeviceType::Meta), /*resizable=*/true);
-      storages_.push_back({host_storage, meta_storage, host_storage.nbytes()});
-    }
-    at::Tensor meta = at::detail::make_tensor<c10::TensorImpl>(
-        std::move(meta_storage), c10::DispatchKeySet(c10::DispatchKey::Meta), host.dtype());
-    copy_geometry(host, meta);
-    if (host.unsafeGetTensorImpl()->is_wrapped_number()) {
-      meta.unsafeGetTensorImpl()->set_wrapped_number(true);
-    }
-    return meta;
-  }
-
-  // A CPU tensor of a meta result's shape: over the storage of the argument that it is a view of,
-  // or without bytes.
-  at::Tensor to_host(const at::Tensor& meta) const {
-    if (!meta.defined() || !meta.is_meta()) return meta;
-    c10::Storage storage;
-    for (const Pair& pair : storages_) {
-      if (pair.meta.is_alias_of(meta.storage())) storage = pair.host;
-    }
-    if (!storage) storage = phantom_storage(meta.storage().nbytes());
-    at::Tensor host = at::detail::make_tensor<c10::TensorImpl>(
-        std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CPU), meta.dtype());
-    copy_geometry(meta, host);
-    return host;
-  }
-
-  bool is_fresh(const at::Tensor& meta) const {
-    return meta.defined() && meta.is_meta() &&
-           std::none_of(storages_.begin(), storages_.end(),
-                        [&](const Pair& pair) { return pair.meta.is_alias_of(meta.storage()); });
-  }
-
-  // What the meta kernel did to a written argument's shape, done to its CPU alias.
-  void commit(const at::Tensor& host, const at::Tensor& meta) const {
-    if (host.sizes() != meta.sizes() || host.strides() != meta.strides()) copy_geometry(meta, host);
-    for (const Pair& pair : storages_) {
-      if (!pair.meta.is_alias_of(meta.storage()) || meta.storage().nbytes() <= pair.size_bytes) {
-        continue;
-      }
-      c10::StorageImpl* storage = pair.host.unsafeGetStorageImpl();
-      storage->set_data_ptr_noswap(c10::DataPtr(&phantom_bytes, c10::Device(c10::DeviceType::CPU)));
-      storage->set_nbytes(meta.storage().nbytes());
-    }
-  }
-
- private:
-  struct Pair {
-    c10::Storage host;
-    c10::Storage meta;
-    size_t size_bytes;
-  };
-
-  static c10::Storage phantom_storage(size_t size_bytes) {
-    return c10::Storage(c10::Storage::use_byte_size_t(), size_bytes,
-                        c10::DataPtr(&phantom_bytes, c10::Device(c10::DeviceType::CPU)),
-                        /*allocator=*/nullptr, /*resizable=*/false);
-  }
-
-  static void copy_geometry(const at::Tensor& from, const at::Tensor& to) {
-    c10::TensorImpl* impl = to.unsafeGetTensorImpl();
-    impl->set_sizes_and_strides(from.sizes(), from.strides(), from.storage_offset());
-    if (from.is_conj() != to.is_conj()) impl->_set_conj(from.is_conj());
-    if (from.is_neg() != to.is_neg()) impl->_set_neg(from.is_neg());
-  }
-
-  c10::SmallVector<Pair, 6> storages_;
-};
 
 // One operator on one thread's stack.
 class DryCall {
@@ -221,19 +124,31 @@ class DryCall {
 
   // Operators whose result is a number for the host, or as long as the data says.
   void refuse_values_on_host() const {
-    if (plan_.synchronizes_host && plan_.name != "aten::equal") {
-      refuse_unknown(plan_.name, "the size of its result depends on data that is not known");
+    if (plan_.synchronizes_host && !size_is_given() && !selects_by_known_mask(plan_, arguments_)) {
+      refuse_unknown(plan_.name,
+                     "the size of its result depends on data that is not known. A mixture of "
+                     "experts runs where it is said how it routes: --routing uniform "
+                     "(SPILLOVER_EMULATOR_ROUTING)");
     }
-    if (!plan_.synchronizes_for_masks || plan_.returned_arguments.empty()) return;
-    if (plan_.returned_arguments[0] >= 0) return;  // index_put_ writes where the mask says
+    if (!indexes_by_masks()) return;
     for_each_tensor([&](const at::Tensor& tensor, const ArgumentPlan& argument) {
-      const at::ScalarType type = tensor.scalar_type();
-      if (argument.kind == ArgumentKind::kTensorList && (type == at::kBool || type == at::kByte)) {
+      if (argument.kind == ArgumentKind::kTensorList && is_mask(tensor) && !is_known(tensor)) {
         refuse_unknown(plan_.name,
                        "indexing by a mask gives as many elements as the mask has, and "
                        "it is not known");
       }
     });
+  }
+
+  bool size_is_given() const {
+    return plan_.name == "aten::equal" ||
+           (plan_.name == "aten::repeat_interleave.Tensor" && !arguments_[1].isNone());
+  }
+
+  // Not index_put_, which writes where the mask says.
+  bool indexes_by_masks() const {
+    return plan_.synchronizes_for_masks && !plan_.returned_arguments.empty() &&
+           plan_.returned_arguments[0] < 0;
   }
 
   c10::IValue meta_argument(const c10::IValue& value, const ArgumentPlan& argument) {
@@ -246,9 +161,15 @@ class DryCall {
         c10::impl::GenericList converted(list.elementType());
         converted.reserve(list.size());
         for (const c10::IValue& element : value.toListRef()) {
-          converted.push_back(element.isTensor()
-                                  ? c10::IValue(meta_tensor(element.toTensor(), argument))
-                                  : element);
+          if (!element.isTensor()) {
+            converted.push_back(element);
+          } else if (indexes_by_masks() && is_mask(element.toTensor())) {
+            for (const at::Tensor& places : places_of(element.toTensor())) {
+              converted.push_back(twins_.twin(places));
+            }
+          } else {
+            converted.push_back(meta_tensor(element.toTensor(), argument));
+          }
         }
         return converted;
       }
@@ -288,7 +209,10 @@ class DryCall {
     const c10::DispatchKeySet meta_keys(c10::DispatchKey::Meta);
     const MetaScope scope;
     try {
-      if (const c10::KernelFunction* phantom = find_phantom_kernel(plan_.name)) {
+      if (selects_by_known_mask(plan_, arguments_)) {
+        torch::jit::drop(*stack_, arguments_.size());
+        stack_->emplace_back(selected_by_mask(arguments_));
+      } else if (const c10::KernelFunction* phantom = find_phantom_kernel(plan_.name)) {
         phantom->callBoxed(op_, meta_keys, stack_);
       } else if (own_kernel_) {
         own_kernel_->callBoxed(op_, meta_keys, stack_);
@@ -313,10 +237,10 @@ class DryCall {
   bool results_are_small() const {
     const auto counts = [&](const at::Tensor& tensor) {
       return !twins_.is_fresh(tensor) ||
-             tensor.storage().nbytes() <= spillover_emulator_known_bytes_max();
+             tensor.storage().nbytes() <= known_bytes_max(tensor.scalar_type());
     };
     for (const Written& written : written_) {
-      if (written.meta.storage().nbytes() > spillover_emulator_known_bytes_max() &&
+      if (written.meta.storage().nbytes() > known_bytes_max(written.meta.scalar_type()) &&
           written.meta.storage().nbytes() > written.host.storage().nbytes()) {
         return false;
       }
@@ -347,6 +271,23 @@ class DryCall {
       }
     }
     for (size_t i = first_; i < stack_->size(); ++i) convert_result((*stack_)[i], i - first_);
+    if (on_host_) return;
+    assume_success();
+    if (const auto experts = routed_experts(plan_, arguments_)) stack_->back() = *experts;
+  }
+
+  void assume_success() {
+    const auto& returns = op_.schema().returns();
+    for (size_t i = 0; i < returns.size(); ++i) {
+      c10::IValue& value = (*stack_)[first_ + i];
+      if (returns[i].name() != kInfo || !value.isTensor()) continue;
+      if (plan_.returned_arguments[i] < 0) {
+        value = at::zeros(value.toTensor().sizes(), value.toTensor().options());
+      } else {
+        value.toTensor().zero_();
+        set_known(value.toTensor(), true);
+      }
+    }
   }
 
   void convert_result(c10::IValue& value, size_t index) const {
@@ -379,7 +320,7 @@ class DryCall {
   }
 
   static at::Tensor with_host_memory(const at::Tensor& tensor) {
-    if (!tensor.defined() || tensor.storage().data() != &phantom_bytes) return tensor;
+    if (!tensor.defined() || !is_phantom(tensor.storage().data())) return tensor;
     at::Tensor memory = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options());
     set_known(memory, false);
     bind_unknown_to_storage(memory);
@@ -440,7 +381,7 @@ void run_phantom_on_host(const OperatorPlan& plan, const c10::OperatorHandle& op
 
 bool take_arrival(const void* target, const void* bytes, size_t size_bytes) {
   if (bytes == nullptr) return false;  // in place: whoever wrote them knows
-  const bool is_real = bytes != &phantom_bytes;
+  const bool is_real = !is_phantom(bytes);
   spillover_emulator_set_known(target, size_bytes, is_real ? 1 : 0);
   if (!is_real) note_producer(target, size_bytes, operator_of_thread);
   return is_real;

@@ -47,6 +47,9 @@ std::string stack_lines(const char* what, unsigned site) {
   return lines;
 }
 
+// With a routing model, what follows from the choice of experts: a mask of all tokens and experts.
+constexpr size_t kRoutedBytesMax = size_t{256} << 20;
+
 // Which operator made a value, for values that are small enough to be asked for one by one. Blocks
 // of an allocator are used again and again, so the table stays as small as they are few.
 struct Producer {
@@ -141,9 +144,18 @@ bool aliases_device(const at::Tensor& tensor) {
   return spillover_emulator_is_device_byte(tensor.storage().data()) != 0;
 }
 
-bool is_small(const at::Tensor& tensor) {
+size_t known_bytes_max(at::ScalarType type) {
   static const size_t bytes_max = spillover_emulator_known_bytes_max();
-  return extent_bytes(tensor) <= bytes_max;
+  static const bool routes = spillover_emulator_routing() > 0;
+  return routes && at::isIntegralType(type, /*includeBool=*/true) ? kRoutedBytesMax : bytes_max;
+}
+
+bool is_small(const at::Tensor& tensor) {
+  return extent_bytes(tensor) <= known_bytes_max(tensor.scalar_type());
+}
+
+bool is_mask(const at::Tensor& tensor) {
+  return tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte;
 }
 
 bool is_known(const at::Tensor& tensor) {

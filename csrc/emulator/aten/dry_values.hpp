@@ -13,10 +13,14 @@
 namespace spillover::emulator {
 
 // CPU tensors, of which some alias device memory. Tensors of more bytes than a real operator may
-// touch count as unknown; gaps between a tensor's elements count as a part of it.
+// touch (known_bytes_max) count as unknown; gaps between a tensor's elements count as a part of it.
+size_t known_bytes_max(at::ScalarType type);
 bool is_known(const at::Tensor& tensor);
 bool is_small(const at::Tensor& tensor);
 void set_known(const at::Tensor& tensor, bool known);
+
+// Whether the tensor says which elements of another are meant when that is indexed by it.
+bool is_mask(const at::Tensor& tensor);
 
 // Whether the tensor's bytes are a device's.
 bool aliases_device(const at::Tensor& tensor);

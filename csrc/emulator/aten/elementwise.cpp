@@ -1,10 +1,11 @@
-// Dropout, and matrix products with a result type of their own: small operators without a usable
-// CPU kernel.
+// Dropout, histograms, and matrix products with a result type of their own: small operators without
+// a usable CPU kernel.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/histc.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones_like.h>
 
@@ -82,12 +83,19 @@ Tensor& baddbmm_dtype_out(const Tensor& self, const Tensor& batch1, const Tensor
   return out.copy_(baddbmm_dtype(self, batch1, batch2, dtype, beta, alpha));
 }
 
+// The CPU counts floats only. In double precision the bins of whole numbers are CUDA's.
+Tensor histc(const Tensor& self, int64_t bins, const Scalar& min, const Scalar& max) {
+  if (self.is_floating_point()) return at::histc(self, bins, min, max);
+  return at::histc(self.to(at::kDouble), bins, min, max).to(self.scalar_type());
+}
+
 }  // namespace
 
 void add_elementwise_kernels(KernelTable& table) {
   add_kernel<&native_dropout>(table, "aten::native_dropout");
   add_kernel<&fused_dropout>(table, "aten::_fused_dropout");
   add_kernel<&masked_scale>(table, "aten::_masked_scale");
+  add_kernel<&histc>(table, "aten::histc");
   add_kernel<&mm_dtype>(table, "aten::mm.dtype");
   add_kernel<&bmm_dtype>(table, "aten::bmm.dtype");
   add_kernel<&addmm_dtype>(table, "aten::addmm.dtype");

@@ -107,7 +107,8 @@ class OperatorCall {
   }
 
   // Replaces the results on the stack by CUDA tensors.
-  void convert_results(torch::jit::Stack* stack, size_t first, const CostRule& cost_rule) {
+  void convert_results(torch::jit::Stack* stack, size_t first, const CostRule& cost_rule,
+                       const TemporaryRule& temporary_rule) {
     aliases_.commit_resizes(arrivals_);
     for (const Arrival& resized : arrivals_) {
       ranges_.push_back({resized.target, resized.size_bytes, /*is_write=*/1});
@@ -121,8 +122,12 @@ class OperatorCall {
         convert_result((*stack)[i]);
       }
     }
+    const c10::ArrayRef<c10::IValue> results(stack->data() + first, stack->size() - first);
+    temporary_rule.allocate({plan_, originals_, results});
     fill_arrivals();
-    if (clock_enabled()) charge(*stack, first, cost_rule);
+    if (clock_enabled()) {
+      charge_kernel(stream_, plan_.name.c_str(), cost_rule({plan_, originals_, results}));
+    }
     if (plan_.synchronizes_host || has_mask_) c10::cuda::stream_synchronize(stream_);
   }
 
@@ -236,11 +241,6 @@ class OperatorCall {
     begin_operator(stream_, plan_.name.c_str(), ranges_);
   }
 
-  void charge(const torch::jit::Stack& stack, size_t first, const CostRule& cost_rule) {
-    const c10::ArrayRef<c10::IValue> results(stack.data() + first, stack.size() - first);
-    charge_kernel(stream_, plan_.name.c_str(), cost_rule({plan_, originals_, results}));
-  }
-
   // Writes the results into the memory that was allocated for them. While the kernel ran, another
   // host thread may have made this stream wait for a copy into this very memory, and then freed it:
   // on a device the kernel would come after that wait, so the operator begins once more.
@@ -275,7 +275,10 @@ bool has_several_devices() {
 }  // namespace
 
 EmulatedOperator::EmulatedOperator(OperatorPlan plan, std::optional<c10::KernelFunction> kernel)
-    : plan_(std::move(plan)), cost_rule_(plan_), kernel_(std::move(kernel)) {}
+    : plan_(std::move(plan)),
+      cost_rule_(plan_),
+      temporary_rule_(plan_),
+      kernel_(std::move(kernel)) {}
 
 void EmulatedOperator::run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) const {
   const c10::DispatchKeySet host_keys(c10::DispatchKey::CPU);
@@ -324,7 +327,7 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
   } else {
     run_on_host(op, stack);
   }
-  call.convert_results(stack, first, cost_rule_);
+  call.convert_results(stack, first, cost_rule_, temporary_rule_);
 }
 
 void UnsupportedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKeySet,

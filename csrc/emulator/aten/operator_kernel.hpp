@@ -13,6 +13,7 @@
 
 #include "emulator/aten/cost.hpp"
 #include "emulator/aten/plan.hpp"
+#include "emulator/aten/temporaries.hpp"
 
 namespace spillover::emulator {
 
@@ -30,6 +31,7 @@ class EmulatedOperator final : public c10::OperatorKernel {
  private:
   OperatorPlan plan_;
   CostRule cost_rule_;
+  TemporaryRule temporary_rule_;
   std::optional<c10::KernelFunction> kernel_;
 };
 

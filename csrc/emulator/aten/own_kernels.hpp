@@ -23,6 +23,9 @@ void add_normalization_kernels(KernelTable& table);
 void add_recurrent_kernels(KernelTable& table);
 void add_elementwise_kernels(KernelTable& table);
 void add_upcast_kernels(KernelTable& table);
+void add_statistics_kernels(KernelTable& table);
+void add_softmax_kernels(KernelTable& table);
+void add_embedding_kernels(KernelTable& table);
 
 inline bool is_given(const std::optional<at::Tensor>& tensor) {
   return tensor.has_value() && tensor->defined();

@@ -108,6 +108,9 @@ class Registrar {
     add_recurrent_kernels(own_kernels_);
     add_elementwise_kernels(own_kernels_);
     add_upcast_kernels(own_kernels_);
+    add_statistics_kernels(own_kernels_);
+    add_softmax_kernels(own_kernels_);
+    add_embedding_kernels(own_kernels_);
   }
 
   void register_all() {

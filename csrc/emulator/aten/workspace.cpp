@@ -38,19 +38,18 @@ namespace spillover::emulator {
 namespace {
 
 thread_local bool is_allocating = false;
+thread_local bool is_allocating_optional = false;
 
 class AllocationScope {
  public:
-  AllocationScope() { is_allocating = true; }
-  ~AllocationScope() { is_allocating = false; }
+  explicit AllocationScope(bool is_optional) {
+    is_allocating = true;
+    is_allocating_optional = is_optional;
+  }
+  ~AllocationScope() { is_allocating = is_allocating_optional = false; }
   AllocationScope(const AllocationScope&) = delete;
   AllocationScope& operator=(const AllocationScope&) = delete;
 };
-
-at::DataPtr allocate_workspace(size_t size_bytes) {
-  const AllocationScope scope;
-  return c10::cuda::CUDACachingAllocator::get()->allocate(size_bytes);
-}
 
 bool workspaces_enabled() {
   static const bool enabled = [] {
@@ -69,6 +68,11 @@ void* handle_of(c10::DeviceIndex device) {
 
 }  // namespace
 
+at::DataPtr allocate_workspace(size_t size_bytes, bool is_optional) {
+  const AllocationScope scope(is_optional);
+  return c10::cuda::CUDACachingAllocator::get()->allocate(size_bytes);
+}
+
 void ensure_cublas_workspace(const c10::cuda::CUDAStream& stream) {
   if (!workspaces_enabled()) return;
   auto& table = at::cuda::cublas_handle_stream_to_workspace();
@@ -79,7 +83,7 @@ void ensure_cublas_workspace(const c10::cuda::CUDAStream& stream) {
     if (table.map.find(key) != table.map.end()) return;
   }
   const size_t size_bytes = at::cuda::getChosenWorkspaceSize();
-  at::DataPtr memory = allocate_workspace(size_bytes);
+  at::DataPtr memory = allocate_workspace(size_bytes, /*is_optional=*/false);
   const std::unique_lock<std::shared_mutex> lock(table.mutex);
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
   table.map.emplace(key, std::move(memory));
@@ -90,6 +94,10 @@ void ensure_cublas_workspace(const c10::cuda::CUDAStream& stream) {
 
 bool allocates_workspace() {
   return is_allocating;
+}
+
+bool allocates_optional_workspace() {
+  return is_allocating_optional;
 }
 
 }  // namespace spillover::emulator

@@ -35,6 +35,9 @@ constexpr Unit kUnits[] = {{"", 1},
 constexpr std::size_t kVramBytesMin = std::size_t{4} << 20;
 constexpr std::size_t kVramBytesMax = std::size_t{1} << 40;
 
+// An expert cannot get more than all tokens.
+constexpr double kImbalanceMax = 1024;
+
 bool parse_bytes(const char* text, std::size_t* bytes) {
   char* end = nullptr;
   const double number = std::strtod(text, &end);
@@ -88,6 +91,21 @@ class Reader {
                "a whole number from " + std::to_string(minimum) + " to " + std::to_string(maximum));
     }
     describe(name, std::to_string(*value));
+  }
+
+  // "uniform", or how many times the mean load the busiest expert gets.
+  void routing(const char* name, double* value) {
+    const char* const text = lookup(name);
+    if (text != nullptr && std::strcmp(text, "uniform") == 0) {
+      *value = 1;
+    } else if (text != nullptr) {
+      char* end = nullptr;
+      *value = std::strtod(text, &end);
+      if (end == text || *end != '\0' || !(*value >= 1 && *value <= kImbalanceMax)) {
+        complain(name, text, "uniform, or a number from 1 to 1024");
+      }
+    }
+    describe(name, text == nullptr ? "" : text);
   }
 
   void flag(const char* name, bool* value) {
@@ -165,6 +183,7 @@ Config read_config(const char* (*variable)(const char*)) {
                  &config.profile_name, &config.profile);
   reader.flag("SPILLOVER_EMULATOR_DRY", &config.dry);
   reader.choice("SPILLOVER_EMULATOR_UNKNOWN", kUnknown, &config.unknown);
+  reader.routing("SPILLOVER_EMULATOR_ROUTING", &config.routing);
   return config;
 }
 

@@ -46,6 +46,7 @@ struct Config {
   ClockProfile profile;
   bool dry = false;  // memory has addresses and no bytes
   UnknownPolicy unknown = UnknownPolicy::kError;
+  double routing = 0;  // the busiest expert's load over the mean; 0: no routing model
 
   // One sentence about the first malformed variable; empty when all are well formed.
   std::string error;

@@ -25,6 +25,10 @@ int spillover_emulator_unknown_policy(void) {
   return static_cast<int>(emulator::config().unknown);
 }
 
+double spillover_emulator_routing(void) {
+  return emulator::config().routing;
+}
+
 size_t spillover_emulator_known_bytes_max(void) {
   return emulator::KnownBytes::kRunBytesMax;
 }

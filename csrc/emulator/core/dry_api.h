@@ -25,6 +25,10 @@ enum {
 int spillover_emulator_is_dry(void);
 int spillover_emulator_unknown_policy(void);
 
+/* How many times the mean load the busiest of a mixture's experts gets; 0 where no model is stated.
+ */
+double spillover_emulator_routing(void);
+
 /* The most bytes that an operator's tensors may have for it to run for real. */
 size_t spillover_emulator_known_bytes_max(void);
 

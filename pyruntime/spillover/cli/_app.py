@@ -89,6 +89,13 @@ def emulate(
         str | None,
         typer.Option(help="What a dry run's unknown values are to host code: error, zero or one."),
     ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(
+            help="How a dry run's experts are chosen: uniform, or the busiest one's share of the "
+            "mean, such as 1.5."
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a dry run's report there, as JSON.", metavar="FILE")
     ] = None,
@@ -103,8 +110,8 @@ def emulate(
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
     Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS,
-    _POISON, _CLOCK, _PROFILE, _TRACE, _DRY and _UNKNOWN. Compute runs on the CPU; how long it takes
-    says nothing about a GPU, what the clock computes is simulated.
+    _POISON, _CLOCK, _PROFILE, _TRACE, _DRY, _UNKNOWN and _ROUTING. Compute runs on the CPU; how
+    long it takes says nothing about a GPU, what the clock computes is simulated.
     """
     from spillover._errors import ConfigError
     from spillover.emulator import _check, _command, _dry, _options
@@ -123,6 +130,7 @@ def emulate(
             "trace": trace,
             "dry": dry,
             "unknown": unknown,
+            "routing": routing,
         }.items()
         if value is not None
     }

@@ -26,6 +26,7 @@ from spillover.emulator import (
     _clock,
     _collectives,
     _dry,
+    _dry_values,
     _libraries,
     _library_operators,
     _stacks,
@@ -54,6 +55,7 @@ def enable(
     trace: str = "",
     dry: bool = False,
     unknown: UnknownPolicy = "error",
+    routing: str = "",
 ) -> bool:
     """Give this process emulated CUDA devices; call it before ``import torch``.
 
@@ -93,6 +95,8 @@ def enable(
         Dry run: memory has sizes but no bytes; see :class:`Options`.
     unknown
         What a dry run's host code gets for an unknown value; see :class:`Options`.
+    routing
+        How a dry run's mixtures of experts route, such as ``"uniform"``; see :class:`Options`.
 
     Returns
     -------
@@ -124,6 +128,7 @@ def enable(
             trace=trace,
             dry=dry,
             unknown=unknown,
+            routing=routing,
         )
     )
 
@@ -153,6 +158,8 @@ def activate(options: Options) -> bool:
             _threads.watch(str(_libraries.folder() / "libcuda.so.1"), takes_turns=options.clock)
         if options.stacks and (options.dry or options.hazards != "off"):
             _stacks.install()
+        if options.dry:
+            _dry_values.watch_math()
         if options.leaks:
             atexit.register(_print_leaks, os.getpid())
         # Not cuInit: a child that is forked before the parent uses CUDA may use it, as on a GPU.

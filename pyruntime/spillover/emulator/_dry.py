@@ -50,7 +50,10 @@ class BlockGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """The moment when most memory was allocated: what was allocated last, and by whom."""
+    """The moment when most memory was allocated: what was allocated last, and by whom.
+
+    ``stack`` is the forward operator's where a backward pass allocated.
+    """
 
     step: int
     phase: str
@@ -203,11 +206,17 @@ def _by_class(blocks: Iterable[Block], allocated_bytes: int) -> dict[str, int]:
 
 def _line_of(block: Block) -> str:
     """The innermost line of the program's own, or who else asked for the memory."""
-    if not block.stack:
-        return f"{block.phase}, in torch's own threads"
-    found = _FRAME.fullmatch(block.stack[-1])
+    if block.stack:
+        return _short(block.stack[-1])
+    if block.forward_stack:
+        return f"backward of {_short(block.forward_stack[-1])}"
+    return f"{block.phase}, in torch's own threads"
+
+
+def _short(frame: str) -> str:
+    found = _FRAME.fullmatch(frame)
     if found is None:
-        return block.stack[-1]
+        return frame
     path, line, function = found.groups()
     _, installed, inside = path.rpartition("/site-packages/")
     if not installed:
@@ -224,7 +233,7 @@ def _moment(blocks: list[Block]) -> Peak | None:
         phase=last.phase,
         operator=last.operator,
         line=_line_of(last),
-        stack=last.stack,
+        stack=last.stack or last.forward_stack,
     )
 
 

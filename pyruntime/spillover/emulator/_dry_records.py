@@ -31,6 +31,7 @@ class _BlockRow(ctypes.Structure):
         ("number", ctypes.c_uint64),
         ("size_bytes", ctypes.c_uint64),
         ("site", ctypes.c_uint32),
+        ("forward_site", ctypes.c_uint32),
         ("step", ctypes.c_uint32),
         ("phase", ctypes.c_int32),
         ("kind", ctypes.c_int32),
@@ -40,11 +41,16 @@ class _BlockRow(ctypes.Structure):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A block that was alive at the peak."""
+    """A block that was alive at the peak.
+
+    ``forward_stack`` is set where a backward pass allocated on a thread of torch's own: the stack
+    of the forward operator that it worked for.
+    """
 
     number: int
     size_bytes: int
     stack: tuple[str, ...]
+    forward_stack: tuple[str, ...]
     step: int
     phase: str
     kind: str
@@ -144,13 +150,15 @@ class Records:
         stacks: dict[int, tuple[str, ...]] = {}
         blocks = []
         for row in rows[:count]:
-            if row.site not in stacks:
-                stacks[row.site] = _stack(row.site)
+            for site in (row.site, row.forward_site):
+                if site not in stacks:
+                    stacks[site] = _stack(site)
             blocks.append(
                 Block(
                     number=row.number,
                     size_bytes=row.size_bytes,
                     stack=stacks[row.site],
+                    forward_stack=stacks[row.forward_site],
                     step=row.step,
                     phase=PHASES[row.phase],
                     kind=KINDS[row.kind],
@@ -185,7 +193,8 @@ class Records:
     def _on_out_of_memory(self, device: int, requested: int, total: int, free: int) -> None:
         if self.failure is not None:
             return
-        self._library.spillover_emulator_recorder_freeze(device)
+        if not self._library.spillover_emulator_recorder_freeze(device):
+            return
         self.failure = FailedAllocation(
             device=device, requested_bytes=requested, free_bytes=free, capacity_bytes=total
         )

@@ -8,6 +8,8 @@ loss, and a number that is only printed decides nothing.
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from typing import Any, NoReturn
 
 from spillover._errors import SpilloverError
@@ -19,7 +21,7 @@ _UNKNOWN_TEXT = "spillover dry run: the program asks for a value"
 class UnknownNumber(float):
     """A float that a dry run does not have. It can be printed and computed with, not decided by.
 
-    Python's functions in C (``math.isfinite``) see NaN.
+    It is a float, so that loggers and encoders take it; code in C that reads it in place sees NaN.
     """
 
     reason: str
@@ -50,9 +52,53 @@ class UnknownNumber(float):
 
     __bool__ = __int__ = __index__ = __trunc__ = __floor__ = __ceil__ = _decide
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _decide
+    __float__ = is_integer = as_integer_ratio = hex = _decide
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _carry
     __truediv__ = __rtruediv__ = __pow__ = __rpow__ = _carry
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = _carry
     __neg__ = __pos__ = __abs__ = __round__ = _carry  # type: ignore[assignment]
+
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Answer NumPy's functions: those that compute carry on what is unknown, others ask."""
+        if method == "__call__" and function.__name__ in _CARRYING:
+            return self
+        self._decide()
+
+
+#: Functions of one or two numbers, in ``math`` and in NumPy, that only compute.
+_CARRYING = frozenset((
+    "absolute", "add", "cbrt", "divide", "exp", "exp2", "expm1", "fabs", "fmod", "hypot", "log",
+    "log10", "log1p", "log2", "maximum", "minimum", "multiply", "negative", "pow", "power",
+    "reciprocal", "remainder", "sqrt", "square", "subtract", "tanh", "true_divide",
+))  # fmt: skip
+_DECIDING = ("isclose", "isfinite", "isinf", "isnan")
+
+
+def watch_math() -> None:
+    """Have Python's functions on floats answer for unknown ones, which they would read in place.
+
+    Call it before the program imports names from ``math``.
+    """
+    for name in (*_DECIDING, *_CARRYING):
+        original = getattr(math, name, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            setattr(math, name, _watched(original, carries=name in _CARRYING))
+
+
+def _watched(original: Any, *, carries: bool) -> Any:
+    @functools.wraps(original)
+    def function(*arguments: Any, **options: Any) -> Any:
+        for argument in arguments:
+            if type(argument) is UnknownNumber:
+                return argument if carries else argument._decide()
+        return original(*arguments, **options)
+
+    return function
+
+
+def _is_engine(frame: Any) -> bool:
+    """Whether the code is this package's: it hands memory on through views and never looks in."""
+    return str(frame.f_globals.get("__name__", "")).startswith("spillover.")
 
 
 def is_unknown(tensor: Any) -> bool:
@@ -69,10 +115,17 @@ def is_unknown(tensor: Any) -> bool:
         return False  # a fake tensor, or another subclass without memory of its own
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
+    return not _libraries.driver().spillover_emulator_is_known(address, _extent_bytes(tensor))
+
+
+def _extent_bytes(tensor: Any) -> int:
     strides = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in strides)
-    size_bytes = elements * tensor.element_size()
-    return not _libraries.driver().spillover_emulator_is_known(address, size_bytes)
+    elements: int = 1 + sum((size - 1) * stride for size, stride in strides)
+    return elements * int(tensor.element_size())
+
+
+def _set_known(tensor: Any) -> None:
+    _libraries.driver().spillover_emulator_set_known(tensor.data_ptr(), _extent_bytes(tensor), 1)
 
 
 def watch(torch: Any) -> None:
@@ -103,12 +156,14 @@ def watch(torch: Any) -> None:
 
     @functools.wraps(as_numpy)
     def unknown_numpy(self: Any, *arguments: Any, **options: Any) -> Any:
-        # Pinned memory is shown to engines, which copy it about without looking at it.
-        if self.device.type == "cpu" and not self.is_pinned() and is_unknown(self):
-            first = self.detach().flatten()[0]
-            value = item(first)  # raises under the policy "error"
-            self.detach().fill_(value)
-        return as_numpy(self, *arguments, **options)
+        array = as_numpy(self, *arguments, **options)
+        if self.device.type != "cpu" or not is_unknown(self) or _is_engine(sys._getframe(1)):
+            return array
+        value = item(self.detach().flatten()[0])  # raises under the policy "error"
+        # Not by an operator, which would leave large pinned memory as it is.
+        as_numpy(self.detach())[...] = value
+        _set_known(self)
+        return array
 
     @functools.wraps(show)
     def unknown_repr(self: Any, **options: Any) -> str:

@@ -26,7 +26,8 @@ _VRAM_BYTES_MIN = 4 << 20
 _VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
 _FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
-_TEXTS = ("profile", "trace")
+_TEXTS = ("profile", "trace", "routing")
+_IMBALANCE_MAX = 1024.0
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
 
 
@@ -79,6 +80,10 @@ class Options:
     unknown
         What host code of a dry run gets where it asks for a value that is not known: ``error`` (an
         exception that names the operator and the line), ``zero`` or ``one``.
+    routing
+        How a dry run's mixtures of experts route: ``""`` for not stated (what depends on it is an
+        error), ``"uniform"``, or a number such as ``"1.5"``: the busiest expert gets so many times
+        the mean.
     """
 
     devices: int = 1
@@ -96,6 +101,7 @@ class Options:
     trace: str = ""
     dry: bool = False
     unknown: UnknownPolicy = "error"
+    routing: str = ""
 
     def __post_init__(self) -> None:
         if isinstance(self.devices, bool) or not isinstance(self.devices, int):
@@ -117,6 +123,7 @@ class Options:
                 raise ConfigError(f"{name} must be a text, not {getattr(self, name)!r}")
         # The same capacity written in another way is the same option.
         object.__setattr__(self, "vram", self._capacity_bytes())
+        _check_routing(self.routing)
         if self.profile or self.trace:
             object.__setattr__(self, "clock", True)
 
@@ -187,6 +194,20 @@ def _parse(name: str, variable: str, text: str) -> object:
         _check_choice(variable, text.lower(), tuple(_SWITCHES))
         return _SWITCHES[text.lower()]
     return text
+
+
+def _check_routing(routing: str) -> None:
+    if routing in ("", "uniform"):
+        return
+    try:
+        imbalance = float(routing)
+    except ValueError:
+        imbalance = 0.0
+    if not 1 <= imbalance <= _IMBALANCE_MAX:
+        raise ConfigError(
+            f"routing={routing!r} is not known; use uniform, or how many times the mean load the "
+            f"busiest expert gets, such as 1.5"
+        )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
