@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from spillover import ConfigError, StateError, StorageError
 from spillover.allocator import record_trace
 from spillover.replay import ReplayOptions, read_trace, replay
 
+RunEmulated = Callable[..., "subprocess.CompletedProcess[str]"]
 KIB = 1 << 10
 
 
@@ -21,32 +22,45 @@ def make(size_bytes: int) -> torch.Tensor:
     return torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
 
 
-def test_recording_has_every_event_in_order(tmp_path: Path) -> None:
-    older = make(700)
-    side = torch.cuda.Stream()
-    with record_trace(tmp_path / "run.csv"):
-        first = make(3 * KIB)
-        with torch.cuda.stream(side):
-            second = make(5 * KIB)
-        first[100:].record_stream(side)
-        torch.cuda.current_stream().wait_stream(side)
-        del first
-        worker = threading.Thread(target=make, args=(7 * KIB,))
-        worker.start()
-        worker.join()
-        del older
-    make(9 * KIB)
-    del second
-    text = (tmp_path / "run.csv").read_text()
-    trace = read_trace(tmp_path / "run.csv")
-    rows = [line.split(",") for line in text.splitlines()[1:]]
-    mine = next(index for index, row in enumerate(rows) if row[2] == str(3 * KIB))
-    assert "700" in [row[2] for row in rows[:mine]], "what was live before comes first"
-    kinds = [row[0] for row in rows[mine:]]
+# In a process of its own, where nothing else is live.
+EVERY_EVENT = """
+import sys, threading
+import torch
+from spillover.allocator import record_trace
+
+def make(size_bytes):
+    return torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+
+older = make(700)
+side = torch.cuda.Stream()
+with record_trace(sys.argv[1]):
+    first = make(3072)
+    with torch.cuda.stream(side):
+        second = make(5120)
+    first[100:].record_stream(side)
+    torch.cuda.current_stream().wait_stream(side)
+    del first
+    worker = threading.Thread(target=make, args=(7168,))
+    worker.start()
+    worker.join()
+    del older
+make(9216)
+del second
+print(hex(side.cuda_stream))
+"""
+
+
+def test_recording_has_every_event_in_order(tmp_path: Path, run_emulated: RunEmulated) -> None:
+    path = tmp_path / "run.csv"
+    side = run_emulated(EVERY_EVENT, str(path)).stdout.strip()
+    trace = read_trace(path)
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    assert rows[0][2] == "700", "what was live before comes first"
+    kinds = [row[0] for row in rows[1:]]
     assert kinds == ["alloc", "alloc", "record_stream", "free", "alloc", "free", "free"]
-    assert [row[2] for row in rows[mine:]][1:5:3] == [str(5 * KIB), str(7 * KIB)]
-    assert rows[mine + 1][3] == rows[mine + 2][3] == hex(side.cuda_stream)
-    assert len({row[4] for row in rows[mine:]}) == 2
+    assert [row[2] for row in rows if row[0] == "alloc"] == ["700", "3072", "5120", "7168"]
+    assert rows[2][3] == rows[3][3] == side
+    assert len({row[4] for row in rows[1:]}) == 2
     assert (trace.stream_count, trace.thread_count) == (2, 2)
     found = replay(trace, "ours", ReplayOptions(vram="1GiB"))
     assert found.failed_at is None
