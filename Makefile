@@ -60,8 +60,8 @@ $(STAMPS)/packages: pyproject.toml | $(STAMPS)/venv
 	$(BIN)/python tools/install_dependencies.py torch test plots
 	touch $@
 
-# The stacks that tests run on the emulated device, and the peers of benchmarks. Tests skip those that cannot be installed, so
-# this is tried once; remove the stamp to try again.
+# The stacks that tests run on the emulated device, and the peers of benchmarks. What cannot be
+# installed is left out; this is tried once; remove the stamp to try again.
 $(STAMPS)/stacks: pyproject.toml tools/install_dependencies.py | $(STAMPS)/packages
 	$(BIN)/python tools/install_dependencies.py --optional stacks bench
 	touch $@
