@@ -8,9 +8,6 @@
 
 namespace spillover {
 
-AddressSpace::AddressSpace(int device, size_t reservation_bytes, SegmentIndex& index, Pool* pool)
-    : device_(device), reservation_bytes_(reservation_bytes), index_(index), pool_(pool) {}
-
 AddressSpace::Reservations::const_iterator AddressSpace::reservation_of(
     DeviceAddress address) const {
   const auto after = reservations_.upper_bound(address);
@@ -50,7 +47,6 @@ DeviceAddress AddressSpace::reserve(const void* owner, size_t size_bytes) {
   const size_t range_bytes = range.size_bytes();
   reservations_.emplace(address, Reservation{std::move(range), owner});
   gaps_.emplace(address, range_bytes);
-  index_.insert({address, range_bytes, pool_});
   return address;
 }
 
@@ -92,7 +88,6 @@ void AddressSpace::release_unused() {
       ++position;
       continue;
     }
-    index_.erase(position->first);
     gaps_.erase(position->first);
     position = reservations_.erase(position);
   }

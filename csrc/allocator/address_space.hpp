@@ -11,15 +11,14 @@
 #include <cstddef>
 #include <map>
 
-#include "allocator/segment_index.hpp"
 #include "driver/virtual_memory.hpp"
 
 namespace spillover {
 
 class AddressSpace {
  public:
-  // The index learns of every reservation, under the pool's name.
-  AddressSpace(int device, size_t reservation_bytes, SegmentIndex& index, Pool* pool);
+  AddressSpace(int device, size_t reservation_bytes)
+      : device_(device), reservation_bytes_(reservation_bytes) {}
 
   // Start of a gap of at least size_bytes in one of the owner's reservations, the smallest such; in
   // a new one where there is none. Takes nothing yet. Throws DriverError.
@@ -50,8 +49,6 @@ class AddressSpace {
 
   const int device_;
   const size_t reservation_bytes_;
-  SegmentIndex& index_;
-  Pool* const pool_;
   Reservations reservations_;             // By first address.
   std::map<DeviceAddress, size_t> gaps_;  // Address to size.
 };

@@ -32,13 +32,11 @@ size_t next_chunk_bytes(size_t growth_bytes, size_t missing_bytes, size_t unit_b
 
 }  // namespace
 
-Backing::Backing(int device, SegmentIndex& index, Pool* pool)
+Backing::Backing(int device)
     : device_(device),
       is_virtual_(supports_virtual_memory(device)),
       unit_bytes_(is_virtual_ ? std::max(allocation_granularity(device), kFixedUnit) : kFixedUnit),
-      index_(index),
-      pool_(pool),
-      space_(device, round_up(memory_info(device).total_bytes, unit_bytes_), index, pool),
+      space_(device, round_up(memory_info(device).total_bytes, unit_bytes_)),
       devices_{device} {}
 
 DeviceAddress Backing::find_gap(const void* owner, size_t size_bytes) {
@@ -148,7 +146,6 @@ std::optional<AddressRange> Backing::allocate(size_t size_bytes) {
   const DeviceAddress address = memory->address();
   mapped_.emplace(address, Chunk{size_bytes, std::nullopt, std::move(*memory)});
   mapped_bytes_ += size_bytes;
-  index_.insert({address, size_bytes, pool_});
   return AddressRange{address, address + size_bytes};
 }
 
@@ -179,7 +176,6 @@ void Backing::unmap(const AddressRange& chunks) {
   mapped_.erase(begin, end);
   mapped_bytes_ -= chunks.size_bytes();
   if (!is_virtual_) {
-    index_.erase(chunks.begin);
     for (Chunk& chunk : taken) chunk.fixed->release();
     return;
   }

@@ -32,7 +32,7 @@ struct AddressRange {
 
 class Backing {
  public:
-  Backing(int device, SegmentIndex& index, Pool* pool);
+  explicit Backing(int device);
 
   bool is_virtual() const { return is_virtual_; }
   // Sizes and addresses of chunks are multiples of this.
@@ -95,8 +95,6 @@ class Backing {
   const int device_;
   const bool is_virtual_;
   const size_t unit_bytes_;
-  SegmentIndex& index_;
-  Pool* const pool_;
   AddressSpace space_;
   Chunks mapped_;                                         // By first address.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.

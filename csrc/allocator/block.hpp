@@ -7,6 +7,7 @@
 //     its bounds are bounds of chunks: a chunk belongs to one heap;
 //   - no two neighbours are both free;
 //   - a free block is in its heap's set and has requested_bytes 0 and no uses;
+//   - a cached block is in one magazine (Note [Magazines] in magazine.hpp);
 //   - a waiting block has outstanding_uses > 0, any other has 0;
 //   - addresses and sizes are multiples of kBlockAlignment;
 //   - freed_at of a block <= freed_count of its stream, completed_count <= freed_count.
@@ -14,6 +15,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -35,10 +37,11 @@ inline constexpr size_t kSmallRequestMax = kMiB;
 enum class SizeClass { kSmall, kLarge };
 inline constexpr std::array kSizeClasses{SizeClass::kSmall, SizeClass::kLarge};
 
-enum class BlockState {
+enum class BlockState : uint8_t {
   kFree = 0,
   kLive = 1,
   kWaiting = 2,  // freed, but a noted stream may still use it
+  kCached = 3,   // freed, in a thread's magazine
 };
 
 struct Heap;
@@ -48,10 +51,12 @@ struct Block {
   DeviceAddress address = 0;
   size_t size_bytes = 0;
   size_t requested_bytes = 0;
-  BlockState state = BlockState::kFree;
+  // Between live and cached it changes under the lock of a thread's cache, else under the mutex.
+  std::atomic<BlockState> state{BlockState::kFree};
   // Neighbours in the segment by address.
   Block* previous = nullptr;
   Block* next = nullptr;
+  Block* next_cached = nullptr;  // in a magazine's list
   // Of a block that is not live: number of the stream's latest free that is a part of it; 0 for
   // memory that was not used since it was mapped.
   uint64_t freed_at = 0;
@@ -95,7 +100,8 @@ struct StreamState {
     uint64_t freed_count;  // frees that it covers
   };
 
-  explicit StreamState(const StreamKey& stream_key) : key(stream_key) {
+  StreamState(const StreamKey& stream_key, bool is_stream_immortal)
+      : key(stream_key), is_immortal(is_stream_immortal) {
     for (const SizeClass size_class : kSizeClasses) {
       heap(size_class).stream = this;
       heap(size_class).size_class = size_class;
@@ -110,6 +116,7 @@ struct StreamState {
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
   const StreamKey key;
+  const bool is_immortal;  // it never dies, and any thread may ask about it
   uint64_t freed_count = 0;
   uint64_t completed_count = 0;
   std::deque<Mark> marks;     // Oldest first.

@@ -54,10 +54,20 @@ const char* spillover_last_error(void) {
 }
 
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {
+  if (spillover_try_alloc(device, size_bytes, stream, out) == SPILLOVER_OK) return SPILLOVER_OK;
   return guarded([&] {
     require_output(out);
     *out = spillover::pool_of_device(device).allocate(size_bytes, stream);
   });
+}
+
+spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream, void** out) {
+  spillover::Pool* pool = spillover::existing_pool(device);
+  if (pool == nullptr || out == nullptr) return SPILLOVER_BUSY;
+  void* pointer = pool->allocate_cached(size_bytes, stream);
+  if (pointer == nullptr) return SPILLOVER_BUSY;
+  *out = pointer;
+  return SPILLOVER_OK;
 }
 
 spillover_status spillover_free(void* pointer) {

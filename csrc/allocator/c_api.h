@@ -23,7 +23,7 @@ typedef enum spillover_status {
   SPILLOVER_OUT_OF_MEMORY = 2,
   SPILLOVER_DRIVER_FAILURE = 3,
   SPILLOVER_BROKEN_STATE = 4,
-  SPILLOVER_BUSY = 5 /* of spillover_try_free only */
+  SPILLOVER_BUSY = 5 /* of spillover_try_alloc and spillover_try_free only */
 } spillover_status;
 
 /* Counters of one class of blocks. Units: bytes for *_bytes, else numbers. */
@@ -83,6 +83,10 @@ const char* spillover_last_error(void);
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
  * 512 bytes. A size of 0 gives NULL. */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
+
+/* As spillover_alloc where a block that this thread has freed fits, and never waits.
+ * SPILLOVER_BUSY: nothing has happened, call spillover_alloc. */
+spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream, void** out);
 
 /* Gives a block back. It may be handed out again on its own stream at once, on others only after
  * the work of every stream noted by spillover_record_stream is complete. NULL is allowed.

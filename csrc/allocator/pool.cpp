@@ -7,6 +7,7 @@
 #include <limits>
 #include <utility>
 
+#include "allocator/page_table.hpp"
 #include "allocator/statistics.hpp"
 #include "base/check.hpp"
 #include "base/error.hpp"
@@ -31,14 +32,14 @@ std::string address_text(const void* pointer) {
 
 }  // namespace
 
-Pool::Pool(int device, SegmentIndex& index)
+Pool::Pool(int device)
     : device_(device),
       device_bytes_(memory_info(device).total_bytes),
-      backing_(device, index, this),
+      backing_(device),
       pending_(device, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key) {
-  return streams_.try_emplace(key, key).first->second;
+  return streams_.try_emplace(key, key, is_immortal(device_, key)).first->second;
 }
 
 Heap& Pool::heap_of(const Request& request) {
@@ -47,12 +48,15 @@ Heap& Pool::heap_of(const Request& request) {
 
 void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes == 0) return nullptr;
+  if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
   check_not_capturing(device_, stream);
   Request request{size_bytes, kRequestMax, identify_stream(device_, stream), SizeClass::kLarge};
   if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
 
   Lock lock(mutex_);
+  MagazineSlot* slot = equip(state_of(request.stream));
+  if (slot != nullptr && request.size_class == SizeClass::kLarge) empty_large(*slot);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
     pending_.mark(request.stream);
@@ -60,7 +64,9 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   }
   Block* block = obtain(lock, request);
   split(block, request);
+  take_over_counters();
   activate(block, request);
+  raise_peaks();
   return reinterpret_cast<void*>(block->address);
 }
 
@@ -68,6 +74,9 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
 // DeviceOutOfMemoryError.
 Block* Pool::obtain(Lock& lock, const Request& request) {
   if (Block* block = take_best_fit(request)) return block;
+  if (empty_magazines()) {
+    if (Block* block = take_best_fit(request)) return block;
+  }
   const RelaxedCaptureScope relaxed;
   if (Block* block = grow(request, Source::kHeld)) return block;
   if (foreign_bytes() > kForeignBytesMax) {
@@ -90,18 +99,21 @@ Block* Pool::take_best_fit(const Request& request) {
 }
 
 Block* Pool::make_block(Heap& heap, const AddressRange& range, uint64_t freed_at) {
-  auto block = std::make_unique<Block>();
+  Block* block = blocks_.take();
   block->heap = &heap;
   block->address = range.begin;
   block->size_bytes = range.size_bytes();
+  block->requested_bytes = 0;
+  block->state = BlockState::kFree;
+  block->previous = block->next = nullptr;
   block->freed_at = freed_at;
   ++heap.block_count;
-  return blocks_.emplace(range.begin, std::move(block)).first->second.get();
+  return block;
 }
 
 void Pool::erase_block(Block* block) {
   --block->heap->block_count;
-  blocks_.erase(block->address);
+  blocks_.give(block);
 }
 
 // Puts a free block, linked to its neighbours, into its heap's set, and takes it out.
@@ -141,6 +153,7 @@ void Pool::activate(Block* block, const Request& request) {
                   "a block that is not free, or too small, was about to be handed out");
   block->state = BlockState::kLive;
   block->requested_bytes = request.requested_bytes;
+  PageTable::instance().set(block);
   const SizeClass size_class = request.size_class;
   add(statistics_.allocation, size_class, 1);
   add(statistics_.allocated_bytes, size_class, block->size_bytes);
@@ -149,20 +162,37 @@ void Pool::activate(Block* block, const Request& request) {
   add(statistics_.requested_bytes, size_class, request.requested_bytes);
 }
 
-Block* Pool::find_live(const void* pointer) const {
-  const auto position = blocks_.find(reinterpret_cast<DeviceAddress>(pointer));
-  if (position == blocks_.end() || position->second->state != BlockState::kLive) {
+// Needs no lock: a block that is live stays so until its owner frees it.
+Block* Pool::live_block(const void* pointer) const {
+  const auto address = reinterpret_cast<DeviceAddress>(pointer);
+  Block* block = PageTable::instance().find(address);
+  if (block == nullptr || block->address != address || block->state != BlockState::kLive) {
     throw ConfigError(address_text(pointer) + " is not the start of a live block of device " +
                       std::to_string(device_) +
                       "'s pool: it was freed before, or comes from somewhere else");
   }
-  return position->second.get();
+  return block;
 }
 
 void Pool::free(void* pointer) {
-  if (pointer == nullptr) return;
+  if (pointer == nullptr || free_cached(live_block(pointer))) return;
   const std::lock_guard lock(mutex_);
-  Block* block = find_live(pointer);
+  free_slowly(pointer);
+}
+
+bool Pool::try_free(void* pointer) {
+  if (pointer == nullptr || free_cached(live_block(pointer))) return true;
+  const std::unique_lock lock(mutex_, std::try_to_lock);
+  if (!lock.owns_lock()) return false;
+  free_slowly(pointer);
+  return true;
+}
+
+void Pool::free_slowly(void* pointer) {
+  Block* block = live_block(pointer);
+  MagazineSlot* slot = equip(*block->heap->stream);
+  if (slot != nullptr && block->uses.empty()) empty(*ThreadCache::current(), *slot);
+  take_over_counters();
   count_freed(*block);
   if (block->uses.empty()) {
     make_free(block);
@@ -171,17 +201,6 @@ void Pool::free(void* pointer) {
   block->state = BlockState::kWaiting;
   const RelaxedCaptureScope relaxed;
   pending_.add(block);
-}
-
-bool Pool::try_free(void* pointer) {
-  if (pointer == nullptr) return true;
-  const std::unique_lock lock(mutex_, std::try_to_lock);
-  if (!lock.owns_lock()) return false;
-  Block* block = find_live(pointer);
-  if (!block->uses.empty()) return false;
-  count_freed(*block);
-  make_free(block);
-  return true;
 }
 
 void Pool::count_freed(Block& block) {
@@ -195,7 +214,7 @@ void Pool::record_stream(void* pointer, StreamHandle stream) {
   if (pointer == nullptr) return;
   const StreamKey key = identify_stream(device_, stream);
   const std::lock_guard lock(mutex_);
-  Block* block = find_live(pointer);
+  Block* block = live_block(pointer);
   if (!pending_.empty()) pending_.mark(key);
   if (key == block->heap->stream->key) return;
   for (const StreamKey& known : block->uses) {
@@ -205,17 +224,23 @@ void Pool::record_stream(void* pointer, StreamHandle stream) {
 }
 
 bool Pool::is_live(const void* pointer) const {
-  const std::lock_guard lock(mutex_);
-  const auto position = blocks_.find(reinterpret_cast<DeviceAddress>(pointer));
-  return position != blocks_.end() && position->second->state == BlockState::kLive;
+  const auto address = reinterpret_cast<DeviceAddress>(pointer);
+  const Block* block = PageTable::instance().find(address);
+  return block != nullptr && block->address == address && block->state == BlockState::kLive;
 }
 
-// Merges the block with its free neighbours and puts the result into its heap's set.
+// Gives a block that no stream uses any more back to its heap.
 void Pool::make_free(Block* block) noexcept {
   const SizeClass size_class = block->heap->size_class;
   subtract(statistics_.active, size_class, 1);
   subtract(statistics_.active_bytes, size_class, block->size_bytes);
   subtract(statistics_.requested_bytes, size_class, block->requested_bytes);
+  merge_free(block);
+}
+
+// Merges the block with its free neighbours and puts the result into its heap's set.
+void Pool::merge_free(Block* block) noexcept {
+  PageTable::instance().clear(*block);
   block->state = BlockState::kFree;
   block->requested_bytes = 0;
   if (Block* next = block->next; next != nullptr && next->state == BlockState::kFree) {

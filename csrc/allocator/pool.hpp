@@ -1,16 +1,17 @@
 // The device pool: hands out blocks of device memory and keeps what is freed.
 //
 // One Pool a device, made at first use and leaked (see pools.hpp). Every method may be called from
-// any thread and takes the pool's one mutex, under which it calls the driver: a driver call never
-// calls back into the pool, and no Python lock is taken under the mutex. The mutex is released
-// while the pool waits for the device.
+// any thread. Most allocations and frees take no lock but their thread's own (Note [Magazines] in
+// magazine.hpp); everything else takes the pool's one mutex, under which it calls the driver: a
+// driver call never calls back into the pool, and no Python lock is taken under the mutex. The
+// mutex is released while the pool waits for the device.
 //
-// A block comes from its stream's heap, best fit first, and merges with its free neighbours when it
-// comes back. A heap that has no fit grows (pool_grow.cpp): memory that is held already and known
-// to be idle is used before more is taken from the driver, whichever stream it belongs to, and a
-// large block is put together from idle chunks wherever they are. What that needs to know about
-// other streams: Note [Frees and completion] in block.hpp, Note [Event-gated reuse] in
-// pending_uses.hpp, Note [Foreign streams] in stream_key.hpp.
+// Otherwise a block comes from its stream's heap, best fit first, and merges with its free
+// neighbours when it comes back. A heap that has no fit grows (pool_grow.cpp): memory that is held
+// already and known to be idle is used before more is taken from the driver, whichever stream it
+// belongs to, and a large block is put together from idle chunks wherever they are. What that needs
+// to know about other streams: Note [Frees and completion] in block.hpp, Note [Event-gated reuse]
+// in pending_uses.hpp, Note [Foreign streams] in stream_key.hpp.
 #pragma once
 
 #include <array>
@@ -18,27 +19,30 @@
 #include <map>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <vector>
 
 #include "allocator/backing.hpp"
 #include "allocator/block.hpp"
+#include "allocator/block_store.hpp"
 #include "allocator/c_api.h"
+#include "allocator/magazine.hpp"
 #include "allocator/pending_uses.hpp"
-#include "allocator/segment_index.hpp"
 
 namespace spillover {
 
 class Pool {
  public:
-  // Throws ConfigError for a device that does not exist. Both the index and the pool are leaked.
-  Pool(int device, SegmentIndex& index);
+  // Throws ConfigError for a device that does not exist.
+  explicit Pool(int device);
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   // Null for size 0. May block when memory runs out. Throws DeviceOutOfMemoryError, StateError on a
   // capturing stream, DriverError.
   void* allocate(size_t size_bytes, StreamHandle stream);
+
+  // The same from the thread's magazine; null where that has no such block. Never blocks.
+  void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
 
   // Throws ConfigError unless pointer is the start of a live block.
   void free(void* pointer);
@@ -54,7 +58,7 @@ class Pool {
   // The segment that holds the address. Throws ConfigError where nothing is mapped.
   AddressRange segment_of(const void* pointer) const;
 
-  spillover_stats_t statistics() const;
+  spillover_stats_t statistics();
   void reset_accumulated_statistics();
   void reset_peak_statistics();
 
@@ -69,12 +73,15 @@ class Pool {
   // Lets another device use this one's memory.
   void add_peer(int device);
 
-  size_t largest_free_bytes() const;
+  size_t largest_free_bytes();
 
-  void visit_segments(spillover_segment_visitor visitor, void* user) const;
+  void visit_segments(spillover_segment_visitor visitor, void* user);
 
   // O(blocks). Throws StateError that says which equation does not hold.
-  void check_invariants() const;
+  void check_invariants();
+
+  // Takes back what a thread that ends has kept.
+  void retire(ThreadCache& cache, MagazineSlot& slot);
 
   int device() const { return device_; }
 
@@ -94,6 +101,23 @@ class Pool {
   };
   struct Totals;
 
+  struct MagazineReference {
+    ThreadCache* cache;
+    MagazineSlot* slot;
+  };
+
+  // Keeps every thread's magazines empty and still, so that a walk finds each block in its heap.
+  class StillMagazines {
+   public:
+    explicit StillMagazines(Pool& pool);
+    ~StillMagazines();
+    StillMagazines(const StillMagazines&) = delete;
+    StillMagazines& operator=(const StillMagazines&) = delete;
+
+   private:
+    std::vector<ThreadCache*> caches_;  // locked
+  };
+
   // Whatever becomes of a change to what is mapped, the counters follow it.
   class CountOnExit {
    public:
@@ -109,20 +133,35 @@ class Pool {
   // All methods below need mutex_; those that take the lock release it while they wait.
   StreamState& state_of(const StreamKey& key);
   Heap& heap_of(const Request& request);
+  Block* live_block(const void* pointer) const;
+  void free_slowly(void* pointer);
   Block* obtain(Lock& lock, const Request& request);
   Block* take_best_fit(const Request& request);
   void split(Block* block, const Request& request);
   void activate(Block* block, const Request& request);
-  Block* find_live(const void* pointer) const;
   // noexcept: bookkeeping that cannot get a few bytes of host memory stops the process, since half
   // of a merge would corrupt the pool.
   void make_free(Block* block) noexcept;
+  void merge_free(Block* block) noexcept;
   void count_freed(Block& block);
   void absorb_next(Block* block);
   void insert_free(Block* block);
   void remove_free(Block* block);
   Block* make_block(Heap& heap, const AddressRange& range, uint64_t freed_at);
   void erase_block(Block* block);
+
+  // pool_magazines.cpp; free_cached takes no mutex.
+  bool free_cached(Block* block) noexcept;
+  MagazineSlot* equip(StreamState& stream);
+  void return_cached(const std::vector<Block*>& blocks);
+  void empty_large(MagazineSlot& slot);
+  void empty(ThreadCache& cache, MagazineSlot& slot);
+  bool empty_magazines();
+  void take_over_counters();
+  void take_over(ThreadCounters& counters);
+  void raise_peaks();
+  int64_t largest_of_others(const ThreadCounters* own, size_t metric, size_t size_class) const;
+  spillover_stats_t totals() const;
 
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
@@ -164,12 +203,14 @@ class Pool {
   mutable std::mutex mutex_;
   // Guarded by mutex_.
   Backing backing_;
-  std::unordered_map<DeviceAddress, std::unique_ptr<Block>> blocks_;
+  BlockStore blocks_;
   std::map<DeviceAddress, Block*> segments_;  // The first block of each.
   std::map<StreamKey, StreamState> streams_;
   PendingUses pending_;
-  std::array<size_t, 2> mapped_bytes_{};    // By SizeClass.
-  std::array<size_t, 2> segment_counts_{};  // By SizeClass.
+  std::vector<MagazineReference> magazines_;
+  std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
+  std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.
+  std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   spillover_stats_t statistics_{};
   double memory_fraction_ = 1.0;
 };

@@ -2,6 +2,7 @@
 #include <array>
 #include <string>
 
+#include "allocator/page_table.hpp"
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
 #include "base/error.hpp"
@@ -78,9 +79,9 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
   for (Block* block = segments_.at(first->address); block != nullptr; block = block->next) {
     expect(block->address == expected && block->heap == &heap && block->previous == previous,
            name_of(*block) + " is not where its neighbours say");
-    const auto known = blocks_.find(block->address);
-    expect(known != blocks_.end() && known->second.get() == block,
-           name_of(*block) + " is not in the table of blocks");
+    const Block* known = PageTable::instance().find(block->address);
+    expect(block->state == BlockState::kFree ? known != block : known == block,
+           name_of(*block) + " and the table of pages disagree");
     check_block(*block);
     ++totals.blocks;
     totals.outstanding_uses += block->outstanding_uses;
@@ -149,8 +150,8 @@ void Pool::check_totals(const Totals& totals) const {
   expect(all.mapped_bytes == backing_.mapped_bytes(), "a chunk belongs to no segment");
   expect_counter(statistics_.reserved_bytes, SPILLOVER_CLASS_ALL, backing_.held_bytes(),
                  "reserved_bytes");
-  const auto compare = [this](const Totals::Sums& sums, int index) {
-    const spillover_stats_t& s = statistics_;
+  const spillover_stats_t s = this->totals();
+  const auto compare = [&s](const Totals::Sums& sums, int index) {
     expect_counter(s.segment, index, sums.segments, "segment");
     expect_counter(s.allocation, index, sums.live, "allocation");
     expect_counter(s.allocated_bytes, index, sums.live_bytes, "allocated_bytes");
@@ -166,8 +167,9 @@ void Pool::check_totals(const Totals& totals) const {
   compare(totals.by_class[static_cast<size_t>(SizeClass::kLarge)], SPILLOVER_CLASS_LARGE);
 }
 
-void Pool::check_invariants() const {
+void Pool::check_invariants() {
   const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
   Totals totals;
   DeviceAddress end = 0;
   for (const auto& [address, first] : segments_) {
@@ -175,7 +177,7 @@ void Pool::check_invariants() const {
            name_of(*first) + " does not start a segment");
     end = check_segment(first, totals)->end();
   }
-  expect(totals.blocks == blocks_.size(), "the table of blocks has blocks of no segment");
+  expect(totals.blocks == blocks_.in_use(), "the store of blocks has blocks of no segment");
   expect(pending_.count() == totals.outstanding_uses,
          "the pending uses do not match the waiting blocks");
   check_streams(totals);

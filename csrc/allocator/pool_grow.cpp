@@ -14,6 +14,7 @@
 #include <bit>
 #include <iterator>
 
+#include "allocator/page_table.hpp"
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
 #include "base/check.hpp"
@@ -259,6 +260,7 @@ void Pool::carve(Block* block, const AddressRange& chunks) {
     erase_block(block);
   }
   mapped_bytes_[size_class] -= chunks.size_bytes();
+  PageTable::instance().erase(chunks.begin, chunks.end);
 }
 
 // The last block of the segment that ends at the address, where that is the heap's.
@@ -276,6 +278,10 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   const auto size_class = static_cast<size_t>(heap.size_class);
   Block* block = make_block(heap, range, freed_at);
   mapped_bytes_[size_class] += range.size_bytes();
+  // Chunks at fixed addresses may share a page.
+  const bool is_sparse = heap.size_class == SizeClass::kLarge && backing_.is_virtual();
+  PageTable::instance().insert(range.begin, range.end, this,
+                               is_sparse ? PageKind::kSparse : PageKind::kDense);
   ++segment_counts_[size_class];
   segments_.emplace(range.begin, block);
   // Fixed chunks stay apart: each is an allocation of its own for the driver.

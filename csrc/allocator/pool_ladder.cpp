@@ -24,6 +24,7 @@ constexpr std::chrono::microseconds kPauseMax{1000};
 // Null is never the answer: throws DeviceOutOfMemoryError.
 Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
   ++statistics_.alloc_retries;
+  empty_magazines();
   const auto try_again = [&]() -> Block* {
     if (Block* block = take_best_fit(request)) return block;
     return grow(request, Source::kNew);
@@ -49,6 +50,7 @@ Block* Pool::poll_until_fit(Lock& lock, const Request& request) {
     lock.unlock();
     std::this_thread::sleep_for(pause);
     lock.lock();
+    empty_magazines();
     pause = std::min(2 * pause, kPauseMax);
     pending_.poll();
     if (Block* block = take_best_fit(request)) return block;
@@ -86,6 +88,7 @@ size_t Pool::foreign_bytes() const {
 
 // Afterwards everything that was freed before is known to be complete. Throws DriverError.
 void Pool::wait_for_device(Lock& lock) {
+  empty_magazines();
   std::vector<std::pair<StreamKey, uint64_t>> freed_counts;
   for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
   const uint64_t latest_use = pending_.latest();
@@ -105,7 +108,10 @@ void Pool::wait_for_device(Lock& lock) {
 void Pool::release_idle() {
   const CountOnExit count(*this);
   gather_idle(backing_.held_bytes(), nullptr);
-  std::erase_if(streams_, [](const auto& entry) { return entry.second.block_count() == 0; });
+  // A magazine names its stream as long as its thread lives.
+  std::erase_if(streams_, [](const auto& entry) {
+    return entry.second.block_count() == 0 && !entry.second.is_immortal;
+  });
   backing_.release_cached();
 }
 

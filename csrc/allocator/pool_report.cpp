@@ -10,13 +10,16 @@
 
 namespace spillover {
 
-spillover_stats_t Pool::statistics() const {
+spillover_stats_t Pool::statistics() {
   const std::lock_guard lock(mutex_);
-  return statistics_;
+  const StillMagazines still(*this);
+  return totals();
 }
 
 void Pool::reset_accumulated_statistics() {
   const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
+  for (const auto& counters : counters_) take_over(*counters);
   for_each_counters(statistics_, [](const char*, ClassCounters& counters) {
     for (spillover_counter& counter : counters) counter.allocated = counter.freed = 0;
   });
@@ -26,13 +29,16 @@ void Pool::reset_accumulated_statistics() {
 
 void Pool::reset_peak_statistics() {
   const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
+  for (const auto& counters : counters_) take_over(*counters);
   for_each_counters(statistics_, [](const char*, ClassCounters& counters) {
     for (spillover_counter& counter : counters) counter.peak = counter.current;
   });
 }
 
-size_t Pool::largest_free_bytes() const {
+size_t Pool::largest_free_bytes() {
   const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
   return largest_free();
 }
 
@@ -47,15 +53,16 @@ size_t Pool::largest_free() const {
   return largest_bytes;
 }
 
-void Pool::visit_segments(spillover_segment_visitor visitor, void* user) const {
+void Pool::visit_segments(spillover_segment_visitor visitor, void* user) {
   const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
   std::vector<spillover_block_info> blocks;
   for (const auto& [address, first] : segments_) {
     blocks.clear();
     const Block* last = first;
     for (const Block* block = first; block != nullptr; block = block->next) {
       blocks.push_back({reinterpret_cast<void*>(block->address), block->size_bytes,
-                        block->requested_bytes, static_cast<int>(block->state)});
+                        block->requested_bytes, static_cast<int>(block->state.load())});
       last = block;
     }
     const spillover_segment_info info{
@@ -71,9 +78,10 @@ void Pool::throw_out_of_memory(const Request& request) {
   const auto current = [](const ClassCounters& counters) {
     return static_cast<size_t>(counters[SPILLOVER_CLASS_ALL].current);
   };
-  const size_t reserved_bytes = current(statistics_.reserved_bytes);
-  const size_t allocated_bytes = current(statistics_.allocated_bytes);
-  const size_t waiting_bytes = current(statistics_.active_bytes) - allocated_bytes;
+  const spillover_stats_t statistics = totals();
+  const size_t reserved_bytes = current(statistics.reserved_bytes);
+  const size_t allocated_bytes = current(statistics.allocated_bytes);
+  const size_t waiting_bytes = current(statistics.active_bytes) - allocated_bytes;
   const size_t cached_bytes = reserved_bytes - allocated_bytes - waiting_bytes;
   const size_t largest_bytes = largest_free();
   // The share of the cached memory that even the largest request to succeed could not use.

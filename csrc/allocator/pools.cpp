@@ -5,6 +5,7 @@
 #include <mutex>
 #include <string>
 
+#include "allocator/page_table.hpp"
 #include "base/error.hpp"
 #include "driver/context.hpp"
 #include "driver/fork_guard.hpp"
@@ -15,7 +16,6 @@ namespace {
 constexpr int kDevicesMax = 64;
 
 struct Pools {
-  SegmentIndex index;
   std::mutex creation_mutex;
   std::array<std::atomic<Pool*>, kDevicesMax> by_device{};
 };
@@ -27,27 +27,27 @@ Pools& pools() {
 
 }  // namespace
 
+Pool* existing_pool(int device) noexcept {
+  if (device < 0 || device >= kDevicesMax || in_forked_child()) return nullptr;
+  return pools().by_device[static_cast<size_t>(device)].load(std::memory_order_acquire);
+}
+
 Pool& pool_of_device(int device) {
   check_not_forked();
+  if (Pool* pool = existing_pool(device)) return *pool;
   Pools& all = pools();
-  if (device >= 0 && device < kDevicesMax) {
-    if (Pool* pool = all.by_device[static_cast<size_t>(device)].load(std::memory_order_acquire)) {
-      return *pool;
-    }
-  }
   PrimaryContext::of(device);  // Throws for a device that does not exist.
   const std::lock_guard lock(all.creation_mutex);
   auto& slot = all.by_device[static_cast<size_t>(device)];
   if (slot.load(std::memory_order_relaxed) == nullptr) {
-    slot.store(new Pool(device, all.index), std::memory_order_release);
+    slot.store(new Pool(device), std::memory_order_release);
   }
   return *slot.load(std::memory_order_relaxed);
 }
 
 Pool* find_pool(const void* pointer) {
   check_not_forked();
-  const auto entry = pools().index.find(reinterpret_cast<DeviceAddress>(pointer));
-  return entry ? entry->pool : nullptr;
+  return PageTable::instance().pool_of(reinterpret_cast<DeviceAddress>(pointer));
 }
 
 Pool& pool_of_address(const void* pointer) {

@@ -12,6 +12,9 @@ namespace spillover {
 // Throws ConfigError for a device that does not exist, DriverError without a driver.
 Pool& pool_of_device(int device);
 
+// The same where it was made before; null otherwise, and in a forked child.
+Pool* existing_pool(int device) noexcept;
+
 // The pool that an address belongs to; null where there is none.
 Pool* find_pool(const void* pointer);
 

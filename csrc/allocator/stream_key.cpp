@@ -57,10 +57,13 @@ void keep_stream(int device, StreamHandle stream) {
   kept_streams().store(streams, std::memory_order_release);
 }
 
+bool is_immortal(int device, const StreamKey& key) {
+  return key.handle == nullptr || (key.identity == 0 && is_kept(device, key.handle));
+}
+
 bool may_be_asked(int device, const StreamKey& key) {
-  if (key.handle == nullptr) return true;
   if (is_per_thread_stream(key.handle)) return key.identity == this_thread_number();
-  return key.identity == 0 && is_kept(device, key.handle);
+  return is_immortal(device, key);
 }
 
 void check_not_capturing(int device, StreamHandle stream) {

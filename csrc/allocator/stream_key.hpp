@@ -36,6 +36,9 @@ StreamKey identify_stream(int device, StreamHandle stream);
 // The caller promises that the stream lives as long as the process.
 void keep_stream(int device, StreamHandle stream);
 
+// Whether the stream never dies and every thread may ask the driver about it at any time.
+bool is_immortal(int device, const StreamKey& key);
+
 // Whether this thread may ask the driver about the stream at any time.
 bool may_be_asked(int device, const StreamKey& key);
 

@@ -26,7 +26,7 @@ py::dict to_dict(const spillover_counter& counter) {
 }
 
 // Nested as torch.cuda.memory_stats_as_nested_dict: name, class of blocks, counter.
-py::dict stats_of(const Pool& pool) {
+py::dict stats_of(Pool& pool) {
   spillover_stats_t statistics;
   {
     const py::gil_scoped_release released;
@@ -66,7 +66,7 @@ py::dict to_dict(const spillover_block_info& block) {
   return result;
 }
 
-py::list segments_of(const Pool& pool) {
+py::list segments_of(Pool& pool) {
   std::vector<SegmentCopy> copies;
   {
     const py::gil_scoped_release released;

@@ -49,20 +49,28 @@ void delete_block(void* pointer) noexcept {
   if (status != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
 }
 
-// torch's own streams never die, which lets the pool ask about them at any time. The last bit of a
-// stream's number tells them from streams that others made.
-void keep_if_torchs(c10::cuda::CUDAStream stream) {
-  if ((stream.id() & 1) == 0) return;
-  thread_local cudaStream_t kept = nullptr;
-  if (C10_LIKELY(kept == stream.stream())) return;
-  check_pool(spillover_keep_stream(stream.device_index(), stream.stream()), "keeping a stream");
-  kept = stream.stream();
+// The handle of a stream, which torch's getter makes several calls for. torch's own streams, which
+// the last bit of their number tells from those that others made, never die: the pool is told so
+// once, and this thread remembers the handle of the one that it used last.
+cudaStream_t handle_of(c10::cuda::CUDAStream stream) {
+  if (stream.id() == 0) return nullptr;
+  if ((stream.id() & 1) == 0) return stream.stream();
+  struct Known {
+    c10::StreamId id = 0;
+    c10::DeviceIndex device = -1;
+    cudaStream_t handle = nullptr;
+  };
+  thread_local Known known;
+  if (C10_UNLIKELY(known.id != stream.id() || known.device != stream.device_index())) {
+    const cudaStream_t handle = stream.stream();
+    check_pool(spillover_keep_stream(stream.device_index(), handle), "keeping a stream");
+    known = {stream.id(), stream.device_index(), handle};
+  }
+  return known.handle;
 }
 
 cudaStream_t current_stream(c10::DeviceIndex device) {
-  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device);
-  keep_if_torchs(stream);
-  return stream.stream();
+  return handle_of(c10::cuda::getCurrentCUDAStream(device));
 }
 
 // delete_block as a plain function pointer: deleters are compared to tell whose block it is.
@@ -82,8 +90,8 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
   TORCH_CHECK_WITH(OutOfMemoryError, size_bytes < kSizeMax,
                    "CUDA out of memory. Tried to allocate more than 1EB memory.");
   void* pointer = nullptr;
-  spillover_status status = SPILLOVER_OK;
-  {
+  spillover_status status = spillover_try_alloc(device, size_bytes, stream, &pointer);
+  if (status == SPILLOVER_BUSY) {
     const GilRelease no_gil;
     status = spillover_alloc(device, size_bytes, stream, &pointer);
     if (status == SPILLOVER_OUT_OF_MEMORY && run_free_memory_callbacks()) {
@@ -135,8 +143,8 @@ void Allocator::copy_data(void* destination, const void* source, size_t size_byt
 void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream stream) {
   // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
   if (!data.get() || data.get_deleter() != &raw_delete_block) return;
-  keep_if_torchs(stream);
-  check_pool(without_gil([&] { return spillover_record_stream(data.get(), stream.stream()); }),
+  const cudaStream_t handle = handle_of(stream);
+  check_pool(without_gil([&] { return spillover_record_stream(data.get(), handle); }),
              "record_stream");
 }
 

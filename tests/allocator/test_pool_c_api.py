@@ -13,7 +13,7 @@ import pytest
 from spillover import _core
 from spillover._paths import library_path
 
-OK, INVALID_ARGUMENT, OUT_OF_MEMORY = 0, 1, 2
+OK, INVALID_ARGUMENT, OUT_OF_MEMORY, BUSY = 0, 1, 2, 5
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
@@ -104,8 +104,7 @@ def test_the_header_is_plain_c(tmp_path: Path) -> None:
     )
 
 
-def test_try_free_frees_or_says_that_it_would_wait(library: ctypes.CDLL, pool: _core.Pool) -> None:
-    busy = 5
+def test_try_free_frees(library: ctypes.CDLL, pool: _core.Pool) -> None:
     library.spillover_try_free.argtypes = [ctypes.c_void_p]
     address = alloc(library, 1000)
     live = pool.stats()["allocation"]["all"]["current"]
@@ -116,7 +115,18 @@ def test_try_free_frees_or_says_that_it_would_wait(library: ctypes.CDLL, pool: _
 
     noted = alloc(library, 1000)
     assert library.spillover_record_stream(noted, 2) == OK  # the per-thread default stream
-    assert library.spillover_try_free(noted) == busy
-    assert library.spillover_device_of(noted) == 0
-    assert library.spillover_free(noted) == OK
+    assert library.spillover_try_free(noted) == OK
+    assert library.spillover_device_of(noted) == -1
     pool.check_invariants()
+
+
+def test_try_alloc_gives_what_the_thread_has_freed(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    out = ctypes.c_void_p()
+    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
+    assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
+    address = alloc(library, 7000)
+    assert library.spillover_free(address) == OK
+    assert library.spillover_try_alloc(0, 7100, None, ctypes.byref(out)) == OK
+    assert out.value == address, "both round to 7,168 bytes"
+    assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
+    assert library.spillover_free(address) == OK
