@@ -12,7 +12,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.hpp' -o -name '*.h')
 BUILD_TOOLS := scikit-build-core pybind11 cmake ninja "nvidia-cuda-runtime>=13,<14" \
 	"nvidia-cuda-crt>=13,<14"
 
-.PHONY: demo test soak test-gpu bench bench-peers lint setup clean
+.PHONY: demo test soak sanitize test-gpu bench bench-peers lint setup clean
 
 setup: $(STAMPS)/adapter
 
@@ -25,6 +25,10 @@ test: setup $(STAMPS)/stacks
 # Everything, with long samples: figures in notes come from here.
 soak: setup $(STAMPS)/stacks
 	SPILLOVER_SOAK=1 $(BIN)/python -m pytest -q -n auto --timeout 1200
+
+# The pool's stress program under ThreadSanitizer and AddressSanitizer.
+sanitize: setup
+	$(BIN)/python tools/run_sanitizers.py
 
 # On a machine with an NVIDIA GPU, in any environment that has torch: PYTHON=python make test-gpu
 test-gpu: setup
