@@ -57,6 +57,8 @@ class Variant:
     uses_spillover_allocator: bool = False
     routing: str = ""
     cases: tuple[str, ...] | None = None
+    #: Statistics that follow the device's progress, and so need not be equal.
+    ignored: tuple[str, ...] = ()
 
 
 VARIANTS = {
@@ -64,7 +66,12 @@ VARIANTS = {
     "expandable segments": Variant(
         environment=(("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),), cases=_SAMPLE
     ),
-    "spillover allocator": Variant(uses_spillover_allocator=True, cases=_SAMPLE),
+    # How it merges free blocks depends on which streams it has found idle.
+    "spillover allocator": Variant(
+        uses_spillover_allocator=True,
+        cases=_SAMPLE,
+        ignored=("inactive_split_bytes.all.peak",),
+    ),
     "uniform routing": Variant(
         routing="uniform", cases=("mixture of experts", "hugging face mixtral")
     ),
@@ -89,7 +96,10 @@ class Comparison:
         """The largest difference in these statistics; an error counts as an infinite one."""
         if isinstance(self.computed, str) or isinstance(self.dry, str):
             return sys.maxsize
-        return max(abs(self.computed[name] - self.dry[name]) for name in names)
+        ignored = VARIANTS[self.variant].ignored
+        return max(
+            abs(self.computed[name] - self.dry[name]) for name in names if name not in ignored
+        )
 
     def schedule_error(self) -> float:
         """The largest relative difference in simulated time: the case's, and each resource's."""

@@ -27,7 +27,7 @@ namespace {
 // Growing by a little more than is needed saves driver calls: by this share of what is held, at
 // most this much.
 constexpr size_t kGrowthShare = 256;
-constexpr size_t kGrowthMax = 32 * kMiB;
+constexpr size_t kGrowthMax = 16 * kMiB;
 
 // Sizes of chunks where addresses are fixed: small and medium requests share theirs.
 constexpr size_t kFixedSmall = 2 * kMiB;
