@@ -296,3 +296,49 @@ def test_wrong_options() -> None:
     )
     assert result.returncode == 2
     assert "--tokens-per-step is for dry runs; add --dry" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--routing", "uniform"], "--routing is for dry runs; add --dry"),
+        (["--unknown", "zero"], "--unknown is for dry runs; add --dry"),
+        (["--no-clock", "--profile", "rtx4090"], "--no-clock contradicts --profile and --trace"),
+        (["--no-clock", "--trace", "x.json"], "--no-clock contradicts --profile and --trace"),
+        (["--dry", "--report", "/no/such/r.json"], "in a folder that does not exist"),
+        (["--dry", "--report", "/"], "/ is a folder; name a file"),
+        (["--trace", "/no/such/t.json"], "in a folder that does not exist"),
+        (["--trace", "/"], "/ is a folder; name a file"),
+    ],
+)
+def test_options_that_cannot_work_stop_the_command(arguments: list[str], message: str) -> None:
+    result = python(
+        "-m", "spillover", "emulate", *arguments, "--", "python", "-c", "print('started')"
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not result.stdout
+
+
+def test_relative_paths_are_of_the_folder_that_the_command_was_given_in(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "card.toml").write_text('[gpu]\nname = "card"\nextends = "rtx4090"\n')
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "os.chdir('elsewhere')\n"
+        "import torch\n"
+        "torch.ones(3, device='cuda')\n"
+        "subprocess.run([sys.executable, '-c', 'import torch'], check=True)\n"
+    )
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "spillover", "emulate", "--dry", "--profile", "card.toml",
+            "--trace", "trace.json", "--report", "report.json", "--", "python", "train.py",
+        ],
+        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "trace.json").is_file()
+    assert (tmp_path / "report.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 from spillover._errors import ConfigError
@@ -124,6 +125,10 @@ class Options:
         # The same capacity written in another way is the same option.
         object.__setattr__(self, "vram", self._capacity_bytes())
         _check_routing(self.routing)
+        # A program may change its folder, and its children start in others.
+        object.__setattr__(self, "profile", _profiles.absolute(self.profile))
+        if self.trace:
+            object.__setattr__(self, "trace", os.path.abspath(self.trace))
         if self.profile or self.trace:
             object.__setattr__(self, "clock", True)
 
@@ -194,6 +199,20 @@ def _parse(name: str, variable: str, text: str) -> object:
         _check_choice(variable, text.lower(), tuple(_SWITCHES))
         return _SWITCHES[text.lower()]
     return text
+
+
+def require_writable_place(option: str, path: Path) -> None:
+    """Refuse an output file that cannot be written, before the run rather than after hours.
+
+    Raises
+    ------
+    ConfigError
+        The path is a folder, or lies in one that does not exist.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: {path} lies in a folder that does not exist")
 
 
 def _check_routing(routing: str) -> None:

@@ -301,6 +301,16 @@ def load_part(section: str, name: str) -> GpuProfile | HostProfile | DiskProfile
     return part
 
 
+def absolute(text: str) -> str:
+    """``text`` with its paths made independent of the working folder."""
+    return "+".join(_absolute(piece.strip()) for piece in text.split("+"))
+
+
+def _absolute(piece: str) -> str:
+    path = str(Path(piece).expanduser().absolute()) if _is_path(piece) else piece
+    return piece if "+" in path else path  # which separates pieces
+
+
 def _is_path(piece: str) -> bool:
     return piece.endswith(".toml")
 
