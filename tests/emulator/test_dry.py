@@ -256,6 +256,68 @@ def test_steps_and_tokens_are_counted(steps: int) -> None:
         assert report["limited_by"] == "host: Python and launches"
 
 
+def test_a_shortage_is_of_the_step_that_met_it() -> None:
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True, vram="1GiB")
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    model(torch.randn(2, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    if not emulator.dry_report().shortage:
+        try:
+            torch.empty(2 << 40, device="cuda")
+        except torch.OutOfMemoryError:
+            pass
+from spillover.emulator._dry import headline
+
+report = emulator.dry_report()
+assert report.steps == 3
+assert report.shortage.step == 2
+assert "in step 2" in headline(report)
+assert "--vram" not in headline(report)  # there is no device that large
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_peak_outlives_a_reset_of_the_statistics() -> None:
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True)
+import torch
+
+for size in (256 << 20, 1 << 20):
+    torch.cuda.reset_peak_memory_stats()
+    torch.accelerator.reset_peak_memory_stats()
+    data = torch.empty(size, dtype=torch.uint8, device="cuda")
+    del data
+    torch.cuda.empty_cache()
+report = emulator.dry_report()
+assert torch.cuda.max_memory_allocated() == 1 << 20
+assert report.peak_allocated_bytes == 256 << 20
+assert report.peak_reserved_bytes == 256 << 20
+assert sum(report.by_class.values()) == report.peak_allocated_bytes
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_report_shows_any_path(tmp_path: Path) -> None:
+    (tmp_path / "runs[/red]").mkdir(parents=True)
+    script = tmp_path / "runs[/red]" / "[bold]train.py"
+    script.write_text("import torch\ntorch.ones(3, device='cuda')\n")
+    result = python("-m", "spillover", "emulate", "--dry", "--", "python", str(script))
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+    assert "[/red]/[bold]train.py:2 (<module>)" in result.stderr
+
+
 def test_a_workspace_that_does_not_fit_is_no_shortage() -> None:
     """Torch takes another of cuDNN's kernels then, and the program sees no error."""
     program = """

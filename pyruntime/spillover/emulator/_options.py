@@ -24,7 +24,7 @@ _VRAM_DEFAULT = "8GiB"
 #: The smallest capacity that a CUDA context and torch's first segments fit into.
 _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
-_VRAM_BYTES_MAX = 1 << 40
+VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
 _FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
 _TEXTS = ("profile", "trace", "routing")
@@ -138,7 +138,7 @@ class Options:
         if given is None:
             given = int(profile.gpu.memory_gib * 2**30) if profile else _VRAM_DEFAULT
         capacity = parse_bytes(given, name="vram")
-        if not _VRAM_BYTES_MIN <= capacity <= _VRAM_BYTES_MAX:
+        if not _VRAM_BYTES_MIN <= capacity <= VRAM_BYTES_MAX:
             raise ConfigError(f"vram must be 4MiB to 1TiB, got {given!r}")
         return capacity
 
