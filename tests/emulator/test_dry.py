@@ -166,7 +166,9 @@ def test_report_of_a_script_that_fits(tmp_path: Path) -> None:
     classes = report["by_class"]
     assert classes["parameters"] == classes["gradients"] == weights
     assert classes["optimizer state"] == 2 * weights
-    assert classes["workspace"] > 0
+    workspaces = [group for group in report["top"] if group["kind"] == "workspace"]
+    assert [group["operator"] for group in workspaces] == ["aten::addmm"]
+    assert classes["workspace"] == workspaces[0]["size_bytes"]
     assert sum(classes.values()) == report["peak_allocated_bytes"]
     assert report["peak"]["phase"] == "optimizer step"
     assert "train.py:14" in report["peak"]["line"]

@@ -216,8 +216,8 @@ class _Kind(Generic[_P]):
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for name in texts:
-            if not isinstance(table[name], str) or not table[name]:
-                raise ConfigError(f"{where}: {name} must be a text, not {table[name]!r}")
+            if not isinstance(table[name], str) or not table[name].isprintable() or not table[name]:
+                raise ConfigError(f"{where}: {name} must be a line of text, not {table[name]!r}")
             values[name] = table[name]
         for entry in fields(self.part):
             if entry.name in numbers:
