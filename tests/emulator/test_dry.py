@@ -168,7 +168,9 @@ def test_report_of_a_script_that_fits(tmp_path: Path) -> None:
     classes = report["by_class"]
     assert classes["parameters"] == classes["gradients"] == weights
     assert classes["optimizer state"] == 2 * weights
-    assert classes["workspace"] > 0
+    workspaces = [group for group in report["top"] if group["kind"] == "workspace"]
+    assert [group["operator"] for group in workspaces] == ["aten::addmm"]
+    assert classes["workspace"] == workspaces[0]["size_bytes"]
     assert sum(classes.values()) == report["peak_allocated_bytes"]
     assert report["peak"]["phase"] == "optimizer step"
     assert "train.py:14" in report["peak"]["line"]
@@ -258,6 +260,68 @@ def test_steps_and_tokens_are_counted(steps: int) -> None:
         assert report["limited_by"] == "host: Python and launches"
 
 
+def test_a_shortage_is_of_the_step_that_met_it() -> None:
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True, vram="1GiB")
+import torch
+
+model = torch.nn.Linear(8, 8).cuda()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    model(torch.randn(2, 8, device="cuda")).sum().backward()
+    optimizer.step()
+    if not emulator.dry_report().shortage:
+        try:
+            torch.empty(2 << 40, device="cuda")
+        except torch.OutOfMemoryError:
+            pass
+from spillover.emulator._dry import headline
+
+report = emulator.dry_report()
+assert report.steps == 3
+assert report.shortage.step == 2
+assert "in step 2" in headline(report)
+assert "--vram" not in headline(report)  # there is no device that large
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_peak_outlives_a_reset_of_the_statistics() -> None:
+    program = """
+from spillover import emulator
+
+emulator.enable(dry=True)
+import torch
+
+for size in (256 << 20, 1 << 20):
+    torch.cuda.reset_peak_memory_stats()
+    torch.accelerator.reset_peak_memory_stats()
+    data = torch.empty(size, dtype=torch.uint8, device="cuda")
+    del data
+    torch.cuda.empty_cache()
+report = emulator.dry_report()
+assert torch.cuda.max_memory_allocated() == 1 << 20
+assert report.peak_allocated_bytes == 256 << 20
+assert report.peak_reserved_bytes == 256 << 20
+assert sum(report.by_class.values()) == report.peak_allocated_bytes
+"""
+    result = python("-c", program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_report_shows_any_path(tmp_path: Path) -> None:
+    (tmp_path / "runs[/red]").mkdir(parents=True)
+    script = tmp_path / "runs[/red]" / "[bold]train.py"
+    script.write_text("import torch\ntorch.ones(3, device='cuda')\n")
+    result = python("-m", "spillover", "emulate", "--dry", "--", "python", str(script))
+    assert result.returncode == 0
+    assert "Traceback" not in result.stderr
+    assert "[/red]/[bold]train.py:2 (<module>)" in result.stderr
+
+
 def test_a_workspace_that_does_not_fit_is_no_shortage() -> None:
     """Torch takes another of cuDNN's kernels then, and the program sees no error."""
     program = """
@@ -298,3 +362,49 @@ def test_wrong_options() -> None:
     )
     assert result.returncode == 2
     assert "--tokens-per-step is for dry runs; add --dry" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--routing", "uniform"], "--routing is for dry runs; add --dry"),
+        (["--unknown", "zero"], "--unknown is for dry runs; add --dry"),
+        (["--no-clock", "--profile", "rtx4090"], "--no-clock contradicts --profile and --trace"),
+        (["--no-clock", "--trace", "x.json"], "--no-clock contradicts --profile and --trace"),
+        (["--dry", "--report", "/no/such/r.json"], "in a folder that does not exist"),
+        (["--dry", "--report", "/"], "/ is a folder; name a file"),
+        (["--trace", "/no/such/t.json"], "in a folder that does not exist"),
+        (["--trace", "/"], "/ is a folder; name a file"),
+    ],
+)
+def test_options_that_cannot_work_stop_the_command(arguments: list[str], message: str) -> None:
+    result = python(
+        "-m", "spillover", "emulate", *arguments, "--", "python", "-c", "print('started')"
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not result.stdout
+
+
+def test_relative_paths_are_of_the_folder_that_the_command_was_given_in(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "card.toml").write_text('[gpu]\nname = "card"\nextends = "rtx4090"\n')
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "os.chdir('elsewhere')\n"
+        "import torch\n"
+        "torch.ones(3, device='cuda')\n"
+        "subprocess.run([sys.executable, '-c', 'import torch'], check=True)\n"
+    )
+    result = subprocess.run(
+        [
+            sys.executable, "-m", "spillover", "emulate", "--dry", "--profile", "card.toml",
+            "--trace", "trace.json", "--report", "report.json", "--", "python", "train.py",
+        ],
+        capture_output=True, text=True, check=False, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "trace.json").is_file()
+    assert (tmp_path / "report.json").is_file()
+    assert not list((tmp_path / "elsewhere").iterdir())

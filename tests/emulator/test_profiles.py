@@ -118,7 +118,8 @@ def test_a_file_extends_and_overrides(tmp_path: Path) -> None:
         ('[gpu]\nextends = "rtx9090"\n', "no gpu profile 'rtx9090'; there are a100"),
         ('[gpu]\nextends = "rtx4090"\nsm = 3\n', "unknown key 'sm'"),
         ('[gpu]\nextends = "rtx4090"\nsm_count = 3\n', "not a number with its source"),
-        ('[gpu]\nextends = "rtx4090"\ntitle = ""\n', "title must be a text"),
+        ('[gpu]\nextends = "rtx4090"\ntitle = ""\n', "title must be a line of text"),
+        ('[gpu]\nextends = "rtx4090"\nname = "a\\nb"\n', "name must be a line of text"),
         (
             '[gpu]\nextends = "rtx4090"\n[gpu.l2_mib]\nvalue = 3\nsource = " "\n',
             "l2_mib has no source",

@@ -363,10 +363,13 @@ bool dry_run_enabled() {
   return enabled;
 }
 
+void begin_dry_operator(const OperatorPlan& plan) {
+  operator_of_thread = plan.name.c_str();
+}
+
 void run_dry(const OperatorPlan& plan, const std::optional<c10::KernelFunction>& own_kernel,
              const c10::OperatorHandle& op, torch::jit::Stack* stack,
              c10::function_ref<void()> run_for_real) {
-  operator_of_thread = plan.name.c_str();
   if (answer_equal(plan, stack)) return;
   DryCall(plan, own_kernel, op, stack).run(run_for_real);
 }

@@ -26,6 +26,9 @@ namespace spillover::emulator {
 // Whether this process makes a dry run; it cannot change while the process lives.
 bool dry_run_enabled();
 
+// What the thread allocates from here on, workspaces included, is the operator's.
+void begin_dry_operator(const OperatorPlan& plan);
+
 // Runs the operator on the stack's CPU tensors: for real, by run_for_real, where all that it reads
 // is known and all that it makes is small; otherwise as a phantom. own_kernel is the emulation's
 // own, where the operator has one.
@@ -47,7 +50,7 @@ bool take_arrival(const void* target, const void* bytes, size_t size_bytes);
 bool copy_phantom(const at::Tensor& self, const at::Tensor& source);
 void finish_real_copy(const at::Tensor& self);
 
-// The operator whose phantom or real kernel this thread ran last; never freed.
+// The operator that this thread began last; never freed.
 const char* last_dry_operator();
 
 }  // namespace spillover::emulator

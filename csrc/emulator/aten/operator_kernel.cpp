@@ -314,6 +314,7 @@ void EmulatedOperator::operator()(const c10::OperatorHandle& op, c10::DispatchKe
   const c10::impl::ExcludeDispatchKeyGuard below_autograd(
       c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset);
   const DeviceWorkScope device_work;
+  if (C10_UNLIKELY(dry_run_enabled())) begin_dry_operator(plan_);
   if (plan_.uses_cublas) ensure_cublas_workspace(stream);
   if (C10_UNLIKELY(is_capturing(stream))) {
     const auto call = [this, op](torch::jit::Stack* copies) { run_on_host(op, copies); };

@@ -137,10 +137,20 @@ def emulate(
     options = _options.Options.from_environment(given=given, defaults={"hazards": "warn"})
     if check:
         sys.exit(_check.check(options))
-    for name, value in (("--report", report), ("--tokens-per-step", tokens_per_step)):
+    for name, value in (
+        ("--report", report),
+        ("--tokens-per-step", tokens_per_step),
+        ("--unknown", unknown),
+        ("--routing", routing),
+    ):
         if value is not None and not options.dry:
             raise ConfigError(f"{name} is for dry runs; add --dry")
+    if clock is False and options.clock:
+        raise ConfigError("--no-clock contradicts --profile and --trace, which need the clock")
+    if options.trace:
+        _options.require_writable_place("--trace", Path(options.trace))
     if report is not None:
+        _options.require_writable_place("--report", report.absolute())
         os.environ[_dry.REPORT_VARIABLE] = str(report.absolute())
     if tokens_per_step is not None:
         os.environ[_dry.TOKENS_VARIABLE] = str(tokens_per_step)

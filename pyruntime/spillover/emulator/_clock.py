@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 from spillover._errors import ConfigError, SpilloverError, StateError
 from spillover._units import format_bytes
-from spillover.emulator import _libraries, _turns
+from spillover.emulator import _libraries, _options, _turns
 
 HostResource = Literal["cpu-optimizer", "disk-read", "disk-write"]
 
@@ -175,9 +175,7 @@ def write_trace(path: str | Path) -> None:
 def begin(trace: str) -> None:
     """Called once the libraries are loaded and their variables set."""
     if trace:
-        # Fails now rather than after hours.
-        if not Path(trace).resolve().parent.is_dir():
-            raise ConfigError(f"trace={trace!r} lies in a folder that does not exist")
+        _options.require_writable_place("trace", Path(trace))
         os.environ.setdefault(_OWNER_VARIABLE, str(os.getpid()))
         atexit.register(_write_at_exit, trace, os.getpid())
 

@@ -24,6 +24,7 @@ from spillover.emulator._dry_times import (
     CALIBRATION_ERROR_MEDIAN,
     StepTimes,
 )
+from spillover.emulator._options import VRAM_BYTES_MAX
 
 #: Where ``spillover emulate --dry --report FILE`` has the report written as JSON.
 REPORT_VARIABLE = "SPILLOVER_EMULATOR_DRY_REPORT"
@@ -64,18 +65,20 @@ class Peak:
 
 @dataclass(frozen=True, kw_only=True)
 class Shortage:
-    """The first allocation that the card had no room for."""
+    """The first allocation that the card had no room for, and the step that asked for it."""
 
     requested_bytes: int
     free_bytes: int
     short_bytes: int
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class DryReport:
     """What a dry run found out about one device.
 
-    Sizes are bytes. ``peak_allocated_bytes`` and ``peak_reserved_bytes`` are torch's own figures;
+    Sizes are bytes. ``peak_allocated_bytes`` and ``peak_reserved_bytes`` are torch's own figures,
+    of the whole run also where the program resets them;
     ``by_class`` divides what was alive at the peak into ``parameters``, ``buffers``, ``gradients``,
     ``optimizer state``, ``activations`` (allocated in forward passes and alive still),
     ``temporaries`` (allocated in backward passes and optimizer steps), ``workspace`` (of cuBLAS)
@@ -141,9 +144,9 @@ def report(device: int = 0, *, tokens_per_step: int | None = None) -> DryReport:
         )
     import torch
 
-    stats = torch.cuda.memory_stats(device)
+    peaks = _records.peak_counts(device)
     blocks = _records.peak(device)
-    allocated = int(stats.get("allocated_bytes.all.peak", 0))
+    allocated = peaks.allocated_bytes
     failure = _records.failure
     if failure is not None and failure.device != device:
         failure = None
@@ -154,12 +157,13 @@ def report(device: int = 0, *, tokens_per_step: int | None = None) -> DryReport:
             requested_bytes=failure.requested_bytes,
             free_bytes=failure.free_bytes,
             short_bytes=max(0, failure.requested_bytes - failure.free_bytes),
+            step=failure.step,
         )
     return DryReport(
         device=device,
         fits=shortage is None,
         capacity_bytes=torch.cuda.get_device_properties(device).total_memory,
-        peak_reserved_bytes=int(stats.get("reserved_bytes.all.peak", 0)),
+        peak_reserved_bytes=peaks.reserved_bytes,
         peak_allocated_bytes=allocated,
         by_class=_by_class(blocks, allocated),
         peak=_moment(blocks),
@@ -261,8 +265,9 @@ def print_report(found: DryReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(f"\n[bold]{headline(found)}[/bold]")
+    # Paths and names of operators may have brackets, which are no markup.
+    console = Console(stderr=True, soft_wrap=True, markup=False)
+    console.print(f"\n{headline(found)}", style="bold")
     classes = Table("class", "at the peak", "share", title="Device memory")
     for name, size in found.by_class.items():
         share = size / max(1, found.peak_allocated_bytes)
@@ -315,16 +320,19 @@ def headline(found: DryReport) -> str:
     """One sentence: does it fit?"""
     of = format_bytes(found.capacity_bytes)
     if found.shortage is not None:
-        return (
+        text = (
             f"Dry run: does not fit into {of}: an allocation of "
             f"{format_bytes(found.shortage.requested_bytes)} found "
             f"{format_bytes(found.shortage.free_bytes)} free, "
-            f"{format_bytes(found.shortage.short_bytes)} too little, in step {found.steps + 1}; "
-            "a run with --vram 1TiB says what it needs"
+            f"{format_bytes(found.shortage.short_bytes)} too little, in step {found.shortage.step}"
         )
+        if found.shortage.requested_bytes + found.peak_allocated_bytes < VRAM_BYTES_MAX:
+            text += "; a run with --vram 1TiB says what it needs"
+        return text
+    steps = "1 optimizer step" if found.steps == 1 else f"{found.steps} optimizer steps"
     return (
         f"Dry run: fits into {of}: {format_bytes(found.peak_reserved_bytes)} reserved at most, "
-        f"{format_bytes(found.peak_allocated_bytes)} allocated, {found.steps} optimizer steps"
+        f"{format_bytes(found.peak_allocated_bytes)} allocated, {steps}"
     )
 
 

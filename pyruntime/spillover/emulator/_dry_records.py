@@ -12,7 +12,7 @@ import importlib
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from spillover.emulator import _libraries
 from spillover.emulator._dry_times import StepTimes
@@ -65,6 +65,14 @@ class FailedAllocation:
     requested_bytes: int
     free_bytes: int
     capacity_bytes: int
+    step: int
+
+
+class PeakCounts(NamedTuple):
+    """The most that torch's allocator has handed out and held, each at its own moment."""
+
+    allocated_bytes: int
+    reserved_bytes: int
 
 
 class Records:
@@ -86,6 +94,7 @@ class Records:
         self._steps_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         self.times = times
         self.failure: FailedAllocation | None = None
+        self._peaks_before_reset: dict[int, PeakCounts] = {}
         self._library = ctypes.CDLL(library)
         self._library.spillover_emulator_recorder_phase.argtypes = [ctypes.c_int, ctypes.c_uint]
         self._library.spillover_emulator_recorder_tag.argtypes = [
@@ -107,6 +116,7 @@ class Records:
         optimizers.register_optimizer_step_pre_hook(self._before_step)
         optimizers.register_optimizer_step_post_hook(self._after_step)
         self._watch_moves(torch.nn.Module)
+        self._watch_resets(torch)
         if self.times is not None:
             self.times.watch(torch)
         torch.cuda._lazy_call(self._start)
@@ -125,6 +135,29 @@ class Records:
             return result
 
         module_class._apply = apply
+
+    def _watch_resets(self, torch: Any) -> None:
+        """A program that measures its own peaks leaves only the last one in torch's statistics."""
+        for name in ("_cuda_resetPeakMemoryStats", "_accelerator_resetPeakStats"):
+            original = getattr(torch._C, name)
+
+            @functools.wraps(original)
+            def reset(device: int, original: Any = original) -> None:
+                self._peaks_before_reset[device] = self.peak_counts(device)
+                original(device)
+
+            setattr(torch._C, name, reset)
+
+    def peak_counts(self, device: int) -> PeakCounts:
+        """The most of the whole run, whatever the program reset."""
+        import torch
+
+        stats = torch.cuda.memory_stats(device)
+        before = self._peaks_before_reset.get(device, PeakCounts(0, 0))
+        return PeakCounts(
+            allocated_bytes=max(before.allocated_bytes, stats.get("allocated_bytes.all.peak", 0)),
+            reserved_bytes=max(before.reserved_bytes, stats.get("reserved_bytes.all.peak", 0)),
+        )
 
     @property
     def step(self) -> int:
@@ -196,7 +229,11 @@ class Records:
         if not self._library.spillover_emulator_recorder_freeze(device):
             return
         self.failure = FailedAllocation(
-            device=device, requested_bytes=requested, free_bytes=free, capacity_bytes=total
+            device=device,
+            requested_bytes=requested,
+            free_bytes=free,
+            capacity_bytes=total,
+            step=self._step,
         )
         # While the program unwinds its tensors are freed, and nobody could say what they were.
         self.tag()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal, get_args
 
 from spillover._errors import ConfigError
@@ -23,7 +24,7 @@ _VRAM_DEFAULT = "8GiB"
 #: The smallest capacity that a CUDA context and torch's first segments fit into.
 _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
-_VRAM_BYTES_MAX = 1 << 40
+VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
 _FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
 _TEXTS = ("profile", "trace", "routing")
@@ -124,6 +125,10 @@ class Options:
         # The same capacity written in another way is the same option.
         object.__setattr__(self, "vram", self._capacity_bytes())
         _check_routing(self.routing)
+        # A program may change its folder, and its children start in others.
+        object.__setattr__(self, "profile", _profiles.absolute(self.profile))
+        if self.trace:
+            object.__setattr__(self, "trace", os.path.abspath(self.trace))
         if self.profile or self.trace:
             object.__setattr__(self, "clock", True)
 
@@ -133,7 +138,7 @@ class Options:
         if given is None:
             given = int(profile.gpu.memory_gib * 2**30) if profile else _VRAM_DEFAULT
         capacity = parse_bytes(given, name="vram")
-        if not _VRAM_BYTES_MIN <= capacity <= _VRAM_BYTES_MAX:
+        if not _VRAM_BYTES_MIN <= capacity <= VRAM_BYTES_MAX:
             raise ConfigError(f"vram must be 4MiB to 1TiB, got {given!r}")
         return capacity
 
@@ -194,6 +199,20 @@ def _parse(name: str, variable: str, text: str) -> object:
         _check_choice(variable, text.lower(), tuple(_SWITCHES))
         return _SWITCHES[text.lower()]
     return text
+
+
+def require_writable_place(option: str, path: Path) -> None:
+    """Refuse an output file that cannot be written, before the run rather than after hours.
+
+    Raises
+    ------
+    ConfigError
+        The path is a folder, or lies in one that does not exist.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{option}: {path} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{option}: {path} lies in a folder that does not exist")
 
 
 def _check_routing(routing: str) -> None:

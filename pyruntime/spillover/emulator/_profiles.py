@@ -216,8 +216,8 @@ class _Kind(Generic[_P]):
         values: dict[str, Any] = {}
         sources: dict[str, str] = {}
         for name in texts:
-            if not isinstance(table[name], str) or not table[name]:
-                raise ConfigError(f"{where}: {name} must be a text, not {table[name]!r}")
+            if not isinstance(table[name], str) or not table[name].isprintable() or not table[name]:
+                raise ConfigError(f"{where}: {name} must be a line of text, not {table[name]!r}")
             values[name] = table[name]
         for entry in fields(self.part):
             if entry.name in numbers:
@@ -299,6 +299,16 @@ def load_part(section: str, name: str) -> GpuProfile | HostProfile | DiskProfile
     path = Path(name) if _is_path(name) else _find(section, name)
     part: GpuProfile | HostProfile | DiskProfile = _KINDS[section].read(path)
     return part
+
+
+def absolute(text: str) -> str:
+    """``text`` with its paths made independent of the working folder."""
+    return "+".join(_absolute(piece.strip()) for piece in text.split("+"))
+
+
+def _absolute(piece: str) -> str:
+    path = str(Path(piece).expanduser().absolute()) if _is_path(piece) else piece
+    return piece if "+" in path else path  # which separates pieces
 
 
 def _is_path(piece: str) -> bool:
