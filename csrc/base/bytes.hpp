@@ -2,7 +2,9 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
+#include <string_view>
 
 namespace spillover {
 
@@ -21,5 +23,9 @@ constexpr size_t round_down(size_t size, size_t alignment) {
 
 // "512 B", "1.50 GiB": binary units, two decimals from KiB on.
 std::string format_bytes(size_t size_bytes);
+
+// Bytes in a text such as "20GiB", "1.5 GB" or "4096"; GB is 10^9, GiB 2^30, and case does not
+// count. Empty where it is no such text or too large.
+std::optional<size_t> parse_bytes(std::string_view text);
 
 }  // namespace spillover
