@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <exception>
 #include <iterator>
+#include <string>
 #include <utility>
 
 #include "base/bytes.hpp"
@@ -30,11 +31,22 @@ size_t next_chunk_bytes(size_t growth_bytes, size_t missing_bytes, size_t unit_b
   return growth_bytes >= kLargeGrowth && missing_bytes >= large_bytes ? large_bytes : unit_bytes;
 }
 
+bool uses_virtual_memory(int device, VirtualMemory wanted) {
+  if (wanted == VirtualMemory::kOff) return false;
+  const bool has_it = supports_virtual_memory(device);
+  if (wanted == VirtualMemory::kOn && !has_it) {
+    throw ConfigError("device " + std::to_string(device) +
+                      " has no virtual memory management, so virtual_memory=on is not possible; "
+                      "use virtual_memory=auto");
+  }
+  return has_it;
+}
+
 }  // namespace
 
-Backing::Backing(int device)
+Backing::Backing(int device, VirtualMemory virtual_memory)
     : device_(device),
-      is_virtual_(supports_virtual_memory(device)),
+      is_virtual_(uses_virtual_memory(device, virtual_memory)),
       unit_bytes_(is_virtual_ ? std::max(allocation_granularity(device), kFixedUnit) : kFixedUnit),
       space_(device, round_up(memory_info(device).total_bytes, unit_bytes_)),
       devices_{device} {}
@@ -184,9 +196,11 @@ void Backing::unmap(const AddressRange& chunks) {
   for (Chunk& chunk : taken) cache(std::move(*chunk.physical));
 }
 
-void Backing::release_cached() {
+void Backing::release_cached(size_t size_bytes) {
   std::exception_ptr failure;
-  while (auto memory = take_cached(kLargeChunkUnits * unit_bytes_)) {
+  const size_t kept_bytes = cached_bytes_ - std::min(cached_bytes_, size_bytes);
+  while (cached_bytes_ > kept_bytes) {
+    std::optional<PhysicalMemory> memory = take_cached(kLargeChunkUnits * unit_bytes_);
     try {
       memory->release();
     } catch (const Error&) {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "allocator/address_space.hpp"
+#include "allocator/settings.hpp"
 #include "driver/device_memory.hpp"
 #include "driver/virtual_memory.hpp"
 
@@ -32,7 +33,8 @@ struct AddressRange {
 
 class Backing {
  public:
-  explicit Backing(int device);
+  // Throws ConfigError where virtual memory is asked for and the device has none.
+  Backing(int device, VirtualMemory virtual_memory);
 
   bool is_virtual() const { return is_virtual_; }
   // Sizes and addresses of chunks are multiples of this.
@@ -70,9 +72,9 @@ class Backing {
   // after a call that failed the memory is held no longer and its addresses are never used again.
   void unmap(const AddressRange& chunks);
 
-  // Gives the cache and unused reservations to the driver. Throws the first DriverError when all of
-  // them had their turn.
-  void release_cached();
+  // Gives cached chunks to the driver, at least size_bytes together where there are as many, and
+  // unused reservations. Throws the first DriverError when all of them had their turn.
+  void release_cached(size_t size_bytes);
 
   // Lets another device use this one's memory, what is mapped now and later.
   void add_peer(int device);

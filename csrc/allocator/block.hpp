@@ -29,6 +29,11 @@
 
 namespace spillover {
 
+// Blocks of one *arena* share no chunk with those of others: what belongs together, such as the
+// weights, can be counted, kept and put aside as a whole. 0 is the arena of whoever names none.
+using ArenaId = uint32_t;
+inline constexpr ArenaId kDefaultArena = 0;
+
 inline constexpr size_t kBlockAlignment = 512;
 // Requests up to this size are small: they share the chunks of a heap of their own, so that no
 // small block keeps a large hole apart.
@@ -80,7 +85,7 @@ struct BySizeThenAddress {
 
 struct StreamState;
 
-// Free blocks of one class that belong to one stream.
+// Free blocks of one class that belong to one stream and arena.
 struct Heap {
   StreamState* stream = nullptr;
   SizeClass size_class = SizeClass::kSmall;
@@ -93,15 +98,15 @@ struct Heap {
 // there is ordered. Another stream, and the host that wants to unmap it, must know that the stream
 // has done what was submitted before the free. Nothing is recorded at a free: frees are numbered,
 // and *one* answer of the driver - the stream is idle, or a mark on it was reached - completes
-// every free up to a number.
+// every free up to a number. Each arena of a stream numbers its own frees.
 struct StreamState {
   struct Mark {
     Event event;
     uint64_t freed_count;  // frees that it covers
   };
 
-  StreamState(const StreamKey& stream_key, bool is_stream_immortal)
-      : key(stream_key), is_immortal(is_stream_immortal) {
+  StreamState(const StreamKey& stream_key, ArenaId stream_arena, bool is_stream_immortal)
+      : key(stream_key), arena(stream_arena), is_immortal(is_stream_immortal) {
     for (const SizeClass size_class : kSizeClasses) {
       heap(size_class).stream = this;
       heap(size_class).size_class = size_class;
@@ -116,6 +121,7 @@ struct StreamState {
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
   const StreamKey key;
+  const ArenaId arena;
   const bool is_immortal;  // it never dies, and any thread may ask about it
   uint64_t freed_count = 0;
   uint64_t completed_count = 0;

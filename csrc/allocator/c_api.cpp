@@ -3,6 +3,7 @@
 #include <exception>
 #include <string>
 
+#include "allocator/arenas.hpp"
 #include "allocator/pools.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
@@ -126,8 +127,67 @@ spillover_status spillover_reset_peak_stats(int device) {
   return guarded([&] { spillover::pool_of_device(device).reset_peak_statistics(); });
 }
 
-spillover_status spillover_trim(int device) {
-  return guarded([&] { spillover::pool_of_device(device).trim(); });
+spillover_status spillover_trim(int device, size_t keep_bytes) {
+  return guarded([&] { spillover::pool_of_device(device).trim(keep_bytes); });
+}
+
+spillover_status spillover_configure(int device, const char* settings) {
+  return guarded([&] {
+    if (settings == nullptr) throw spillover::ConfigError("the settings must not be null");
+    spillover::configure_pools(device, settings, "settings");
+  });
+}
+
+spillover_status spillover_limit(int device, size_t* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).limit_bytes();
+  });
+}
+
+spillover_status spillover_tag(const char* name, uint32_t* out) {
+  return guarded([&] {
+    if (name == nullptr) throw spillover::ConfigError("the name of a tag must not be null");
+    require_output(out);
+    *out = spillover::arena_of(name);
+  });
+}
+
+spillover_status spillover_set_tag(uint32_t tag, uint32_t* previous) {
+  return guarded([&] {
+    static_cast<void>(spillover::arena_name(tag));  // Throws for a number that is none.
+    const spillover::ArenaId before = spillover::ThreadCache::set_current_arena(tag);
+    if (previous != nullptr) *previous = before;
+  });
+}
+
+spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_stats_t* out) {
+  return guarded([&] {
+    require_output(out);
+    static_cast<void>(spillover::arena_name(tag));
+    *out = spillover::pool_of_device(device).arena_statistics(tag);
+  });
+}
+
+spillover_status spillover_add_reclaimer(int device, spillover_reclaimer reclaimer, void* user,
+                                         uint64_t* out) {
+  return guarded([&] {
+    if (reclaimer == nullptr) throw spillover::ConfigError("the reclaimer must not be null");
+    require_output(out);
+    *out = spillover::pool_of_device(device).reclaimers().add(
+        [reclaimer, user](size_t missing_bytes, spillover::StreamHandle stream) {
+          return reclaimer(user, missing_bytes, stream);
+        });
+  });
+}
+
+spillover_status spillover_remove_reclaimer(int device, uint64_t number) {
+  return guarded([&] {
+    if (!spillover::pool_of_device(device).reclaimers().remove(number)) {
+      throw spillover::ConfigError("there is no reclaimer " + std::to_string(number) +
+                                   "; it was removed before");
+    }
+  });
 }
 
 spillover_status spillover_keep_stream(int device, void* stream) {
@@ -142,13 +202,13 @@ spillover_status spillover_add_peer(int device, int peer) {
 }
 
 spillover_status spillover_set_memory_fraction(int device, double fraction) {
-  return guarded([&] { spillover::pool_of_device(device).set_memory_fraction(fraction); });
+  return guarded([&] { spillover::set_memory_fraction(device, fraction); });
 }
 
 spillover_status spillover_memory_fraction(int device, double* out) {
   return guarded([&] {
     require_output(out);
-    *out = spillover::pool_of_device(device).memory_fraction();
+    *out = spillover::pool_of_device(device).settings().fraction;
   });
 }
 

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SPILLOVER_ABI_VERSION 2
+#define SPILLOVER_ABI_VERSION 3
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -68,8 +68,23 @@ typedef struct spillover_segment_info {
   size_t size_bytes;
   void* stream;
   int is_small;
+  uint32_t tag;
   size_t block_count;
 } spillover_segment_info;
+
+/* What blocks of one tag have on one device, in blocks and bytes. */
+typedef struct spillover_tag_stats_t {
+  int64_t allocation;      /* live blocks */
+  int64_t allocated_bytes; /* their rounded sizes */
+  int64_t reserved_bytes;  /* of segments of this tag */
+  int64_t reserved_bytes_peak;
+} spillover_tag_stats_t;
+
+/* Frees memory of the pool, about missing_bytes, and returns how much it has freed; 0 when it has
+ * nothing more to give. Called by a thread whose request for stream cannot be served, without locks
+ * of the pool, perhaps by several at once. It may call every function of this interface; its own
+ * requests do not reclaim. It must not throw. */
+typedef size_t (*spillover_reclaimer)(void* user, size_t missing_bytes, void* stream);
 
 /* Called for each segment, with its blocks in address order. Must not call the pool again. */
 typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
@@ -125,8 +140,33 @@ spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
 
-/* Returns all memory without a live block to the driver. Waits for the device. */
-spillover_status spillover_trim(int device);
+/* Returns memory without a live block to the driver until the pool holds at most keep_bytes. Waits
+ * for the device. */
+spillover_status spillover_trim(int device, size_t keep_bytes);
+
+/* Changes settings by a text such as "limit=20GiB,wait_max=30s", all of it or nothing. A device of
+ * -1 means every pool, those too that are made later. docs/allocator.md has the keys; the
+ * environment variable SPILLOVER_ALLOCATOR has the form of the text and is read before the first
+ * pool is made. */
+spillover_status spillover_configure(int device, const char* settings);
+
+/* What the pool may hold by its settings, SIZE_MAX without a limit. */
+spillover_status spillover_limit(int device, size_t* out);
+
+/* The number of a tag by its name, the same for every device; "" is 0, the tag of whoever sets
+ * none. */
+spillover_status spillover_tag(const char* name, uint32_t* out);
+
+/* Tags what the calling thread allocates from now on; previous may be NULL. */
+spillover_status spillover_set_tag(uint32_t tag, uint32_t* previous);
+
+spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_stats_t* out);
+
+/* Adds a function that is asked for memory before a request fails, after those added before; out
+ * gets a number for spillover_remove_reclaimer, which waits until it does not run any more. */
+spillover_status spillover_add_reclaimer(int device, spillover_reclaimer reclaimer, void* user,
+                                         uint64_t* out);
+spillover_status spillover_remove_reclaimer(int device, uint64_t number);
 
 /* The pool may hold at most fraction (0 to 1) of the device's memory. */
 spillover_status spillover_set_memory_fraction(int device, double fraction);

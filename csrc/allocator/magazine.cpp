@@ -3,8 +3,10 @@
 #include <bit>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 #include "allocator/pool.hpp"
+#include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 
 namespace spillover {
@@ -74,6 +76,12 @@ ThreadCache* ThreadCache::create() {
   owner.cache = std::make_unique<ThreadCache>();
   t_thread_cache = owner.cache.get();
   return t_thread_cache;
+}
+
+ArenaId ThreadCache::set_current_arena(ArenaId arena) {
+  ThreadCache* cache = create();
+  if (cache == nullptr) throw StateError("the calling thread is ending; it can have no tag");
+  return std::exchange(cache->arena_, arena);
 }
 
 ThreadCache::~ThreadCache() {

@@ -1,6 +1,6 @@
 // Freed blocks that a thread keeps for itself, so that most allocations take no lock.
 //
-// Note [Magazines]. Each thread has a magazine for each stream that it allocates or frees on. A
+// Note [Magazines]. Each thread has a magazine for each stream and arena that it uses. A
 // freed block goes there as it is, and a request of exactly its size gets it back; neither the
 // pool's mutex nor the heap's structures are touched. For the heap such a block is in use: it does
 // not merge. So that this costs no memory
@@ -101,7 +101,13 @@ class ThreadCache {
   ThreadCache(const ThreadCache&) = delete;
   ThreadCache& operator=(const ThreadCache&) = delete;
 
-  // Null where there is none. Need the lock, or are called by the thread itself.
+  // The arena that the calling thread allocates from.
+  static ArenaId current_arena() noexcept;
+  // Gives the one before. Throws StateError on a thread that ends.
+  static ArenaId set_current_arena(ArenaId arena);
+
+  // Null where there is none. Need the lock, or are called by the thread itself. The first looks in
+  // the current arena.
   MagazineSlot* find(const Pool* pool, StreamHandle stream) noexcept;
   MagazineSlot* find(const StreamState* stream) noexcept;
   ThreadCounters* counters_of(const Pool* pool) noexcept;
@@ -114,6 +120,7 @@ class ThreadCache {
  private:
   std::vector<std::unique_ptr<MagazineSlot>> slots_;
   MagazineSlot* latest_ = nullptr;  // The one that was found last.
+  ArenaId arena_ = kDefaultArena;   // Of the thread alone; needs no lock.
 };
 
 // Initial-exec: one load instead of a call for each allocation. libspillover.so is loaded at run
@@ -125,12 +132,17 @@ inline ThreadCache* ThreadCache::current() noexcept {
   return t_thread_cache;
 }
 
+inline ArenaId ThreadCache::current_arena() noexcept {
+  return t_thread_cache == nullptr ? kDefaultArena : t_thread_cache->arena_;
+}
+
 inline MagazineSlot* ThreadCache::find(const Pool* pool, StreamHandle stream) noexcept {
-  if (latest_ != nullptr && latest_->pool == pool && latest_->stream->key.handle == stream) {
-    return latest_;
-  }
+  const auto matches = [&](const MagazineSlot& slot) {
+    return slot.pool == pool && slot.stream->key.handle == stream && slot.stream->arena == arena_;
+  };
+  if (latest_ != nullptr && matches(*latest_)) return latest_;
   for (const auto& slot : slots_) {
-    if (slot->pool == pool && slot->stream->key.handle == stream) return latest_ = slot.get();
+    if (matches(*slot)) return latest_ = slot.get();
   }
   return nullptr;
 }

@@ -51,7 +51,7 @@ void spillover_pluggable_record_stream(void* pointer, void* stream) {
 // torch.cuda.empty_cache() names no device: devices are trimmed until there is none of that number.
 void spillover_pluggable_empty_cache() {
   spillover_status status = SPILLOVER_OK;
-  for (int device = 0; status == SPILLOVER_OK; ++device) status = spillover_trim(device);
+  for (int device = 0; status == SPILLOVER_OK; ++device) status = spillover_trim(device, 0);
   if (status != SPILLOVER_INVALID_ARGUMENT) fail("emptying the cache");
 }
 

@@ -4,7 +4,6 @@
 #include <array>
 #include <cstdio>
 #include <iterator>
-#include <limits>
 #include <utility>
 
 #include "allocator/page_table.hpp"
@@ -32,30 +31,32 @@ std::string address_text(const void* pointer) {
 
 }  // namespace
 
-Pool::Pool(int device)
+Pool::Pool(int device, const Settings& settings)
     : device_(device),
       device_bytes_(memory_info(device).total_bytes),
-      backing_(device),
+      settings_(settings),
+      backing_(device, settings.virtual_memory),
       pending_(device, [this](Block* block) { make_free(block); }) {}
 
-StreamState& Pool::state_of(const StreamKey& key) {
-  return streams_.try_emplace(key, key, is_immortal(device_, key)).first->second;
+StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
+  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key)).first->second;
 }
 
 Heap& Pool::heap_of(const Request& request) {
-  return state_of(request.stream).heap(request.size_class);
+  return state_of(request.stream, request.arena).heap(request.size_class);
 }
 
 void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes == 0) return nullptr;
   if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
   check_not_capturing(device_, stream);
-  Request request{size_bytes, kRequestMax, identify_stream(device_, stream), SizeClass::kLarge};
+  Request request{size_bytes, kRequestMax, identify_stream(device_, stream),
+                  ThreadCache::current_arena(), SizeClass::kLarge};
   if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
 
   Lock lock(mutex_);
-  MagazineSlot* slot = equip(state_of(request.stream));
+  MagazineSlot* slot = equip(state_of(request.stream, request.arena));
   if (slot != nullptr && request.size_class == SizeClass::kLarge) empty_large(*slot);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
@@ -283,11 +284,11 @@ AddressRange Pool::segment_of(const void* pointer) const {
                     "'s pool: it was freed before, or comes from somewhere else");
 }
 
-void Pool::trim() {
+void Pool::trim(size_t keep_bytes) {
   Lock lock(mutex_);
   const RelaxedCaptureScope relaxed;
   wait_for_device(lock);
-  release_idle();
+  release_idle(keep_bytes);
 }
 
 void Pool::add_peer(int device) {
@@ -295,22 +296,38 @@ void Pool::add_peer(int device) {
   backing_.add_peer(device);
 }
 
+size_t Pool::limit_by_settings() const {
+  if (settings_.fraction >= 1.0) return settings_.limit_bytes;
+  const double share = settings_.fraction * static_cast<double>(device_bytes_);
+  return std::min(settings_.limit_bytes, static_cast<size_t>(share));
+}
+
 size_t Pool::limit_bytes() const {
-  if (memory_fraction_ >= 1.0) return std::numeric_limits<size_t>::max();
-  return static_cast<size_t>(memory_fraction_ * static_cast<double>(device_bytes_));
+  const std::lock_guard lock(mutex_);
+  return limit_by_settings();
 }
 
-void Pool::set_memory_fraction(double fraction) {
-  if (!(fraction >= 0.0 && fraction <= 1.0)) {
-    throw ConfigError("a memory fraction must be from 0 to 1, got " + std::to_string(fraction));
-  }
+Settings Pool::settings() const {
   const std::lock_guard lock(mutex_);
-  memory_fraction_ = fraction;
+  return settings_;
 }
 
-double Pool::memory_fraction() const {
+void Pool::configure(const Settings& settings) {
   const std::lock_guard lock(mutex_);
-  return memory_fraction_;
+  const auto require_same = [&](bool is_same, const char* key) {
+    if (is_same) return;
+    throw StateError(std::string(key) + " cannot change once device " + std::to_string(device_) +
+                     "'s pool is in use; set it in SPILLOVER_ALLOCATOR, or before the first "
+                     "allocation");
+  };
+  require_same(settings.virtual_memory == settings_.virtual_memory, "virtual_memory");
+  require_same(settings.has_thread_cache == settings_.has_thread_cache, "thread_cache");
+  settings_ = settings;
+  const size_t limit = limit_by_settings();
+  if (backing_.held_bytes() <= limit) return;
+  const RelaxedCaptureScope relaxed;
+  empty_magazines();
+  release_idle(limit);
 }
 
 }  // namespace spillover

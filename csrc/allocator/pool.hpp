@@ -19,6 +19,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "allocator/backing.hpp"
@@ -27,13 +28,15 @@
 #include "allocator/c_api.h"
 #include "allocator/magazine.hpp"
 #include "allocator/pending_uses.hpp"
+#include "allocator/reclaimers.hpp"
+#include "allocator/settings.hpp"
 
 namespace spillover {
 
 class Pool {
  public:
-  // Throws ConfigError for a device that does not exist.
-  explicit Pool(int device);
+  // Throws ConfigError for a device that does not exist or has not what the settings ask for.
+  Pool(int device, const Settings& settings);
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
@@ -62,13 +65,20 @@ class Pool {
   void reset_accumulated_statistics();
   void reset_peak_statistics();
 
-  // Returns every chunk without a live block to the driver. Blocks until the device's work is
-  // complete.
-  void trim();
+  // Returns chunks without a live block to the driver until the pool holds at most keep_bytes.
+  // Blocks until the device's work is complete.
+  void trim(size_t keep_bytes);
 
-  // Share of the device's memory that the pool may hold; throws ConfigError outside 0 to 1.
-  void set_memory_fraction(double fraction);
-  double memory_fraction() const;
+  // Throws ConfigError for what the device has not, StateError for what cannot change any more.
+  // Idle memory above a new limit goes to the driver at once.
+  void configure(const Settings& settings);
+  Settings settings() const;
+  // What the pool may hold by its settings; Settings::kNoLimit without a limit.
+  size_t limit_bytes() const;
+
+  Reclaimers& reclaimers() { return reclaimers_; }
+
+  spillover_tag_stats_t arena_statistics(ArenaId arena);
 
   // Lets another device use this one's memory.
   void add_peer(int device);
@@ -92,14 +102,22 @@ class Pool {
     size_t requested_bytes;
     size_t size_bytes;  // rounded to kBlockAlignment
     StreamKey stream;
+    ArenaId arena;
     SizeClass size_class;
   };
+  // The arenas of one stream are neighbours.
+  using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
   // Where a heap may grow from.
   enum class Source {
     kHeld,  // memory that the pool has already
     kNew,   // more from the driver, within the limit
   };
   struct Totals;
+
+  struct ArenaUsage {
+    size_t mapped_bytes = 0;
+    size_t mapped_bytes_peak = 0;
+  };
 
   struct MagazineReference {
     ThreadCache* cache;
@@ -131,7 +149,7 @@ class Pool {
   };
 
   // All methods below need mutex_; those that take the lock release it while they wait.
-  StreamState& state_of(const StreamKey& key);
+  StreamState& state_of(const StreamKey& key, ArenaId arena);
   Heap& heap_of(const Request& request);
   Block* live_block(const void* pointer) const;
   void free_slowly(void* pointer);
@@ -187,10 +205,12 @@ class Pool {
   bool mark_streams();
   size_t foreign_bytes() const;
   void wait_for_device(Lock& lock);
-  void release_idle();
-  [[noreturn]] void throw_out_of_memory(const Request& request);
+  Block* search_again(Lock& lock, const Request& request);
+  Block* reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes);
+  void release_idle(size_t keep_bytes);
+  [[noreturn]] void throw_out_of_memory(const Request& request, size_t reclaimed_bytes);
 
-  size_t limit_bytes() const;
+  size_t limit_by_settings() const;
   size_t largest_free() const;
   const Block* check_segment(const Block* first, Totals& totals) const;
   void check_streams(const Totals& totals) const;
@@ -200,19 +220,22 @@ class Pool {
   const int device_;
   const size_t device_bytes_;
 
+  Reclaimers reclaimers_;  // Has a lock of its own.
+
   mutable std::mutex mutex_;
   // Guarded by mutex_.
+  Settings settings_;
   Backing backing_;
   BlockStore blocks_;
   std::map<DeviceAddress, Block*> segments_;  // The first block of each.
-  std::map<StreamKey, StreamState> streams_;
+  StreamStates streams_;
   PendingUses pending_;
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
+  std::map<ArenaId, ArenaUsage> arenas_;
   spillover_stats_t statistics_{};
-  double memory_fraction_ = 1.0;
 };
 
 }  // namespace spillover

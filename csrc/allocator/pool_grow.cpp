@@ -54,6 +54,9 @@ Block* Pool::grow(const Request& request, Source source) {
   } else {
     block = source == Source::kHeld ? steal(request) : grow_fixed(request);
   }
+  if (backing_.cached_bytes() > settings_.unmapped_max_bytes) {
+    backing_.release_cached(backing_.cached_bytes() - settings_.unmapped_max_bytes);
+  }
   if (block != nullptr) remove_free(block);
   return block;
 }
@@ -136,7 +139,7 @@ bool Pool::prove_idle(StreamState& stream) {
 // A free block of another heap whose chunks can serve the request as they lie. On the same stream
 // work is ordered, on others it must be complete.
 Block* Pool::steal(const Request& request) {
-  StreamState& own = state_of(request.stream);
+  StreamState& own = state_of(request.stream, request.arena);
   for (Heap& heap : own.heaps) {
     if (heap.size_class == request.size_class) continue;
     if (Block* block = steal_from(heap, request)) return block;
@@ -164,9 +167,15 @@ Block* Pool::steal_from(Heap& victim, const Request& request) {
     const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
     const size_t needed_bytes = round_up(request.size_bytes, backing_.unit_bytes());
     if (backing_.is_virtual() && taken.size_bytes() > kOvershootMax * needed_bytes) continue;
-    const uint64_t freed_at = same_stream ? found->freed_at : 0;
+    Heap& heap = heap_of(request);
+    uint64_t freed_at = 0;
+    if (same_stream) {
+      // Frees of another arena have other numbers: there the change of hands counts as a free.
+      const bool same_arena = victim.stream->arena == request.arena;
+      freed_at = same_arena ? found->freed_at : ++heap.stream->freed_count;
+    }
     carve(found, taken);
-    return adopt(heap_of(request), taken, freed_at);
+    return adopt(heap, taken, freed_at);
   }
   return nullptr;
 }
@@ -260,6 +269,7 @@ void Pool::carve(Block* block, const AddressRange& chunks) {
     erase_block(block);
   }
   mapped_bytes_[size_class] -= chunks.size_bytes();
+  arenas_[heap.stream->arena].mapped_bytes -= chunks.size_bytes();
   PageTable::instance().erase(chunks.begin, chunks.end);
 }
 
@@ -278,6 +288,9 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   const auto size_class = static_cast<size_t>(heap.size_class);
   Block* block = make_block(heap, range, freed_at);
   mapped_bytes_[size_class] += range.size_bytes();
+  ArenaUsage& usage = arenas_[heap.stream->arena];
+  usage.mapped_bytes += range.size_bytes();
+  usage.mapped_bytes_peak = std::max(usage.mapped_bytes_peak, usage.mapped_bytes);
   // Chunks at fixed addresses may share a page.
   const bool is_sparse = heap.size_class == SizeClass::kLarge && backing_.is_virtual();
   PageTable::instance().insert(range.begin, range.end, this,
@@ -314,7 +327,7 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
 
 // What the pool may still take from the driver.
 size_t Pool::room_bytes() const {
-  const size_t limit = limit_bytes();
+  const size_t limit = limit_by_settings();
   return limit - std::min(limit, backing_.held_bytes());
 }
 

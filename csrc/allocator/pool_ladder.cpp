@@ -13,17 +13,25 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// How long a request waits for memory that streams still use. They may wait in turn for something
-// that the caller submits after it has got its memory: the wait must end.
-constexpr std::chrono::seconds kWaitMax{60};
 constexpr std::chrono::microseconds kPauseMin{20};
 constexpr std::chrono::microseconds kPauseMax{1000};
+
+// Ends the asking of reclaimers that say each time that they have freed something.
+constexpr size_t kReclaimRoundsMax = 16;
 
 }  // namespace
 
 // Null is never the answer: throws DeviceOutOfMemoryError.
 Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
   ++statistics_.alloc_retries;
+  if (Block* block = search_again(lock, request)) return block;
+  size_t reclaimed_bytes = 0;
+  if (Block* block = reclaim(lock, request, reclaimed_bytes)) return block;
+  throw_out_of_memory(request, reclaimed_bytes);
+}
+
+// Looks for a fit in everything that is free or will be; null where there is none.
+Block* Pool::search_again(Lock& lock, const Request& request) {
   empty_magazines();
   const auto try_again = [&]() -> Block* {
     if (Block* block = take_best_fit(request)) return block;
@@ -34,15 +42,35 @@ Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
     wait_for_device(lock);
     if (Block* block = try_again()) return block;
   }
-  release_idle();
-  if (Block* block = try_again()) return block;
-  throw_out_of_memory(request);
+  release_idle(0);
+  return try_again();
+}
+
+// Asks the reclaimers in turn, with the mutex released, until the request fits or none has more to
+// give; null then. See Note [Reclaimers].
+Block* Pool::reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes) {
+  for (size_t round = 0; round < kReclaimRoundsMax; ++round) {
+    size_t round_bytes = 0;
+    for (const uint64_t number : reclaimers_.numbers()) {
+      lock.unlock();
+      const size_t freed_bytes =
+          reclaimers_.call(number, request.size_bytes, request.stream.handle);
+      lock.lock();
+      if (freed_bytes == 0) continue;
+      round_bytes += freed_bytes;
+      reclaimed_bytes += freed_bytes;
+      if (Block* block = search_again(lock, request)) return block;
+    }
+    if (round_bytes == 0) return nullptr;
+  }
+  return nullptr;
 }
 
 // Waits for streams that may be asked, with the mutex released, until the request fits or they have
-// nothing more to give.
+// nothing more to give. They may wait in turn for something that the caller submits after it has
+// got its memory: the wait has an end.
 Block* Pool::poll_until_fit(Lock& lock, const Request& request) {
-  const auto deadline = Clock::now() + kWaitMax;
+  const auto deadline = Clock::now() + settings_.wait_max;
   auto pause = kPauseMin;
   while (Clock::now() < deadline) {
     const bool has_marks = mark_streams();
@@ -66,9 +94,9 @@ bool Pool::mark_streams() {
   for (auto& [key, stream] : streams_) {
     if (stream.free_bytes() == 0 || prove_idle(stream)) continue;
     if (stream.marks.empty() || stream.marks.back().freed_count < stream.freed_count) {
-      if (!may_be_asked(device_, key)) continue;
+      if (!may_be_asked(device_, stream.key)) continue;
       Event event(device_);
-      if (event.try_record(key.handle) != RecordOutcome::kRecorded) continue;
+      if (event.try_record(stream.key.handle) != RecordOutcome::kRecorded) continue;
       stream.marks.push_back({std::move(event), stream.freed_count});
     }
     has_marks = true;
@@ -80,7 +108,9 @@ bool Pool::mark_streams() {
 size_t Pool::foreign_bytes() const {
   size_t sum_bytes = 0;
   for (const auto& [key, stream] : streams_) {
-    if (stream.completed_count == stream.freed_count || may_be_asked(device_, key)) continue;
+    if (stream.completed_count == stream.freed_count || may_be_asked(device_, stream.key)) {
+      continue;
+    }
     sum_bytes += stream.free_bytes();
   }
   return sum_bytes;
@@ -89,7 +119,7 @@ size_t Pool::foreign_bytes() const {
 // Afterwards everything that was freed before is known to be complete. Throws DriverError.
 void Pool::wait_for_device(Lock& lock) {
   empty_magazines();
-  std::vector<std::pair<StreamKey, uint64_t>> freed_counts;
+  std::vector<std::pair<StreamStates::key_type, uint64_t>> freed_counts;
   for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
   const uint64_t latest_use = pending_.latest();
   lock.unlock();
@@ -104,15 +134,19 @@ void Pool::wait_for_device(Lock& lock) {
   }
 }
 
-// Gives every idle chunk to the driver, and forgets streams that have nothing any more.
-void Pool::release_idle() {
+// Gives idle chunks to the driver until at most keep_bytes are held, and forgets streams that have
+// nothing any more.
+void Pool::release_idle(size_t keep_bytes) {
   const CountOnExit count(*this);
-  gather_idle(backing_.held_bytes(), nullptr);
+  const size_t surplus_bytes = backing_.held_bytes() - std::min(backing_.held_bytes(), keep_bytes);
+  if (backing_.cached_bytes() < surplus_bytes) {
+    gather_idle(surplus_bytes - backing_.cached_bytes(), nullptr);
+  }
   // A magazine names its stream as long as its thread lives.
   std::erase_if(streams_, [](const auto& entry) {
     return entry.second.block_count() == 0 && !entry.second.is_immortal;
   });
-  backing_.release_cached();
+  backing_.release_cached(surplus_bytes);
 }
 
 }  // namespace spillover

@@ -34,6 +34,7 @@ void Pool::reset_peak_statistics() {
   for_each_counters(statistics_, [](const char*, ClassCounters& counters) {
     for (spillover_counter& counter : counters) counter.peak = counter.current;
   });
+  for (auto& [arena, usage] : arenas_) usage.mapped_bytes_peak = usage.mapped_bytes;
 }
 
 size_t Pool::largest_free_bytes() {
@@ -66,13 +67,33 @@ void Pool::visit_segments(spillover_segment_visitor visitor, void* user) {
       last = block;
     }
     const spillover_segment_info info{
-        reinterpret_cast<void*>(address), last->end() - address, first->heap->stream->key.handle,
-        first->heap->size_class == SizeClass::kSmall ? 1 : 0, blocks.size()};
+        reinterpret_cast<void*>(address), last->end() - address,
+        first->heap->stream->key.handle,  first->heap->size_class == SizeClass::kSmall ? 1 : 0,
+        first->heap->stream->arena,       blocks.size()};
     visitor(user, &info, blocks.data());
   }
 }
 
-void Pool::throw_out_of_memory(const Request& request) {
+spillover_tag_stats_t Pool::arena_statistics(ArenaId arena) {
+  const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
+  spillover_tag_stats_t result{};
+  if (const auto usage = arenas_.find(arena); usage != arenas_.end()) {
+    result.reserved_bytes = static_cast<int64_t>(usage->second.mapped_bytes);
+    result.reserved_bytes_peak = static_cast<int64_t>(usage->second.mapped_bytes_peak);
+  }
+  for (const auto& [address, first] : segments_) {
+    if (first->heap->stream->arena != arena) continue;
+    for (const Block* block = first; block != nullptr; block = block->next) {
+      if (block->state != BlockState::kLive) continue;
+      ++result.allocation;
+      result.allocated_bytes += static_cast<int64_t>(block->size_bytes);
+    }
+  }
+  return result;
+}
+
+void Pool::throw_out_of_memory(const Request& request, size_t reclaimed_bytes) {
   ++statistics_.ooms;
   const MemoryInfo memory = memory_info(device_);
   const auto current = [](const ClassCounters& counters) {
@@ -100,10 +121,16 @@ void Pool::throw_out_of_memory(const Request& request) {
                         " allocated, " + format_bytes(waiting_bytes) + " waiting for streams, " +
                         format_bytes(cached_bytes) + " cached. The largest free block has " +
                         format_bytes(largest_bytes) + "; fragmentation is " + percent.data() + ".";
-  const size_t limit = limit_bytes();
+  if (reclaimed_bytes != 0) {
+    message += " Reclaimers say that they freed " + format_bytes(reclaimed_bytes) + ".";
+  }
+  const size_t limit = limit_by_settings();
   if (limit < memory.total_bytes) {
-    message += " The memory fraction limits the pool to " + format_bytes(limit) +
-               "; raise it with torch.cuda.set_per_process_memory_fraction.";
+    const bool is_fraction = limit < settings_.limit_bytes;
+    message += std::string(is_fraction ? " The memory fraction" : " The setting 'limit'") +
+               " allows the pool " + format_bytes(limit) + "; raise it with " +
+               (is_fraction ? "torch.cuda.set_per_process_memory_fraction or " : "") +
+               "spillover.allocator.configure(" + (is_fraction ? "fraction" : "limit") + "=...).";
   }
   message +=
       " Use a smaller batch, or move data off the device: spillover.offload_activations, "

@@ -2,7 +2,9 @@
 
 #include <array>
 #include <atomic>
+#include <cstdlib>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "allocator/page_table.hpp"
@@ -16,13 +18,24 @@ namespace {
 constexpr int kDevicesMax = 64;
 
 struct Pools {
-  std::mutex creation_mutex;
+  std::mutex creation_mutex;  // Taken before a pool's mutex.
+  // Of pools that are not made yet; empty until the environment was read. Guarded by the mutex.
+  std::optional<Settings> settings;
   std::array<std::atomic<Pool*>, kDevicesMax> by_device{};
 };
 
 Pools& pools() {
   static auto& instance = *new Pools;
   return instance;
+}
+
+// Needs the mutex.
+const Settings& settings_for_new(Pools& all) {
+  if (!all.settings) {
+    const char* text = std::getenv("SPILLOVER_ALLOCATOR");
+    all.settings = parse_settings(text == nullptr ? "" : text, "SPILLOVER_ALLOCATOR", {});
+  }
+  return *all.settings;
 }
 
 }  // namespace
@@ -40,9 +53,38 @@ Pool& pool_of_device(int device) {
   const std::lock_guard lock(all.creation_mutex);
   auto& slot = all.by_device[static_cast<size_t>(device)];
   if (slot.load(std::memory_order_relaxed) == nullptr) {
-    slot.store(new Pool(device), std::memory_order_release);
+    slot.store(new Pool(device, settings_for_new(all)), std::memory_order_release);
   }
   return *slot.load(std::memory_order_relaxed);
+}
+
+void configure_pools(int device, std::string_view settings, std::string_view source) {
+  if (device >= 0) {
+    Pool& pool = pool_of_device(device);
+    const std::lock_guard lock(pools().creation_mutex);
+    pool.configure(parse_settings(settings, source, pool.settings()));
+    return;
+  }
+  check_not_forked();
+  Pools& all = pools();
+  const std::lock_guard lock(all.creation_mutex);
+  const Settings for_new = parse_settings(settings, source, settings_for_new(all));
+  for (const auto& slot : all.by_device) {
+    Pool* pool = slot.load(std::memory_order_relaxed);
+    if (pool != nullptr) pool->configure(parse_settings(settings, source, pool->settings()));
+  }
+  all.settings = for_new;
+}
+
+void set_memory_fraction(int device, double fraction) {
+  if (!(fraction >= 0.0 && fraction <= 1.0)) {
+    throw ConfigError("a memory fraction must be from 0 to 1, got " + std::to_string(fraction));
+  }
+  Pool& pool = pool_of_device(device);
+  const std::lock_guard lock(pools().creation_mutex);
+  Settings settings = pool.settings();
+  settings.fraction = fraction;
+  pool.configure(settings);
 }
 
 Pool* find_pool(const void* pointer) {

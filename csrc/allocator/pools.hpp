@@ -5,15 +5,26 @@
 // StateError before it takes a lock, as the parent's locks may be held for ever.
 #pragma once
 
+#include <string_view>
+
 #include "allocator/pool.hpp"
 
 namespace spillover {
 
-// Throws ConfigError for a device that does not exist, DriverError without a driver.
+// Throws ConfigError for a device that does not exist or settings in SPILLOVER_ALLOCATOR that are
+// not understood, DriverError without a driver.
 Pool& pool_of_device(int device);
 
 // The same where it was made before; null otherwise, and in a forked child.
 Pool* existing_pool(int device) noexcept;
+
+// Changes settings by a text, all of it or nothing: of one device's pool, or of every pool where
+// device is -1, those too that are made later. source is where the text comes from, for messages.
+// Throws ConfigError, and StateError for what cannot change any more.
+void configure_pools(int device, std::string_view settings, std::string_view source);
+
+// Throws ConfigError outside 0 to 1.
+void set_memory_fraction(int device, double fraction);
 
 // The pool that an address belongs to; null where there is none.
 Pool* find_pool(const void* pointer);

@@ -1,8 +1,10 @@
 // Python's view of the device pools. Addresses and stream handles are integers.
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "allocator/arenas.hpp"
 #include "allocator/pools.hpp"
 #include "allocator/statistics.hpp"
 #include "bindings/bindings.hpp"
@@ -80,11 +82,67 @@ py::list segments_of(Pool& pool) {
     segment["address"] = reinterpret_cast<uintptr_t>(copy.info.address);
     segment["size_bytes"] = copy.info.size_bytes;
     segment["stream"] = reinterpret_cast<uintptr_t>(copy.info.stream);
+    segment["tag"] = arena_name(copy.info.tag);
     segment["is_small"] = copy.info.is_small != 0;
     segment["blocks"] = blocks;
     result.append(segment);
   }
   return result;
+}
+
+py::object bytes_or_none(size_t size_bytes) {
+  if (size_bytes == Settings::kNoLimit) return py::none();
+  return py::int_(size_bytes);
+}
+
+py::dict settings_of(Pool& pool) {
+  static constexpr const char* kVirtualMemory[] = {"auto", "on", "off"};
+  const Settings settings = pool.settings();
+  py::dict result;
+  result["limit"] = bytes_or_none(settings.limit_bytes);
+  result["fraction"] = settings.fraction;
+  result["wait_max"] = static_cast<double>(settings.wait_max.count()) / 1e3;
+  result["virtual_memory"] = kVirtualMemory[static_cast<size_t>(settings.virtual_memory)];
+  result["unmapped_max"] = bytes_or_none(settings.unmapped_max_bytes);
+  result["thread_cache"] = settings.has_thread_cache;
+  result["check_every"] = settings.check_every;
+  return result;
+}
+
+py::dict tag_stats_of(Pool& pool, ArenaId tag) {
+  spillover_tag_stats_t statistics;
+  {
+    const py::gil_scoped_release released;
+    static_cast<void>(arena_name(tag));  // Throws for a number that is none.
+    statistics = pool.arena_statistics(tag);
+  }
+  py::dict result;
+  result["allocation"] = statistics.allocation;
+  result["allocated_bytes"] = statistics.allocated_bytes;
+  result["reserved_bytes"] = statistics.reserved_bytes;
+  result["reserved_bytes_peak"] = statistics.reserved_bytes_peak;
+  return result;
+}
+
+// Holds a Python function that threads without the GIL call and let go of.
+Reclaimers::Reclaim make_reclaimer(py::function function) {
+  const std::shared_ptr<py::function> held(new py::function(std::move(function)),
+                                           [](const py::function* last) {
+                                             const py::gil_scoped_acquire gil;
+                                             delete last;
+                                           });
+  return [held](size_t missing_bytes, StreamHandle stream) -> size_t {
+    const py::gil_scoped_acquire gil;
+    try {
+      return (*held)(missing_bytes, reinterpret_cast<uintptr_t>(stream)).cast<size_t>();
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("a reclaimer of spillover's pool");
+    } catch (const std::exception& error) {
+      PyErr_SetString(PyExc_TypeError, error.what());
+      PyErr_WriteUnraisable(held->ptr());
+    }
+    return 0;
+  };
 }
 
 }  // namespace
@@ -95,6 +153,28 @@ void register_allocator(py::module_& module) {
       "device_of", [](uintptr_t address) { return spillover_device_of(pointer_of(address)); },
       py::arg("address"), ReleaseGil(),
       "Device of a live block's address, -1 where it is not ours.");
+
+  module.def(
+      "configure",
+      [](const std::string& settings, const std::string& source) {
+        configure_pools(-1, settings, source);
+      },
+      py::arg("settings"), py::arg("source"), ReleaseGil(),
+      "Change the settings of every pool, those too that are made later.");
+  module.def(
+      "tag_number", [](const std::string& name) { return arena_of(name); }, py::arg("name"),
+      ReleaseGil(), "The number of a tag, made where it is new.");
+  module.def(
+      "find_tag",
+      [](const std::string& name) -> py::object {
+        const auto arena = find_arena(name);
+        if (!arena) return py::none();
+        return py::int_(*arena);
+      },
+      py::arg("name"), "The number of a tag; None where nobody has used it.");
+  module.def(
+      "set_tag", [](ArenaId tag) { return ThreadCache::set_current_arena(tag); }, py::arg("tag"),
+      "Tag what the calling thread allocates from now on; gives the number of the tag before.");
 
   // Pools are leaked singletons, so the Python object owns nothing. Each call asks for the pool
   // again: that is where a forked child is told apart.
@@ -134,7 +214,33 @@ void register_allocator(py::module_& module) {
           },
           py::arg("stream"), ReleaseGil(), "Promise that the stream lives as long as the process.")
       .def(
-          "trim", [](const PoolReference& pool) { pool.get().trim(); }, ReleaseGil())
+          "trim", [](const PoolReference& pool, size_t keep_bytes) { pool.get().trim(keep_bytes); },
+          py::arg("keep_bytes") = 0, ReleaseGil())
+      .def(
+          "configure",
+          [](const PoolReference& pool, const std::string& settings, const std::string& source) {
+            configure_pools(pool.device, settings, source);
+          },
+          py::arg("settings"), py::arg("source"), ReleaseGil())
+      .def("settings", [](const PoolReference& pool) { return settings_of(pool.get()); })
+      .def(
+          "limit_bytes", [](const PoolReference& pool) { return pool.get().limit_bytes(); },
+          ReleaseGil())
+      .def("tag_stats",
+           [](const PoolReference& pool, ArenaId tag) { return tag_stats_of(pool.get(), tag); })
+      .def(
+          "add_reclaimer",
+          [](const PoolReference& pool, py::function function) {
+            return pool.get().reclaimers().add(make_reclaimer(std::move(function)));
+          },
+          py::arg("function"))
+      .def(
+          "remove_reclaimer",
+          [](const PoolReference& pool, uint64_t number) {
+            return pool.get().reclaimers().remove(number);
+          },
+          py::arg("number"), ReleaseGil(),
+          "Waits until the reclaimer does not run; false where it was removed before.")
       .def(
           "check_invariants", [](const PoolReference& pool) { pool.get().check_invariants(); },
           ReleaseGil())
@@ -142,12 +248,12 @@ void register_allocator(py::module_& module) {
           "largest_free_bytes",
           [](const PoolReference& pool) { return pool.get().largest_free_bytes(); }, ReleaseGil())
       .def(
-          "memory_fraction", [](const PoolReference& pool) { return pool.get().memory_fraction(); },
-          ReleaseGil())
+          "memory_fraction",
+          [](const PoolReference& pool) { return pool.get().settings().fraction; }, ReleaseGil())
       .def(
           "set_memory_fraction",
           [](const PoolReference& pool, double fraction) {
-            pool.get().set_memory_fraction(fraction);
+            set_memory_fraction(pool.device, fraction);
           },
           py::arg("fraction"), ReleaseGil())
       .def(

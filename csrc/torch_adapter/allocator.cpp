@@ -190,7 +190,7 @@ void Allocator::emptyCache(c10::MempoolId_t pool) {
                               "spillover's allocator does not support torch.cuda.MemPool");
   const GilRelease no_gil;
   for (int device = 0; device < device_count_; ++device) {
-    check_pool(spillover_trim(device), "emptying the cache");
+    check_pool(spillover_trim(device, 0), "emptying the cache");
   }
 }
 

@@ -48,9 +48,9 @@ DeviceMemory device_memory(c10::DeviceIndex device) {
 }
 
 // The setting that would help, or "" where none would.
-std::string advice(size_t size_bytes, size_t unallocated_bytes, double fraction) {
-  if (fraction < 1.0) {
-    return " The limit set by torch.cuda.set_per_process_memory_fraction may be raised.";
+std::string advice(size_t size_bytes, size_t unallocated_bytes, bool is_limited) {
+  if (is_limited) {
+    return "";  // The pool's own reason names the limit and how to raise it.
   }
   if (unallocated_bytes >= size_bytes) {
     return " Enough memory is free but not in one piece: torch.cuda.empty_cache() gives unused "
@@ -63,7 +63,8 @@ std::string advice(size_t size_bytes, size_t unallocated_bytes, double fraction)
 std::string describe(c10::DeviceIndex device, size_t size_bytes, const DeviceMemory& memory,
                      const std::string& reason) {
   const spillover_stats_t stats = pool_stats(device);
-  const double fraction = pool_memory_fraction(device);
+  const size_t allowed = pool_limit_bytes(device);
+  const bool is_limited = allowed < memory.total_bytes;
   const auto allocated = static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current);
   const auto reserved = static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current);
   const size_t unallocated = reserved > allocated ? reserved - allocated : 0;
@@ -73,10 +74,7 @@ std::string describe(c10::DeviceIndex device, size_t size_bytes, const DeviceMem
   text << "CUDA out of memory. Tried to allocate " << format_size(size_bytes) << ". GPU "
        << static_cast<int>(device) << " has a total capacity of " << format_size(memory.total_bytes)
        << " of which " << format_size(memory.free_bytes) << " is free.";
-  if (fraction < 1.0) {
-    const auto allowed = static_cast<double>(memory.total_bytes) * fraction;
-    text << " This process may use " << format_size(static_cast<size_t>(allowed)) << " of it.";
-  }
+  if (is_limited) text << " This process may use " << format_size(allowed) << " of it.";
   text << " Of the memory that spillover's pool holds, " << format_size(allocated)
        << " is allocated by PyTorch, and " << format_size(unallocated)
        << " is reserved by PyTorch but unallocated";
@@ -85,7 +83,7 @@ std::string describe(c10::DeviceIndex device, size_t size_bytes, const DeviceMem
     text << "; the largest free block has " << format_size(largest) << " ("
          << std::lround(100.0 * outside / static_cast<double>(unallocated)) << " % fragmented)";
   }
-  text << ". " << reason << advice(size_bytes, unallocated, fraction);
+  text << ". " << reason << advice(size_bytes, unallocated, is_limited);
   return text.str();
 }
 
@@ -122,8 +120,7 @@ void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_
     const std::lock_guard lock(all.mutex);
     list = all.list;
   }
-  const auto allowed =
-      static_cast<size_t>(static_cast<double>(memory.total_bytes) * pool_memory_fraction(device));
+  const size_t allowed = std::min(memory.total_bytes, pool_limit_bytes(device));
   for (const auto& observer : list) observer(device, size_bytes, allowed, memory.free_bytes);
 
   TORCH_CHECK_WITH(OutOfMemoryError, false, message);

@@ -34,4 +34,11 @@ double pool_memory_fraction(c10::DeviceIndex device) {
   return fraction;
 }
 
+size_t pool_limit_bytes(c10::DeviceIndex device) {
+  size_t size_bytes = 0;
+  check_pool(without_gil([&] { return spillover_limit(device, &size_bytes); }),
+             "reading the memory limit");
+  return size_bytes;
+}
+
 }  // namespace spillover::torch_adapter

@@ -28,6 +28,9 @@ size_t pool_largest_free_bytes(c10::DeviceIndex device);
 // Share of the device's memory that the pool may hold, 0 to 1; throws c10::Error on failure.
 double pool_memory_fraction(c10::DeviceIndex device);
 
+// What the pool may hold by its settings, SIZE_MAX without a limit; throws c10::Error on failure.
+size_t pool_limit_bytes(c10::DeviceIndex device);
+
 inline c10::Device cuda_device(c10::DeviceIndex index) {
   return {c10::DeviceType::CUDA, index};
 }

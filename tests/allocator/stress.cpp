@@ -52,7 +52,7 @@ void read_figures(unsigned draw) {
     case 1:
       return require(spillover_largest_free(0, &largest_bytes), "spillover_largest_free");
     case 2:
-      return require(spillover_trim(0), "spillover_trim");
+      return require(spillover_trim(0, 0), "spillover_trim");
     case 3:
       return require(spillover_reset_peak_stats(0), "spillover_reset_peak_stats");
     default:
@@ -115,7 +115,7 @@ int main(int argc, char** argv) {
     require(spillover_check_invariants(0), "spillover_check_invariants");
   }
   for (auto& slot : g_mail) free_block(slot.exchange(nullptr), 1);
-  require(spillover_trim(0), "spillover_trim");
+  require(spillover_trim(0, 0), "spillover_trim");
   spillover_stats_t stats{};
   require(spillover_stats(0, &stats), "spillover_stats");
   std::printf("%ld allocated, %ld refused for want of memory; %lld blocks and %lld bytes left\n",

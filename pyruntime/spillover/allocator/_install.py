@@ -9,11 +9,14 @@ import threading
 import warnings
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from spillover._errors import BuildError, ConfigError, StateError
 from spillover._settings import enabled, logger
-from spillover.allocator import _pool
+from spillover.allocator import _configure, _pool
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Adapter = Literal["auto", "full", "plain"]
 
@@ -28,7 +31,7 @@ _lock = threading.Lock()
 _installed: Literal["full", "plain"] | None = None
 
 
-def install(*, adapter: Adapter = "auto") -> bool:
+def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings]) -> bool:
     """Use Spillover's pool for every CUDA tensor of this process.
 
     Call it before the first use of CUDA. The first call on a machine compiles a part for the
@@ -43,6 +46,10 @@ def install(*, adapter: Adapter = "auto") -> bool:
         snapshots and ``torch.OutOfMemoryError``. ``"auto"`` takes the full one, and the plain one
         with a warning where the full one cannot be compiled.
 
+    **settings
+        Settings of the pools, for example ``limit="20GiB"``; see :func:`configure`. They also apply
+        when the allocator is installed already.
+
     Returns
     -------
     bool
@@ -51,8 +58,8 @@ def install(*, adapter: Adapter = "auto") -> bool:
     Raises
     ------
     ConfigError
-        There is no CUDA build of torch, or an option is wrong; with ``adapter="full"`` also a
-        cache folder that others may write to.
+        There is no CUDA build of torch, or an option or ``SPILLOVER_ALLOCATOR`` is wrong; with
+        ``adapter="full"`` also a cache folder that others may write to.
     StateError
         CUDA is initialised in this process already.
     BuildError
@@ -64,6 +71,8 @@ def install(*, adapter: Adapter = "auto") -> bool:
     if not enabled():
         logger.info("SPILLOVER=0: torch keeps its own allocator")
         return False
+    # Also reads SPILLOVER_ALLOCATOR: what is wrong there is told here, not at the first tensor.
+    _configure.apply(None, settings)
     with _lock:
         if _installed is not None:
             if adapter not in ("auto", _installed):

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from spillover._errors import ConfigError, DriverError, HostOutOfMemory, StateError
 from spillover._paths import library_path
+from spillover._units import parse_bytes
 
 _CLASSES = ("all", "small_pool", "large_pool")
 _COUNTERS = (
@@ -22,7 +23,7 @@ _COUNTERS = (
     "requested_bytes",
 )
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _OK, _INVALID_ARGUMENT, _OUT_OF_MEMORY, _DRIVER_FAILURE = range(4)
 
 
@@ -50,6 +51,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path("libspillover.so")))
     loaded.spillover_last_error.restype = ctypes.c_char_p
     loaded.spillover_stats.argtypes = [ctypes.c_int, ctypes.POINTER(_Stats)]
+    loaded.spillover_trim.argtypes = [ctypes.c_int, ctypes.c_size_t]
     loaded.spillover_check_invariants.argtypes = [ctypes.c_int]
     version = loaded.spillover_abi_version()
     if version != _ABI_VERSION:
@@ -108,6 +110,28 @@ def stats(device: int = 0) -> dict[str, int]:
     result["num_alloc_retries"] = counters.alloc_retries
     result["num_ooms"] = counters.ooms
     return result
+
+
+def trim(keep: int | str = 0, *, device: int = 0) -> None:
+    """Give memory without a live block to the driver, and wait for the device's work first.
+
+    Parameters
+    ----------
+    keep
+        Bytes, or a text such as ``"2GiB"``, that the pool may go on holding.
+    device
+        Index of the CUDA device.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device, or ``keep`` is not a size.
+    DriverError
+        The CUDA driver is missing or failed.
+    """
+    status = library().spillover_trim(device, parse_bytes(keep, name="keep"))
+    if status != _OK:
+        _raise(status)
 
 
 def check_invariants(device: int = 0) -> None:

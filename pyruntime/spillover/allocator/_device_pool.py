@@ -1,0 +1,225 @@
+"""The pool of one device for programs without torch, and blocks of its memory."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from spillover import _core
+from spillover._errors import ConfigError, StateError
+from spillover._units import parse_bytes
+from spillover.allocator import _configure, _pool
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class SupportsCudaStream(Protocol):
+    """A stream of cuda.core, CuPy or Numba."""
+
+    def __cuda_stream__(self) -> tuple[int, int]: ...
+
+
+#: The handle of a CUDA stream, a stream of torch or of a library with ``__cuda_stream__``, or None
+#: for the legacy default stream.
+Stream = int | SupportsCudaStream | Any | None
+
+
+def stream_handle(stream: Stream) -> int:
+    """The CUDA handle of a stream."""
+    if stream is None:
+        return 0
+    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+        return stream
+    if hasattr(stream, "__cuda_stream__"):
+        _version, handle = stream.__cuda_stream__()
+        return int(handle)
+    if hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it has the protocol
+        return int(stream.cuda_stream)
+    raise ConfigError(
+        f"stream={stream!r} is not a CUDA stream; give its handle as an int, a torch.cuda.Stream, "
+        "or an object with __cuda_stream__"
+    )
+
+
+class Block:
+    """Device memory of a pool, free again after :meth:`free` or with the last reference.
+
+    Any library that reads ``__cuda_array_interface__`` sees it as an array of bytes, without a
+    copy: ``torch.as_tensor(block, device="cuda")``, ``cupy.asarray(block)``.
+    """
+
+    def __init__(self, pool: _core.Pool, address: int, size_bytes: int, stream: int) -> None:
+        self._pool = pool
+        self._address: int | None = address
+        self._size_bytes = size_bytes
+        self._stream = stream
+
+    @property
+    def address(self) -> int:
+        """Address of the first byte, a multiple of 512; 0 for a size of 0."""
+        if self._address is None:
+            raise StateError("the block was freed")
+        return self._address
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes as they were asked for."""
+        return self._size_bytes
+
+    @property
+    def device(self) -> int:
+        """Index of the CUDA device."""
+        return self._pool.device
+
+    @property
+    def stream(self) -> int:
+        """Handle of the stream that the block was allocated for."""
+        return self._stream
+
+    def record_stream(self, stream: Stream) -> None:
+        """Note that the block is used on another stream, so that it is not reused too early.
+
+        Does not block. Work submitted there before :meth:`free` is complete before any part of the
+        block is handed out again.
+        """
+        self._pool.record_stream(self.address, stream_handle(stream))
+
+    def free(self) -> None:
+        """Give the memory back; further calls do nothing.
+
+        Does not wait for the device: the next block on the same stream may get the memory at once,
+        and other streams only after the work submitted so far.
+        """
+        address, self._address = self._address, None
+        if address:
+            self._pool.free(address)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        # A stream of 0 is not allowed there: 1 is the legacy default one.
+        return {
+            "shape": (self._size_bytes,),
+            "typestr": "|u1",
+            "data": (self.address, False),
+            "version": 3,
+            "strides": None,
+            "stream": self._stream or 1,
+        }
+
+    def __enter__(self) -> Block:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.free()
+
+    def __del__(self) -> None:
+        # A block whose making failed, or the end of a forked child's copy.
+        if getattr(self, "_address", None):
+            self.free()
+
+    def __len__(self) -> int:
+        return self._size_bytes
+
+    def __repr__(self) -> str:
+        state = "freed" if self._address is None else f"address=0x{self._address:x}"
+        return f"Block(device={self.device}, size_bytes={self._size_bytes}, {state})"
+
+
+class Pool:
+    """The process's pool of one device's memory, which torch shares once it is installed.
+
+    Any number of these objects stand for the same pool. Every method may be called from any thread.
+
+    Parameters
+    ----------
+    device
+        Index of the CUDA device.
+    **settings
+        Changes to the settings of this device's pool, as in :func:`configure`.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device, or a setting is wrong.
+    DriverError
+        There is no CUDA driver, or it failed.
+
+    Examples
+    --------
+    >>> pool = spillover.allocator.Pool(0, limit="20GiB")
+    >>> block = pool.allocate(1 << 20, stream)
+    """
+
+    def __init__(self, device: int = 0, **settings: Unpack[_configure.Settings]) -> None:
+        self._core = _core.Pool(device)
+        if settings:
+            _configure.apply(device, settings)
+
+    @property
+    def device(self) -> int:
+        """Index of the CUDA device."""
+        return self._core.device
+
+    def allocate(self, size_bytes: int | str, stream: Stream = None) -> Block:
+        """Memory for use on a stream at once.
+
+        Parameters
+        ----------
+        size_bytes
+            Bytes, or a text such as ``"1GiB"``. What is in the memory is not defined.
+        stream
+            Where it will be used first; a legacy default stream by default. A stream must live
+            while it is passed.
+
+        Returns
+        -------
+        Block
+            Its memory is aligned to 512 bytes.
+
+        Raises
+        ------
+        DeviceOutOfMemory
+            The device has not enough (``DriverError`` where torch is not loaded). Before that it
+            waits for streams, at most ``wait_max``, and asks the reclaimers.
+        StateError
+            The stream records a CUDA graph, or this is a forked child.
+        """
+        size = parse_bytes(size_bytes, name="size_bytes")
+        handle = stream_handle(stream)
+        return Block(self._core, self._core.alloc(size, handle), size, handle)
+
+    def trim(self, keep: int | str = 0) -> None:
+        """Give memory without a live block to the driver until at most ``keep`` bytes are held.
+
+        Waits for the device's work.
+        """
+        self._core.trim(parse_bytes(keep, name="keep"))
+
+    def stats(self) -> dict[str, int]:
+        """Counters, as :func:`spillover.allocator.stats`."""
+        return _pool.stats(self.device)
+
+    def reset_peaks(self) -> None:
+        """Set each high-water mark (the counters' ``peak``) to what is current."""
+        self._core.reset_peak_stats()
+
+    def settings(self) -> _core.PoolSettings:
+        """The settings in force; sizes in bytes, times in seconds."""
+        return self._core.settings()
+
+    def largest_free_bytes(self) -> int:
+        """Size of the largest free block that is mapped."""
+        return self._core.largest_free_bytes()
+
+    def check_invariants(self) -> None:
+        """As :func:`spillover.allocator.check_invariants`."""
+        self._core.check_invariants()
+
+    def __repr__(self) -> str:
+        return f"Pool(device={self.device})"
