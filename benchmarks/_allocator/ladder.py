@@ -113,6 +113,22 @@ del first
 wanted = make(440)
 """
 
+#: What is held could be spared, and the allocator has a way to say that it is needed.
+_RECLAIMER = """
+held = [make(100) for _ in range(8)]
+copies = []
+def spill(missing_bytes, stream):
+    if not held:
+        return 0
+    tensor = held.pop()
+    copies.append(tensor.cpu())
+    return tensor.nbytes
+if sys.argv[1] == "ours":
+    spillover.allocator.add_reclaimer(spill)
+wanted = make(600)
+assert len(copies) == 4
+"""
+
 RUNGS = (
     Rung(
         "search_after_wait",
@@ -128,6 +144,11 @@ RUNGS = (
         "remap",
         "free pages that lie apart are mapped into one run",
         by_trace("1GiB", _scattered_pages),
+    ),
+    Rung(
+        "reclaimers",
+        "what the program holds and can spare is asked for before the request fails",
+        by_program("1GiB", _RECLAIMER),
     ),
 )
 

@@ -174,6 +174,7 @@ Config read_config(const char* (*variable)(const char*)) {
                  &config.seed);
   reader.choice("SPILLOVER_EMULATOR_HAZARDS", kPolicies, &config.hazards);
   reader.flag("SPILLOVER_EMULATOR_POISON", &config.poison);
+  reader.flag("SPILLOVER_EMULATOR_VIRTUAL_MEMORY", &config.virtual_memory);
   reader.flag("SPILLOVER_EMULATOR_UNINITIALIZED", &config.uninitialized);
   reader.integer("SPILLOVER_EMULATOR_QUERY_SPINS", 0, 1000000000, &config.query_spins);
   reader.integer("SPILLOVER_EMULATOR_COPY_DELAY_US", 0, 60000000, &config.copy_delay_us);

@@ -37,6 +37,7 @@ struct Config {
   std::uint64_t seed = 0;
   HazardPolicy hazards = HazardPolicy::kWarn;
   bool poison = true;
+  bool virtual_memory = true;  // cuMemCreate, cuMemMap and so on
   bool uninitialized = false;  // reads of device memory that was never written are hazards
   int query_spins = 16;
   int copy_delay_us = 0;

@@ -2,6 +2,8 @@
 
 #include <iterator>
 
+#include "emulator/core/config.hpp"
+
 namespace spillover::emulator {
 namespace {
 
@@ -73,6 +75,11 @@ constexpr Row kRows[] = {
 #undef ROW
 // clang-format on
 
+bool is_of_virtual_memory(CUdevice_attribute attribute) {
+  return attribute == CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED ||
+         attribute == CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED;
+}
+
 }  // namespace
 
 CUresult device_attribute(CUdevice device, CUdevice_attribute attribute, int* value) {
@@ -82,6 +89,7 @@ CUresult device_attribute(CUdevice device, CUdevice_attribute attribute, int* va
   for (const Row& row : kRows) {
     if (row.attribute == attribute) *value = row.value;
   }
+  if (is_of_virtual_memory(attribute) && !config().virtual_memory) *value = 0;
   return CUDA_SUCCESS;
 }
 

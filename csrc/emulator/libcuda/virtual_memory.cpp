@@ -1,6 +1,7 @@
 // CUDA's virtual memory functions.
 #include "emulator/core/virtual_memory.hpp"
 
+#include "emulator/core/config.hpp"
 #include "emulator/core/lifetimes.hpp"
 #include "emulator/libcuda/api_call.hpp"
 
@@ -10,9 +11,16 @@ using emulator::is_device;
 using emulator::Lock;
 using emulator::Machine;
 using emulator::note_bytes;
-using emulator::with_driver;
 
 namespace {
+
+// with_driver, for devices that have virtual memory at all.
+template <typename Body>
+CUresult with_virtual_memory(const char* name, Body&& body) {
+  return emulator::with_driver(name, [&](Machine& machine, Lock& lock) {
+    return emulator::config().virtual_memory ? body(machine, lock) : CUDA_ERROR_NOT_SUPPORTED;
+  });
+}
 
 // Whether an allocation can be made with these properties. Memory in host NUMA nodes and fabric
 // handles are not emulated.
@@ -44,7 +52,7 @@ extern "C" {
 CUresult cuMemGetAllocationGranularity(std::size_t* granularity,
                                        const CUmemAllocationProp* properties,
                                        CUmemAllocationGranularity_flags) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (granularity == nullptr) return CUDA_ERROR_INVALID_VALUE;
     const CUresult result = check_properties(machine, properties);
     if (result == CUDA_SUCCESS) *granularity = emulator::kGranularityBytes;
@@ -54,7 +62,7 @@ CUresult cuMemGetAllocationGranularity(std::size_t* granularity,
 
 CUresult cuMemAddressReserve(CUdeviceptr* pointer, std::size_t size_bytes, std::size_t alignment,
                              CUdeviceptr hint, unsigned long long flags) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (pointer == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     Address address = 0;
     const CUresult result = machine.virtual_memory.reserve(size_bytes, alignment, hint, &address);
@@ -66,14 +74,14 @@ CUresult cuMemAddressReserve(CUdeviceptr* pointer, std::size_t size_bytes, std::
 }
 
 CUresult cuMemAddressFree(CUdeviceptr pointer, std::size_t size_bytes) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     return machine.virtual_memory.free_reservation(pointer, size_bytes);
   });
 }
 
 CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size_bytes,
                      const CUmemAllocationProp* properties, unsigned long long flags) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (handle == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     const CUresult result = check_properties(machine, properties);
     if (result != CUDA_SUCCESS) return result;
@@ -87,7 +95,7 @@ CUresult cuMemCreate(CUmemGenericAllocationHandle* handle, std::size_t size_byte
 }
 
 CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     const auto* physical = machine.virtual_memory.physical(handle);
     const std::size_t size_bytes = physical == nullptr ? 0 : physical->size_bytes;
     const CUresult released = machine.virtual_memory.release(handle);
@@ -98,7 +106,7 @@ CUresult cuMemRelease(CUmemGenericAllocationHandle handle) {
 
 CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offset_bytes,
                   CUmemGenericAllocationHandle handle, unsigned long long flags) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
     const CUresult mapped = machine.virtual_memory.map(pointer, size_bytes, offset_bytes, handle);
     if (mapped != CUDA_SUCCESS) return mapped;
@@ -112,7 +120,7 @@ CUresult cuMemMap(CUdeviceptr pointer, std::size_t size_bytes, std::size_t offse
 }
 
 CUresult cuMemUnmap(CUdeviceptr pointer, std::size_t size_bytes) {
-  return with_driver(__func__, [=](Machine& machine, Lock& lock) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock& lock) {
     const CUresult unmapped = emulator::unmap_memory(machine, lock, pointer, size_bytes);
     if (unmapped == CUDA_SUCCESS) note_bytes("cuMemUnmap", size_bytes);
     return unmapped;
@@ -121,7 +129,7 @@ CUresult cuMemUnmap(CUdeviceptr pointer, std::size_t size_bytes) {
 
 CUresult cuMemSetAccess(CUdeviceptr pointer, std::size_t size_bytes,
                         const CUmemAccessDesc* descriptors, std::size_t count) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (descriptors == nullptr || count == 0) return CUDA_ERROR_INVALID_VALUE;
     for (std::size_t i = 0; i < count; ++i) {
       const CUresult result = check_descriptor(machine, descriptors[i]);
@@ -139,7 +147,7 @@ CUresult cuMemSetAccess(CUdeviceptr pointer, std::size_t size_bytes,
 
 CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location,
                         CUdeviceptr pointer) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (flags == nullptr || location == nullptr) return CUDA_ERROR_INVALID_VALUE;
     if (location->type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_NOT_SUPPORTED;
     if (!is_device(machine, location->id)) return CUDA_ERROR_INVALID_DEVICE;
@@ -152,7 +160,7 @@ CUresult cuMemGetAccess(unsigned long long* flags, const CUmemLocation* location
 
 CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHandle handle,
                                       CUmemAllocationHandleType type, unsigned long long flags) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (shareable == nullptr || flags != 0) return CUDA_ERROR_INVALID_VALUE;
     if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_NOT_SUPPORTED;
     return machine.virtual_memory.export_file(handle, static_cast<int*>(shareable));
@@ -161,7 +169,7 @@ CUresult cuMemExportToShareableHandle(void* shareable, CUmemGenericAllocationHan
 
 CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, void* shareable,
                                         CUmemAllocationHandleType type) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (handle == nullptr) return CUDA_ERROR_INVALID_VALUE;
     if (type != CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) return CUDA_ERROR_NOT_SUPPORTED;
     const emulator::Context* context = emulator::CurrentContext::get();
@@ -175,7 +183,7 @@ CUresult cuMemImportFromShareableHandle(CUmemGenericAllocationHandle* handle, vo
 }
 
 CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void* address) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     if (handle == nullptr) return CUDA_ERROR_INVALID_VALUE;
     emulator::PhysicalId id = 0;
     const CUresult result = machine.virtual_memory.retain(reinterpret_cast<Address>(address), &id);
@@ -186,7 +194,7 @@ CUresult cuMemRetainAllocationHandle(CUmemGenericAllocationHandle* handle, void*
 
 CUresult cuMemGetAllocationPropertiesFromHandle(CUmemAllocationProp* properties,
                                                 CUmemGenericAllocationHandle handle) {
-  return with_driver(__func__, [=](Machine& machine, Lock&) {
+  return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
     const auto* physical = machine.virtual_memory.physical(handle);
     if (properties == nullptr || physical == nullptr) return CUDA_ERROR_INVALID_VALUE;
     *properties = physical->properties;

@@ -72,6 +72,10 @@ def emulate(
     poison: Annotated[
         bool | None, typer.Option(help="Fill memory that the driver gives or takes with NaN.")
     ] = None,
+    virtual_memory: Annotated[
+        bool | None,
+        typer.Option(help="Whether the devices have virtual memory management; else they have."),
+    ] = None,
     clock: Annotated[
         bool | None, typer.Option(help="Keep virtual time and print what took how long.")
     ] = None,
@@ -110,8 +114,8 @@ def emulate(
     """Run an unmodified CUDA script on emulated devices, child processes included.
 
     Options not given come from SPILLOVER_EMULATOR_VRAM, _DEVICES, _SCHEDULE, _SEED, _HAZARDS,
-    _POISON, _CLOCK, _PROFILE, _TRACE, _DRY, _UNKNOWN and _ROUTING. Compute runs on the CPU; how
-    long it takes says nothing about a GPU, what the clock computes is simulated.
+    _POISON, _VIRTUAL_MEMORY, _CLOCK, _PROFILE, _TRACE, _DRY, _UNKNOWN and _ROUTING. Compute runs on
+    the CPU; how long it takes says nothing about a GPU, what the clock computes is simulated.
     """
     from spillover._errors import ConfigError
     from spillover.emulator import _check, _command, _dry, _options
@@ -125,6 +129,7 @@ def emulate(
             "seed": seed,
             "hazards": hazards,
             "poison": poison,
+            "virtual_memory": virtual_memory,
             "clock": clock,
             "profile": profile,
             "trace": trace,

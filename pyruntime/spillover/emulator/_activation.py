@@ -46,6 +46,7 @@ def enable(
     seed: int = 0,
     hazards: HazardPolicy = "raise",
     poison: bool = True,
+    virtual_memory: bool = True,
     uninitialized: bool = False,
     leaks: bool = False,
     blocks: bool = False,
@@ -77,6 +78,8 @@ def enable(
         ``off``, ``count``, ``warn`` or ``raise``; see :class:`Options`.
     poison
         Fill what the driver hands out and takes back with 0xFF bytes; see :class:`Options`.
+    virtual_memory
+        Whether the devices have virtual memory management; see :class:`Options`.
     uninitialized
         Report reads of device memory that was never written; see :class:`Options`.
     leaks
@@ -119,6 +122,7 @@ def enable(
             seed=seed,
             hazards=hazards,
             poison=poison,
+            virtual_memory=virtual_memory,
             uninitialized=uninitialized,
             leaks=leaks,
             blocks=blocks,

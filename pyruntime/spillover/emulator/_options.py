@@ -26,7 +26,16 @@ _VRAM_BYTES_MIN = 4 << 20
 #: What the emulated address range has room for, besides what is freed and reserved anew.
 VRAM_BYTES_MAX = 1 << 40
 _SEED_MAX = 2**63 - 1
-_FLAGS = ("poison", "uninitialized", "leaks", "blocks", "stacks", "clock", "dry")
+_FLAGS = (
+    "poison",
+    "virtual_memory",
+    "uninitialized",
+    "leaks",
+    "blocks",
+    "stacks",
+    "clock",
+    "dry",
+)
 _TEXTS = ("profile", "trace", "routing")
 _IMBALANCE_MAX = 1024.0
 _SWITCHES = {"1": True, "on": True, "true": True, "0": False, "off": False, "false": False}
@@ -55,6 +64,9 @@ class Options:
     poison
         Fill what the driver hands out and takes back with 0xFF bytes (NaN as a float). Blocks that
         torch's cache reuses without the driver are not filled.
+    virtual_memory
+        Whether the devices have virtual memory management (``cuMemCreate``, ``cuMemMap`` and so on),
+        which some virtual GPUs have not.
     uninitialized
         Report reads of device memory that was never written. Kernels of the project's own count as
         writing nothing, so this is for programs without them.
@@ -93,6 +105,7 @@ class Options:
     seed: int = 0
     hazards: HazardPolicy = "raise"
     poison: bool = True
+    virtual_memory: bool = True
     uninitialized: bool = False
     leaks: bool = False
     blocks: bool = False
