@@ -73,11 +73,13 @@ spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream
 
 spillover_status spillover_free(void* pointer) {
   if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
+  if (spillover::Pool::free_to_magazine(pointer)) return SPILLOVER_OK;
   return guarded([&] { spillover::pool_of_address(pointer).free(pointer); });
 }
 
 spillover_status spillover_try_free(void* pointer) {
   if (pointer == nullptr || spillover::in_forked_child()) return SPILLOVER_OK;
+  if (spillover::Pool::free_to_magazine(pointer)) return SPILLOVER_OK;
   bool is_freed = true;
   const spillover_status status =
       guarded([&] { is_freed = spillover::pool_of_address(pointer).try_free(pointer); });

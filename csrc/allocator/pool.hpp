@@ -50,6 +50,10 @@ class Pool {
   // Throws ConfigError unless pointer is the start of a live block.
   void free(void* pointer);
 
+  // Puts a live block of any pool into the thread's magazine; false, with nothing done, where it
+  // has no room or the pointer is no live block. Never blocks.
+  static bool free_to_magazine(void* pointer) noexcept;
+
   // As free(), but false, with nothing done, where it would have to wait for the mutex.
   bool try_free(void* pointer);
 
@@ -169,7 +173,7 @@ class Pool {
   void erase_block(Block* block);
 
   // pool_magazines.cpp; free_cached takes no mutex.
-  bool free_cached(Block* block) noexcept;
+  static bool free_cached(Block* block) noexcept;
   MagazineSlot* equip(StreamState& stream);
   void return_cached(const std::vector<Block*>& blocks);
   void empty_large(MagazineSlot& slot);

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "allocator/page_table.hpp"
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
 #include "base/check.hpp"
@@ -38,6 +39,13 @@ void* Pool::allocate_cached(size_t size_bytes, StreamHandle stream) noexcept {
   block->state.store(BlockState::kLive, std::memory_order_relaxed);
   slot->counters->add(block->heap->size_class, rounded_bytes, size_bytes);
   return reinterpret_cast<void*>(block->address);
+}
+
+bool Pool::free_to_magazine(void* pointer) noexcept {
+  const auto address = reinterpret_cast<DeviceAddress>(pointer);
+  Block* block = PageTable::instance().find(address);
+  return block != nullptr && block->address == address && block->state == BlockState::kLive &&
+         free_cached(block);
 }
 
 bool Pool::free_cached(Block* block) noexcept {

@@ -28,9 +28,10 @@ void report_free_failure(void* pointer, const char* reason) noexcept {
 }
 
 void delete_block(void* pointer) noexcept {
-  // In a forked child the block is the parent's, and History's lock may be held for ever.
-  if (pointer == nullptr || C10_UNLIKELY(spillover_in_forked_child() != 0)) return;
+  if (pointer == nullptr) return;
   if (C10_UNLIKELY(History::instance().watching())) {
+    // In a forked child the block is the parent's, and History's lock may be held for ever.
+    if (spillover_in_forked_child() != 0) return;
     try {
       History::instance().on_free(pointer);
     } catch (const std::exception& error) {
