@@ -24,6 +24,7 @@ from spillover._errors import (
     StateError,
     StorageError,
 )
+from spillover._torch_import import after_torch_import
 
 if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner
@@ -78,3 +79,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+def _when_torch_is_imported() -> None:
+    from spillover import _first_use
+    from spillover._settings import logger, switched_on
+
+    _first_use.watch()
+    if not switched_on():
+        return
+    if _first_use.torch_has_cuda():
+        importlib.import_module("spillover.allocator").install()
+    else:
+        logger.warning("SPILLOVER=1 changes nothing: this torch was built without CUDA")
+
+
+after_torch_import(_when_torch_is_imported)

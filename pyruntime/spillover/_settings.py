@@ -23,3 +23,8 @@ def enabled() -> bool:
     if value not in ("0", "1", ""):
         raise ConfigError(f"SPILLOVER={value!r} is not understood; set it to 0 (off) or 1 (on)")
     return value != "0"
+
+
+def switched_on() -> bool:
+    """Whether ``SPILLOVER=1`` asks for the allocator without a change to the program."""
+    return os.environ.get("SPILLOVER", "").strip() == "1"

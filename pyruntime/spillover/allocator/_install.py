@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
+from spillover import _first_use
 from spillover._errors import BuildError, ConfigError, StateError
 from spillover._settings import enabled, logger
 from spillover.allocator import _configure, _pool
@@ -73,6 +74,8 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
         return False
     # Also reads SPILLOVER_ALLOCATOR: what is wrong there is told here, not at the first tensor.
     _configure.apply(None, settings)
+    # Imports torch, which may install the allocator by itself (SPILLOVER=1, spillover run).
+    _require_cuda_build()
     with _lock:
         if _installed is not None:
             if adapter not in ("auto", _installed):
@@ -81,7 +84,6 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
                     f"replaced by the {adapter} one"
                 )
             return True
-        _require_cuda_build()
         _require_uninitialised()
         if adapter == "plain":
             _install_plain()
@@ -108,8 +110,10 @@ def _require_uninitialised() -> None:
 
     cuda: Any = torch.cuda  # torch leaves some of its functions without types
     if cuda.is_initialized():
+        place = _first_use.place()
+        where = f"at {place}" if place else "before spillover was imported"
         raise StateError(
-            "spillover.allocator.install() came after CUDA was initialised in this process; call "
+            f"spillover.allocator.install() came after CUDA was initialised ({where}); call "
             "it before the first CUDA tensor, stream or torch.cuda query of memory, or start the "
             "script with 'spillover run'"
         )

@@ -175,29 +175,36 @@ def build(
         print(path)
 
 
-@app.command(context_settings=_PASS_THROUGH)
+@app.command(context_settings={**_PASS_THROUGH, "ignore_unknown_options": True})
 def run(
-    script: Annotated[Path, typer.Argument(help="The Python script.", metavar="SCRIPT")],
+    script: Annotated[
+        str, typer.Argument(help="The Python script, or -m MODULE.", metavar="(SCRIPT | -m MODULE)")
+    ],
     arguments: Annotated[
         list[str] | None, typer.Argument(help="Its arguments.", metavar="[ARGS]...")
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option(help="What the pool may hold of a device, such as 20GiB.", metavar="BYTES"),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of docs/allocator.md; may be repeated.", metavar="KEY=VALUE"
+        ),
     ] = None,
     record_trace: Annotated[
         Path | None,
         typer.Option(help="Write what it allocates on device 0, for replay.", metavar="FILE.csv"),
     ] = None,
 ) -> None:
-    """Run an unmodified script with Spillover's allocator in place of PyTorch's own.
+    """Run an unmodified script or module with Spillover's allocator in place of PyTorch's own.
 
-    Children that the script spawns, such as torchrun's workers, keep PyTorch's allocator.
+    So are the Python processes that it starts, such as torchrun's and DataLoader's workers.
     """
-    from spillover._errors import ConfigError
+    from spillover.cli import _run
 
-    if not script.is_file():
-        raise ConfigError(f"there is no script {str(script)!r}")
-    # A process of its own: the script's exceptions, signals and exit code are not the command
-    # line's to interpret.
-    command = [sys.executable, "-m", "spillover.allocator._run"]
-    if record_trace is not None:
-        command += ["--record-trace", str(record_trace.absolute())]
-    command += [str(script), *(arguments or [])]
-    os.execv(sys.executable, command)
+    settings = list(setting or [])
+    if limit is not None:
+        settings.append(f"limit={limit}")
+    _run.replace_process([script, *(arguments or [])], settings, record_trace)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from spillover._children import with_site
 from spillover._errors import ConfigError
 from spillover._settings import enabled
 from spillover.emulator._options import ACTIVE_VARIABLE, Options
@@ -28,15 +29,12 @@ _BLIND_OPTIONS = {
 
 def environment(options: Options, base: Mapping[str, str] = os.environ) -> dict[str, str]:
     """``base`` with what a Python process needs to get emulated devices at start."""
-    site = str(Path(__file__).with_name("_site"))
-    rest = [entry for entry in base.get("PYTHONPATH", "").split(os.pathsep) if entry != site]
     # `python` in the command means the one that runs us, also where its venv is not activated.
     binaries = [str(Path(sys.executable).parent), base.get("PATH", os.defpath)]
     return {
-        **base,
+        **with_site(base),
         **options.environment(),
         ACTIVE_VARIABLE: "1",
-        "PYTHONPATH": os.pathsep.join([site, *filter(None, rest)]),
         "PATH": os.pathsep.join(binaries),
     }
 

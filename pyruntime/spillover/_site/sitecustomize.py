@@ -1,4 +1,4 @@
-"""Gives a Python process emulated devices when ``spillover emulate`` put this folder on its path.
+"""Gives a Python process what ``spillover emulate`` or ``spillover run`` put into its environment.
 
 Python imports ``sitecustomize`` at start, before the script. One that this hides runs after it.
 """
@@ -27,9 +27,9 @@ def _run_hidden_sitecustomize() -> None:
         raise
 
 
-def _stop(reason: str) -> None:
+def _stop(command: str, reason: object) -> None:
     # An exception here would only print "Failed to import the site module" and a traceback.
-    sys.stderr.write(f"spillover emulate: {reason}\n")
+    sys.stderr.write(f"spillover {command}: {reason}\n")
     sys.stderr.flush()
     os._exit(2)
 
@@ -37,32 +37,53 @@ def _stop(reason: str) -> None:
 class _NoTorchHere:
     """Another interpreter, without spillover: fine for tools, but not for a script with torch."""
 
-    def __init__(self, reason: ImportError) -> None:
+    def __init__(self, command: str, reason: ImportError) -> None:
+        self._command = command
         self._reason = reason
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         if name == "torch":
             _stop(
+                self._command,
                 f"{sys.executable} cannot import spillover ({self._reason}); install it into that "
-                "environment, or name another python"
+                "environment, or name another python",
             )
 
 
-def _activate() -> None:
-    try:
-        from spillover._errors import SpilloverError
-        from spillover.emulator._activation import activate, report_at_exit
-        from spillover.emulator._options import Options
-    except ImportError as error:
-        sys.meta_path.insert(0, _NoTorchHere(error))
-        return
+def _emulate() -> None:
+    from spillover._errors import SpilloverError
+    from spillover.emulator._activation import activate, report_at_exit
+    from spillover.emulator._options import Options
+
     try:
         if activate(Options.from_environment()):
             report_at_exit()
     except SpilloverError as error:
-        _stop(str(error))
+        _stop("emulate", error)
 
 
-if os.environ.get("SPILLOVER_EMULATOR") == "1":
-    _activate()
+def _install_allocator() -> None:
+    from spillover._errors import SpilloverError
+    from spillover._torch_import import after_torch_import
+
+    def install() -> None:
+        from spillover.allocator import install
+
+        try:
+            install()
+        except SpilloverError as error:
+            _stop("run", error)
+
+    after_torch_import(install)
+
+
+for variable, command, action in (
+    ("SPILLOVER_EMULATOR", "emulate", _emulate),
+    ("SPILLOVER_RUN", "run", _install_allocator),
+):
+    if os.environ.get(variable) == "1":
+        try:
+            action()
+        except ImportError as error:
+            sys.meta_path.insert(0, _NoTorchHere(command, error))
 _run_hidden_sitecustomize()

@@ -1,0 +1,19 @@
+"""What child processes inherit: a folder on their path whose ``sitecustomize`` asks the environment
+what of Spillover a Python process is to have from its start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+#: "1" has a Python process install the allocator once it imports torch.
+RUN_VARIABLE = "SPILLOVER_RUN"
+
+
+def with_site(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` with that folder first on the path of Python processes."""
+    site = str(Path(__file__).with_name("_site"))
+    rest = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry != site]
+    return {**environment, "PYTHONPATH": os.pathsep.join([site, *filter(None, rest)])}

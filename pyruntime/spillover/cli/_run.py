@@ -1,0 +1,71 @@
+"""``spillover run``: a program, and the processes that it starts, on Spillover's allocator."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from spillover._children import RUN_VARIABLE, with_site
+from spillover._errors import ConfigError
+
+_SETTINGS_VARIABLE = "SPILLOVER_ALLOCATOR"
+
+
+def replace_process(
+    program: Sequence[str], settings: Sequence[str], record_trace: Path | None
+) -> NoReturn:
+    """Become the program: its exceptions, signals and exit code are then its own.
+
+    Parameters
+    ----------
+    program
+        A script or ``-m`` and a module, then arguments.
+    settings
+        Settings of the pool as ``key=value``; they come before those of the environment.
+    record_trace
+        Where to write what the program itself allocates on device 0.
+
+    Raises
+    ------
+    ConfigError
+        There is no such script, or what stands in its place is no option of ours.
+    """
+    _require_program(program)
+    environment = with_site(os.environ)
+    environment[RUN_VARIABLE] = "1"
+    if settings:
+        environment[_SETTINGS_VARIABLE] = _merge(os.environ.get(_SETTINGS_VARIABLE, ""), settings)
+    command = [sys.executable, "-m", "spillover.allocator._run"]
+    if record_trace is not None:
+        command += ["--record-trace", str(record_trace.absolute())]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [*command, *program], environment)
+
+
+def _require_program(program: Sequence[str]) -> None:
+    first = program[0]
+    if first == "-m":
+        if len(program) == 1:
+            raise ConfigError("-m needs the name of a module")
+    elif first.startswith("-"):
+        raise ConfigError(
+            f"there is no option {first!r}; before the script there may be --limit, --set, "
+            "--record-trace, and -m MODULE in its place"
+        )
+    elif not Path(first).is_file():
+        raise ConfigError(f"there is no script {first!r}")
+
+
+def _merge(text: str, settings: Sequence[str]) -> str:
+    """The environment's settings with those of the command line in the place of the same keys."""
+    own = {_key(setting) for setting in settings}
+    kept = [part for part in text.split(",") if part.strip() and _key(part) not in own]
+    return ",".join([*kept, *settings])
+
+
+def _key(setting: str) -> str:
+    return setting.split("=")[0].strip()
