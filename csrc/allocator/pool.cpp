@@ -68,6 +68,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   take_over_counters();
   activate(block, request);
   raise_peaks();
+  if (settings_.check_every != 0) check_at_intervals();
   return reinterpret_cast<void*>(block->address);
 }
 
@@ -197,11 +198,12 @@ void Pool::free_slowly(void* pointer) {
   count_freed(*block);
   if (block->uses.empty()) {
     make_free(block);
-    return;
+  } else {
+    block->state = BlockState::kWaiting;
+    const RelaxedCaptureScope relaxed;
+    pending_.add(block);
   }
-  block->state = BlockState::kWaiting;
-  const RelaxedCaptureScope relaxed;
-  pending_.add(block);
+  if (settings_.check_every != 0) check_at_intervals();
 }
 
 void Pool::count_freed(Block& block) {
