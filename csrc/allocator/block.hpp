@@ -114,8 +114,14 @@ struct StreamState {
     uint64_t freed_count;  // frees that it covers
   };
 
-  StreamState(const StreamKey& stream_key, ArenaId stream_arena, bool is_stream_immortal)
-      : key(stream_key), arena(stream_arena), is_immortal(is_stream_immortal) {
+  // Frees are numbered from first_count on.
+  StreamState(const StreamKey& stream_key, ArenaId stream_arena, bool is_stream_immortal,
+              uint64_t first_count)
+      : key(stream_key),
+        arena(stream_arena),
+        is_immortal(is_stream_immortal),
+        freed_count(first_count),
+        completed_count(first_count) {
     for (const SizeClass size_class : kSizeClasses) {
       heap(size_class).stream = this;
       heap(size_class).size_class = size_class;
@@ -132,8 +138,8 @@ struct StreamState {
   const StreamKey key;
   const ArenaId arena;
   const bool is_immortal;  // it never dies, and any thread may ask about it
-  uint64_t freed_count = 0;
-  uint64_t completed_count = 0;
+  uint64_t freed_count;
+  uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.
   std::array<Heap, 2> heaps;  // Indexed by SizeClass.
 };

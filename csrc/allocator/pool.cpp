@@ -39,7 +39,8 @@ Pool::Pool(int device, const Settings& settings)
       pending_(device, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
-  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key)).first->second;
+  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
+      .first->second;
 }
 
 Heap& Pool::heap_of(const Request& request) {

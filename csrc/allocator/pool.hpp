@@ -243,6 +243,9 @@ class Pool {
   BlockStore blocks_;
   std::map<DeviceAddress, Block*> segments_;  // The first block of each.
   StreamStates streams_;
+  // At least the freed_count of every stream that was forgotten. One that comes back numbers its
+  // frees from there: a thread that waits for the device since then holds the former numbers.
+  uint64_t forgotten_count_ = 0;
   PendingUses pending_;
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
