@@ -125,3 +125,32 @@ def test_a_stream_that_was_forgotten_meanwhile_is_not_taken_for_idle(
             thread.join()
     assert failures == []
     cuda.destroy_stream(stream)
+
+
+def test_a_use_that_came_during_a_wait_is_not_taken_for_complete(
+    pool: _core.Pool, cuda: Cuda
+) -> None:
+    """A thread waits for the device while another frees a block that a stream begins to use."""
+    stream = cuda.create_stream()
+    failures: list[BaseException] = []
+
+    def wait_for_the_device() -> None:
+        try:
+            cuda.use_device()
+            for _ in range(60):
+                pool.trim()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=wait_for_the_device) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        block = pool.alloc(2 * MIB)
+        pool.record_stream(block, stream)
+        cuda.fill(block, 2 * MIB, stream)
+        pool.free(block)
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    cuda.destroy_stream(stream)
