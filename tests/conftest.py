@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = os.environ.get("SPILLOVER_TEST_GPU") == "1"
 
 if not ON_GPU:
+    # The pool checks itself at intervals, in the processes that tests start as well.
+    os.environ.setdefault("SPILLOVER_ALLOCATOR", "check_every=64")
     emulator.enable(vram="2GiB", schedule="late", hazards="raise")
 
 

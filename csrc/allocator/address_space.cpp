@@ -4,6 +4,7 @@
 #include <iterator>
 #include <utility>
 
+#include "allocator/expect.hpp"
 #include "base/check.hpp"
 
 namespace spillover {
@@ -91,6 +92,36 @@ void AddressSpace::release_unused() {
     gaps_.erase(position->first);
     position = reservations_.erase(position);
   }
+}
+
+AddressSpace::Sums AddressSpace::check_invariants() const {
+  Sums sums;
+  DeviceAddress end = 0;
+  for (const auto& [start, reservation] : reservations_) {
+    expect(start == reservation.range.address() && start >= end, "two reservations overlap");
+    end = reservation.end();
+    sums.reserved_bytes += reservation.range.size_bytes();
+  }
+  DeviceAddress gap_end = 0;
+  for (const auto& [address, size_bytes] : gaps_) {
+    const auto after = reservations_.upper_bound(address);
+    expect(after != reservations_.begin(), "a gap is in no reservation");
+    const Reservation& reservation = std::prev(after)->second;
+    expect(size_bytes > 0 && address + size_bytes <= reservation.end(),
+           "a gap is in no reservation");
+    expect(address >= gap_end, "two gaps overlap");
+    expect(address > gap_end || address == reservation.range.address(), "two gaps touch");
+    gap_end = address + size_bytes;
+    sums.gap_bytes += size_bytes;
+  }
+  return sums;
+}
+
+bool AddressSpace::is_free_of_gaps(DeviceAddress address, size_t size_bytes) const {
+  const auto after = gaps_.lower_bound(address + size_bytes);
+  if (after == gaps_.begin()) return true;
+  const auto& [gap, gap_bytes] = *std::prev(after);
+  return gap + gap_bytes <= address;
 }
 
 }  // namespace spillover

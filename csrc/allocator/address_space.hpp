@@ -34,6 +34,14 @@ class AddressSpace {
   // Gives the reservations without a mapping back to the driver.
   void release_unused();
 
+  struct Sums {
+    size_t reserved_bytes = 0;
+    size_t gap_bytes = 0;
+  };
+  // O(gaps). Throws StateError that says which equation does not hold.
+  Sums check_invariants() const;
+  bool is_free_of_gaps(DeviceAddress address, size_t size_bytes) const;
+
  private:
   struct Reservation {
     AddressReservation range;

@@ -6,6 +6,7 @@
 #include <string>
 #include <utility>
 
+#include "allocator/expect.hpp"
 #include "base/bytes.hpp"
 #include "base/check.hpp"
 #include "base/error.hpp"
@@ -138,6 +139,7 @@ void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chu
     } catch (const Error&) {
       // Nobody knows what is mapped there now: neither the addresses nor the chunks are used again.
       space_.take(address, size_bytes);
+      lost_bytes_ += size_bytes;
       chunks.clear();
     }
     throw;
@@ -191,7 +193,9 @@ void Backing::unmap(const AddressRange& chunks) {
     for (Chunk& chunk : taken) chunk.fixed->release();
     return;
   }
+  lost_bytes_ += chunks.size_bytes();
   unmap_memory(device_, chunks.begin, chunks.size_bytes());
+  lost_bytes_ -= chunks.size_bytes();
   space_.give(chunks.begin, chunks.size_bytes());
   for (Chunk& chunk : taken) cache(std::move(*chunk.physical));
 }
@@ -216,6 +220,40 @@ void Backing::add_peer(int device) {
   devices_.push_back(device);
   if (!is_virtual_) return;
   for (const auto& [address, chunk] : mapped_) allow_access(address, chunk.size_bytes, devices_);
+}
+
+void Backing::check_invariants() const {
+  size_t mapped_bytes = 0;
+  DeviceAddress end = 0;
+  for (const auto& [address, chunk] : mapped_) {
+    expect(address >= end, "two chunks overlap");
+    expect(chunk.size_bytes > 0 && chunk.size_bytes % unit_bytes_ == 0,
+           "the size of a chunk is no multiple of the unit");
+    expect(chunk.physical.has_value() == is_virtual_ && chunk.fixed.has_value() != is_virtual_,
+           "a chunk is of the wrong kind for the device");
+    expect(!is_virtual_ || chunk.physical->size_bytes() == chunk.size_bytes,
+           "a chunk's memory has another size than the chunk");
+    mapped_bytes += chunk.size_bytes;
+    end = address + chunk.size_bytes;
+  }
+  expect(mapped_bytes == mapped_bytes_, "the mapped chunks do not add up");
+  size_t cached_bytes = 0;
+  for (const auto& [size_bytes, memories] : cached_) {
+    expect(!memories.empty(), "a list of cached chunks is empty");
+    for (const PhysicalMemory& memory : memories) {
+      expect(memory.size_bytes() == size_bytes, "a cached chunk is in the list of another size");
+    }
+    cached_bytes += size_bytes * memories.size();
+  }
+  expect(cached_bytes == cached_bytes_, "the cached chunks do not add up");
+  expect(is_virtual_ || cached_bytes == 0, "a chunk at a fixed address is cached");
+  const AddressSpace::Sums addresses = space_.check_invariants();
+  expect(
+      !is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes + lost_bytes_,
+      "gaps and mapped chunks do not cover the reserved addresses");
+  for (const auto& [address, chunk] : mapped_) {
+    expect(space_.is_free_of_gaps(address, chunk.size_bytes), "a chunk is mapped in a gap");
+  }
 }
 
 }  // namespace spillover

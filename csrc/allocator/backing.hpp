@@ -6,7 +6,9 @@
 // making a chunk costs several times what mapping one costs, so an unmapped chunk is not given back
 // at once. Where the device has none, a chunk is what cuMemAlloc gives, at a fixed address.
 //
-//   held = mapped + cached;  with fixed addresses cached = 0.
+//   held = mapped + cached;  with fixed addresses cached = 0;
+//   reserved addresses = gaps + mapped + lost (where an unmapping failed).
+// Chunks do not overlap, and their sizes are multiples of the unit.
 //
 // Owned by one Pool and guarded by its mutex, under which it calls the driver. Unmapping is not
 // ordered with streams: the caller knows that the work on what it takes away is complete.
@@ -79,6 +81,9 @@ class Backing {
   // Lets another device use this one's memory, what is mapped now and later.
   void add_peer(int device);
 
+  // O(chunks). Throws StateError that says which equation does not hold.
+  void check_invariants() const;
+
  private:
   struct Chunk {
     size_t size_bytes;
@@ -103,6 +108,7 @@ class Backing {
   std::vector<int> devices_;  // That may use the memory; this one first.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;
+  size_t lost_bytes_ = 0;  // addresses of which nobody knows what is mapped there
 };
 
 }  // namespace spillover

@@ -8,10 +8,19 @@
 //   - no two neighbours are both free;
 //   - a free block is in its heap's set and has requested_bytes 0 and no uses;
 //   - a cached block is in one magazine (Note [Magazines] in magazine.hpp);
-//   - a waiting block has outstanding_uses > 0, any other has 0;
-//   - addresses and sizes are multiples of kBlockAlignment;
-//   - freed_at of a block <= freed_count of its stream, completed_count <= freed_count.
-// Pool::check_invariants() walks all of that.
+//   - a waiting block has outstanding_uses > 0, and as many pending uses name it; any other has 0;
+//   - addresses and sizes are multiples of kBlockAlignment; a block that is not free is at most
+//     kSmallRequestMax in a small heap, and more in a large one;
+//   - the table of pages knows exactly the blocks that are not free, and has each page once for
+//     every segment that lies in it;
+//   - freed_at of a block <= freed_count of its stream, completed_count <= freed_count, and the
+//     marks of a stream cover ever more frees, at most freed_count.
+// So, for each class: live + waiting + cached + free = mapped bytes. And what the counters say:
+//   allocation = live; active = live + waiting; requested_bytes = those that live and waiting
+//   blocks were asked for; inactive_split = free blocks that are not all of their segment;
+//   reserved_bytes = held bytes (backing.hpp); all = small + large; peak >= current.
+// Pool::check_invariants() walks all of that, and what backing.hpp, address_space.hpp, magazine.hpp
+// and thread_counters.hpp state. Note [Checks at intervals] in pool_check.cpp says when.
 #pragma once
 
 #include <array>
@@ -105,8 +114,14 @@ struct StreamState {
     uint64_t freed_count;  // frees that it covers
   };
 
-  StreamState(const StreamKey& stream_key, ArenaId stream_arena, bool is_stream_immortal)
-      : key(stream_key), arena(stream_arena), is_immortal(is_stream_immortal) {
+  // Frees are numbered from first_count on.
+  StreamState(const StreamKey& stream_key, ArenaId stream_arena, bool is_stream_immortal,
+              uint64_t first_count)
+      : key(stream_key),
+        arena(stream_arena),
+        is_immortal(is_stream_immortal),
+        freed_count(first_count),
+        completed_count(first_count) {
     for (const SizeClass size_class : kSizeClasses) {
       heap(size_class).stream = this;
       heap(size_class).size_class = size_class;
@@ -123,8 +138,8 @@ struct StreamState {
   const StreamKey key;
   const ArenaId arena;
   const bool is_immortal;  // it never dies, and any thread may ask about it
-  uint64_t freed_count = 0;
-  uint64_t completed_count = 0;
+  uint64_t freed_count;
+  uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.
   std::array<Heap, 2> heaps;  // Indexed by SizeClass.
 };

@@ -5,6 +5,7 @@
 #include <thread>
 #include <utility>
 
+#include "allocator/expect.hpp"
 #include "allocator/pool.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
@@ -67,6 +68,42 @@ void Magazine::empty(std::vector<Block*>& blocks) {
     small_in_use_[word] = 0;
   }
   small_bytes_ = 0;
+}
+
+size_t Magazine::check_invariants(const StreamState& stream) const {
+  size_t count = 0;
+  const auto add_list = [&](const Block* head, auto is_of_list) {
+    size_t list_bytes = 0;
+    for (const Block* block = head; block != nullptr; block = block->next_cached) {
+      expect(block->state == BlockState::kCached, "a block in a magazine is not cached");
+      expect(block->heap->stream == &stream, "a block is in the magazine of another stream");
+      expect(is_of_list(block->size_bytes), "a block is in a magazine's list of another size");
+      list_bytes += block->size_bytes;
+      ++count;
+      // A list that leads back into itself would not end.
+      expect(list_bytes <= small_bytes_ + large_bytes_, "a magazine has more than it counts");
+    }
+    return list_bytes;
+  };
+  size_t small_bytes = 0;
+  for (size_t bin = 0; bin < kSmallBins; ++bin) {
+    if (small_[bin] == nullptr) continue;
+    expect((small_in_use_[bin / 64] >> (bin % 64) & 1U) != 0, "a magazine forgets a list");
+    small_bytes += add_list(small_[bin], [&](size_t size) {
+      return size <= kSmallRequestMax && size / kBlockAlignment == bin;
+    });
+  }
+  size_t large_bytes = 0;
+  for (size_t bin = 0; bin < kLargeBins; ++bin) {
+    large_bytes += add_list(large_[bin], [&](size_t size) {
+      return size > kSmallRequestMax && large_bin(size) == bin;
+    });
+  }
+  expect(small_bytes == small_bytes_ && large_bytes == large_bytes_,
+         "the bytes of a magazine do not add up");
+  expect(small_bytes <= kSmallBytesMax && large_bytes <= large_bytes_max_,
+         "a magazine holds more than it may");
+  return count;
 }
 
 ThreadCache* ThreadCache::create() {

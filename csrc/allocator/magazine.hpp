@@ -11,6 +11,8 @@
 //   - before a heap grows every thread's magazines are emptied into the heaps.
 // Only streams that never die have magazines: who reuses a block by a stream's handle must know
 // that the handle still is that stream's (Note [Foreign streams]).
+//   Every block of a magazine is cached, of its stream, in the list of its size, in no other list;
+//   small_bytes and large_bytes are the sums of the lists, and at most their maxima.
 //
 // A thread's cache has a lock of its own, which its thread takes for every operation and others
 // only to empty it. Order of locks: a pool's mutex, then a cache's lock, and nothing under that.
@@ -58,6 +60,9 @@ class Magazine {
   // Appends the large blocks, or all of them, and keeps none.
   void empty_large(std::vector<Block*>& blocks);
   void empty(std::vector<Block*>& blocks);
+
+  // Gives the number of blocks. Throws StateError that says which equation does not hold.
+  size_t check_invariants(const StreamState& stream) const;
 
  private:
   static constexpr size_t kSmallBins = kSmallRequestMax / kBlockAlignment + 1;

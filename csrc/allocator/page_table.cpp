@@ -1,5 +1,6 @@
 #include "allocator/page_table.hpp"
 
+#include <algorithm>
 #include <string>
 
 #include "allocator/block.hpp"
@@ -83,6 +84,27 @@ void PageTable::set(Block* block) {
 
 void PageTable::clear(const Block& block) {
   page_of(block.address)->slot(block.address).store(nullptr, std::memory_order_release);
+}
+
+size_t PageTable::range_count(DeviceAddress address, const Pool* pool) const {
+  const Page* page = page_of(address);
+  return page == nullptr || page->pool != pool ? 0 : page->use_count;
+}
+
+size_t PageTable::block_count(DeviceAddress begin, DeviceAddress end) const {
+  size_t count = 0;
+  for (DeviceAddress address = begin; address < end;) {
+    const Page* page = page_of(address);
+    const DeviceAddress page_end = (page_number(address) + 1) << kPageBits;
+    if (page != nullptr) {
+      const size_t slot_bytes = size_t{1} << page->slot_shift;
+      for (; address < std::min(end, page_end); address += slot_bytes) {
+        if (page->slot(address).load(std::memory_order_relaxed) != nullptr) ++count;
+      }
+    }
+    address = page_end;
+  }
+  return count;
 }
 
 }  // namespace spillover

@@ -45,6 +45,13 @@ class PageTable {
   // Null where no pool has mapped the address.
   Pool* pool_of(DeviceAddress address) const;
 
+  // For the invariants: how many of the pool's ranges lie in the page of the address, 0 where it is
+  // not the pool's, and how many blocks are known whose slots begin within [begin, end).
+  size_t range_count(DeviceAddress address, const Pool* pool) const;
+  size_t block_count(DeviceAddress begin, DeviceAddress end) const;
+  static DeviceAddress page_number(DeviceAddress address) { return address >> kPageBits; }
+  static DeviceAddress first_address(DeviceAddress page) { return page << kPageBits; }
+
  private:
   static constexpr size_t kPageBits = 21;
   static constexpr size_t kLeafBits = 13;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "allocator/expect.hpp"
 #include "base/error.hpp"
 #include "driver/stream.hpp"
 
@@ -78,10 +79,14 @@ void PendingUses::complete(uint64_t number) {
   });
 }
 
-size_t PendingUses::count() const {
-  size_t count = unmarked_.size();
-  for (const auto& [stream, queue] : queues_) count += queue.size();
-  return count;
+std::map<const Block*, size_t> PendingUses::count_by_block() const {
+  std::map<const Block*, size_t> counts;
+  for (const auto& [stream, use] : unmarked_) ++counts[use.block];
+  for (const auto& [stream, queue] : queues_) {
+    expect(!queue.empty(), "a stream's queue of pending uses is empty");
+    for (const MarkedUse& marked : queue) ++counts[marked.use.block];
+  }
+  return counts;
 }
 
 }  // namespace spillover

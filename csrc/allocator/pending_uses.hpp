@@ -52,8 +52,9 @@ class PendingUses {
   bool has_marked() const { return !queues_.empty(); }
   bool has_unmarked() const { return !unmarked_.empty(); }
 
-  // Number of uses that are not complete, for the invariants.
-  size_t count() const;
+  // Uses that are not complete, by block, for the invariants. Throws StateError where a queue is
+  // empty.
+  std::map<const Block*, size_t> count_by_block() const;
 
  private:
   struct Use {

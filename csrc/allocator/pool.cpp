@@ -39,7 +39,8 @@ Pool::Pool(int device, const Settings& settings)
       pending_(device, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
-  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key)).first->second;
+  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
+      .first->second;
 }
 
 Heap& Pool::heap_of(const Request& request) {
@@ -68,6 +69,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   take_over_counters();
   activate(block, request);
   raise_peaks();
+  if (settings_.check_every != 0) check_at_intervals();
   return reinterpret_cast<void*>(block->address);
 }
 
@@ -197,11 +199,12 @@ void Pool::free_slowly(void* pointer) {
   count_freed(*block);
   if (block->uses.empty()) {
     make_free(block);
-    return;
+  } else {
+    block->state = BlockState::kWaiting;
+    const RelaxedCaptureScope relaxed;
+    pending_.add(block);
   }
-  block->state = BlockState::kWaiting;
-  const RelaxedCaptureScope relaxed;
-  pending_.add(block);
+  if (settings_.check_every != 0) check_at_intervals();
 }
 
 void Pool::count_freed(Block& block) {

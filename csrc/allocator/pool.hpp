@@ -16,6 +16,7 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -128,10 +129,12 @@ class Pool {
     MagazineSlot* slot;
   };
 
-  // Keeps every thread's magazines empty and still, so that a walk finds each block in its heap.
+  // Keeps every thread's magazines still, and empty where a walk is to find each block in its heap.
   class StillMagazines {
    public:
-    explicit StillMagazines(Pool& pool);
+    enum class Contents { kReturned, kLeft };
+
+    explicit StillMagazines(Pool& pool, Contents contents = Contents::kReturned);
     ~StillMagazines();
     StillMagazines(const StillMagazines&) = delete;
     StillMagazines& operator=(const StillMagazines&) = delete;
@@ -216,8 +219,15 @@ class Pool {
 
   size_t limit_by_settings() const;
   size_t largest_free() const;
+
+  // pool_check.cpp
+  void check_at_intervals() noexcept;
+  void walk() const;
   const Block* check_segment(const Block* first, Totals& totals) const;
+  void check_pages(const AddressRange& segment, size_t used_count, Totals& totals) const;
   void check_streams(const Totals& totals) const;
+  void check_magazines(const Totals& totals) const;
+  void check_thread_counters() const;
   void check_totals(const Totals& totals) const;
 
   // Constant after construction.
@@ -233,6 +243,9 @@ class Pool {
   BlockStore blocks_;
   std::map<DeviceAddress, Block*> segments_;  // The first block of each.
   StreamStates streams_;
+  // At least the freed_count of every stream that was forgotten. One that comes back numbers its
+  // frees from there: a thread that waits for the device since then holds the former numbers.
+  uint64_t forgotten_count_ = 0;
   PendingUses pending_;
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
@@ -240,6 +253,7 @@ class Pool {
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   std::map<ArenaId, ArenaUsage> arenas_;
   spillover_stats_t statistics_{};
+  uint32_t unchecked_count_ = 0;  // calls since the last check
 };
 
 }  // namespace spillover

@@ -143,8 +143,11 @@ void Pool::release_idle(size_t keep_bytes) {
     gather_idle(surplus_bytes - backing_.cached_bytes(), nullptr);
   }
   // A magazine names its stream as long as its thread lives.
-  std::erase_if(streams_, [](const auto& entry) {
-    return entry.second.block_count() == 0 && !entry.second.is_immortal;
+  std::erase_if(streams_, [&](const auto& entry) {
+    const StreamState& stream = entry.second;
+    if (stream.block_count() != 0 || stream.is_immortal) return false;
+    forgotten_count_ = std::max(forgotten_count_, stream.freed_count);
+    return true;
   });
   backing_.release_cached(surplus_bytes);
 }

@@ -114,12 +114,13 @@ bool Pool::empty_magazines() {
   return !blocks.empty();
 }
 
-Pool::StillMagazines::StillMagazines(Pool& pool) {
+Pool::StillMagazines::StillMagazines(Pool& pool, Contents contents) {
   for (const MagazineReference& reference : pool.magazines_) caches_.push_back(reference.cache);
   // In the order of their addresses: the pool of another device may do the same at the same time.
   std::sort(caches_.begin(), caches_.end());
   caches_.erase(std::unique(caches_.begin(), caches_.end()), caches_.end());
   for (ThreadCache* cache : caches_) cache->lock.lock();
+  if (contents == Contents::kLeft) return;
   std::vector<Block*> blocks;
   for (const MagazineReference& reference : pool.magazines_) {
     reference.slot->magazine.empty(blocks);

@@ -27,7 +27,13 @@ struct Settings {
   VirtualMemory virtual_memory = VirtualMemory::kAuto;
   size_t unmapped_max_bytes = kNoLimit;  // of idle chunks that are kept without an address
   bool has_thread_cache = true;          // whether threads keep magazines
-  uint32_t check_every = 0;  // calls between two walks of check_invariants(); 0 is never
+  // Calls under the mutex between two walks of check_invariants(); 0 is never. Note [Checks at
+  // intervals] in pool_check.cpp.
+#ifdef NDEBUG
+  uint32_t check_every = 0;
+#else
+  uint32_t check_every = 64;
+#endif
 };
 
 // What settings become by a text such as "limit=20GiB,wait_max=30s"; blanks around keys and values

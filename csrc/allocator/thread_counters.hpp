@@ -5,6 +5,7 @@
 // pool adds them up when somebody asks, and takes them over whenever the thread holds its mutex.
 // The peak of a sum is at most the sum of the peaks: with one thread it is exact, with several
 // never below the true peak, and above it by at most what their magazines may hold.
+//   For each metric: all = small + large; largest >= change, largest >= 0; added >= 0.
 //
 // Written by the owning thread, under its cache's lock, or its pool's mutex while it takes over;
 // read by any thread.

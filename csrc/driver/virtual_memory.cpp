@@ -119,7 +119,8 @@ void allow_access(DeviceAddress address, size_t size_bytes, std::span<const int>
 }
 
 void unmap_memory(int device, DeviceAddress address, size_t size_bytes) {
-  const ContextScope scope(device);
+  // Who unmaps gives the memory up: the driver is asked whatever it says of the context.
+  const ReleaseContextScope scope(device);
   check(SPILLOVER_DRIVER_CALL(cuMemUnmap, static_cast<CUdeviceptr>(address), size_bytes),
         "cuMemUnmap", size_bytes);
 }

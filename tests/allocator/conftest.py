@@ -28,7 +28,9 @@ def pool(cuda: Cuda) -> Iterator[_core.Pool]:
     assert pool.stats()["active"]["all"]["current"] == 0
     pool.reset_peak_stats()
     pool.reset_accumulated_stats()
+    pool.configure("check_every=4", "the tests")
     yield pool
+    pool.configure("check_every=64", "the tests")
     pool.set_memory_fraction(1.0)
     for address in live_blocks(pool):
         pool.free(address)

@@ -39,15 +39,37 @@ class Cuda:
     def destroy_stream(self, stream: int) -> None:
         self._call("cuStreamDestroy_v2", ctypes.c_void_p(stream))
 
-    def fill(self, address: int, size_bytes: int, stream: int) -> None:
+    def fill(self, address: int, size_bytes: int, stream: int, value: int = 7) -> None:
         """Write to device memory in stream order."""
         self._call(
             "cuMemsetD8Async",
             ctypes.c_uint64(address),
-            ctypes.c_ubyte(7),
+            ctypes.c_ubyte(value),
             ctypes.c_size_t(size_bytes),
             ctypes.c_void_p(stream),
         )
+
+    def read(self, host_address: int, address: int, size_bytes: int, stream: int) -> None:
+        """Copy device memory to pinned memory in stream order."""
+        self._call(
+            "cuMemcpyDtoHAsync_v2",
+            ctypes.c_void_p(host_address),
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    def pin(self, size_bytes: int) -> int:
+        """Give pinned host memory."""
+        pointer = ctypes.c_void_p()
+        self._call(
+            "cuMemHostAlloc", ctypes.byref(pointer), ctypes.c_size_t(size_bytes), ctypes.c_uint(0)
+        )
+        assert pointer.value is not None
+        return pointer.value
+
+    def unpin(self, host_address: int) -> None:
+        self._call("cuMemFreeHost", ctypes.c_void_p(host_address))
 
     def create_event(self) -> int:
         event = ctypes.c_void_p()

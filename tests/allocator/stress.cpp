@@ -1,10 +1,18 @@
-// Threads that come and go, allocate, free each other's blocks, note streams, trim and read figures,
-// all at once: for the sanitizers (`make sanitize`), and in the tests without them. Built with the
-// sources of base, driver and allocator; prints what it did and fails at the first wrong answer.
+// Threads that come and go, with streams of their own that do as well, allocate until memory runs
+// out, free each other's blocks, note streams, trim and read figures, all at once: for the
+// sanitizers (`make sanitize`). Built with the sources of base, driver and allocator; prints what
+// it did and fails at the first wrong answer.
+//
+// Usage: stress [rounds] [steps] [seed]
+#include <dlfcn.h>
+
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <random>
 #include <thread>
 #include <vector>
@@ -16,16 +24,35 @@
 namespace {
 
 constexpr int kThreads = 4;
-constexpr int kStreams = 4;
+constexpr size_t kLastingStreams = 3;
+constexpr size_t kHeldMax = 24;
 constexpr size_t kMib = size_t{1} << 20;
 constexpr std::array<size_t, 8> kSizes{1,        512,      700,          40000,
                                        kMib / 3, kMib + 1, 2 * kMib + 7, 9 * kMib};
+// Shares of the device that the pool may hold, one after the other: with the smallest the threads
+// run out of memory.
+constexpr std::array<double, 3> kFractions{1.0, 0.25, 0.1};
 
 // Blocks on their way from one thread to another.
 std::array<std::atomic<void*>, 64> g_mail{};
-std::array<void*, kStreams> g_streams{};
+// The legacy default stream, two that the pool was told of, and the handle of each thread's own
+// default stream.
+std::array<void*, kLastingStreams + 1> g_streams{};
 std::atomic<long> g_allocated{0};
 std::atomic<long> g_refused{0};
+std::atomic<int> g_working{0};
+
+using Memset = int (*)(uint64_t address, unsigned char value, size_t size_bytes, void* stream);
+
+// Gives the stream something to do with the block.
+void write(void* block, size_t size_bytes, void* stream) {
+  static const auto memset_async = reinterpret_cast<Memset>(
+      dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), "cuMemsetD8Async"));
+  const auto address = reinterpret_cast<uint64_t>(block);
+  if (memset_async != nullptr && memset_async(address, 1, size_bytes, stream) == 0) return;
+  std::fprintf(stderr, "cuMemsetD8Async failed\n");
+  std::exit(1);
+}
 
 void require(spillover_status status, const char* what) {
   if (status == SPILLOVER_OK) return;
@@ -43,10 +70,13 @@ void free_block(void* block, unsigned draw) {
   require(spillover_free(block), "spillover_free");
 }
 
+void visit_nothing(void* /*user*/, const spillover_segment_info* /*segment*/,
+                   const spillover_block_info* /*blocks*/) {}
+
 void read_figures(unsigned draw) {
   spillover_stats_t stats{};
   size_t largest_bytes = 0;
-  switch (draw % 6) {
+  switch (draw % 8) {
     case 0:
       return require(spillover_stats(0, &stats), "spillover_stats");
     case 1:
@@ -55,42 +85,86 @@ void read_figures(unsigned draw) {
       return require(spillover_trim(0, 0), "spillover_trim");
     case 3:
       return require(spillover_reset_peak_stats(0), "spillover_reset_peak_stats");
+    case 4:
+      return require(spillover_reset_accumulated_stats(0), "spillover_reset_accumulated_stats");
+    case 5:
+      return require(spillover_visit_segments(0, visit_nothing, nullptr), "visiting segments");
     default:
       return require(spillover_check_invariants(0), "spillover_check_invariants");
   }
 }
 
-void work(unsigned seed, int steps) {
-  const spillover::ContextScope scope(0);
-  std::mt19937 random(seed);
-  std::vector<void*> held;
-  for (int step = 0; step < steps; ++step) {
-    void* const stream = g_streams[random() % kStreams];
+// A thread's own stream and blocks.
+class Worker {
+ public:
+  explicit Worker(unsigned seed) : random_(seed) {}
+
+  void run(int steps) {
+    for (int step = 0; step < steps; ++step) {
+      // Its work goes on, and the next one has its handle.
+      if (random_() % 64 == 0) stream_ = std::make_unique<spillover::Stream>(0);
+      allocate();
+      while (held_.size() > kHeldMax || (!held_.empty() && random_() % 2 == 0)) free_one();
+      if (step % 97 == 0) read_figures(random_());
+    }
+    // Some blocks outlive the thread and its stream, and what it keeps ends with it.
+    while (held_.size() > 2) free_one();
+    for (void* block : held_) free_block(mail(block), random_());
+  }
+
+ private:
+  void* any_stream() {
+    const size_t draw = random_() % (g_streams.size() + 1);
+    return draw < g_streams.size() ? g_streams[draw] : stream_->handle();
+  }
+
+  void* mail(void* block) {
+    return g_mail[random_() % g_mail.size()].exchange(block, std::memory_order_acq_rel);
+  }
+
+  void allocate() {
+    void* const stream = any_stream();
+    const size_t size_bytes = kSizes[random_() % kSizes.size()];
     void* block = nullptr;
-    const spillover_status status =
-        spillover_alloc(0, kSizes[random() % kSizes.size()], stream, &block);
+    const spillover_status status = spillover_alloc(0, size_bytes, stream, &block);
     if (status == SPILLOVER_OUT_OF_MEMORY) {
       ++g_refused;
     } else {
       require(status, "spillover_alloc");
       ++g_allocated;
+      write(block, std::min(size_bytes, size_t{4096}), stream);
+      if (random_() % 16 == 0) {
+        require(spillover_record_stream(block, any_stream()), "spillover_record_stream");
+      }
     }
-    if (block != nullptr && random() % 16 == 0) {
-      require(spillover_record_stream(block, g_streams[random() % kStreams]),
-              "spillover_record_stream");
-    }
-    if (random() % 2 == 0) {
-      block = g_mail[random() % g_mail.size()].exchange(block, std::memory_order_acq_rel);
-    }
-    if (block != nullptr) held.push_back(block);
-    while (held.size() > 24 || (!held.empty() && random() % 2 == 0)) {
-      std::swap(held[random() % held.size()], held.back());
-      free_block(held.back(), random());
-      held.pop_back();
-    }
-    if (step % 97 == 0) read_figures(random());
+    if (random_() % 2 == 0) block = mail(block);
+    if (block != nullptr) held_.push_back(block);
   }
-  for (void* block : held) free_block(block, random());
+
+  void free_one() {
+    std::swap(held_[random_() % held_.size()], held_.back());
+    free_block(held_.back(), random_());
+    held_.pop_back();
+  }
+
+  const spillover::ContextScope scope_{0};
+  std::mt19937 random_;
+  std::unique_ptr<spillover::Stream> stream_ = std::make_unique<spillover::Stream>(0);
+  std::vector<void*> held_;
+};
+
+void work(unsigned seed, int steps) {
+  Worker(seed).run(steps);
+  --g_working;
+}
+
+// Looks on without blocks of its own, as a monitor does.
+void observe(unsigned seed) {
+  std::mt19937 random(seed);
+  while (g_working > 0) {
+    read_figures(random());
+    std::this_thread::yield();
+  }
 }
 
 }  // namespace
@@ -99,18 +173,23 @@ int main(int argc, char** argv) {
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 4;
   const int steps = argc > 2 ? std::atoi(argv[2]) : 1500;
   const auto seed = static_cast<unsigned>(argc > 3 ? std::atoi(argv[3]) : 1);
-  // The legacy default stream, two that the pool is told of, and one that it is not.
-  std::vector<spillover::Stream> streams;
-  for (int i = 1; i < kStreams; ++i) {
-    streams.emplace_back(0);
-    g_streams[static_cast<size_t>(i)] = streams.back().handle();
-    if (i < kStreams - 1) require(spillover_keep_stream(0, streams.back().handle()), "keeping");
+  std::vector<spillover::Stream> kept;
+  for (size_t i = 1; i < kLastingStreams; ++i) {
+    kept.emplace_back(0);
+    g_streams[i] = kept.back().handle();
+    require(spillover_keep_stream(0, kept.back().handle()), "spillover_keep_stream");
   }
+  g_streams[kLastingStreams] = reinterpret_cast<void*>(2);
+  require(spillover_configure(0, "check_every=16"), "spillover_configure");
   for (int round = 0; round < rounds; ++round) {
+    const double fraction = kFractions[static_cast<size_t>(round) % kFractions.size()];
+    require(spillover_set_memory_fraction(0, fraction), "spillover_set_memory_fraction");
     std::vector<std::thread> threads;
+    g_working = kThreads;
     for (int i = 0; i < kThreads; ++i) {
       threads.emplace_back(work, seed + static_cast<unsigned>(round * kThreads + i), steps);
     }
+    threads.emplace_back(observe, seed);
     for (std::thread& thread : threads) thread.join();
     require(spillover_check_invariants(0), "spillover_check_invariants");
   }

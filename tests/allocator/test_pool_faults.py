@@ -67,6 +67,17 @@ def test_memory_that_the_driver_could_not_be_asked_for_stays(pool: _core.Pool) -
     assert pool.segments() == []
 
 
+def test_memory_is_given_back_whatever_the_driver_says_of_the_context(pool: _core.Pool) -> None:
+    pool.trim()
+    before = emulator.live()
+    for call in range(1, 60):
+        pool.free(pool.alloc(8 * MIB))
+        with faults(Fault("cuCtxGetCurrent", call=call)), contextlib.suppress(SpilloverError):
+            pool.trim()
+        pool.trim()
+        assert emulator.live() == before
+
+
 @pytest.mark.parametrize("function", ["cuEventCreate", "cuEventRecord"])
 def test_block_whose_use_cannot_be_marked_comes_back_later(
     pool: _core.Pool, cuda: Cuda, kept_streams: list[int], function: str

@@ -128,6 +128,20 @@ def test_a_magazine_is_bounded(pool: _core.Pool) -> None:
     assert pool.stats()["reserved_bytes"]["all"]["current"] <= 22 * MIB
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_checking_the_invariants_leaves_magazines_as_they_are(
+    pool: _core.Pool, kept_streams: list[int], every: int
+) -> None:
+    pool.configure(f"check_every={every}", "the test")
+    first, second, noted = (pool.alloc(4096) for _ in range(3))
+    pool.free(first)
+    pool.free(second)
+    pool.check_invariants()
+    pool.record_stream(noted, kept_streams[0])
+    pool.free(noted)  # It takes the mutex, so that the pool checks itself where it was told to.
+    assert pool.alloc(4096) == second, "the block that was freed last; a heap gives the first"
+
+
 def test_foreign_streams_have_no_magazine(pool: _core.Pool, cuda: Cuda) -> None:
     """Their handle may name another stream the next time: it is looked up each time."""
     stream = cuda.create_stream()

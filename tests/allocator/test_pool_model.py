@@ -1,191 +1,146 @@
-"""Random calls against the pool, checked after each one against a model in Python."""
+"""Random programs against the pool, compared with the reference of ``pool_model``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import os
 
-from cuda_calls import Cuda, live_blocks
+from cuda_calls import Cuda
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    consumes,
-    initialize,
-    invariant,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from pool_model import EDGE_SIZES, KIB, MIB, ModelBlock, ModelledPool, ModelStream, Worker
 
 from spillover import _core
 
-KIB, MIB = 1 << 10, 1 << 20
-STREAM_COUNT = 3
-# Both sides of each limit in the pool's size classes, and anything between.
 SIZES = st.one_of(
-    st.sampled_from(
-        [1, 511, 512, 513, MIB - 1, MIB, MIB + 1, 3 * MIB, 10 * MIB - 1, 10 * MIB, 21 * MIB + 5]
-    ),
-    st.integers(1, 4 * KIB),
-    st.integers(4 * KIB, 3 * MIB),
+    st.sampled_from(EDGE_SIZES), st.integers(1, 4 * KIB), st.integers(4 * KIB, 3 * MIB)
 )
-STREAMS = st.integers(0, STREAM_COUNT - 1)
+PICKS = st.integers(0, 1000)  # Of what there is, by the remainder.
+FOREIGN_STREAMS_MAX = 4
 
 
-@dataclass
-class ModelBlock:
-    """What the model knows of a block that it was given."""
+@functools.lru_cache(maxsize=1)
+def kept_streams() -> list[int]:
+    """Streams that live as long as the process: it may not destroy them."""
+    cuda = Cuda()
+    streams = [cuda.create_stream() for _ in range(2)]
+    for stream in streams:
+        _core.Pool(0).keep_stream(stream)
+    return streams
 
-    address: int
-    requested_bytes: int
-    size_bytes: int
-    stream: int
-    uses: set[int] = field(default_factory=set)
+
+def test_handles_are_reissued(cuda: Cuda) -> None:
+    """What the random programs rely on to tell a new stream from one that had its handle."""
+    first = cuda.create_stream()
+    cuda.destroy_stream(first)
+    second = cuda.create_stream()
+    cuda.destroy_stream(second)
+    assert second == first
 
 
 class PoolModel(RuleBasedStateMachine):
-    """The pool must agree with a dictionary of live blocks."""
+    """Threads, streams and limits that come and go.
 
-    blocks = Bundle("blocks")
+    What a rule draws, and whether it may run, depends on nothing that threads at work at once leave
+    open: a rule without anything to choose from does nothing.
+    """
 
     @initialize()
-    def start(self) -> None:
-        self.cuda = Cuda()
-        self.pool = _core.Pool(0)
-        self.cuda.synchronize()
-        self.pool.trim()
-        self.pool.reset_peak_stats()
-        self.pool.reset_accumulated_stats()
-        self.streams = [0] + [self.cuda.create_stream() for _ in range(STREAM_COUNT - 1)]
-        self.live: dict[int, ModelBlock] = {}
-        # Freed blocks, each with an event of our own behind every use on another stream.
-        self.gated: list[tuple[ModelBlock, list[int]]] = []
-        self.allocated_count = 0
-        self.freed_count = 0
-        self.peak_bytes = 0
+    def begin(self) -> None:
+        self.model = ModelledPool(Cuda(), kept_streams())
 
-    @rule(target=blocks, size_bytes=SIZES, stream=STREAMS)
-    def alloc(self, size_bytes: int, stream: int) -> ModelBlock:
-        address = self.pool.alloc(size_bytes, self.streams[stream])
-        assert address % 512 == 0
-        assert address not in self.live
-        block = ModelBlock(address, size_bytes, live_blocks(self.pool)[address], stream)
-        self._check_gates(block)
-        self.live[address] = block
-        self.allocated_count += 1
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes())
-        self.cuda.fill(address, min(size_bytes, 4 * KIB), self.streams[stream])
-        return block
+    def _worker(self, pick: int) -> Worker:
+        return self.model.workers[pick % len(self.model.workers)]
 
-    @rule(block=consumes(blocks))
-    def free(self, block: ModelBlock) -> None:
-        events = []
-        for stream in sorted(block.uses):
-            events.append(self.cuda.create_event())
-            self.cuda.record(events[-1], self.streams[stream])
-        self.pool.free(block.address)
-        del self.live[block.address]
-        self.freed_count += 1
-        if events:
-            self.gated.append((block, events))
+    def _block(self, pick: int) -> ModelBlock:
+        blocks = list(self.model.live.values())
+        return blocks[pick % len(blocks)]
 
-    @rule(block=blocks, stream=STREAMS)
-    def use_on_another_stream(self, block: ModelBlock, stream: int) -> None:
-        if stream == block.stream:
-            return
-        self.cuda.order(self.streams[block.stream], self.streams[stream])
-        self.cuda.fill(block.address, min(block.requested_bytes, 4 * KIB), self.streams[stream])
-        self.cuda.order(self.streams[stream], self.streams[block.stream])
-        # Noted twice: the second note must change nothing.
-        self.pool.record_stream(block.address, self.streams[stream])
-        self.pool.record_stream(block.address, self.streams[stream])
-        block.uses.add(stream)
+    def _stream(self, worker: Worker, pick: int) -> ModelStream:
+        streams = self.model.streams_of(worker)
+        return streams[pick % len(streams)]
+
+    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, tag=st.sampled_from([0, 0, 1, 2]))
+    def alloc(self, worker: int, size_bytes: int, stream: int, tag: int) -> None:
+        thread = self._worker(worker)
+        of_thread = self._stream(thread, stream)
+        self.model.alloc(thread, size_bytes, of_thread, self.model.tags[tag])
+
+    @rule(worker=PICKS, block=PICKS)
+    def free(self, worker: int, block: int) -> None:
+        if self.model.live:
+            self.model.free(self._worker(worker), self._block(block))
+
+    @rule(worker=PICKS, block=PICKS, stream=PICKS)
+    def use_on_another_stream(self, worker: int, block: int, stream: int) -> None:
+        thread = self._worker(worker)
+        if self.model.live:
+            self.model.use(thread, self._block(block), self._stream(thread, stream))
+
+    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, count=st.integers(2, 12))
+    def fill_a_magazine(self, worker: int, size_bytes: int, stream: int, count: int) -> None:
+        thread = self._worker(worker)
+        blocks = [
+            self.model.alloc(thread, size_bytes, self._stream(thread, stream)) for _ in range(count)
+        ]
+        for block in blocks:
+            if block is not None:
+                self.model.free(thread, block)
+
+    @rule(worker=PICKS)
+    def create_stream(self, worker: int) -> None:
+        if len(self.model.foreign) < FOREIGN_STREAMS_MAX:
+            self.model.create_stream(self._worker(worker))
+
+    @rule(worker=PICKS, stream=PICKS)
+    def destroy_stream(self, worker: int, stream: int) -> None:
+        if foreign := self.model.foreign:
+            self.model.destroy_stream(self._worker(worker), foreign[stream % len(foreign)])
+
+    @rule(worker=PICKS)
+    def end_a_thread(self, worker: int) -> None:
+        self.model.replace(self._worker(worker))
+
+    @rule(limit_mib=st.sampled_from([None, 8, 24, 40, 64]))
+    def limit(self, limit_mib: int | None) -> None:
+        self.model.set_limit(None if limit_mib is None else limit_mib * MIB)
 
     @rule()
     def trim(self) -> None:
-        self.pool.trim()
-        stats = self.pool.stats()
-        assert stats["active"]["all"]["current"] == len(self.live)
-        for segment in self.pool.segments():
-            assert any(block["state"] == "live" for block in segment["blocks"])
+        self.model.trim()
 
     @rule()
     def synchronize(self) -> None:
-        self.cuda.synchronize()
+        self.model.synchronize()
 
     @rule()
     def reset_peak(self) -> None:
-        self.pool.reset_peak_stats()
-        self.peak_bytes = self._live_bytes()
+        self.model.reset_peak()
+
+    @rule()
+    def inspect(self) -> None:
+        """Not after each step: what shows every block empties the magazines first."""
+        self.model.inspect()
+
+    @rule(seed=st.integers(0, 1 << 32))
+    def work_at_once(self, seed: int) -> None:
+        self.model.burst(seed)
 
     @invariant()
-    def agrees_with_the_model(self) -> None:
-        if not hasattr(self, "pool"):
-            return
-        self.pool.check_invariants()
-        sizes = live_blocks(self.pool)
-        assert sizes == {block.address: block.size_bytes for block in self.live.values()}
-        end = 0
-        for address in sorted(sizes):
-            assert address >= end, "two live blocks overlap"
-            end = address + sizes[address]
-        stats = self.pool.stats()
-        waiting_bytes = sum(
-            block["requested_bytes"]
-            for segment in self.pool.segments()
-            for block in segment["blocks"]
-            if block["state"] == "waiting"
-        )
-        requested = sum(block.requested_bytes for block in self.live.values()) + waiting_bytes
-        assert stats["requested_bytes"]["all"]["current"] == requested
-        assert stats["allocation"]["all"] == {
-            "current": len(self.live),
-            "peak": stats["allocation"]["all"]["peak"],
-            "allocated": self.allocated_count,
-            "freed": self.freed_count,
-        }
-        assert stats["allocated_bytes"]["all"]["current"] == self._live_bytes()
-        assert stats["allocated_bytes"]["all"]["peak"] == self.peak_bytes
-        for counters in stats.values():
-            if isinstance(counters, dict):
-                for key in ("current", "allocated", "freed"):
-                    parts = counters["small_pool"][key] + counters["large_pool"][key]
-                    assert counters["all"][key] == parts
+    def equations_hold(self) -> None:
+        if hasattr(self, "model"):
+            self.model.pool.check_invariants()
 
     def teardown(self) -> None:
-        if not hasattr(self, "pool"):
-            return
-        for address in list(self.live):
-            self.pool.free(address)
-        self.pool.trim()
-        assert self.pool.segments() == []
-        for _, events in self.gated:
-            for event in events:
-                self.cuda.destroy_event(event)
-        for stream in self.streams[1:]:
-            self.cuda.destroy_stream(stream)
-
-    def _live_bytes(self) -> int:
-        return sum(block.size_bytes for block in self.live.values())
-
-    def _check_gates(self, block: ModelBlock) -> None:
-        """No byte of a freed block is given out before the streams that used it are done."""
-        still_gated = []
-        for freed, events in self.gated:
-            overlaps = (
-                block.address < freed.address + freed.size_bytes
-                and freed.address < block.address + block.size_bytes
-            )
-            if not overlaps:
-                still_gated.append((freed, events))
-                continue
-            assert all(self.cuda.is_complete(event) for event in events)
-            for event in events:
-                self.cuda.destroy_event(event)
-        self.gated = still_gated
+        if hasattr(self, "model"):
+            self.model.close()
 
 
 TestPoolModel = PoolModel.TestCase
 # Derandomised: the same cases on each machine, and a failure is reproduced by running it again.
-TestPoolModel.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True
+TestPoolModel.settings = (
+    settings(max_examples=600, stateful_step_count=80, deadline=None, print_blob=True)
+    if os.environ.get("SPILLOVER_SOAK") == "1"
+    else settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
 )

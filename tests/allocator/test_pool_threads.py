@@ -87,3 +87,70 @@ def test_another_threads_default_stream_is_not_asked(pool: _core.Pool, cuda: Cud
     assert pool.stats()["active"]["all"]["current"] == 2
     pool.trim()
     assert pool.stats()["active"]["all"]["current"] == 1
+
+
+def test_a_stream_that_was_forgotten_meanwhile_is_not_taken_for_idle(
+    pool: _core.Pool, cuda: Cuda
+) -> None:
+    """Threads that wait for the device at the same time: one forgets a stream, one uses it anew."""
+    stream = cuda.create_stream()
+    failures: list[BaseException] = []
+    go = threading.Barrier(9)
+
+    def wait_for_the_device() -> None:
+        try:
+            cuda.use_device()
+            go.wait(30)
+            pool.trim()
+        except BaseException as error:
+            failures.append(error)
+
+    for _ in range(20):
+        blocks = [pool.alloc(2 * MIB, stream) for _ in range(8)]
+        for block in blocks:
+            cuda.fill(block, 2 * MIB, stream)
+            pool.free(block)
+        threads = [threading.Thread(target=wait_for_the_device) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        go.wait(30)
+        while any(thread.is_alive() for thread in threads):
+            if pool.largest_free_bytes() > 0:
+                continue
+            block = pool.alloc(2 * MIB, stream)
+            cuda.fill(block, 2 * MIB, stream)
+            pool.free(block)
+            pool.check_invariants()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    cuda.destroy_stream(stream)
+
+
+def test_a_use_that_came_during_a_wait_is_not_taken_for_complete(
+    pool: _core.Pool, cuda: Cuda
+) -> None:
+    """A thread waits for the device while another frees a block that a stream begins to use."""
+    stream = cuda.create_stream()
+    failures: list[BaseException] = []
+
+    def wait_for_the_device() -> None:
+        try:
+            cuda.use_device()
+            for _ in range(60):
+                pool.trim()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=wait_for_the_device) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        block = pool.alloc(2 * MIB)
+        pool.record_stream(block, stream)
+        cuda.fill(block, 2 * MIB, stream)
+        pool.free(block)
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    cuda.destroy_stream(stream)
