@@ -5,9 +5,13 @@ The library is the one that is loaded already, the emulated driver or the real o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 
 from spillover import _core
+
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Cuda:
@@ -29,10 +33,10 @@ class Cuda:
         """Make the device's context current on this thread."""
         self._call("cuCtxSetCurrent", self._context)
 
-    def create_stream(self) -> int:
-        """Give a new non-blocking stream."""
+    def create_stream(self, flags: int = 1) -> int:
+        """Give a new stream, a non-blocking one by default."""
         stream = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(flags))
         assert stream.value is not None
         return stream.value
 
@@ -100,6 +104,53 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for all of the device's work."""
         self._call("cuCtxSynchronize")
+
+    def synchronize_stream(self, stream: int) -> None:
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
+
+    @contextlib.contextmanager
+    def host_function(self, stream: int, function: Callable[[], object]) -> Iterator[None]:
+        """Submit a function of the host; it must have run when the block ends."""
+
+        @_HOST_FUNCTION
+        def run(_: object) -> None:
+            function()
+
+        self._call("cuLaunchHostFunc", ctypes.c_void_p(stream), run, None)
+        yield
+
+    @contextlib.contextmanager
+    def stuck(self, stream: int) -> Iterator[Callable[[], None]]:
+        """Hold what is submitted to the stream from now on; the block's end or a call lets go."""
+        held = ctypes.c_uint64()
+        self._call(
+            "spillover_emulator_hold_stream",
+            ctypes.c_void_p(stream),
+            ctypes.c_uint(5000),
+            ctypes.byref(held),
+        )
+
+        def let_go() -> None:
+            self._library.spillover_emulator_release_stream(held)
+
+        try:
+            yield let_go
+        finally:
+            let_go()
+
+    @contextlib.contextmanager
+    def capture(self, stream: int) -> Iterator[list[int]]:
+        """Record a graph; gives how many nodes it has in the end."""
+        nodes: list[int] = []
+        graph, count = ctypes.c_void_p(), ctypes.c_size_t()
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(0))
+        try:
+            yield nodes
+        finally:
+            self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        self._call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes.append(count.value)
+        self._call("cuGraphDestroy", graph)
 
 
 def live_blocks(pool: _core.Pool) -> dict[int, int]:
