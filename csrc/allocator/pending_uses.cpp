@@ -8,21 +8,14 @@
 
 namespace spillover {
 
-Event PendingUses::take_event() {
-  if (spare_events_.empty()) return Event(device_);
-  Event event = std::move(spare_events_.back());
-  spare_events_.pop_back();
-  return event;
-}
-
 bool PendingUses::try_mark(const StreamKey& stream, const Use& use) {
   try {
-    Event event = take_event();
+    Event event = spare_events_.take();
     const bool is_recorded = event.try_record(stream.handle) == RecordOutcome::kRecorded;
     if (is_recorded) {
       queues_[stream].push_back({std::move(event), use});
     } else {
-      spare_events_.push_back(std::move(event));
+      spare_events_.give(std::move(event));
     }
     return is_recorded;
   } catch (const Error&) {
@@ -56,7 +49,7 @@ void PendingUses::finish(Block* block) {
 void PendingUses::finish_front(std::deque<MarkedUse>& queue) {
   MarkedUse front = std::move(queue.front());
   queue.pop_front();
-  spare_events_.push_back(std::move(front.event));
+  spare_events_.give(std::move(front.event));
   finish(front.use.block);
 }
 

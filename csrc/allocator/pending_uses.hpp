@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "allocator/block.hpp"
+#include "allocator/spare_events.hpp"
 #include "driver/event.hpp"
 
 namespace spillover {
@@ -30,8 +31,8 @@ class PendingUses {
   // Receives a block when its last use is complete. It must not call back into this object.
   using OnComplete = std::function<void(Block*)>;
 
-  PendingUses(int device, OnComplete on_complete)
-      : device_(device), on_complete_(std::move(on_complete)) {}
+  PendingUses(int device, SpareEvents& spare_events, OnComplete on_complete)
+      : device_(device), spare_events_(spare_events), on_complete_(std::move(on_complete)) {}
 
   // Takes over the block's uses.
   void add(Block* block);
@@ -66,18 +67,17 @@ class PendingUses {
     Use use;
   };
 
-  Event take_event();
   // False when the use must be tried again later.
   bool try_mark(const StreamKey& stream, const Use& use);
   void finish(Block* block);
   void finish_front(std::deque<MarkedUse>& queue);
 
   const int device_;
+  SpareEvents& spare_events_;
   const OnComplete on_complete_;
   uint64_t latest_ = 0;
   std::map<StreamKey, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
   std::vector<std::pair<StreamKey, Use>> unmarked_;
-  std::vector<Event> spare_events_;
 };
 
 }  // namespace spillover

@@ -36,7 +36,8 @@ Pool::Pool(int device, const Settings& settings)
       device_bytes_(memory_info(device).total_bytes),
       settings_(settings),
       backing_(device, settings.virtual_memory),
-      pending_(device, [this](Block* block) { make_free(block); }) {}
+      spare_events_(device),
+      pending_(device, spare_events_, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
   return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
@@ -57,8 +58,10 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
 
   Lock lock(mutex_);
-  MagazineSlot* slot = equip(state_of(request.stream, request.arena));
+  StreamState& state = state_of(request.stream, request.arena);
+  MagazineSlot* slot = equip(state);
   if (slot != nullptr && request.size_class == SizeClass::kLarge) empty_large(*slot);
+  note_alive(state);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
     pending_.mark(request.stream);
@@ -197,6 +200,10 @@ void Pool::free_slowly(void* pointer) {
   if (slot != nullptr && block->uses.empty()) empty(*ThreadCache::current(), *slot);
   take_over_counters();
   count_freed(*block);
+  StreamState& stream = *block->heap->stream;
+  if (may_be_asked(device_, stream.key)) {
+    mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kWatermark);
+  }
   if (block->uses.empty()) {
     make_free(block);
   } else {
@@ -209,6 +216,7 @@ void Pool::free_slowly(void* pointer) {
 
 void Pool::count_freed(Block& block) {
   block.freed_at = ++block.heap->stream->freed_count;
+  note_freed(*block.heap, {block.address, block.end()});
   const SizeClass size_class = block.heap->size_class;
   subtract(statistics_.allocation, size_class, 1);
   subtract(statistics_.allocated_bytes, size_class, block.size_bytes);
@@ -220,6 +228,10 @@ void Pool::record_stream(void* pointer, StreamHandle stream) {
   const std::lock_guard lock(mutex_);
   Block* block = live_block(pointer);
   if (!pending_.empty()) pending_.mark(key);
+  for (auto state = streams_.lower_bound({key, kDefaultArena});
+       state != streams_.end() && state->second.key == key; ++state) {
+    note_alive(state->second);
+  }
   if (key == block->heap->stream->key) return;
   for (const StreamKey& known : block->uses) {
     if (known == key) return;
@@ -292,6 +304,7 @@ void Pool::trim(size_t keep_bytes) {
   const RelaxedCaptureScope relaxed;
   wait_for_device(lock);
   release_idle(keep_bytes);
+  spare_events_.release();
 }
 
 void Pool::add_peer(int device) {
