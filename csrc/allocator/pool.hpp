@@ -33,6 +33,7 @@
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
+#include "base/annotated_mutex.hpp"
 #include "allocator/spare_events.hpp"
 
 namespace spillover {
@@ -104,7 +105,7 @@ class Pool {
   int device() const { return device_; }
 
  private:
-  using Lock = std::unique_lock<std::mutex>;
+  using Lock = std::unique_lock<AnnotatedMutex>;
 
   struct Request {
     size_t requested_bytes;
@@ -261,7 +262,7 @@ class Pool {
 
   Reclaimers reclaimers_;  // Has a lock of its own.
 
-  mutable std::mutex mutex_;
+  mutable AnnotatedMutex mutex_;
   // Guarded by mutex_.
   Settings settings_;
   Backing backing_;

@@ -3,7 +3,7 @@
 #include <string>
 
 #include "base/error.hpp"
-#include "tiers/emulator_symbol.hpp"
+#include "base/emulator_symbol.hpp"
 
 namespace spillover {
 namespace {

@@ -1,6 +1,6 @@
 #include "tiers/work_annotation.hpp"
 
-#include "tiers/emulator_symbol.hpp"
+#include "base/emulator_symbol.hpp"
 
 namespace spillover {
 namespace {

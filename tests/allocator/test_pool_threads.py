@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import queue
 import random
 import threading
+import time
 
 from cuda_calls import Cuda
 
@@ -153,4 +155,41 @@ def test_a_use_that_came_during_a_wait_is_not_taken_for_complete(
     for thread in threads:
         thread.join()
     assert failures == []
+    cuda.destroy_stream(stream)
+
+
+def test_what_one_thread_waited_for_another_may_use(pool: _core.Pool, cuda: Cuda) -> None:
+    """The pool waits for the device in one thread; what became free then serves another's work.
+
+    The order is that of the pool's mutex, which the hazard checker must know of.
+    """
+    stream = cuda.create_stream()
+    limit_bytes = 6 * 64 * MIB
+
+    def free_and_wait() -> None:
+        cuda.use_device()
+        blocks = [pool.alloc(64 * MIB, stream) for _ in range(6)]
+        for block in blocks:
+            cuda.fill(block, 64 * MIB, stream)
+            pool.free(block)
+        pool.alloc(300 * MIB)  # needs their memory, so that the pool waits
+
+    def use_the_rest() -> None:
+        cuda.use_device()
+        block = pool.alloc(48 * MIB)
+        cuda.fill(block, 48 * MIB, 0)
+
+    pool.configure(f"limit={limit_bytes}", "test")
+    try:
+        for work in (free_and_wait, use_the_rest):
+            # Not join(): the checker would see that edge by itself.
+            done = _thread.allocate_lock()
+            done.acquire()
+            thread = threading.Thread(target=lambda work=work, done=done: (work(), done.release()))
+            thread.start()
+            while done.locked():
+                time.sleep(0.001)
+    finally:
+        pool.configure("limit=none", "test")
+    cuda.synchronize()
     cuda.destroy_stream(stream)

@@ -1,4 +1,4 @@
-#include "tiers/emulator_symbol.hpp"
+#include "base/emulator_symbol.hpp"
 
 #include <dlfcn.h>
 

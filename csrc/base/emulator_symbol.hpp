@@ -1,5 +1,5 @@
-// Finds functions of the emulated device's C interface, which a real driver does not have. PRIVATE
-// to tiers/. Thread-safe.
+// Finds functions of the emulated device's C interface, which a real driver does not have: what the
+// product does out of the checker's sight is told through them. Thread-safe.
 #pragma once
 
 namespace spillover {
