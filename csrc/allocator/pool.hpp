@@ -187,7 +187,7 @@ class Pool {
   static bool free_cached(Block* block) noexcept;
   MagazineSlot* equip(StreamState& stream);
   void return_cached(const std::vector<Block*>& blocks);
-  void empty_large(MagazineSlot& slot);
+  void empty_large(const StreamState& stream);
   void empty(ThreadCache& cache, MagazineSlot& slot);
   bool empty_magazines();
   void take_over_counters();
