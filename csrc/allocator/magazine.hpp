@@ -6,8 +6,8 @@
 // not merge. So that this costs no memory
 //   - a magazine holds at most kSmallBytesMax of small blocks and a share of the device of large
 //   ones, less once several streams take memory (Note [Watermarks] in pool_watermarks.cpp);
-//   - a large request that finds no block of its size returns the thread's other large ones to the
-//     heap before it looks there;
+//   - a large request that finds no block of its size returns every thread's large ones of its
+//     stream to the heap before it looks there;
 //   - before a heap grows every thread's magazines are emptied into the heaps.
 // Only streams that never die have magazines: who reuses a block by a stream's handle must know
 // that the handle still is that stream's (Note [Foreign streams]).

@@ -59,8 +59,8 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
 
   Lock lock(mutex_);
   StreamState& state = state_of(request.stream, request.arena);
-  MagazineSlot* slot = equip(state);
-  if (slot != nullptr && request.size_class == SizeClass::kLarge) empty_large(*slot);
+  equip(state);
+  if (request.size_class == SizeClass::kLarge) empty_large(state);
   note_alive(state);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;

@@ -118,8 +118,14 @@ class Pool {
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
   // Where a heap may grow from.
   enum class Source {
-    kHeld,  // memory that the pool has already
+    kHeld,  // memory that the pool has already, and a little more in place of moving it
     kNew,   // more from the driver, within the limit
+  };
+  // Addresses for a request that begin with a free block, over gaps that chunks are mapped into.
+  struct Window {
+    Block* first = nullptr;  // Null: there is none, the request needs addresses of its own.
+    AddressRange range;
+    size_t missing_bytes = 0;  // What is to be mapped.
   };
   struct Totals;
   // Whole chunks within a free block.
@@ -188,7 +194,7 @@ class Pool {
   static bool free_cached(Block* block) noexcept;
   MagazineSlot* equip(StreamState& stream);
   void return_cached(const std::vector<Block*>& blocks);
-  void empty_large(MagazineSlot& slot);
+  void empty_large(const StreamState& stream);
   void empty(ThreadCache& cache, MagazineSlot& slot);
   bool empty_magazines();
   void take_over_counters();
@@ -199,17 +205,21 @@ class Pool {
 
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
-  Block* grow_virtual(const Request& request, Source source);
+  Block* grow_virtual(const Request& request, Source source, size_t spare_bytes);
   Block* grow_fixed(const Request& request);
+  size_t used_bytes() const;
+  size_t spare_bytes(size_t used_bytes_peak) const;
   size_t generous_growth(const Heap& heap, size_t missing_bytes) const;
-  Block* find_tail(const Heap& heap) const;
+  Window find_window(const Heap& heap, size_t size_bytes) const;
+  size_t missing_behind(const Block& first, size_t size_bytes) const;
+  Block* map_behind(Heap& heap, DeviceAddress address, size_t size_bytes, size_t held_max);
   Block* steal(const Request& request);
   Block* steal_from(Heap& victim, const Request& request);
   std::optional<Run> find_run(const Heap& victim, const Request& request,
                               uint64_t completed_count) const;
   bool prove_idle(StreamState& stream);
-  size_t gather_idle(size_t wanted_bytes, const Block* kept);
-  size_t evict(Heap& heap, size_t wanted_bytes, const Block* kept);
+  size_t gather_idle(size_t wanted_bytes, const AddressRange& kept);
+  size_t evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept);
   void unmap(Block* block, const AddressRange& chunks);
   void carve(Block* block, const AddressRange& chunks);
   Block* adopt(Heap& heap, const AddressRange& range, uint64_t freed_at);
@@ -280,6 +290,7 @@ class Pool {
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   std::map<ArenaId, ArenaUsage> arenas_;
+  size_t used_bytes_peak_ = 0;  // The most that was in use when a heap grew.
   spillover_stats_t statistics_{};
   uint32_t unchecked_count_ = 0;  // calls since the last check
 };

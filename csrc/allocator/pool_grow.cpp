@@ -1,15 +1,19 @@
 // How a heap without a fit gets memory: from the cache, from other heaps, or from the driver.
 //
 // Note [Growing]. In this order, as each costs less or keeps less memory than the next:
-//   1. cached chunks are mapped, behind a free block at the end of a segment where there is one, so
-//      that only what is missing is mapped;
+//   1. cached chunks are mapped. Where a large block is to come, what is free already counts: the
+//      free block is chosen behind which the least is missing, with the gaps and free blocks that
+//      follow it;
 //   2. whole chunks of a large enough free block of another heap change hands where they are, which
 //      takes no driver call;
-//   3. idle chunks anywhere are unmapped and mapped side by side: no fragmentation of free memory
+//   3. a few new chunks are made, as long as little more is held than was ever in use: to move
+//      chunks costs a quarter of making them, but may have to be done again in each cycle of the
+//      program, and a program that grows will need the new ones anyway;
+//   4. idle chunks anywhere are unmapped and mapped side by side: no fragmentation of free memory
 //      stands in the way of a large block as long as whole chunks are free;
-//   4. new chunks are made, as many as idle ones do not cover.
+//   5. new chunks are made, as many as idle ones do not cover.
 // No step hands out much larger chunks than are asked for, which one small block would keep busy.
-// Steps 2 and 3 ask for proof that the work on those chunks is complete, and do not wait for it.
+// Steps 2 and 4 ask for proof that the work on those chunks is complete, and do not wait for it.
 #include <algorithm>
 #include <bit>
 #include <iterator>
@@ -29,6 +33,9 @@ namespace {
 // most this much.
 constexpr size_t kGrowthShare = 256;
 constexpr size_t kGrowthMax = 16 * kMiB;
+
+// More is held than was ever in use by at most this share before idle chunks are moved.
+constexpr size_t kSpareShare = 256;
 
 // Sizes of chunks where addresses are fixed: small and medium requests share theirs.
 constexpr size_t kFixedSmall = 2 * kMiB;
@@ -53,7 +60,9 @@ Block* Pool::grow(const Request& request, Source source) {
   const CountOnExit count(*this);
   Block* block = nullptr;
   if (backing_.is_virtual()) {
-    block = grow_virtual(request, source);
+    const size_t peak = std::max(used_bytes_peak_, used_bytes() + request.size_bytes);
+    block = grow_virtual(request, source, spare_bytes(peak));
+    if (block != nullptr) used_bytes_peak_ = peak;
   } else {
     block = source == Source::kHeld ? steal(request) : grow_fixed(request);
   }
@@ -64,32 +73,44 @@ Block* Pool::grow(const Request& request, Source source) {
   return block;
 }
 
-Block* Pool::grow_virtual(const Request& request, Source source) {
+Block* Pool::grow_virtual(const Request& request, Source source, size_t spare_bytes) {
   if (request.size_bytes > device_bytes_) return nullptr;
   Heap& heap = heap_of(request);
-  Block* tail = find_tail(heap);
-  const auto missing_behind = [&](const Block* block) {
-    const size_t have_bytes = block == nullptr ? 0 : block->size_bytes;
-    return round_up(request.size_bytes - have_bytes, backing_.unit_bytes());
-  };
-  if (tail != nullptr && backing_.gap_at(tail->end()) < missing_behind(tail)) tail = nullptr;
-  const size_t missing_bytes = missing_behind(tail);
-  size_t room = 0;
-  if (backing_.cached_bytes() < missing_bytes) {
+  const Window window = find_window(heap, request.size_bytes);
+  const size_t room = source == Source::kNew ? room_bytes() : spare_bytes;
+  if (backing_.cached_bytes() < window.missing_bytes) {
     if (Block* block = steal(request)) return block;
-    room = source == Source::kNew ? room_bytes() : 0;
-    const size_t wanted_bytes = missing_bytes - backing_.cached_bytes();
-    const size_t idle_bytes = gather_idle(wanted_bytes, tail);
+    const size_t wanted_bytes = window.missing_bytes - backing_.cached_bytes();
+    const size_t moved_bytes = wanted_bytes - std::min(wanted_bytes, spare_bytes);
+    const size_t idle_bytes = gather_idle(moved_bytes, window.range);
     if (idle_bytes + room < wanted_bytes) return nullptr;
   }
-  const DeviceAddress address =
-      tail == nullptr ? backing_.find_gap(&heap, missing_bytes) : tail->end();
+  const size_t held_max = backing_.held_bytes() + room;
+  Block* block = window.first;
+  if (block == nullptr) {
+    const DeviceAddress address = backing_.find_gap(&heap, window.missing_bytes);
+    block = map_behind(heap, address, window.missing_bytes, held_max);
+  }
+  while (block != nullptr && block->size_bytes < request.size_bytes) {
+    const size_t missing_bytes =
+        round_up(request.size_bytes - block->size_bytes, backing_.unit_bytes());
+    const size_t gap_bytes = backing_.gap_at(block->end());
+    block = map_behind(heap, block->end(), std::min(missing_bytes, gap_bytes), held_max);
+  }
+  if (block != nullptr || spare_bytes == 0) return block;
+  return grow_virtual(request, source, 0);  // The driver has no more: moving is what is left.
+}
+
+// Maps at the start of a gap, generously where that needs new chunks. Gives the free block that
+// this becomes a part of, null where memory does not suffice.
+Block* Pool::map_behind(Heap& heap, DeviceAddress address, size_t size_bytes, size_t held_max) {
+  const size_t room = held_max - std::min(held_max, backing_.held_bytes());
   std::optional<AddressRange> range;
-  if (const size_t generous_bytes = generous_growth(heap, missing_bytes);
+  if (const size_t generous_bytes = generous_growth(heap, size_bytes);
       generous_bytes <= std::min(backing_.gap_at(address), room)) {
     range = backing_.map(address, generous_bytes, room);
   }
-  if (!range) range = backing_.map(address, missing_bytes, room);
+  if (!range) range = backing_.map(address, size_bytes, room);
   return range ? adopt(heap, *range, 0) : nullptr;
 }
 
@@ -105,6 +126,20 @@ Block* Pool::grow_fixed(const Request& request) {
   return nullptr;
 }
 
+// What is in no heap's set and in no cache. Magazines are empty.
+size_t Pool::used_bytes() const {
+  size_t bytes = backing_.mapped_bytes();
+  for (const auto& [key, stream] : streams_) bytes -= stream.free_bytes();
+  return bytes;
+}
+
+// What may be taken from the driver so that idle chunks stay where they are.
+size_t Pool::spare_bytes(size_t used_bytes_peak) const {
+  const size_t held_max = used_bytes_peak + used_bytes_peak / kSpareShare;
+  const size_t spare_bytes = held_max - std::min(held_max, backing_.held_bytes());
+  return std::min(spare_bytes, room_bytes()) / backing_.unit_bytes() * backing_.unit_bytes();
+}
+
 // What a large heap that needs new chunks grows by. Small heaps grow by what is needed: a chunk
 // there is rarely idle again.
 size_t Pool::generous_growth(const Heap& heap, size_t missing_bytes) const {
@@ -116,13 +151,38 @@ size_t Pool::generous_growth(const Heap& heap, size_t missing_bytes) const {
   return std::max(missing_bytes, std::bit_floor(share_bytes) / unit_bytes * unit_bytes);
 }
 
-// The largest free block at the end of a segment with room behind it.
-Block* Pool::find_tail(const Heap& heap) const {
-  for (auto position = heap.free.rbegin(); position != heap.free.rend(); ++position) {
-    Block* block = *position;
-    if (block->next == nullptr && backing_.gap_at(block->end()) != 0) return block;
+// Where the least has to be mapped. Small blocks are not worth the search: a chunk holds several.
+Pool::Window Pool::find_window(const Heap& heap, size_t size_bytes) const {
+  Window best;
+  best.missing_bytes = round_up(size_bytes, backing_.unit_bytes());
+  if (heap.size_class == SizeClass::kSmall) return best;
+  for (Block* block : heap.free) {
+    const size_t missing_bytes = missing_behind(*block, size_bytes);
+    if (missing_bytes >= best.missing_bytes) continue;
+    best = {block, {block->address, block->address + size_bytes}, missing_bytes};
   }
-  return nullptr;
+  return best;
+}
+
+// What has to be mapped behind a free block until it has size_bytes, with the free blocks that it
+// meets; more than anything where something in use is in the way.
+size_t Pool::missing_behind(const Block& first, size_t size_bytes) const {
+  constexpr size_t kNever = std::numeric_limits<size_t>::max();
+  size_t have_bytes = first.size_bytes;
+  size_t missing_bytes = 0;
+  for (const Block* last = &first; have_bytes < size_bytes;) {
+    if (last->next != nullptr) return kNever;
+    const size_t gap_bytes = backing_.gap_at(last->end());
+    const size_t rest_bytes = round_up(size_bytes - have_bytes, backing_.unit_bytes());
+    if (gap_bytes >= rest_bytes) return missing_bytes + rest_bytes;
+    const auto behind = segments_.find(last->end() + gap_bytes);
+    if (gap_bytes == 0 || behind == segments_.end()) return kNever;
+    last = behind->second;
+    if (last->heap != first.heap || last->state != BlockState::kFree) return kNever;
+    have_bytes += gap_bytes + last->size_bytes;
+    missing_bytes += gap_bytes;
+  }
+  return missing_bytes;
 }
 
 // Whether every free of the stream is known to be complete. Asks the driver once.
@@ -191,7 +251,7 @@ std::optional<Pool::Run> Pool::find_run(const Heap& victim, const Request& reque
 
 // Moves idle chunks to the cache: of the streams that need the fewest questions first. Gives how
 // much it has moved. kept stays where it is.
-size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept) {
+size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept) {
   size_t gathered_bytes = 0;
   for (auto& [key, stream] : streams_) {
     if (gathered_bytes >= wanted_bytes) break;
@@ -206,7 +266,7 @@ size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept) {
 }
 
 // Small free blocks go first: the large ones are worth more where they are.
-size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept) {
+size_t Pool::evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept) {
   Block least;
   least.size_bytes = backing_.unit_bytes();
   // Carving changes the set: the candidates are noted first. Of one block the last comes first, so
@@ -215,7 +275,8 @@ size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept) {
   size_t candidate_bytes = 0;
   for (auto position = heap.free.lower_bound(&least);
        position != heap.free.end() && candidate_bytes < wanted_bytes; ++position) {
-    if (*position == kept) continue;
+    const DeviceAddress begin = (*position)->address;
+    if (begin >= kept.begin && begin < kept.end) continue;
     const auto parts = complete_parts(**position, heap.stream->completed_count);
     for (auto part = parts.rbegin(); part != parts.rend() && candidate_bytes < wanted_bytes;
          ++part) {

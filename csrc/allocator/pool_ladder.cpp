@@ -139,7 +139,7 @@ void Pool::release_idle(size_t keep_bytes) {
   const CountOnExit count(*this);
   const size_t surplus_bytes = backing_.held_bytes() - std::min(backing_.held_bytes(), keep_bytes);
   if (backing_.cached_bytes() < surplus_bytes) {
-    gather_idle(surplus_bytes - backing_.cached_bytes(), nullptr);
+    gather_idle(surplus_bytes - backing_.cached_bytes(), AddressRange{});
   }
   // A magazine names its stream as long as its thread lives.
   std::erase_if(streams_, [&](const auto& entry) {
@@ -149,6 +149,8 @@ void Pool::release_idle(size_t keep_bytes) {
     return true;
   });
   backing_.release_cached(surplus_bytes);
+  // What was held for a peak of the past is not taken again without need.
+  used_bytes_peak_ = std::min(used_bytes_peak_, backing_.held_bytes());
 }
 
 }  // namespace spillover

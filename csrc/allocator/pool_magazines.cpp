@@ -89,11 +89,14 @@ void Pool::return_cached(const std::vector<Block*>& blocks) {
   }
 }
 
-void Pool::empty_large(MagazineSlot& slot) {
+// Of every thread: a block that is freed by another thread than it was allocated by, as activations
+// are in backward, is a part of the stream's free memory no less than the caller's own.
+void Pool::empty_large(const StreamState& stream) {
   std::vector<Block*> blocks;
-  {
-    const std::lock_guard lock(ThreadCache::current()->lock);
-    slot.magazine.empty_large(blocks);
+  for (const MagazineReference& reference : magazines_) {
+    if (reference.slot->stream != &stream) continue;
+    const std::lock_guard lock(reference.cache->lock);
+    reference.slot->magazine.empty_large(blocks);
   }
   return_cached(blocks);
 }

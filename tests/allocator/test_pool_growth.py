@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from cuda_calls import Cuda
 
 from spillover import _core
+from spillover.emulator import call_bytes, faults
 
 MIB = 1 << 20
 
@@ -89,6 +90,104 @@ def test_small_blocks_keep_no_large_hole_apart(pool: _core.Pool) -> None:
     pool.alloc(512)
     pool.free(large)
     assert pool.alloc(8 * MIB) == large
+
+
+def test_free_blocks_on_both_sides_of_a_gap_are_joined(pool: _core.Pool) -> None:
+    first, second, third, _ = (pool.alloc(8 * MIB) for _ in range(4))
+    pool.free(second)
+    pool.alloc(16 * MIB)  # takes the second one's chunks: a gap is left there
+    pool.free(first)
+    pool.free(third)
+    with faults():
+        assert pool.alloc(24 * MIB) == first
+        assert call_bytes()["cuMemMap"] == 8 * MIB, "only the gap is mapped"
+        assert "cuMemUnmap" not in call_bytes()
+    pool.check_invariants()
+
+
+def test_a_block_without_room_keeps_no_other_from_growing(pool: _core.Pool) -> None:
+    first, second, _ = (pool.alloc(size * MIB) for size in (16, 8, 8))
+    pool.free(second)
+    pool.alloc(16 * MIB)  # takes the second one's chunks: a gap of 8 MiB is left there
+    last = pool.alloc(12 * MIB)
+    pool.free(first)
+    pool.free(last)
+    with faults():
+        assert pool.alloc(28 * MIB) == last
+        assert call_bytes()["cuMemMap"] == 16 * MIB, "only what is missing is mapped"
+    pool.check_invariants()
+
+
+SPARE = """
+import spillover.emulator
+
+spillover.emulator.enable(vram="8GiB", poison=False)
+
+from spillover import _core
+from spillover.emulator import Fault, call_bytes, faults
+
+MIB = 1 << 20
+pool = _core.Pool(0)
+
+
+def half_idle(count):
+    pieces = [pool.alloc(8 * MIB) for _ in range(count)]
+    for piece in pieces[::2]:
+        pool.free(piece)
+    return pieces[1::2]
+
+
+def reserved_mib():
+    return pool.stats()["reserved_bytes"]["all"]["current"] // MIB
+
+
+blocks = [pool.alloc(4096 * MIB), *half_idle(9)]
+with faults():
+"""
+
+
+class TestSpareChunks:
+    """The pool may hold 1/256 more than was ever in use before it moves idle chunks."""
+
+    def test_a_few_new_chunks_save_moving_idle_ones(self, run_python: Callable[..., str]) -> None:
+        run_python(
+            SPARE
+            + """
+    blocks.append(pool.alloc(24 * MIB))
+    assert call_bytes()["cuMemCreate"] == 8 * MIB, "what is missing behind the last piece"
+    assert "cuMemUnmap" not in call_bytes()
+    blocks.append(pool.alloc(24 * MIB))
+    assert call_bytes()["cuMemCreate"] == 16 * MIB, "more would be too much"
+    assert call_bytes()["cuMemUnmap"] == 16 * MIB
+    assert reserved_mib() == 4096 + 80 + 16
+"""
+        )
+
+    def test_idle_chunks_are_moved_where_the_driver_has_no_more(
+        self, run_python: Callable[..., str]
+    ) -> None:
+        run_python(
+            SPARE.replace("faults()", 'faults(Fault("cuMemCreate", times=None))')
+            + """
+    blocks.append(pool.alloc(24 * MIB))
+    assert call_bytes()["cuMemUnmap"] == 8 * MIB
+    assert reserved_mib() == 4096 + 80
+    assert pool.stats()["num_alloc_retries"] == 0
+"""
+        )
+
+    def test_a_peak_before_a_trim_does_not_count(self, run_python: Callable[..., str]) -> None:
+        run_python(
+            SPARE
+            + """
+    for block in blocks:
+        pool.free(block)
+    pool.trim()
+    half_idle(16)
+    pool.alloc(72 * MIB)
+    assert reserved_mib() == 128 + 8
+"""
+        )
 
 
 def test_a_small_heap_grows_by_no_more_than_it_needs(pool: _core.Pool) -> None:

@@ -80,6 +80,27 @@ def test_what_one_thread_keeps_serves_another_before_the_pool_grows(pool: _core.
     assert live_blocks(pool) == {held[0]: 16 * MIB}
 
 
+def test_what_one_thread_keeps_serves_another_before_a_larger_block_is_split(
+    pool: _core.Pool,
+) -> None:
+    pair = [pool.alloc(8 * MIB) for _ in range(2)]
+    pool.alloc(2 * MIB)  # apart from what follows
+    larger = pool.alloc(24 * MIB)
+    pool.alloc(2 * MIB)
+    pool.free(larger)
+    pool.stats()  # what this thread keeps goes to the heap
+
+    def work() -> None:
+        pool.free(pool.alloc(4096))  # makes the thread's magazine
+        for block in pair:
+            pool.free(block)
+        on_thread(lambda: served.append(pool.alloc(16 * MIB)))
+
+    served: list[int] = []
+    on_thread(work)
+    assert served == [pair[0]]
+
+
 def test_a_thread_that_ends_leaves_nothing_behind(pool: _core.Pool) -> None:
     on_thread(lambda: [pool.free(pool.alloc(size)) for size in (512, 100_000, 3 * MIB)])  # type: ignore[func-returns-value]
     assert pool.largest_free_bytes() >= 3 * MIB
