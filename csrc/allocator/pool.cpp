@@ -291,7 +291,7 @@ void Pool::trim(size_t keep_bytes) {
   Lock lock(mutex_);
   const RelaxedCaptureScope relaxed;
   wait_for_device(lock);
-  release_idle(keep_bytes);
+  release_idle(lock, keep_bytes);
 }
 
 void Pool::add_peer(int device) {
@@ -316,7 +316,7 @@ Settings Pool::settings() const {
 }
 
 void Pool::configure(const Settings& settings) {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   const auto require_same = [&](bool is_same, const char* key) {
     if (is_same) return;
     throw StateError(std::string(key) + " cannot change once device " + std::to_string(device_) +
@@ -330,7 +330,7 @@ void Pool::configure(const Settings& settings) {
   if (backing_.held_bytes() <= limit) return;
   const RelaxedCaptureScope relaxed;
   empty_magazines();
-  release_idle(limit);
+  release_idle(lock, limit);
 }
 
 }  // namespace spillover

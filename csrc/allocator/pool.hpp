@@ -15,6 +15,7 @@
 #pragma once
 
 #include <array>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -117,6 +118,8 @@ class Pool {
     kHeld,  // memory that the pool has already
     kNew,   // more from the driver, within the limit
   };
+  // Whether chunks may be taken that are much larger than what is wanted.
+  enum class Overshoot { kBounded, kAny };
   struct Totals;
 
   struct ArenaUsage {
@@ -197,8 +200,8 @@ class Pool {
   Block* steal(const Request& request);
   Block* steal_from(Heap& victim, const Request& request);
   bool prove_idle(StreamState& stream);
-  size_t gather_idle(size_t wanted_bytes, const Block* kept);
-  size_t evict(Heap& heap, size_t wanted_bytes, const Block* kept);
+  size_t gather_idle(size_t wanted_bytes, const Block* kept, Overshoot overshoot);
+  size_t evict(Heap& heap, size_t wanted_bytes, const Block* kept, Overshoot overshoot);
   void unmap(Block* block, const AddressRange& chunks);
   void carve(Block* block, const AddressRange& chunks);
   Block* adopt(Heap& heap, const AddressRange& range, uint64_t freed_at);
@@ -214,7 +217,8 @@ class Pool {
   void wait_for_device(Lock& lock);
   Block* search_again(Lock& lock, const Request& request);
   Block* reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes);
-  void release_idle(size_t keep_bytes);
+  void release_idle(Lock& lock, size_t keep_bytes);
+  void return_released(Lock& lock);
   [[noreturn]] void throw_out_of_memory(const Request& request, size_t reclaimed_bytes);
 
   size_t limit_by_settings() const;
@@ -247,6 +251,8 @@ class Pool {
   // frees from there: a thread that waits for the device since then holds the former numbers.
   uint64_t forgotten_count_ = 0;
   PendingUses pending_;
+  size_t releases_in_flight_ = 0;  // Threads that give released chunks to the driver.
+  std::condition_variable release_ended_;
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.

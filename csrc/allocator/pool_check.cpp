@@ -167,6 +167,8 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
   const AddressRange chunks = backing_.chunks_within(range);
   expect(chunks.begin == range.begin && chunks.end == range.end,
          "the blocks of a segment do not cover whole chunks");
+  expect(backing_.is_virtual() || backing_.first_chunks(chunks, 1).end == chunks.end,
+         "a segment spans chunks that the driver takes back one by one");
   check_pages(range, used_count, totals);
   return previous;
 }

@@ -76,7 +76,7 @@ Block* Pool::grow_virtual(const Request& request, Source source) {
     if (Block* block = steal(request)) return block;
     room = source == Source::kNew ? room_bytes() : 0;
     const size_t wanted_bytes = missing_bytes - backing_.cached_bytes();
-    const size_t idle_bytes = gather_idle(wanted_bytes, tail);
+    const size_t idle_bytes = gather_idle(wanted_bytes, tail, Overshoot::kBounded);
     if (idle_bytes + room < wanted_bytes) return nullptr;
   }
   const DeviceAddress address =
@@ -93,13 +93,12 @@ Block* Pool::grow_virtual(const Request& request, Source source) {
 Block* Pool::grow_fixed(const Request& request) {
   const size_t preferred_bytes = preferred_fixed_bytes(request.size_bytes, backing_.unit_bytes());
   const size_t least_bytes = round_up(request.size_bytes, backing_.unit_bytes());
-  for (const size_t size_bytes : {preferred_bytes, least_bytes}) {
-    if (size_bytes > room_bytes()) continue;
-    if (const auto range = backing_.allocate(size_bytes)) {
-      return adopt(heap_of(request), *range, 0);
-    }
+  std::optional<AddressRange> range;
+  if (preferred_bytes <= room_bytes()) range = backing_.allocate(preferred_bytes);
+  if (!range && least_bytes < preferred_bytes && least_bytes <= room_bytes()) {
+    range = backing_.allocate(least_bytes);
   }
-  return nullptr;
+  return range ? adopt(heap_of(request), *range, 0) : nullptr;
 }
 
 // What a large heap that needs new chunks grows by. Small heaps grow by what is needed: a chunk
@@ -165,8 +164,11 @@ Block* Pool::steal_from(Heap& victim, const Request& request) {
     const AddressRange chunks = backing_.chunks_within({found->address, found->end()});
     if (chunks.size_bytes() < request.size_bytes) continue;
     const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
-    const size_t needed_bytes = round_up(request.size_bytes, backing_.unit_bytes());
-    if (backing_.is_virtual() && taken.size_bytes() > kOvershootMax * needed_bytes) continue;
+    const size_t unit_bytes = backing_.unit_bytes();
+    const size_t needed_bytes = backing_.is_virtual()
+                                    ? round_up(request.size_bytes, unit_bytes)
+                                    : preferred_fixed_bytes(request.size_bytes, unit_bytes);
+    if (taken.size_bytes() > kOvershootMax * needed_bytes) continue;
     Heap& heap = heap_of(request);
     uint64_t freed_at = 0;
     if (same_stream) {
@@ -180,9 +182,9 @@ Block* Pool::steal_from(Heap& victim, const Request& request) {
   return nullptr;
 }
 
-// Moves idle chunks to the cache: of the streams that need the fewest questions first. Gives how
-// much it has moved. kept stays where it is.
-size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept) {
+// Takes idle chunks away from their addresses: of the streams that need the fewest questions first.
+// Gives how much it has taken. kept stays where it is.
+size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept, Overshoot overshoot) {
   size_t gathered_bytes = 0;
   for (auto& [key, stream] : streams_) {
     if (gathered_bytes >= wanted_bytes) break;
@@ -190,14 +192,14 @@ size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept) {
     prove_idle(stream);
     for (Heap& heap : stream.heaps) {
       if (gathered_bytes >= wanted_bytes) break;
-      gathered_bytes += evict(heap, wanted_bytes - gathered_bytes, kept);
+      gathered_bytes += evict(heap, wanted_bytes - gathered_bytes, kept, overshoot);
     }
   }
   return gathered_bytes;
 }
 
 // Small free blocks go first: the large ones are worth more where they are.
-size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept) {
+size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept, Overshoot overshoot) {
   Block least;
   least.size_bytes = backing_.unit_bytes();
   // Carving changes the set: the candidates are noted first.
@@ -210,7 +212,8 @@ size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept) {
     const AddressRange chunks = backing_.chunks_within({block->address, block->end()});
     const size_t chunk_bytes =
         backing_.first_chunks(chunks, wanted_bytes - candidate_bytes).size_bytes();
-    if (chunk_bytes == 0 || chunk_bytes > kOvershootMax * wanted_bytes) continue;
+    if (chunk_bytes == 0) continue;
+    if (overshoot == Overshoot::kBounded && chunk_bytes > kOvershootMax * wanted_bytes) continue;
     candidates.push_back(block);
     candidate_bytes += chunk_bytes;
   }

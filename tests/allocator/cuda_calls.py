@@ -5,7 +5,9 @@ The library is the one that is loaded already, the emulated driver or the real o
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 
 from spillover import _core
 
@@ -28,6 +30,13 @@ class Cuda:
     def use_device(self) -> None:
         """Make the device's context current on this thread."""
         self._call("cuCtxSetCurrent", self._context)
+
+    @property
+    def has_virtual_memory(self) -> bool:
+        """Whether the device has virtual memory management."""
+        supported = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(supported), ctypes.c_int(102), 0)
+        return bool(supported.value)
 
     def create_stream(self) -> int:
         """Give a new non-blocking stream."""
@@ -96,6 +105,23 @@ class Cuda:
             "cuStreamWaitEvent", ctypes.c_void_p(then), ctypes.c_void_p(event), ctypes.c_uint(0)
         )
         self.destroy_event(event)
+
+    @contextlib.contextmanager
+    def capture(self, stream: int) -> Iterator[None]:
+        """Capture the stream in the global mode, and drop the graph."""
+        graph = ctypes.c_void_p()
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(0))
+        try:
+            yield
+        finally:
+            self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+            self._call("cuGraphDestroy", graph)
+
+    def call_on_host(self, stream: int, function: Callable[[], object]) -> object:
+        """Have the stream call a function; what it gives must live until then."""
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: function() and None)
+        self._call("cuLaunchHostFunc", ctypes.c_void_p(stream), callback, None)
+        return callback
 
     def synchronize(self) -> None:
         """Wait for all of the device's work."""

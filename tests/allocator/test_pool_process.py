@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 
+import pytest
+
 
 def test_nothing_is_left_after_trim(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
@@ -33,6 +35,7 @@ def test_nothing_is_left_after_trim(
     )
 
 
+@pytest.mark.virtual_memory
 def test_the_whole_device_can_be_used_and_then_fails(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
