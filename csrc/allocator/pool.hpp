@@ -59,8 +59,10 @@ class Pool {
   // As free(), but false, with nothing done, where it would have to wait for the mutex.
   bool try_free(void* pointer);
 
-  // Throws ConfigError unless pointer is the start of a live block.
+  // Throws ConfigError unless pointer is the start of a live block. A default stream is this
+  // device's, or else stream_device's.
   void record_stream(void* pointer, StreamHandle stream);
+  void record_stream(void* pointer, int stream_device, StreamHandle stream);
 
   bool is_live(const void* pointer) const;
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <set>
 #include <thread>
 
 #include "allocator/pool.hpp"
@@ -123,8 +124,10 @@ void Pool::wait_for_device(Lock& lock) {
   std::vector<std::pair<StreamStates::key_type, uint64_t>> freed_counts;
   for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
   const uint64_t latest_use = pending_.latest();
+  std::set<int> devices = pending_.devices();
+  devices.insert(device_);
   lock.unlock();
-  synchronize_device(device_);
+  for (const int device : devices) synchronize_device(device);
   lock.lock();
   pending_.complete(latest_use);
   pending_.poll();

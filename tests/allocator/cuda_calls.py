@@ -11,15 +11,17 @@ from collections.abc import Callable, Iterator
 
 from spillover import _core
 
+_HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
 
 class Cuda:
-    """Calls the CUDA driver on device 0; every handle and address is an int."""
+    """Calls the CUDA driver on one device; every handle and address is an int."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._call("cuInit", ctypes.c_uint(0))
         context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(device))
         self._context = context
         self.use_device()
 
@@ -30,6 +32,27 @@ class Cuda:
     def use_device(self) -> None:
         """Make the device's context current on this thread."""
         self._call("cuCtxSetCurrent", self._context)
+
+    def is_current(self) -> bool:
+        """Whether the device's context is current on this thread."""
+        current = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(current))
+        return current.value == self._context.value
+
+    def allow_peer(self, peer: Cuda) -> None:
+        """Let this device use the peer's memory from cuMemAlloc."""
+        self.use_device()
+        self._call("cuCtxEnablePeerAccess", peer._context, ctypes.c_uint(0))
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copy between any two devices in stream order."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
 
     @property
     def has_virtual_memory(self) -> bool:
@@ -117,11 +140,16 @@ class Cuda:
             self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
             self._call("cuGraphDestroy", graph)
 
-    def call_on_host(self, stream: int, function: Callable[[], object]) -> object:
-        """Have the stream call a function; what it gives must live until then."""
-        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: function() and None)
-        self._call("cuLaunchHostFunc", ctypes.c_void_p(stream), callback, None)
-        return callback
+    @contextlib.contextmanager
+    def host_function(self, stream: int, function: Callable[[], object]) -> Iterator[None]:
+        """Submit a function of the host; it must have run when the block ends."""
+
+        @_HOST_FUNCTION
+        def run(_: object) -> None:
+            function()
+
+        self._call("cuLaunchHostFunc", ctypes.c_void_p(stream), run, None)
+        yield
 
     def synchronize(self) -> None:
         """Wait for all of the device's work."""

@@ -181,16 +181,15 @@ def test_the_pool_serves_others_while_the_driver_takes_a_chunk_back(
     """cuMemFree waits for all streams, and they may wait for a thread that needs memory."""
     started, go = threading.Event(), threading.Event()
     pool.free(pool.alloc(40 * MIB))
-    callback = cuda.call_on_host(kept_streams[0], lambda: (started.set(), go.wait(30)))
-    thread = threading.Thread(target=lambda: pool.alloc(60 * MIB))
-    thread.start()
-    assert started.wait(30)
-    address = pool.alloc(100)
-    pool.check_invariants()
-    pool.free(address)
-    go.set()
-    thread.join()
-    del callback
+    with cuda.host_function(kept_streams[0], lambda: (started.set(), go.wait(30))):
+        thread = threading.Thread(target=lambda: pool.alloc(60 * MIB))
+        thread.start()
+        assert started.wait(30)
+        address = pool.alloc(100)
+        pool.check_invariants()
+        pool.free(address)
+        go.set()
+        thread.join()
     assert reserved_bytes(pool) == (60 + 2) * MIB
 
 
@@ -208,13 +207,13 @@ def test_nobody_fails_for_memory_that_another_thread_gives_back(run_emulated: Ru
         started, go = threading.Event(), threading.Event()
         pool.alloc(20 * MIB)
         pool.free(pool.alloc(40 * MIB))
-        callback = cuda.call_on_host(stream, lambda: (started.set(), go.wait(30)))
-        thread = threading.Thread(target=lambda: allocator.configure(limit="32MiB"))
-        thread.start()  # gives 40 MiB back, for which the driver waits for the stream
-        assert started.wait(30)
-        threading.Timer(0.1, go.set).start()
-        assert pool.alloc(12 * MIB)
-        thread.join()
+        with cuda.host_function(stream, lambda: (started.set(), go.wait(30))):
+            thread = threading.Thread(target=lambda: allocator.configure(limit="32MiB"))
+            thread.start()  # gives 40 MiB back, for which the driver waits for the stream
+            assert started.wait(30)
+            threading.Timer(0.1, go.set).start()
+            assert pool.alloc(12 * MIB)
+            thread.join()
         """,
         str(Path(__file__).parent),
         vram="64MiB",
