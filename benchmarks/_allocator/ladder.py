@@ -38,6 +38,7 @@ def by_trace(vram: str, make: Callable[[TraceBuilder], None]) -> Callable[[Conte
 
 
 _OUT_OF_MEMORY_CODE = 7
+_HANG_CODE = 8
 _PROGRAM = """
 import sys
 import spillover.emulator
@@ -46,26 +47,38 @@ if sys.argv[1] == "ours":
     import spillover.allocator
     spillover.allocator.install(adapter="full")
 import torch
+from spillover.emulator import stuck
 
 MIB = 1 << 20
 def make(mib):
     return torch.empty(mib * MIB, dtype=torch.uint8, device="cuda")
+def set_wait_max(seconds):
+    if sys.argv[1] == "ours":
+        spillover.allocator.configure(wait_max=seconds)
 
 def program():
 {body}
 try:
     program()
 except torch.OutOfMemoryError:
-    sys.exit({code})
+    sys.exit({out_of_memory})
+except torch.AcceleratorError as error:
+    # What a stuck stream makes of a wait that would hang.
+    if "timed out" not in str(error):
+        raise
+    sys.exit({hang})
 """
 
 
 def by_program(vram: str, body: str) -> Callable[[Contender], bool]:
-    """A rung that a program in torch shows: the lines of a function, with ``make(mib)``."""
+    """A rung that a program in torch shows: the lines of a function.
+
+    It has ``make(mib)``, ``stuck(stream)`` and ``set_wait_max(seconds)`` for ours.
+    """
 
     def survives(allocator: Contender) -> bool:
         lines = "\n".join(f"    {line}" for line in body.strip().splitlines())
-        code = _PROGRAM.format(body=lines, code=_OUT_OF_MEMORY_CODE)
+        code = _PROGRAM.format(body=lines, out_of_memory=_OUT_OF_MEMORY_CODE, hang=_HANG_CODE)
         result = subprocess.run(
             [sys.executable, "-c", code, allocator, vram],
             env=worker_environment("native"),
@@ -73,7 +86,7 @@ def by_program(vram: str, body: str) -> Callable[[Contender], bool]:
             text=True,
             check=False,
         )
-        if result.returncode not in (0, _OUT_OF_MEMORY_CODE):
+        if result.returncode not in (0, _OUT_OF_MEMORY_CODE, _HANG_CODE):
             raise RuntimeError(f"a rung's program failed on {allocator}:\n{result.stderr}")
         return result.returncode == 0
 
@@ -129,6 +142,56 @@ wanted = make(600)
 assert len(copies) == 4
 """
 
+#: The first stream has freed most of a segment, of which a live block keeps the rest. Both streams
+#: have taken memory before.
+_FREED_BY_ANOTHER_STREAM = """
+first, second = torch.cuda.Stream(), torch.cuda.Stream()
+with torch.cuda.stream(second):
+    make(1)
+with torch.cuda.stream(first):
+    whole = make(200)
+    del whole
+    kept, freed = make(25), make(160)
+"""
+
+#: What the first stream does next waits for the second one; what came before the free is done.
+_COMPLETED = f"""
+{_FREED_BY_ANOTHER_STREAM}
+set_wait_max(0)
+with torch.cuda.stream(first):
+    freed.zero_()
+    del freed
+    done = first.record_event()
+done.synchronize()
+with stuck(first, timeout_s=2), torch.cuda.stream(second):
+    make(150).zero_()
+"""
+
+#: The same, while what came before the free goes on.
+_JUST_ENOUGH = f"""
+{_FREED_BY_ANOTHER_STREAM}
+with torch.cuda.stream(first):
+    freed.copy_(torch.empty(160 * MIB, dtype=torch.uint8).pin_memory(), non_blocking=True)
+    del freed
+with stuck(first, timeout_s=2), torch.cuda.stream(second):
+    make(150).zero_()
+"""
+
+#: What came before the free waits for something that the host does once it has got its memory.
+_BEHIND_A_FREE = f"""
+{_FREED_BY_ANOTHER_STREAM}
+set_wait_max(0.05)
+with stuck(first, timeout_s=2):
+    with torch.cuda.stream(first):
+        freed.copy_(torch.empty(160 * MIB, dtype=torch.uint8).pin_memory(), non_blocking=True)
+        del freed
+    with torch.cuda.stream(second):
+        wanted = make(150)
+with torch.cuda.stream(second):
+    wanted.zero_()
+torch.cuda.synchronize()
+"""
+
 RUNGS = (
     Rung(
         "search_after_wait",
@@ -139,6 +202,21 @@ RUNGS = (
         "steal_from_idle_stream",
         "a free block of a stream that is idle serves another one",
         by_trace("1GiB", _idle_stream),
+    ),
+    Rung(
+        "completed_before_the_tail",
+        "memory freed before its stream began to wait for the requesting one serves it at once",
+        by_program("256MiB", _COMPLETED),
+    ),
+    Rung(
+        "wait_for_just_enough",
+        "the host waits for the work before a free, not for all that its stream was given since",
+        by_program("256MiB", _JUST_ENOUGH),
+    ),
+    Rung(
+        "wait_on_the_device",
+        "the requesting stream is put behind the work before a free when the host cannot wait",
+        by_program("256MiB", _BEHIND_A_FREE),
     ),
     Rung(
         "remap",

@@ -14,7 +14,7 @@
 //   - the table of pages knows exactly the blocks that are not free, and has each page once for
 //     every segment that lies in it;
 //   - freed_at of a block <= freed_count of its stream, completed_count <= freed_count, and the
-//     marks of a stream cover ever more frees, at most freed_count.
+//     marks of a stream cover ever more frees, at most freed_count; its freed_ranges likewise.
 // So, for each class: live + waiting + cached + free = mapped bytes. And what the counters say:
 //   allocation = live; active = live + waiting; requested_bytes = those that live and waiting
 //   blocks were asked for; inactive_split = free blocks that are not all of their segment;
@@ -105,13 +105,26 @@ struct Heap {
 
 // Note [Frees and completion]. A freed block may be used again on its own stream at once, as work
 // there is ordered. Another stream, and the host that wants to unmap it, must know that the stream
-// has done what was submitted before the free. Nothing is recorded at a free: frees are numbered,
+// has done what was submitted before the free. There is no event for each free: frees are numbered,
 // and *one* answer of the driver - the stream is idle, or a mark on it was reached - completes
-// every free up to a number. Each arena of a stream numbers its own frees.
+// every free up to a number. Each arena of a stream numbers its own frees. When marks are recorded:
+// Note [Watermarks] in pool_watermarks.cpp.
 struct StreamState {
+  static constexpr size_t kMarksMax = 64;
+
+  enum class MarkKind {
+    kWatermark,  // recorded where memory is freed, or where the stream's user asks for more
+    kTail,       // recorded when another stream needs memory: any work may lie behind the frees
+  };
   struct Mark {
     Event event;
     uint64_t freed_count;  // frees that it covers
+    MarkKind kind;
+  };
+  struct FreedRange {
+    DeviceAddress begin;
+    DeviceAddress end;
+    uint64_t number;  // of the free
   };
 
   // Frees are numbered from first_count on.
@@ -131,7 +144,6 @@ struct StreamState {
   StreamState& operator=(const StreamState&) = delete;
 
   Heap& heap(SizeClass size_class) { return heaps[static_cast<size_t>(size_class)]; }
-  bool is_complete(const Block& block) const { return block.freed_at <= completed_count; }
   size_t block_count() const { return heaps[0].block_count + heaps[1].block_count; }
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
@@ -141,6 +153,11 @@ struct StreamState {
   uint64_t freed_count;
   uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.
+  size_t unmarked_bytes = 0;  // Freed since the newest mark.
+  // Frees of the large heap that are not known to be complete, oldest first. Those up to
+  // ranges_since are left out, and all of them while the pool serves one stream.
+  std::deque<FreedRange> freed_ranges;
+  uint64_t ranges_since = 0;
   std::array<Heap, 2> heaps;  // Indexed by SizeClass.
 };
 

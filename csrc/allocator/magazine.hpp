@@ -5,7 +5,7 @@
 // pool's mutex nor the heap's structures are touched. For the heap such a block is in use: it does
 // not merge. So that this costs no memory
 //   - a magazine holds at most kSmallBytesMax of small blocks and a share of the device of large
-//   ones;
+//   ones, less once several streams take memory (Note [Watermarks] in pool_watermarks.cpp);
 //   - a large request that finds no block of its size returns the thread's other large ones to the
 //     heap before it looks there;
 //   - before a heap grows every thread's magazines are emptied into the heaps.
@@ -57,6 +57,9 @@ class Magazine {
   // False where the block would be too much.
   bool put(Block* block) noexcept;
 
+  // What comes from now on is refused beyond that.
+  void limit_large(size_t large_bytes_max) { large_bytes_max_ = large_bytes_max; }
+
   // Appends the large blocks, or all of them, and keeps none.
   void empty_large(std::vector<Block*>& blocks);
   void empty(std::vector<Block*>& blocks);
@@ -73,7 +76,7 @@ class Magazine {
   }
   static void append(Block*& head, std::vector<Block*>& blocks);
 
-  const size_t large_bytes_max_;
+  size_t large_bytes_max_;
   size_t small_bytes_ = 0;
   size_t large_bytes_ = 0;
   // Lists by Block::next_cached; one of exact sizes a bin, and one of sizes that share a hash.

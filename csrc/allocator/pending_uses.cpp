@@ -8,22 +8,14 @@
 
 namespace spillover {
 
-Event PendingUses::take_event(int device) {
-  std::vector<Event>& spare = spare_events_[device];
-  if (spare.empty()) return Event(device);
-  Event event = std::move(spare.back());
-  spare.pop_back();
-  return event;
-}
-
 bool PendingUses::try_mark(const DeviceStream& stream, const Use& use) {
   try {
-    Event event = take_event(stream.device);
+    Event event = spare_events_.take(stream.device);
     const bool is_recorded = event.try_record(stream.key.handle) == RecordOutcome::kRecorded;
     if (is_recorded) {
       queues_[stream].push_back({std::move(event), use});
     } else {
-      spare_events_[stream.device].push_back(std::move(event));
+      spare_events_.give(std::move(event));
     }
     return is_recorded;
   } catch (const Error&) {
@@ -57,7 +49,7 @@ void PendingUses::finish(Block* block) {
 void PendingUses::finish_front(std::deque<MarkedUse>& queue) {
   MarkedUse front = std::move(queue.front());
   queue.pop_front();
-  spare_events_[front.event.device()].push_back(std::move(front.event));
+  spare_events_.give(std::move(front.event));
   finish(front.use.block);
 }
 

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "allocator/block.hpp"
+#include "allocator/spare_events.hpp"
 #include "driver/event.hpp"
 
 namespace spillover {
@@ -31,7 +32,8 @@ class PendingUses {
   // Receives a block when its last use is complete. It must not call back into this object.
   using OnComplete = std::function<void(Block*)>;
 
-  explicit PendingUses(OnComplete on_complete) : on_complete_(std::move(on_complete)) {}
+  PendingUses(SpareEvents& spare_events, OnComplete on_complete)
+      : spare_events_(spare_events), on_complete_(std::move(on_complete)) {}
 
   // Takes over the block's uses.
   void add(Block* block);
@@ -68,17 +70,16 @@ class PendingUses {
     Use use;
   };
 
-  Event take_event(int device);
   // False when the use must be tried again later.
   bool try_mark(const DeviceStream& stream, const Use& use);
   void finish(Block* block);
   void finish_front(std::deque<MarkedUse>& queue);
 
+  SpareEvents& spare_events_;
   const OnComplete on_complete_;
   uint64_t latest_ = 0;
   std::map<DeviceStream, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
   std::vector<std::pair<DeviceStream, Use>> unmarked_;
-  std::map<int, std::vector<Event>> spare_events_;  // By device.
 };
 
 }  // namespace spillover

@@ -36,7 +36,7 @@ Pool::Pool(int device, const Settings& settings)
       device_bytes_(memory_info(device).total_bytes),
       settings_(settings),
       backing_(device, settings.virtual_memory),
-      pending_([this](Block* block) { make_free(block); }) {}
+      pending_(spare_events_, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
   const auto known = streams_.find({key, arena});
@@ -65,8 +65,10 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
 
   Lock lock(mutex_);
-  MagazineSlot* slot = equip(state_of(request.stream, request.arena));
+  StreamState& state = state_of(request.stream, request.arena);
+  MagazineSlot* slot = equip(state);
   if (slot != nullptr && request.size_class == SizeClass::kLarge) empty_large(*slot);
+  note_alive(state);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
     pending_.mark({device_, request.stream});
@@ -211,6 +213,10 @@ void Pool::free_slowly(void* pointer) {
   if (slot != nullptr && block->uses.empty()) empty(*ThreadCache::current(), *slot);
   take_over_counters();
   count_freed(*block);
+  StreamState& stream = *block->heap->stream;
+  if (may_be_asked(device_, stream.key)) {
+    mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kWatermark);
+  }
   if (block->uses.empty()) {
     make_free(block);
   } else {
@@ -223,6 +229,7 @@ void Pool::free_slowly(void* pointer) {
 
 void Pool::count_freed(Block& block) {
   block.freed_at = ++block.heap->stream->freed_count;
+  note_freed(*block.heap, {block.address, block.end()});
   const SizeClass size_class = block.heap->size_class;
   subtract(statistics_.allocation, size_class, 1);
   subtract(statistics_.allocated_bytes, size_class, block.size_bytes);
@@ -238,6 +245,12 @@ void Pool::record_stream(void* pointer, int stream_device, StreamHandle stream) 
   const std::lock_guard lock(mutex_);
   Block* block = live_block(pointer);
   if (!pending_.empty()) pending_.mark(use);
+  if (stream_device == device_) {
+    for (auto state = streams_.lower_bound({use.key, kDefaultArena});
+         state != streams_.end() && state->second.key == use.key; ++state) {
+      note_alive(state->second);
+    }
+  }
   if (use == DeviceStream{device_, block->heap->stream->key}) return;
   for (const DeviceStream& known : block->uses) {
     if (known == use) return;
@@ -310,6 +323,7 @@ void Pool::trim(size_t keep_bytes) {
   const RelaxedCaptureScope relaxed;
   wait_for_device(lock);
   release_idle(lock, keep_bytes);
+  spare_events_.release();
 }
 
 void Pool::add_peer(int device) {

@@ -10,8 +10,9 @@
 // neighbours when it comes back. A heap that has no fit grows (pool_grow.cpp): memory that is held
 // already and known to be idle is used before more is taken from the driver, whichever stream it
 // belongs to, and a large block is put together from idle chunks wherever they are. What that needs
-// to know about other streams: Note [Frees and completion] in block.hpp, Note [Event-gated reuse]
-// in pending_uses.hpp, Note [Foreign streams] in stream_key.hpp.
+// to know about other streams: Note [Frees and completion] in block.hpp, Note [Watermarks] in
+// pool_watermarks.cpp, Note [Event-gated reuse] in pending_uses.hpp, Note [Foreign streams] in
+// stream_key.hpp.
 #pragma once
 
 #include <array>
@@ -21,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -32,6 +34,7 @@
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
+#include "allocator/spare_events.hpp"
 
 namespace spillover {
 
@@ -123,6 +126,11 @@ class Pool {
   // Whether chunks may be taken that are much larger than what is wanted.
   enum class Overshoot { kBounded, kAny };
   struct Totals;
+  // Whole chunks within a free block.
+  struct Run {
+    Block* block;
+    AddressRange chunks;
+  };
 
   struct ArenaUsage {
     size_t mapped_bytes = 0;
@@ -201,6 +209,8 @@ class Pool {
   Block* find_tail(const Heap& heap) const;
   Block* steal(const Request& request);
   Block* steal_from(Heap& victim, const Request& request);
+  std::optional<Run> find_run(const Heap& victim, const Request& request,
+                              uint64_t completed_count) const;
   bool prove_idle(StreamState& stream);
   size_t gather_idle(size_t wanted_bytes, const Block* kept, Overshoot overshoot);
   size_t evict(Heap& heap, size_t wanted_bytes, const Block* kept, Overshoot overshoot);
@@ -211,9 +221,24 @@ class Pool {
   size_t room_bytes() const;
   void count_memory();
 
+  // pool_watermarks.cpp
+  size_t watermark_bytes() const;
+  void note_alive(StreamState& stream);
+  void watch_streams();
+  void mark_if_due(StreamState& stream, size_t threshold_bytes,
+                   StreamState::MarkKind kind) noexcept;
+  bool try_mark(StreamState& stream, StreamState::MarkKind kind) noexcept;
+  bool mark(StreamState& stream, StreamState::MarkKind kind);
+  void thin_marks(StreamState& stream);
+  void collect_marks(StreamState& stream);
+  void complete_frees(StreamState& stream, uint64_t freed_count);
+  void note_freed(const Heap& heap, const AddressRange& range);
+  std::vector<AddressRange> complete_parts(const Block& block, uint64_t completed_count) const;
+  Block* take_behind_watermark(const Request& request);
+
   // pool_ladder.cpp
   Block* obtain_by_waiting(Lock& lock, const Request& request);
-  Block* poll_until_fit(Lock& lock, const Request& request);
+  std::optional<Block*> poll_until_fit(Lock& lock, const Request& request);
   bool mark_streams();
   size_t foreign_bytes() const;
   void wait_for_device(Lock& lock);
@@ -252,9 +277,11 @@ class Pool {
   // At least the freed_count of every stream that was forgotten. One that comes back numbers its
   // frees from there: a thread that waits for the device since then holds the former numbers.
   uint64_t forgotten_count_ = 0;
+  SpareEvents spare_events_;
   PendingUses pending_;
   size_t releases_in_flight_ = 0;  // Threads that give released chunks to the driver.
   std::condition_variable release_ended_;
+  bool serves_several_streams_ = false;  // Or has done so.
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.

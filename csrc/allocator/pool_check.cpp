@@ -98,6 +98,22 @@ void check_block(const Block& block, int device) {
             "was freed by a free that has not happened");
 }
 
+void check_marks(const StreamState& stream) {
+  expect(stream.marks.size() <= StreamState::kMarksMax, "a stream has too many marks");
+  uint64_t last = stream.completed_count;
+  for (const StreamState::Mark& mark : stream.marks) {
+    expect(mark.freed_count > last && mark.freed_count <= stream.freed_count,
+           "a mark is not behind the one before it, or covers frees that have not happened");
+    last = mark.freed_count;
+  }
+  uint64_t number = stream.completed_count;
+  for (const StreamState::FreedRange& freed : stream.freed_ranges) {
+    expect(freed.number >= number && freed.number <= stream.freed_count && freed.begin < freed.end,
+           "the noted frees of a stream are not in order");
+    number = freed.number;
+  }
+}
+
 void expect_counter(const ClassCounters& counters, int index, size_t walked, const char* name) {
   const spillover_counter& counter = counters[index];
   if (counter.current != static_cast<int64_t>(walked)) {
@@ -197,12 +213,7 @@ void Pool::check_streams(const Totals& totals) const {
   for (const auto& [key, stream] : streams_) {
     expect(key == StreamStates::key_type(stream.key, stream.arena), "a stream has another's place");
     expect(stream.completed_count <= stream.freed_count, "more frees are complete than happened");
-    uint64_t covered_count = 0;
-    for (const StreamState::Mark& mark : stream.marks) {
-      expect(mark.freed_count >= covered_count && mark.freed_count <= stream.freed_count,
-             "the marks of a stream are out of order");
-      covered_count = mark.freed_count;
-    }
+    check_marks(stream);
     for (const Heap& heap : stream.heaps) {
       const auto walked = totals.by_heap.find(&heap);
       const bool is_empty = walked == totals.by_heap.end();

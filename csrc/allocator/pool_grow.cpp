@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <bit>
 #include <iterator>
+#include <limits>
 
 #include "allocator/page_table.hpp"
 #include "allocator/pool.hpp"
@@ -33,6 +34,8 @@ constexpr size_t kGrowthMax = 16 * kMiB;
 constexpr size_t kFixedSmall = 2 * kMiB;
 constexpr size_t kMediumRequestMax = 10 * kMiB;
 constexpr size_t kFixedMedium = 20 * kMiB;
+
+constexpr uint64_t kEveryFree = std::numeric_limits<uint64_t>::max();
 
 // Chunks that are this many times larger than what is asked for are not taken.
 constexpr size_t kOvershootMax = 4;
@@ -123,15 +126,11 @@ Block* Pool::find_tail(const Heap& heap) const {
 
 // Whether every free of the stream is known to be complete. Asks the driver once.
 bool Pool::prove_idle(StreamState& stream) {
-  while (!stream.marks.empty() && stream.marks.front().event.is_complete()) {
-    stream.completed_count = std::max(stream.completed_count, stream.marks.front().freed_count);
-    stream.marks.pop_front();
-  }
+  collect_marks(stream);
   if (stream.completed_count == stream.freed_count) return true;
   if (!may_be_asked(device_, stream.key)) return false;
   if (stream_activity(device_, stream.key.handle) != StreamActivity::kIdle) return false;
-  stream.completed_count = stream.freed_count;
-  stream.marks.clear();
+  complete_frees(stream, stream.freed_count);
   return true;
 }
 
@@ -154,32 +153,42 @@ Block* Pool::steal(const Request& request) {
 }
 
 Block* Pool::steal_from(Heap& victim, const Request& request) {
+  const bool same_stream = victim.stream->key == request.stream;
+  const auto run =
+      find_run(victim, request, same_stream ? kEveryFree : victim.stream->completed_count);
+  if (!run) return nullptr;
+  Heap& heap = heap_of(request);
+  uint64_t freed_at = 0;
+  if (same_stream) {
+    // Frees of another arena have other numbers: there the change of hands counts as a free.
+    const bool same_arena = victim.stream->arena == request.arena;
+    freed_at = same_arena ? run->block->freed_at : ++heap.stream->freed_count;
+  }
+  carve(run->block, run->chunks);
+  return adopt(heap, run->chunks, freed_at);
+}
+
+// Chunks of a free block that can serve the request as they lie, once the heap's stream has
+// completed its frees up to that number.
+std::optional<Pool::Run> Pool::find_run(const Heap& victim, const Request& request,
+                                        uint64_t completed_count) const {
   Block wanted;
   wanted.size_bytes = request.size_bytes;
-  const bool same_stream = victim.stream->key == request.stream;
+  const size_t unit_bytes = backing_.unit_bytes();
+  const size_t needed_bytes = backing_.is_virtual()
+                                  ? round_up(request.size_bytes, unit_bytes)
+                                  : preferred_fixed_bytes(request.size_bytes, unit_bytes);
   for (auto position = victim.free.lower_bound(&wanted); position != victim.free.end();
        ++position) {
-    Block* found = *position;
-    if (!same_stream && !victim.stream->is_complete(*found)) continue;
-    const AddressRange chunks = backing_.chunks_within({found->address, found->end()});
-    if (chunks.size_bytes() < request.size_bytes) continue;
-    const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
-    const size_t unit_bytes = backing_.unit_bytes();
-    const size_t needed_bytes = backing_.is_virtual()
-                                    ? round_up(request.size_bytes, unit_bytes)
-                                    : preferred_fixed_bytes(request.size_bytes, unit_bytes);
-    if (taken.size_bytes() > kOvershootMax * needed_bytes) continue;
-    Heap& heap = heap_of(request);
-    uint64_t freed_at = 0;
-    if (same_stream) {
-      // Frees of another arena have other numbers: there the change of hands counts as a free.
-      const bool same_arena = victim.stream->arena == request.arena;
-      freed_at = same_arena ? found->freed_at : ++heap.stream->freed_count;
+    for (const AddressRange& part : complete_parts(**position, completed_count)) {
+      const AddressRange chunks = backing_.chunks_within(part);
+      if (chunks.size_bytes() < request.size_bytes) continue;
+      const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
+      if (taken.size_bytes() > kOvershootMax * needed_bytes) continue;
+      return Run{*position, taken};
     }
-    carve(found, taken);
-    return adopt(heap, taken, freed_at);
   }
-  return nullptr;
+  return std::nullopt;
 }
 
 // Takes idle chunks away from their addresses: of the streams that need the fewest questions first.
@@ -202,26 +211,30 @@ size_t Pool::gather_idle(size_t wanted_bytes, const Block* kept, Overshoot overs
 size_t Pool::evict(Heap& heap, size_t wanted_bytes, const Block* kept, Overshoot overshoot) {
   Block least;
   least.size_bytes = backing_.unit_bytes();
-  // Carving changes the set: the candidates are noted first.
-  std::vector<Block*> candidates;
+  // Carving changes the set: the candidates are noted first. Of one block the last comes first, so
+  // that the block is still what is left of it at its turn.
+  std::vector<Run> candidates;
   size_t candidate_bytes = 0;
   for (auto position = heap.free.lower_bound(&least);
        position != heap.free.end() && candidate_bytes < wanted_bytes; ++position) {
-    Block* block = *position;
-    if (block == kept || !heap.stream->is_complete(*block)) continue;
-    const AddressRange chunks = backing_.chunks_within({block->address, block->end()});
-    const size_t chunk_bytes =
-        backing_.first_chunks(chunks, wanted_bytes - candidate_bytes).size_bytes();
-    if (chunk_bytes == 0) continue;
-    if (overshoot == Overshoot::kBounded && chunk_bytes > kOvershootMax * wanted_bytes) continue;
-    candidates.push_back(block);
-    candidate_bytes += chunk_bytes;
+    if (*position == kept) continue;
+    const auto parts = complete_parts(**position, heap.stream->completed_count);
+    for (auto part = parts.rbegin(); part != parts.rend() && candidate_bytes < wanted_bytes;
+         ++part) {
+      const AddressRange chunks = backing_.chunks_within(*part);
+      const size_t chunk_bytes =
+          backing_.first_chunks(chunks, wanted_bytes - candidate_bytes).size_bytes();
+      if (chunk_bytes == 0) continue;
+      if (overshoot == Overshoot::kBounded && chunk_bytes > kOvershootMax * wanted_bytes) continue;
+      candidates.push_back({*position, chunks});
+      candidate_bytes += chunk_bytes;
+    }
   }
   size_t evicted_bytes = 0;
-  for (Block* block : candidates) {
-    const AddressRange chunks = backing_.first_chunks(
-        backing_.chunks_within({block->address, block->end()}), wanted_bytes - evicted_bytes);
-    unmap(block, chunks);
+  for (const Run& candidate : candidates) {
+    const AddressRange chunks =
+        backing_.first_chunks(candidate.chunks, wanted_bytes - evicted_bytes);
+    unmap(candidate.block, chunks);
     evicted_bytes += chunks.size_bytes();
   }
   return evicted_bytes;
@@ -294,6 +307,7 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   ArenaUsage& usage = arenas_[heap.stream->arena];
   usage.mapped_bytes += range.size_bytes();
   usage.mapped_bytes_peak = std::max(usage.mapped_bytes_peak, usage.mapped_bytes);
+  if (freed_at > heap.stream->completed_count) note_freed(heap, range);
   // Chunks at fixed addresses may share a page.
   const bool is_sparse = heap.size_class == SizeClass::kLarge && backing_.is_virtual();
   PageTable::instance().insert(range.begin, range.end, this,

@@ -29,6 +29,7 @@ Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
   if (Block* block = search_again(lock, request)) return block;
   size_t reclaimed_bytes = 0;
   if (Block* block = reclaim(lock, request, reclaimed_bytes)) return block;
+  if (Block* block = take_behind_watermark(request)) return block;
   throw_out_of_memory(request, reclaimed_bytes);
 }
 
@@ -39,8 +40,10 @@ Block* Pool::search_again(Lock& lock, const Request& request) {
     if (Block* block = take_best_fit(request)) return block;
     return grow(request, Source::kNew);
   };
-  if (Block* block = poll_until_fit(lock, request)) return block;
-  if (foreign_bytes() != 0 || pending_.has_unmarked()) {
+  const std::optional<Block*> polled = poll_until_fit(lock, request);
+  if (polled.value_or(nullptr) != nullptr) return *polled;
+  // Where streams have not come to their marks, a wait for all of the device might have no end.
+  if (polled && (foreign_bytes() != 0 || pending_.has_unmarked())) {
     wait_for_device(lock);
     if (Block* block = try_again()) return block;
   }
@@ -68,52 +71,48 @@ Block* Pool::reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes
   return nullptr;
 }
 
-// Waits for streams that may be asked, with the mutex released, until the request fits or they have
-// nothing more to give. They may wait in turn for something that the caller submits after it has
-// got its memory: the wait has an end.
-Block* Pool::poll_until_fit(Lock& lock, const Request& request) {
+// Waits for marks, with the mutex released, until the request fits. Null where nothing more is to
+// be had from marks, no value where the time ran out: streams may wait for something that the
+// caller submits after it has got its memory.
+std::optional<Block*> Pool::poll_until_fit(Lock& lock, const Request& request) {
   const auto deadline = Clock::now() + settings_.wait_max;
   auto pause = kPauseMin;
-  while (Clock::now() < deadline) {
+  for (;;) {
     const bool has_marks = mark_streams();
+    if (Block* block = take_best_fit(request)) return block;
+    if (Block* block = grow(request, Source::kNew)) return block;
     if (!has_marks && !pending_.has_marked()) return nullptr;
+    if (Clock::now() >= deadline) return std::nullopt;
     lock.unlock();
     std::this_thread::sleep_for(pause);
     lock.lock();
     empty_magazines();
     pause = std::min(2 * pause, kPauseMax);
     pending_.poll();
-    if (Block* block = take_best_fit(request)) return block;
-    if (Block* block = grow(request, Source::kNew)) return block;
   }
-  return nullptr;
 }
 
-// Puts a mark behind the frees of each stream that may be asked. False where none has frees that
-// are not known to be complete.
+// Puts a mark behind the frees of each stream that may be asked. False where no stream has a mark
+// that was not reached.
 bool Pool::mark_streams() {
   bool has_marks = false;
   for (auto& [key, stream] : streams_) {
     if (stream.free_bytes() == 0 || prove_idle(stream)) continue;
-    if (stream.marks.empty() || stream.marks.back().freed_count < stream.freed_count) {
-      if (!may_be_asked(device_, stream.key)) continue;
-      Event event(device_);
-      if (event.try_record(stream.key.handle) != RecordOutcome::kRecorded) continue;
-      stream.marks.push_back({std::move(event), stream.freed_count});
-    }
-    has_marks = true;
+    if (may_be_asked(device_, stream.key)) mark(stream, StreamState::MarkKind::kTail);
+    has_marks = has_marks || !stream.marks.empty();
   }
   return has_marks;
 }
 
-// Freed bytes of streams that may not be asked, as far as they are not known to be complete.
+// Freed bytes of streams that may not be asked, as far as neither completion nor a mark tells when
+// they are complete.
 size_t Pool::foreign_bytes() const {
   size_t sum_bytes = 0;
   for (const auto& [key, stream] : streams_) {
     if (stream.completed_count == stream.freed_count || may_be_asked(device_, stream.key)) {
       continue;
     }
-    sum_bytes += stream.free_bytes();
+    sum_bytes += std::min(stream.free_bytes(), stream.unmarked_bytes);
   }
   return sum_bytes;
 }
@@ -134,7 +133,7 @@ void Pool::wait_for_device(Lock& lock) {
   for (const auto& [key, freed_count] : freed_counts) {
     const auto stream = streams_.find(key);
     if (stream == streams_.end()) continue;
-    stream->second.completed_count = std::max(stream->second.completed_count, freed_count);
+    complete_frees(stream->second, freed_count);
   }
 }
 

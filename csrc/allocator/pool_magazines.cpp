@@ -11,7 +11,8 @@
 namespace spillover {
 namespace {
 
-// The share of the device's memory that one magazine may keep in large blocks.
+// The share of the device's memory that one magazine may keep in large blocks while the pool serves
+// one stream.
 constexpr size_t kLargeShare = 64;
 
 // The counters that follow one metric of ThreadCounters.
@@ -69,7 +70,9 @@ MagazineSlot* Pool::equip(StreamState& stream) {
   if (counters == nullptr) {
     counters = counters_.emplace_back(std::make_unique<ThreadCounters>()).get();
   }
-  auto made = std::make_unique<MagazineSlot>(this, &stream, counters, device_bytes_ / kLargeShare);
+  const size_t large_bytes_max =
+      serves_several_streams_ ? watermark_bytes() : device_bytes_ / kLargeShare;
+  auto made = std::make_unique<MagazineSlot>(this, &stream, counters, large_bytes_max);
   const std::lock_guard lock(cache->lock);
   MagazineSlot* slot = cache->add(std::move(made));
   magazines_.push_back({cache, slot});
@@ -81,6 +84,7 @@ void Pool::return_cached(const std::vector<Block*>& blocks) {
   for (Block* block : blocks) {
     SPILLOVER_CHECK(block->state == BlockState::kCached, "a magazine holds a block in use");
     block->freed_at = ++block->heap->stream->freed_count;
+    note_freed(*block->heap, {block->address, block->end()});
     merge_free(block);
   }
 }

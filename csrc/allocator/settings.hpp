@@ -22,7 +22,8 @@ struct Settings {
 
   size_t limit_bytes = kNoLimit;  // of what a pool holds
   double fraction = 1.0;          // of the device's memory, as a limit too
-  // How long a request waits for memory that streams still use.
+  // How long a request waits on the host for memory that streams still use; 0 takes what is
+  // complete.
   std::chrono::milliseconds wait_max{60'000};
   VirtualMemory virtual_memory = VirtualMemory::kAuto;
   size_t unmapped_max_bytes = kNoLimit;  // of idle chunks that are kept without an address

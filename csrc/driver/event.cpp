@@ -14,7 +14,29 @@ CUevent raw(EventHandle event) {
 }
 
 RecordOutcome outcome_of(CUresult result) {
+  if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return RecordOutcome::kStreamCapturing;
   return result == CUDA_SUCCESS ? RecordOutcome::kRecorded : RecordOutcome::kFailed;
+}
+
+// Submits to a stream that is alive, unless it is capturing.
+template <class Submit>
+RecordOutcome try_submit(int device, CUstream stream, Submit submit) noexcept {
+  try {
+    const ContextScope scope(device);
+    const DriverFunctions& functions = driver_functions();
+    // Asked of the legacy stream too, which cannot capture: work there while a blocking stream does
+    // would end that capture, and the question would not.
+    if (functions.p_cuStreamIsCapturing != nullptr) {
+      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+      const CUresult result = functions.p_cuStreamIsCapturing(stream, &status);
+      if (result != CUDA_SUCCESS) return outcome_of(result);
+      if (status != CU_STREAM_CAPTURE_STATUS_NONE) return RecordOutcome::kStreamCapturing;
+    }
+    return outcome_of(submit());
+  } catch (const std::exception&) {
+    // No context or no driver: the caller takes it as not done and tries again.
+    return RecordOutcome::kFailed;
+  }
 }
 
 }  // namespace
@@ -45,24 +67,16 @@ void Event::record(StreamHandle stream) {
 }
 
 RecordOutcome Event::try_record(StreamHandle stream) noexcept {
-  try {
-    const ContextScope scope(device_);
-    const DriverFunctions& functions = driver_functions();
-    auto* raw_stream = static_cast<CUstream>(stream);
-    if (stream != nullptr && functions.p_cuStreamIsCapturing != nullptr) {
-      CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-      const CUresult result = functions.p_cuStreamIsCapturing(raw_stream, &status);
-      if (result != CUDA_SUCCESS) return outcome_of(result);
-      if (status != CU_STREAM_CAPTURE_STATUS_NONE) return RecordOutcome::kStreamCapturing;
-    }
-    const CUresult result = SPILLOVER_DRIVER_CALL(cuEventRecord, raw(handle_), raw_stream);
-    // Recording on the legacy stream while a blocking stream captures would join that capture.
-    if (result == CUDA_ERROR_STREAM_CAPTURE_IMPLICIT) return RecordOutcome::kStreamCapturing;
-    return outcome_of(result);
-  } catch (const std::exception&) {
-    // No context or no driver: the caller treats this use as not yet complete and tries again.
-    return RecordOutcome::kFailed;
-  }
+  auto* raw_stream = static_cast<CUstream>(stream);
+  return try_submit(device_, raw_stream,
+                    [&] { return SPILLOVER_DRIVER_CALL(cuEventRecord, raw(handle_), raw_stream); });
+}
+
+RecordOutcome Event::try_put_before(StreamHandle stream) const noexcept {
+  auto* raw_stream = static_cast<CUstream>(stream);
+  return try_submit(device_, raw_stream, [&] {
+    return SPILLOVER_DRIVER_CALL(cuStreamWaitEvent, raw_stream, raw(handle_), 0);
+  });
 }
 
 bool Event::is_complete() const {

@@ -8,7 +8,8 @@
 
 namespace spillover {
 
-// What became of an attempt to record an event on a stream that somebody else owns.
+// What became of an attempt to record an event on a stream that somebody else owns, or to make the
+// stream wait for one.
 enum class RecordOutcome {
   kRecorded,
   kStreamCapturing,  // the stream records a graph: an event would become a part of it
@@ -32,6 +33,10 @@ class Event {
 
   // The same for a stream that is alive and may be capturing.
   RecordOutcome try_record(StreamHandle stream) noexcept;
+
+  // What is submitted to the stream from now on waits for the mark; the host does not. The stream
+  // is alive and may be capturing: then nothing happens, nor does where the driver refuses.
+  RecordOutcome try_put_before(StreamHandle stream) const noexcept;
 
   // Whether the mark was reached; true for an event that was never recorded. Does not block.
   bool is_complete() const;

@@ -61,10 +61,10 @@ class Cuda:
         self._call("cuDeviceGetAttribute", ctypes.byref(supported), ctypes.c_int(102), 0)
         return bool(supported.value)
 
-    def create_stream(self) -> int:
-        """Give a new non-blocking stream."""
+    def create_stream(self, flags: int = 1) -> int:
+        """Give a new stream, a non-blocking one by default."""
         stream = ctypes.c_void_p()
-        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(1))
+        self._call("cuStreamCreate", ctypes.byref(stream), ctypes.c_uint(flags))
         assert stream.value is not None
         return stream.value
 
@@ -129,16 +129,12 @@ class Cuda:
         )
         self.destroy_event(event)
 
-    @contextlib.contextmanager
-    def capture(self, stream: int) -> Iterator[None]:
-        """Capture the stream in the global mode, and drop the graph."""
-        graph = ctypes.c_void_p()
-        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(0))
-        try:
-            yield
-        finally:
-            self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
-            self._call("cuGraphDestroy", graph)
+    def synchronize(self) -> None:
+        """Wait for all of the device's work."""
+        self._call("cuCtxSynchronize")
+
+    def synchronize_stream(self, stream: int) -> None:
+        self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     @contextlib.contextmanager
     def host_function(self, stream: int, function: Callable[[], object]) -> Iterator[None]:
@@ -151,9 +147,38 @@ class Cuda:
         self._call("cuLaunchHostFunc", ctypes.c_void_p(stream), run, None)
         yield
 
-    def synchronize(self) -> None:
-        """Wait for all of the device's work."""
-        self._call("cuCtxSynchronize")
+    @contextlib.contextmanager
+    def stuck(self, stream: int) -> Iterator[Callable[[], None]]:
+        """Hold what is submitted to the stream from now on; the block's end or a call lets go."""
+        held = ctypes.c_uint64()
+        self._call(
+            "spillover_emulator_hold_stream",
+            ctypes.c_void_p(stream),
+            ctypes.c_uint(5000),
+            ctypes.byref(held),
+        )
+
+        def let_go() -> None:
+            self._library.spillover_emulator_release_stream(held)
+
+        try:
+            yield let_go
+        finally:
+            let_go()
+
+    @contextlib.contextmanager
+    def capture(self, stream: int) -> Iterator[list[int]]:
+        """Record a graph; gives how many nodes it has in the end."""
+        nodes: list[int] = []
+        graph, count = ctypes.c_void_p(), ctypes.c_size_t()
+        self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), ctypes.c_int(0))
+        try:
+            yield nodes
+        finally:
+            self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
+        self._call("cuGraphGetNodes", graph, None, ctypes.byref(count))
+        nodes.append(count.value)
+        self._call("cuGraphDestroy", graph)
 
 
 def live_blocks(pool: _core.Pool) -> dict[int, int]:

@@ -38,6 +38,7 @@ std::array<std::atomic<void*>, 64> g_mail{};
 // The legacy default stream, two that the pool was told of, and the handle of each thread's own
 // default stream.
 std::array<void*, kLastingStreams + 1> g_streams{};
+std::array<uint32_t, 2> g_tags{};
 std::atomic<long> g_allocated{0};
 std::atomic<long> g_refused{0};
 std::atomic<int> g_working{0};
@@ -76,7 +77,7 @@ void visit_nothing(void* /*user*/, const spillover_segment_info* /*segment*/,
 void read_figures(unsigned draw) {
   spillover_stats_t stats{};
   size_t largest_bytes = 0;
-  switch (draw % 8) {
+  switch (draw % 9) {
     case 0:
       return require(spillover_stats(0, &stats), "spillover_stats");
     case 1:
@@ -88,6 +89,9 @@ void read_figures(unsigned draw) {
     case 4:
       return require(spillover_reset_accumulated_stats(0), "spillover_reset_accumulated_stats");
     case 5:
+      return require(spillover_set_memory_fraction(0, kFractions[draw / 9 % kFractions.size()]),
+                     "spillover_set_memory_fraction");
+    case 6:
       return require(spillover_visit_segments(0, visit_nothing, nullptr), "visiting segments");
     default:
       return require(spillover_check_invariants(0), "spillover_check_invariants");
@@ -103,6 +107,9 @@ class Worker {
     for (int step = 0; step < steps; ++step) {
       // Its work goes on, and the next one has its handle.
       if (random_() % 64 == 0) stream_ = std::make_unique<spillover::Stream>(0);
+      if (random_() % 32 == 0) {
+        require(spillover_set_tag(g_tags[random_() % g_tags.size()], nullptr), "spillover_set_tag");
+      }
       allocate();
       while (held_.size() > kHeldMax || (!held_.empty() && random_() % 2 == 0)) free_one();
       if (step % 97 == 0) read_figures(random_());
@@ -179,6 +186,7 @@ int main(int argc, char** argv) {
     g_streams[i] = kept.back().handle();
     require(spillover_keep_stream(0, kept.back().handle()), "spillover_keep_stream");
   }
+  require(spillover_tag("of some threads", &g_tags[1]), "spillover_tag");
   g_streams[kLastingStreams] = reinterpret_cast<void*>(2);
   require(spillover_configure(0, "check_every=16"), "spillover_configure");
   for (int round = 0; round < rounds; ++round) {

@@ -240,6 +240,19 @@ def test_memory_that_waits_for_a_stream_is_used_before_failing(
     cuda.destroy_stream(other)
 
 
+def test_a_use_on_the_default_stream_ends_no_capture(pool: _core.Pool, cuda: Cuda) -> None:
+    """An event there would have to wait for the stream that captures, which orders with it."""
+    blocking, other = cuda.create_stream(flags=0), cuda.create_stream()
+    address = pool.alloc(3 * MIB, other)
+    pool.record_stream(address, 0)
+    with cuda.capture(blocking) as nodes:
+        pool.free(address)
+        assert "waiting" in states(pool)
+    assert nodes == [0]
+    cuda.destroy_stream(blocking)
+    cuda.destroy_stream(other)
+
+
 def test_peaks_and_totals_reset(pool: _core.Pool) -> None:
     pool.free(pool.alloc(MIB))
     pool.reset_peak_stats()
