@@ -251,7 +251,6 @@ class TestFaults:
         with faults(Fault("cuMemAlloc", call=1, error="CUDA_ERROR_OUT_OF_MEMORY")):
             assert pool.alloc(60 * MIB)
         assert pool.stats()["num_ooms"] == 0
-        assert reserved_bytes(pool) == 60 * MIB
         pool.check_invariants()
 
 

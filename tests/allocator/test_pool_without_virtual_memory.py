@@ -59,4 +59,6 @@ def test_adapter() -> None:
 
 @pytest.mark.soak
 def test_everything() -> None:
-    run_suite(*(path.name for path in sorted(FOLDER.glob("test_*.py"))))
+    # Watermarks tell apart what was freed within a chunk; fixed chunks go as a whole.
+    files = sorted(path.name for path in FOLDER.glob("test_*.py"))
+    run_suite(*(file for file in files if file != "test_pool_watermarks.py"))
