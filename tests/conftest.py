@@ -21,10 +21,13 @@ from spillover import emulator
 ROOT = Path(__file__).resolve().parents[1]
 ON_GPU = os.environ.get("SPILLOVER_TEST_GPU") == "1"
 
+#: Whether emulated devices have virtual memory; see test_pool_without_virtual_memory.py.
+VIRTUAL_MEMORY = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
+
 if not ON_GPU:
     # The pool checks itself at intervals, in the processes that tests start as well.
     os.environ.setdefault("SPILLOVER_ALLOCATOR", "check_every=64")
-    emulator.enable(vram="2GiB", schedule="late", hazards="raise")
+    emulator.enable(vram="2GiB", schedule="late", hazards="raise", virtual_memory=VIRTUAL_MEMORY)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,6 +38,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU: run `make test-gpu`"))
         if item.get_closest_marker("soak") and not soak:
             item.add_marker(pytest.mark.skip(reason="long: run `make soak`"))
+        if item.get_closest_marker("virtual_memory") and not VIRTUAL_MEMORY:
+            item.add_marker(pytest.mark.skip(reason="is about virtual memory"))
+        if item.get_closest_marker("fixed_memory") and VIRTUAL_MEMORY:
+            item.add_marker(pytest.mark.skip(reason="runs on devices without virtual memory"))
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +92,8 @@ def run_emulated() -> Callable[..., subprocess.CompletedProcess[str]]:
         prelude = (
             "import spillover.emulator\n"
             f"spillover.emulator.enable(vram={vram!r}, schedule={schedule!r}, "
-            f"hazards={hazards!r}, seed={seed}, devices={devices})\n"
+            f"hazards={hazards!r}, seed={seed}, devices={devices}, "
+            f"virtual_memory={VIRTUAL_MEMORY})\n"
         )
         result = subprocess.run(
             [sys.executable, "-c", prelude + body, *arguments],

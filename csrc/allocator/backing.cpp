@@ -190,7 +190,7 @@ void Backing::unmap(const AddressRange& chunks) {
   mapped_.erase(begin, end);
   mapped_bytes_ -= chunks.size_bytes();
   if (!is_virtual_) {
-    for (Chunk& chunk : taken) chunk.fixed->release();
+    for (Chunk& chunk : taken) released_.push_back(std::move(*chunk.fixed));
     return;
   }
   lost_bytes_ += chunks.size_bytes();
@@ -198,6 +198,10 @@ void Backing::unmap(const AddressRange& chunks) {
   lost_bytes_ -= chunks.size_bytes();
   space_.give(chunks.begin, chunks.size_bytes());
   for (Chunk& chunk : taken) cache(std::move(*chunk.physical));
+}
+
+std::vector<DeviceMemory> Backing::take_released() {
+  return std::exchange(released_, {});
 }
 
 void Backing::release_cached(size_t size_bytes) {

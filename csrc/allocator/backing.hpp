@@ -69,10 +69,15 @@ class Backing {
   // The first of those chunks, as few as have size_bytes together.
   AddressRange first_chunks(const AddressRange& chunks, size_t size_bytes) const;
 
-  // Takes whole chunks away from their addresses: into the cache, or to the driver where addresses
-  // are fixed. Throws DriverError: while the driver could not be asked nothing has changed, and
-  // after a call that failed the memory is held no longer and its addresses are never used again.
+  // Takes whole chunks away from their addresses: into the cache, or where addresses are fixed, to
+  // what take_released() gives. Throws DriverError: while the driver could not be asked nothing has
+  // changed, and after a call that failed the memory is held no longer and its addresses are never
+  // used again.
   void unmap(const AddressRange& chunks);
+
+  // Fixed chunks that are held no longer. The caller gives them to the driver without the mutex:
+  // cuMemFree waits for all of the device's work.
+  std::vector<DeviceMemory> take_released();
 
   // Gives cached chunks to the driver, at least size_bytes together where there are as many, and
   // unused reservations. Throws the first DriverError when all of them had their turn.
@@ -105,6 +110,7 @@ class Backing {
   AddressSpace space_;
   Chunks mapped_;                                         // By first address.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
+  std::vector<DeviceMemory> released_;
   std::vector<int> devices_;  // That may use the memory; this one first.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;

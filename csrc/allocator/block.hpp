@@ -75,7 +75,7 @@ struct Block {
   // memory that was not used since it was mapped.
   uint64_t freed_at = 0;
   // Streams other than the heap's that were noted while the block was live; no duplicates.
-  std::vector<StreamKey> uses;
+  std::vector<DeviceStream> uses;
   // Uses whose completion is not known yet; counted by PendingUses.
   size_t outstanding_uses = 0;
 

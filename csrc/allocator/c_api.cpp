@@ -95,6 +95,12 @@ spillover_status spillover_record_stream(void* pointer, void* stream) {
   return guarded([&] { spillover::pool_of_address(pointer).record_stream(pointer, stream); });
 }
 
+spillover_status spillover_record_stream_of(void* pointer, int stream_device, void* stream) {
+  if (pointer == nullptr) return SPILLOVER_OK;
+  return guarded(
+      [&] { spillover::pool_of_address(pointer).record_stream(pointer, stream_device, stream); });
+}
+
 spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes) {
   return guarded([&] {
     require_output(base);

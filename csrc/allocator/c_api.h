@@ -118,8 +118,10 @@ spillover_status spillover_try_free(void* pointer);
 /* Whether this process is such a forked child: 1 or 0. */
 int spillover_in_forked_child(void);
 
-/* Notes that the block is used on a stream other than the one it was allocated for. */
+/* Notes that the block is used on a stream other than the one it was allocated for. A default
+ * stream is that of the block's device; the second function is for those of other devices, too. */
 spillover_status spillover_record_stream(void* pointer, void* stream);
+spillover_status spillover_record_stream_of(void* pointer, int stream_device, void* stream);
 
 /* Promises that the stream lives as long as the process, as the default streams and torch's own do.
  * Memory that was freed on a kept stream serves other streams as soon as its work is complete; of

@@ -8,10 +8,10 @@
 
 namespace spillover {
 
-bool PendingUses::try_mark(const StreamKey& stream, const Use& use) {
+bool PendingUses::try_mark(const DeviceStream& stream, const Use& use) {
   try {
-    Event event = spare_events_.take();
-    const bool is_recorded = event.try_record(stream.handle) == RecordOutcome::kRecorded;
+    Event event = spare_events_.take(stream.device);
+    const bool is_recorded = event.try_record(stream.key.handle) == RecordOutcome::kRecorded;
     if (is_recorded) {
       queues_[stream].push_back({std::move(event), use});
     } else {
@@ -26,18 +26,18 @@ bool PendingUses::try_mark(const StreamKey& stream, const Use& use) {
 }
 
 void PendingUses::add(Block* block) {
-  const std::vector<StreamKey> uses = std::exchange(block->uses, {});
+  const std::vector<DeviceStream> uses = std::exchange(block->uses, {});
   block->outstanding_uses = uses.size();
-  for (const StreamKey& stream : uses) {
+  for (const DeviceStream& stream : uses) {
     const Use use{block, ++latest_};
-    if (!may_be_asked(device_, stream) || !try_mark(stream, use)) {
+    if (!may_be_asked(stream.device, stream.key) || !try_mark(stream, use)) {
       unmarked_.emplace_back(stream, use);
     }
   }
 }
 
-void PendingUses::mark(const StreamKey& stream) {
-  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
+void PendingUses::mark(const DeviceStream& stream) {
+  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
     return entry.first == stream && try_mark(stream, entry.second);
   });
 }
@@ -54,8 +54,8 @@ void PendingUses::finish_front(std::deque<MarkedUse>& queue) {
 }
 
 void PendingUses::poll() {
-  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
-    return may_be_asked(device_, entry.first) && try_mark(entry.first, entry.second);
+  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
+    return may_be_asked(entry.first.device, entry.first.key) && try_mark(entry.first, entry.second);
   });
   for (auto position = queues_.begin(); position != queues_.end();) {
     auto& queue = position->second;
@@ -65,11 +65,18 @@ void PendingUses::poll() {
 }
 
 void PendingUses::complete(uint64_t number) {
-  std::erase_if(unmarked_, [&](const std::pair<StreamKey, Use>& entry) {
+  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
     if (entry.second.number > number) return false;
     finish(entry.second.block);
     return true;
   });
+}
+
+std::set<int> PendingUses::devices() const {
+  std::set<int> devices;
+  for (const auto& [stream, queue] : queues_) devices.insert(stream.device);
+  for (const auto& [stream, use] : unmarked_) devices.insert(stream.device);
+  return devices;
 }
 
 std::map<const Block*, size_t> PendingUses::count_by_block() const {

@@ -6,7 +6,7 @@
 // in order, so each stream has a queue and only its front is asked.
 //   - A foreign stream may be gone by then (Note [Foreign streams]): the use is *unmarked* until
 //   the
-//     stream is passed to the pool once more, or the whole device was waited for.
+//     stream is passed to the pool once more, or its whole device was waited for.
 //   - A capturing stream must not get an event of ours (it would become a part of the graph): the
 //     use stays unmarked, and is tried again at each poll.
 //
@@ -17,6 +17,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -31,14 +32,14 @@ class PendingUses {
   // Receives a block when its last use is complete. It must not call back into this object.
   using OnComplete = std::function<void(Block*)>;
 
-  PendingUses(int device, SpareEvents& spare_events, OnComplete on_complete)
-      : device_(device), spare_events_(spare_events), on_complete_(std::move(on_complete)) {}
+  PendingUses(SpareEvents& spare_events, OnComplete on_complete)
+      : spare_events_(spare_events), on_complete_(std::move(on_complete)) {}
 
   // Takes over the block's uses.
   void add(Block* block);
 
   // Marks the uses on a stream that is alive.
-  void mark(const StreamKey& stream);
+  void mark(const DeviceStream& stream);
 
   // Hands over the blocks that are known to be complete. Does not block. Throws DriverError when
   // the device has failed; what was handed over stays so.
@@ -46,12 +47,14 @@ class PendingUses {
 
   // Number of the latest use so far, to be given to complete() after a wait for the device.
   uint64_t latest() const { return latest_; }
-  // Hands over every use up to that number: the device was waited for since.
+  // Hands over every unmarked use up to that number: devices() were waited for since.
   void complete(uint64_t number);
 
   bool empty() const { return queues_.empty() && unmarked_.empty(); }
   bool has_marked() const { return !queues_.empty(); }
   bool has_unmarked() const { return !unmarked_.empty(); }
+  // The devices of all uses' streams.
+  std::set<int> devices() const;
 
   // Uses that are not complete, by block, for the invariants. Throws StateError where a queue is
   // empty.
@@ -68,16 +71,15 @@ class PendingUses {
   };
 
   // False when the use must be tried again later.
-  bool try_mark(const StreamKey& stream, const Use& use);
+  bool try_mark(const DeviceStream& stream, const Use& use);
   void finish(Block* block);
   void finish_front(std::deque<MarkedUse>& queue);
 
-  const int device_;
   SpareEvents& spare_events_;
   const OnComplete on_complete_;
   uint64_t latest_ = 0;
-  std::map<StreamKey, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
-  std::vector<std::pair<StreamKey, Use>> unmarked_;
+  std::map<DeviceStream, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
+  std::vector<std::pair<DeviceStream, Use>> unmarked_;
 };
 
 }  // namespace spillover

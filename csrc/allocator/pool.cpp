@@ -36,10 +36,17 @@ Pool::Pool(int device, const Settings& settings)
       device_bytes_(memory_info(device).total_bytes),
       settings_(settings),
       backing_(device, settings.virtual_memory),
-      spare_events_(device),
-      pending_(device, spare_events_, [this](Block* block) { make_free(block); }) {}
+      pending_(spare_events_, [this](Block* block) { make_free(block); }) {}
 
 StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
+  const auto known = streams_.find({key, arena});
+  if (known != streams_.end()) return known->second;
+  if (const int device = device_of_stream(device_, key.handle); device != device_) {
+    throw ConfigError("memory of device " + std::to_string(device_) +
+                      " was asked for on a stream of device " + std::to_string(device) +
+                      "; allocate on a stream of the device's own and note the other one with "
+                      "record_stream");
+  }
   return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
       .first->second;
 }
@@ -64,7 +71,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   note_alive(state);
   if (!pending_.empty()) {
     const RelaxedCaptureScope relaxed;
-    pending_.mark(request.stream);
+    pending_.mark({device_, request.stream});
     pending_.poll();
   }
   Block* block = obtain(lock, request);
@@ -172,6 +179,12 @@ void Pool::activate(Block* block, const Request& request) {
 Block* Pool::live_block(const void* pointer) const {
   const auto address = reinterpret_cast<DeviceAddress>(pointer);
   Block* block = PageTable::instance().find(address);
+  const Pool* owner = PageTable::instance().pool_of(address);
+  if (owner != nullptr && owner != this) {
+    throw ConfigError(address_text(pointer) + " is memory of device " +
+                      std::to_string(owner->device_) + ", not of device " +
+                      std::to_string(device_));
+  }
   if (block == nullptr || block->address != address || block->state != BlockState::kLive) {
     throw ConfigError(address_text(pointer) + " is not the start of a live block of device " +
                       std::to_string(device_) +
@@ -223,20 +236,26 @@ void Pool::count_freed(Block& block) {
 }
 
 void Pool::record_stream(void* pointer, StreamHandle stream) {
+  if (pointer != nullptr) record_stream(pointer, device_of_stream(device_, stream), stream);
+}
+
+void Pool::record_stream(void* pointer, int stream_device, StreamHandle stream) {
   if (pointer == nullptr) return;
-  const StreamKey key = identify_stream(device_, stream);
+  const DeviceStream use{stream_device, identify_stream(stream_device, stream)};
   const std::lock_guard lock(mutex_);
   Block* block = live_block(pointer);
-  if (!pending_.empty()) pending_.mark(key);
-  for (auto state = streams_.lower_bound({key, kDefaultArena});
-       state != streams_.end() && state->second.key == key; ++state) {
-    note_alive(state->second);
+  if (!pending_.empty()) pending_.mark(use);
+  if (stream_device == device_) {
+    for (auto state = streams_.lower_bound({use.key, kDefaultArena});
+         state != streams_.end() && state->second.key == use.key; ++state) {
+      note_alive(state->second);
+    }
   }
-  if (key == block->heap->stream->key) return;
-  for (const StreamKey& known : block->uses) {
-    if (known == key) return;
+  if (use == DeviceStream{device_, block->heap->stream->key}) return;
+  for (const DeviceStream& known : block->uses) {
+    if (known == use) return;
   }
-  block->uses.push_back(key);
+  block->uses.push_back(use);
 }
 
 bool Pool::is_live(const void* pointer) const {
@@ -303,7 +322,7 @@ void Pool::trim(size_t keep_bytes) {
   Lock lock(mutex_);
   const RelaxedCaptureScope relaxed;
   wait_for_device(lock);
-  release_idle(keep_bytes);
+  release_idle(lock, keep_bytes);
   spare_events_.release();
 }
 
@@ -329,7 +348,7 @@ Settings Pool::settings() const {
 }
 
 void Pool::configure(const Settings& settings) {
-  const std::lock_guard lock(mutex_);
+  Lock lock(mutex_);
   const auto require_same = [&](bool is_same, const char* key) {
     if (is_same) return;
     throw StateError(std::string(key) + " cannot change once device " + std::to_string(device_) +
@@ -343,7 +362,7 @@ void Pool::configure(const Settings& settings) {
   if (backing_.held_bytes() <= limit) return;
   const RelaxedCaptureScope relaxed;
   empty_magazines();
-  release_idle(limit);
+  release_idle(lock, limit);
 }
 
 }  // namespace spillover

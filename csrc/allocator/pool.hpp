@@ -16,6 +16,7 @@
 #pragma once
 
 #include <array>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -33,8 +34,8 @@
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
-#include "base/annotated_mutex.hpp"
 #include "allocator/spare_events.hpp"
+#include "base/annotated_mutex.hpp"
 
 namespace spillover {
 
@@ -62,8 +63,10 @@ class Pool {
   // As free(), but false, with nothing done, where it would have to wait for the mutex.
   bool try_free(void* pointer);
 
-  // Throws ConfigError unless pointer is the start of a live block.
+  // Throws ConfigError unless pointer is the start of a live block. A default stream is this
+  // device's, or else stream_device's.
   void record_stream(void* pointer, StreamHandle stream);
+  void record_stream(void* pointer, int stream_device, StreamHandle stream);
 
   bool is_live(const void* pointer) const;
 
@@ -127,6 +130,8 @@ class Pool {
     AddressRange range;
     size_t missing_bytes = 0;  // What is to be mapped.
   };
+  // Whether chunks may be taken that are much larger than what is wanted.
+  enum class Overshoot { kBounded, kAny };
   struct Totals;
   // Whole chunks within a free block.
   struct Run {
@@ -218,8 +223,8 @@ class Pool {
   std::optional<Run> find_run(const Heap& victim, const Request& request,
                               uint64_t completed_count) const;
   bool prove_idle(StreamState& stream);
-  size_t gather_idle(size_t wanted_bytes, const AddressRange& kept);
-  size_t evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept);
+  size_t gather_idle(size_t wanted_bytes, const AddressRange& kept, Overshoot overshoot);
+  size_t evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept, Overshoot overshoot);
   void unmap(Block* block, const AddressRange& chunks);
   void carve(Block* block, const AddressRange& chunks);
   Block* adopt(Heap& heap, const AddressRange& range, uint64_t freed_at);
@@ -250,7 +255,8 @@ class Pool {
   void wait_for_device(Lock& lock);
   Block* search_again(Lock& lock, const Request& request);
   Block* reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes);
-  void release_idle(size_t keep_bytes);
+  void release_idle(Lock& lock, size_t keep_bytes);
+  void return_released(Lock& lock);
   [[noreturn]] void throw_out_of_memory(const Request& request, size_t reclaimed_bytes);
 
   size_t limit_by_settings() const;
@@ -284,6 +290,8 @@ class Pool {
   uint64_t forgotten_count_ = 0;
   SpareEvents spare_events_;
   PendingUses pending_;
+  size_t releases_in_flight_ = 0;  // Threads that give released chunks to the driver.
+  std::condition_variable_any release_ended_;
   bool serves_several_streams_ = false;  // Or has done so.
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.

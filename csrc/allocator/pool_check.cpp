@@ -69,7 +69,7 @@ void expect_of(const Block& block, bool condition, const char* sentence) {
     throw_broken(name_of(block) + sentence);
 }
 
-void check_block(const Block& block) {
+void check_block(const Block& block, int device) {
   expect_of(block,
             block.address % kBlockAlignment == 0 && block.size_bytes % kBlockAlignment == 0 &&
                 block.size_bytes > 0,
@@ -90,8 +90,9 @@ void check_block(const Block& block) {
   }
   expect_of(block, block.state == BlockState::kLive || block.uses.empty(),
             "is not live but has noted streams");
-  for (const StreamKey& use : block.uses) {
-    expect_of(block, use != block.heap->stream->key, "has noted its own stream");
+  for (const DeviceStream& use : block.uses) {
+    expect_of(block, use != DeviceStream{device, block.heap->stream->key},
+              "has noted its own stream");
   }
   expect_of(block, block.freed_at <= block.heap->stream->freed_count,
             "was freed by a free that has not happened");
@@ -138,7 +139,7 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
     expect_of(*block,
               block->address == expected && block->heap == &heap && block->previous == previous,
               "is not where its neighbours say");
-    check_block(*block);
+    check_block(*block, device_);
     ++totals.blocks;
     ++heap_sums.blocks;
     const BlockState state = block->state;
@@ -183,6 +184,8 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
   const AddressRange chunks = backing_.chunks_within(range);
   expect(chunks.begin == range.begin && chunks.end == range.end,
          "the blocks of a segment do not cover whole chunks");
+  expect(backing_.is_virtual() || backing_.first_chunks(chunks, 1).end == chunks.end,
+         "a segment spans chunks that the driver takes back one by one");
   check_pages(range, used_count, totals);
   return previous;
 }

@@ -82,7 +82,7 @@ Block* Pool::grow_virtual(const Request& request, Source source, size_t spare_by
     if (Block* block = steal(request)) return block;
     const size_t wanted_bytes = window.missing_bytes - backing_.cached_bytes();
     const size_t moved_bytes = wanted_bytes - std::min(wanted_bytes, spare_bytes);
-    const size_t idle_bytes = gather_idle(moved_bytes, window.range);
+    const size_t idle_bytes = gather_idle(moved_bytes, window.range, Overshoot::kBounded);
     if (idle_bytes + room < wanted_bytes) return nullptr;
   }
   const size_t held_max = backing_.held_bytes() + room;
@@ -117,13 +117,12 @@ Block* Pool::map_behind(Heap& heap, DeviceAddress address, size_t size_bytes, si
 Block* Pool::grow_fixed(const Request& request) {
   const size_t preferred_bytes = preferred_fixed_bytes(request.size_bytes, backing_.unit_bytes());
   const size_t least_bytes = round_up(request.size_bytes, backing_.unit_bytes());
-  for (const size_t size_bytes : {preferred_bytes, least_bytes}) {
-    if (size_bytes > room_bytes()) continue;
-    if (const auto range = backing_.allocate(size_bytes)) {
-      return adopt(heap_of(request), *range, 0);
-    }
+  std::optional<AddressRange> range;
+  if (preferred_bytes <= room_bytes()) range = backing_.allocate(preferred_bytes);
+  if (!range && least_bytes < preferred_bytes && least_bytes <= room_bytes()) {
+    range = backing_.allocate(least_bytes);
   }
-  return nullptr;
+  return range ? adopt(heap_of(request), *range, 0) : nullptr;
 }
 
 // What is in no heap's set and in no cache. Magazines are empty.
@@ -235,23 +234,26 @@ std::optional<Pool::Run> Pool::find_run(const Heap& victim, const Request& reque
                                         uint64_t completed_count) const {
   Block wanted;
   wanted.size_bytes = request.size_bytes;
-  const size_t needed_bytes = round_up(request.size_bytes, backing_.unit_bytes());
+  const size_t unit_bytes = backing_.unit_bytes();
+  const size_t needed_bytes = backing_.is_virtual()
+                                  ? round_up(request.size_bytes, unit_bytes)
+                                  : preferred_fixed_bytes(request.size_bytes, unit_bytes);
   for (auto position = victim.free.lower_bound(&wanted); position != victim.free.end();
        ++position) {
     for (const AddressRange& part : complete_parts(**position, completed_count)) {
       const AddressRange chunks = backing_.chunks_within(part);
       if (chunks.size_bytes() < request.size_bytes) continue;
       const AddressRange taken = backing_.first_chunks(chunks, request.size_bytes);
-      if (backing_.is_virtual() && taken.size_bytes() > kOvershootMax * needed_bytes) continue;
+      if (taken.size_bytes() > kOvershootMax * needed_bytes) continue;
       return Run{*position, taken};
     }
   }
   return std::nullopt;
 }
 
-// Moves idle chunks to the cache: of the streams that need the fewest questions first. Gives how
-// much it has moved. kept stays where it is.
-size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept) {
+// Takes idle chunks away from their addresses: of the streams that need the fewest questions first.
+// Gives how much it has taken. kept stays where it is.
+size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept, Overshoot overshoot) {
   size_t gathered_bytes = 0;
   for (auto& [key, stream] : streams_) {
     if (gathered_bytes >= wanted_bytes) break;
@@ -259,14 +261,14 @@ size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept) {
     prove_idle(stream);
     for (Heap& heap : stream.heaps) {
       if (gathered_bytes >= wanted_bytes) break;
-      gathered_bytes += evict(heap, wanted_bytes - gathered_bytes, kept);
+      gathered_bytes += evict(heap, wanted_bytes - gathered_bytes, kept, overshoot);
     }
   }
   return gathered_bytes;
 }
 
 // Small free blocks go first: the large ones are worth more where they are.
-size_t Pool::evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept) {
+size_t Pool::evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept, Overshoot overshoot) {
   Block least;
   least.size_bytes = backing_.unit_bytes();
   // Carving changes the set: the candidates are noted first. Of one block the last comes first, so
@@ -283,7 +285,8 @@ size_t Pool::evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept) {
       const AddressRange chunks = backing_.chunks_within(*part);
       const size_t chunk_bytes =
           backing_.first_chunks(chunks, wanted_bytes - candidate_bytes).size_bytes();
-      if (chunk_bytes == 0 || chunk_bytes > kOvershootMax * wanted_bytes) continue;
+      if (chunk_bytes == 0) continue;
+      if (overshoot == Overshoot::kBounded && chunk_bytes > kOvershootMax * wanted_bytes) continue;
       candidates.push_back({*position, chunks});
       candidate_bytes += chunk_bytes;
     }

@@ -1,6 +1,8 @@
 // What the pool does when memory has run out, rung by rung, and how it gives memory back.
 #include <algorithm>
 #include <chrono>
+#include <exception>
+#include <set>
 #include <thread>
 
 #include "allocator/pool.hpp"
@@ -45,7 +47,7 @@ Block* Pool::search_again(Lock& lock, const Request& request) {
     wait_for_device(lock);
     if (Block* block = try_again()) return block;
   }
-  release_idle(0);
+  release_idle(lock, 0);
   return try_again();
 }
 
@@ -121,8 +123,10 @@ void Pool::wait_for_device(Lock& lock) {
   std::vector<std::pair<StreamStates::key_type, uint64_t>> freed_counts;
   for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
   const uint64_t latest_use = pending_.latest();
+  std::set<int> devices = pending_.devices();
+  devices.insert(device_);
   lock.unlock();
-  synchronize_device(device_);
+  for (const int device : devices) synchronize_device(device);
   lock.lock();
   pending_.complete(latest_use);
   pending_.poll();
@@ -134,23 +138,52 @@ void Pool::wait_for_device(Lock& lock) {
 }
 
 // Gives idle chunks to the driver until at most keep_bytes are held, and forgets streams that have
-// nothing any more.
-void Pool::release_idle(size_t keep_bytes) {
-  const CountOnExit count(*this);
-  const size_t surplus_bytes = backing_.held_bytes() - std::min(backing_.held_bytes(), keep_bytes);
-  if (backing_.cached_bytes() < surplus_bytes) {
-    gather_idle(surplus_bytes - backing_.cached_bytes(), AddressRange{});
+// nothing any more. May release the mutex in between.
+void Pool::release_idle(Lock& lock, size_t keep_bytes) {
+  {
+    const CountOnExit count(*this);
+    const size_t surplus_bytes =
+        backing_.held_bytes() - std::min(backing_.held_bytes(), keep_bytes);
+    if (backing_.cached_bytes() < surplus_bytes) {
+      gather_idle(surplus_bytes - backing_.cached_bytes(), AddressRange{}, Overshoot::kAny);
+    }
+    // A magazine names its stream as long as its thread lives.
+    std::erase_if(streams_, [&](const auto& entry) {
+      const StreamState& stream = entry.second;
+      if (stream.block_count() != 0 || stream.is_immortal) return false;
+      forgotten_count_ = std::max(forgotten_count_, stream.freed_count);
+      return true;
+    });
+    backing_.release_cached(surplus_bytes);
+    // What was held for a peak of the past is not taken again without need.
+    used_bytes_peak_ = std::min(used_bytes_peak_, backing_.held_bytes());
   }
-  // A magazine names its stream as long as its thread lives.
-  std::erase_if(streams_, [&](const auto& entry) {
-    const StreamState& stream = entry.second;
-    if (stream.block_count() != 0 || stream.is_immortal) return false;
-    forgotten_count_ = std::max(forgotten_count_, stream.freed_count);
-    return true;
-  });
-  backing_.release_cached(surplus_bytes);
-  // What was held for a peak of the past is not taken again without need.
-  used_bytes_peak_ = std::min(used_bytes_peak_, backing_.held_bytes());
+  return_released(lock);
+}
+
+// cuMemFree waits for all of the device's work, which may wait in turn for a thread that needs the
+// mutex. Afterwards the driver has what this thread has released and, unless that takes too long,
+// what others have. Throws the first DriverError when all chunks had their turn.
+void Pool::return_released(Lock& lock) {
+  std::vector<DeviceMemory> released = backing_.take_released();
+  std::exception_ptr failure;
+  if (!released.empty()) {
+    ++releases_in_flight_;
+    lock.unlock();
+    for (DeviceMemory& memory : released) {
+      try {
+        memory.release();
+      } catch (const Error&) {
+        if (!failure) failure = std::current_exception();
+      }
+    }
+    released.clear();  // Tries once more where the driver could not be asked.
+    lock.lock();
+    --releases_in_flight_;
+    release_ended_.notify_all();
+  }
+  release_ended_.wait_for(lock, settings_.wait_max, [this] { return releases_in_flight_ == 0; });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace spillover

@@ -117,7 +117,7 @@ bool Pool::mark(StreamState& stream, StreamState::MarkKind kind) {
   const uint64_t covered_count =
       stream.marks.empty() ? stream.completed_count : stream.marks.back().freed_count;
   if (covered_count == stream.freed_count) return true;
-  Event event = spare_events_.take();
+  Event event = spare_events_.take(device_);
   if (event.try_record(stream.key.handle) != RecordOutcome::kRecorded) {
     spare_events_.give(std::move(event));
     return false;

@@ -3,6 +3,7 @@
 // Owned by one Pool and guarded by its mutex.
 #pragma once
 
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -12,25 +13,23 @@ namespace spillover {
 
 class SpareEvents {
  public:
-  explicit SpareEvents(int device) : device_(device) {}
-
   // Throws DriverError where the driver makes no event.
-  Event take() {
-    if (events_.empty()) return Event(device_);
-    Event event = std::move(events_.back());
-    events_.pop_back();
+  Event take(int device) {
+    std::vector<Event>& events = events_[device];
+    if (events.empty()) return Event(device);
+    Event event = std::move(events.back());
+    events.pop_back();
     return event;
   }
 
   // The mark of the event may be pending: recording it again moves the mark.
-  void give(Event event) { events_.push_back(std::move(event)); }
+  void give(Event event) { events_[event.device()].push_back(std::move(event)); }
 
   // Gives them to the driver.
   void release() noexcept { events_.clear(); }
 
  private:
-  const int device_;
-  std::vector<Event> events_;
+  std::map<int, std::vector<Event>> events_;  // By device.
 };
 
 }  // namespace spillover

@@ -45,6 +45,12 @@ StreamKey identify_stream(int device, StreamHandle stream) {
   return {stream, stream_identity(stream)};
 }
 
+int device_of_stream(int device, StreamHandle stream) {
+  stream = normalize_stream(stream);
+  if (stream == nullptr || is_per_thread_stream(stream) || is_kept(device, stream)) return device;
+  return stream_device(stream);
+}
+
 void keep_stream(int device, StreamHandle stream) {
   static std::mutex& mutex = *new std::mutex;
   stream = normalize_stream(stream);

@@ -29,9 +29,20 @@ struct StreamKey {
   auto operator<=>(const StreamKey&) const = default;
 };
 
+// A stream of whichever device: a block may be used by another device than its own.
+struct DeviceStream {
+  int device = 0;
+  StreamKey key;
+
+  auto operator<=>(const DeviceStream&) const = default;
+};
+
 // Names a stream that is alive. Asks the driver about foreign ones. Throws DriverError for a handle
 // that is not a stream.
 StreamKey identify_stream(int device, StreamHandle stream);
+
+// The device of a stream that is alive; of a default stream, which every device has, the given one.
+int device_of_stream(int device, StreamHandle stream);
 
 // The caller promises that the stream lives as long as the process.
 void keep_stream(int device, StreamHandle stream);

@@ -31,7 +31,7 @@ py::dict to_dict(const spillover_counter& counter) {
 py::dict stats_of(Pool& pool) {
   spillover_stats_t statistics;
   {
-    const py::gil_scoped_release released;
+    const GilRelease released;
     statistics = pool.statistics();
   }
   py::dict result;
@@ -71,7 +71,7 @@ py::dict to_dict(const spillover_block_info& block) {
 py::list segments_of(Pool& pool) {
   std::vector<SegmentCopy> copies;
   {
-    const py::gil_scoped_release released;
+    const GilRelease released;
     pool.visit_segments(copy_segment, &copies);
   }
   py::list result;
@@ -112,7 +112,7 @@ py::dict settings_of(Pool& pool) {
 py::dict tag_stats_of(Pool& pool, ArenaId tag) {
   spillover_tag_stats_t statistics;
   {
-    const py::gil_scoped_release released;
+    const GilRelease released;
     static_cast<void>(arena_name(tag));  // Throws for a number that is none.
     statistics = pool.arena_statistics(tag);
   }

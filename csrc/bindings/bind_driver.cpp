@@ -1,6 +1,7 @@
 // Python's view of the driver layer: is there a driver, which one, what devices.
 #include "bindings/bindings.hpp"
 #include "driver/device.hpp"
+#include "driver/fork_guard.hpp"
 
 namespace py = pybind11;
 
@@ -9,6 +10,8 @@ namespace spillover {
 void register_driver(py::module_& module) {
   module.def("driver_available", &driver_available, ReleaseGil(),
              "Whether a CUDA driver can be loaded and has started.");
+  module.def("in_forked_child", &in_forked_child,
+             "Whether this process was forked from one that had loaded the driver.");
   module.def("driver_version", &driver_version, ReleaseGil(),
              "CUDA version that the driver supports: 1000 * major + 10 * minor.");
   module.def("device_count", &device_count, ReleaseGil(), "Number of devices.");
@@ -17,7 +20,7 @@ void register_driver(py::module_& module) {
       [](int device) {
         MemoryInfo info{};
         {
-          const py::gil_scoped_release released;
+          const GilRelease released;
           info = memory_info(device);
         }
         return py::make_tuple(info.free_bytes, info.total_bytes);

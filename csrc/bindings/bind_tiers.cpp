@@ -41,7 +41,7 @@ class PythonTicket {
 
   ~PythonTicket() {
     if (ticket_ == nullptr) return;  // The request did not start.
-    const py::gil_scoped_release released;
+    const GilRelease released;
     ticket_->wait_quietly();
   }
 
@@ -53,7 +53,7 @@ class PythonTicket {
 
   void wait() {
     {
-      const py::gil_scoped_release released;
+      const GilRelease released;
       ticket_->wait_quietly();
     }
     let_go();
@@ -103,7 +103,7 @@ py::tuple write(DiskStore& store, const py::buffer& buffer, py::object after) {
   auto ticket = std::make_unique<PythonTicket>(std::move(info), std::move(after));
   WriteRequest request;
   {
-    const py::gil_scoped_release released;
+    const GilRelease released;
     request = store.write(ticket->address(), size_bytes, std::move(gate));
   }
   ticket->started(std::move(request.ticket));
@@ -119,7 +119,7 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
   }
   auto ticket = std::make_unique<PythonTicket>(std::move(info), py::none());
   {
-    const py::gil_scoped_release released;
+    const GilRelease released;
     ticket->started(store.read(std::move(payload), ticket->address()));
   }
   return ticket;
@@ -145,7 +145,7 @@ std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
   options.queue_length_max = queue_length_max;
   options.extent_bytes_max = extent_bytes_max;
   options.preallocation = preallocate ? Preallocation::kReserve : Preallocation::kNone;
-  const py::gil_scoped_release released;
+  const GilRelease released;
   return std::make_unique<DiskStore>(options);
 }
 

@@ -15,6 +15,20 @@ void register_allocator(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);
 
-using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+// Releases the GIL while it lives. Unlike pybind11's, its destructor may end the thread: that is
+// what the interpreter does with a daemon thread that wants the GIL once the program is over, by
+// unwinding its stack, and a destructor that is noexcept would abort the process.
+class GilRelease {
+ public:
+  GilRelease() : thread_state_(PyEval_SaveThread()) {}
+  ~GilRelease() noexcept(false) { PyEval_RestoreThread(thread_state_); }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* const thread_state_;
+};
+
+using ReleaseGil = pybind11::call_guard<GilRelease>;
 
 }  // namespace spillover

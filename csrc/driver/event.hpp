@@ -26,6 +26,7 @@ class Event {
   Event& operator=(const Event&) = delete;
 
   EventHandle handle() const { return handle_; }
+  int device() const { return device_; }
 
   // Marks the stream's work up to now. Throws DriverError.
   void record(StreamHandle stream);

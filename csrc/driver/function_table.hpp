@@ -28,6 +28,7 @@
   X(cuDevicePrimaryCtxRetain, 7000)           \
   X(cuDevicePrimaryCtxRelease, 11000)         \
   X(cuCtxGetCurrent, 4000)                    \
+  X(cuCtxGetDevice, 2000)                     \
   X(cuCtxPushCurrent, 4000)                   \
   X(cuCtxPopCurrent, 4000)                    \
   X(cuCtxSynchronize, 2000)                   \
@@ -39,6 +40,8 @@
   X(cuStreamWaitEvent, 3020)                  \
   X(cuStreamIsCapturing, 10000)               \
   X(cuStreamGetId, 12000)                     \
+  X(cuStreamGetCtx, 9020)                     \
+  X(cuStreamGetDevice, 12080)                 \
   X(cuThreadExchangeStreamCaptureMode, 10010) \
   X(cuEventCreate, 2000)                      \
   X(cuEventDestroy, 4000)                     \

@@ -69,6 +69,21 @@ uint64_t stream_identity(StreamHandle stream) {
   return identity;
 }
 
+int stream_device(StreamHandle stream) {
+  CUdevice device = 0;  // The driver numbers devices as it counts them.
+  if (const auto get_device = driver_functions().p_cuStreamGetDevice; get_device != nullptr) {
+    check(get_device(raw(stream), &device), "cuStreamGetDevice");
+    return device;
+  }
+  CUcontext context = nullptr;
+  SPILLOVER_CHECKED_CALL(cuStreamGetCtx, raw(stream), &context);
+  SPILLOVER_CHECKED_CALL(cuCtxPushCurrent, context);
+  const CUresult result = SPILLOVER_DRIVER_CALL(cuCtxGetDevice, &device);
+  SPILLOVER_RELEASE_CALL(cuCtxPopCurrent, &context);
+  check(result, "cuCtxGetDevice");
+  return device;
+}
+
 bool stream_is_capturing(StreamHandle stream) {
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
   const CUresult result = SPILLOVER_DRIVER_CALL(cuStreamIsCapturing, raw(stream), &status);

@@ -48,6 +48,10 @@ bool is_per_thread_stream(StreamHandle stream) noexcept;
 // handle that is not a stream.
 uint64_t stream_identity(StreamHandle stream);
 
+// The device of a stream that somebody has created. Any context may be current. Throws DriverError
+// for a handle that is not a stream.
+int stream_device(StreamHandle stream);
+
 // Whether the stream records a graph. The device's context must be current.
 bool stream_is_capturing(StreamHandle stream);
 

@@ -145,7 +145,8 @@ void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream str
   // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
   if (!data.get() || data.get_deleter() != &raw_delete_block) return;
   const cudaStream_t handle = handle_of(stream);
-  check_pool(without_gil([&] { return spillover_record_stream(data.get(), handle); }),
+  const int device = stream.device_index();
+  check_pool(without_gil([&] { return spillover_record_stream_of(data.get(), device, handle); }),
              "record_stream");
 }
 

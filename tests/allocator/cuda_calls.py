@@ -15,13 +15,13 @@ _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Cuda:
-    """Calls the CUDA driver on device 0; every handle and address is an int."""
+    """Calls the CUDA driver on one device; every handle and address is an int."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._call("cuInit", ctypes.c_uint(0))
         context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(0))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(device))
         self._context = context
         self.use_device()
 
@@ -32,6 +32,34 @@ class Cuda:
     def use_device(self) -> None:
         """Make the device's context current on this thread."""
         self._call("cuCtxSetCurrent", self._context)
+
+    def is_current(self) -> bool:
+        """Whether the device's context is current on this thread."""
+        current = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(current))
+        return current.value == self._context.value
+
+    def allow_peer(self, peer: Cuda) -> None:
+        """Let this device use the peer's memory from cuMemAlloc."""
+        self.use_device()
+        self._call("cuCtxEnablePeerAccess", peer._context, ctypes.c_uint(0))
+
+    def copy(self, target: int, source: int, size_bytes: int, stream: int) -> None:
+        """Copy between any two devices in stream order."""
+        self._call(
+            "cuMemcpyDtoDAsync_v2",
+            ctypes.c_uint64(target),
+            ctypes.c_uint64(source),
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+        )
+
+    @property
+    def has_virtual_memory(self) -> bool:
+        """Whether the device has virtual memory management."""
+        supported = ctypes.c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(supported), ctypes.c_int(102), 0)
+        return bool(supported.value)
 
     def create_stream(self, flags: int = 1) -> int:
         """Give a new stream, a non-blocking one by default."""

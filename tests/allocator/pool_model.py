@@ -250,11 +250,17 @@ class ModelledPool:
 
     def trim(self) -> None:
         self.pool.trim()
-        chunks = set()
-        for block in self.live.values():
-            chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
         stats = self.pool.stats()
-        assert stats["reserved_bytes"]["all"]["current"] == CHUNK_BYTES * len(chunks)
+        reserved_bytes = stats["reserved_bytes"]["all"]["current"]
+        segments = self.pool.segments()
+        assert reserved_bytes == sum(segment["size_bytes"] for segment in segments)
+        if self.cuda.has_virtual_memory:
+            chunks = set()
+            for block in self.live.values():
+                chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
+            assert reserved_bytes == CHUNK_BYTES * len(chunks)
+        for segment in segments:
+            assert any(block["state"] == "live" for block in segment["blocks"])
         assert stats["active"]["all"]["current"] == len(self.live), "a block still waits"
 
     def synchronize(self) -> None:

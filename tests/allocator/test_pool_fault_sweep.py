@@ -40,6 +40,7 @@ FUNCTIONS = (
     "cuMemRelease",
     "cuMemSetAccess",
     "cuMemUnmap",
+    "cuStreamGetDevice",
     "cuStreamGetId",
     "cuStreamIsCapturing",
     "cuStreamQuery",

@@ -13,6 +13,7 @@ from spillover.emulator import Fault, faults
 MIB = 1 << 20
 
 
+@pytest.mark.virtual_memory
 def test_memory_whose_unmapping_failed_is_never_handed_out(pool: _core.Pool) -> None:
     held = [pool.alloc(32 * MIB) for _ in range(3)]
     pool.free(held[0])
@@ -28,6 +29,7 @@ def test_memory_whose_unmapping_failed_is_never_handed_out(pool: _core.Pool) -> 
     assert pool.alloc(96 * MIB)
 
 
+@pytest.mark.virtual_memory
 def test_memory_whose_release_failed_is_held_no_longer(pool: _core.Pool) -> None:
     pool.free(pool.alloc(32 * MIB))
     with faults(Fault("cuMemRelease", call=2)), pytest.raises(SpilloverError, match="cuMemRelease"):
@@ -36,7 +38,9 @@ def test_memory_whose_release_failed_is_held_no_longer(pool: _core.Pool) -> None
     pool.check_invariants()
 
 
-@pytest.mark.parametrize("function", ["cuMemAddressReserve", "cuMemCreate", "cuMemMap"])
+@pytest.mark.parametrize(
+    "function", ["cuMemAddressReserve", "cuMemCreate", "cuMemMap", "cuMemAlloc"]
+)
 @pytest.mark.parametrize("call", [1, 2, 5])
 def test_growth_that_fails_can_be_tried_again(pool: _core.Pool, function: str, call: int) -> None:
     with faults(Fault(function, call=call)):
@@ -48,6 +52,7 @@ def test_growth_that_fails_can_be_tried_again(pool: _core.Pool, function: str, c
     assert pool.stats()["reserved_bytes"]["all"]["current"] == 32 * MIB
 
 
+@pytest.mark.virtual_memory
 def test_growth_that_the_driver_denies_access_to_is_undone(pool: _core.Pool) -> None:
     with faults(Fault("cuMemSetAccess")), pytest.raises(SpilloverError, match="cuMemSetAccess"):
         pool.alloc(32 * MIB)

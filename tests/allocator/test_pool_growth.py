@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -26,15 +27,27 @@ def limit(pool: _core.Pool) -> Iterator[int]:
     pool.set_memory_fraction(1.0)
 
 
-def test_a_segment_grows_behind_its_last_free_block(pool: _core.Pool) -> None:
-    held = pool.alloc(8 * MIB)
-    pool.free(pool.alloc(8 * MIB))
-    address = pool.alloc(20 * MIB)
-    assert address == held + 8 * MIB
-    assert reserved_bytes(pool) == 28 * MIB
-    assert len(pool.segments()) == 1
+@pytest.mark.virtual_memory
+def test_a_segment_grows_behind_its_last_free_block(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    # In a process of its own: what other tests leave of the addresses has gaps.
+    run_emulated(
+        """
+        from spillover import _core
+
+        MIB = 1 << 20
+        pool = _core.Pool(0)
+        held = pool.alloc(8 * MIB)
+        pool.free(pool.alloc(8 * MIB))
+        assert pool.alloc(20 * MIB) == held + 8 * MIB
+        assert pool.stats()["reserved_bytes"]["all"]["current"] == 28 * MIB
+        assert len(pool.segments()) == 1
+        """
+    )
 
 
+@pytest.mark.virtual_memory
 def test_a_large_block_is_put_together_from_idle_pieces(pool: _core.Pool, limit: int) -> None:
     pieces = [pool.alloc(4 * MIB) for _ in range(limit // (4 * MIB))]
     for piece in pieces[::2]:
@@ -45,6 +58,7 @@ def test_a_large_block_is_put_together_from_idle_pieces(pool: _core.Pool, limit:
     pool.check_invariants()
 
 
+@pytest.mark.virtual_memory
 def test_idle_pieces_are_used_before_more_is_taken(pool: _core.Pool) -> None:
     pieces = [pool.alloc(4 * MIB) for _ in range(16)]
     for piece in pieces[::2]:
@@ -54,6 +68,7 @@ def test_idle_pieces_are_used_before_more_is_taken(pool: _core.Pool) -> None:
     pool.check_invariants()
 
 
+@pytest.mark.virtual_memory
 def test_pieces_that_are_in_use_are_not_unmapped(pool: _core.Pool, cuda: Cuda) -> None:
     pieces = [pool.alloc(4 * MIB) for _ in range(16)]
     for piece in pieces[::2]:
@@ -64,6 +79,7 @@ def test_pieces_that_are_in_use_are_not_unmapped(pool: _core.Pool, cuda: Cuda) -
     cuda.synchronize()
 
 
+@pytest.mark.virtual_memory
 def test_pieces_that_are_in_use_are_waited_for_before_failing(
     pool: _core.Pool, cuda: Cuda, limit: int
 ) -> None:
@@ -75,6 +91,7 @@ def test_pieces_that_are_in_use_are_waited_for_before_failing(
     assert pool.stats()["num_alloc_retries"] == 1
 
 
+@pytest.mark.virtual_memory
 def test_unmapped_memory_is_kept_for_the_next_growth(pool: _core.Pool) -> None:
     pieces = [pool.alloc(4 * MIB) for _ in range(8)]
     for piece in pieces[::2]:
@@ -92,6 +109,7 @@ def test_small_blocks_keep_no_large_hole_apart(pool: _core.Pool) -> None:
     assert pool.alloc(8 * MIB) == large
 
 
+@pytest.mark.virtual_memory
 def test_free_blocks_on_both_sides_of_a_gap_are_joined(pool: _core.Pool) -> None:
     first, second, third, _ = (pool.alloc(8 * MIB) for _ in range(4))
     pool.free(second)
@@ -105,6 +123,7 @@ def test_free_blocks_on_both_sides_of_a_gap_are_joined(pool: _core.Pool) -> None
     pool.check_invariants()
 
 
+@pytest.mark.virtual_memory
 def test_a_block_without_room_keeps_no_other_from_growing(pool: _core.Pool) -> None:
     first, second, _ = (pool.alloc(size * MIB) for size in (16, 8, 8))
     pool.free(second)
@@ -198,6 +217,7 @@ def test_a_small_heap_grows_by_no_more_than_it_needs(pool: _core.Pool) -> None:
 
 
 class TestOtherStreams:
+    @pytest.mark.virtual_memory
     def test_idle_memory_changes_hands_where_it_lies(
         self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
     ) -> None:
@@ -216,12 +236,12 @@ class TestOtherStreams:
         self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
     ) -> None:
         first, second, _ = kept_streams
-        address = pool.alloc(8 * MIB, first)
+        address = pool.alloc(16 * MIB, first)
         pool.free(address)
-        assert pool.alloc(6 * MIB, second) == address
+        assert pool.alloc(14 * MIB, second) == address
         pool.free(address)
-        assert pool.alloc(8 * MIB, first) != 0
-        assert reserved_bytes(pool) == 8 * MIB
+        assert pool.alloc(16 * MIB, first) != 0
+        assert reserved_bytes(pool) == 16 * MIB
 
     def test_busy_memory_stays_with_its_stream(
         self, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]

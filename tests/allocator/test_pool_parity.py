@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable
 
+import pytest
+
 COMPARE = """
 import random
 
@@ -80,6 +82,7 @@ except torch.OutOfMemoryError as error:
 """
 
 
+@pytest.mark.virtual_memory
 def test_counters_equal_those_of_torchs_allocator(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:

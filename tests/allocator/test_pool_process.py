@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import textwrap
 from collections.abc import Callable
+
+import pytest
 
 
 def test_nothing_is_left_after_trim(
@@ -33,6 +36,7 @@ def test_nothing_is_left_after_trim(
     )
 
 
+@pytest.mark.virtual_memory
 def test_the_whole_device_can_be_used_and_then_fails(
     run_emulated: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
@@ -161,3 +165,105 @@ def test_a_child_of_a_process_that_only_started_the_driver_is_told_why(
         assert os.waitstatus_to_exitcode(status) == 0, status
         """
     )
+
+
+# What happens at a process's end and in children, as a program; each must end well, and silently.
+ENDINGS = {
+    "os._exit with live blocks": """
+        pool.alloc(3 << 20)
+        os._exit(0)
+    """,
+    "blocks freed by atexit": """
+        import atexit
+        address = pool.alloc(3 << 20)
+        pool.free(pool.alloc(4096))
+        def at_exit():
+            pool.free(address)
+            pool.check_invariants()
+            pool.trim()
+        atexit.register(at_exit)
+    """,
+    "blocks that the interpreter takes down": """
+        import sys
+        blocks = [allocator.Pool().allocate(size) for size in (100, 3 << 20)]
+        sys.modules["keeps"] = blocks  # type: ignore
+        cycle = [allocator.Pool().allocate(5000)]
+        cycle.append(cycle)
+    """,
+    "daemon threads with full magazines": """
+        import threading, time
+        started = threading.Barrier(3)
+        def work():
+            blocks = [pool.alloc(size) for size in (512, 4096, 3 << 20) for _ in range(20)]
+            for address in blocks:
+                pool.free(address)
+            started.wait()
+            time.sleep(60)
+        for _ in range(2):
+            threading.Thread(target=work, daemon=True).start()
+        started.wait()
+    """,
+    "daemon threads inside the pool": """
+        import threading
+        def work():
+            while True:
+                pool.free(pool.alloc(3 << 20, 2))
+        for _ in range(3):
+            threading.Thread(target=work, daemon=True).start()
+        threading.Event().wait(0.05)
+    """,
+    "a forked child that ends like any process": """
+        block = allocator.Pool().allocate(3 << 20)
+        pool.free(pool.alloc(4096))
+        child = os.fork()
+        if child:
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            block.free()
+            pool.check_invariants()
+    """,
+    "a forked child that executes another program": """
+        import sys, threading
+        stop = threading.Event()
+        def churn():
+            while not stop.is_set():
+                pool.free(pool.alloc(2 << 20))
+        thread = threading.Thread(target=churn)
+        thread.start()
+        child = os.fork()
+        if child == 0:
+            os.execv(sys.executable, [sys.executable, "-c",
+                "import spillover.emulator as e; e.enable(vram='64MiB');"
+                "from spillover import _core; p = _core.Pool(0); p.free(p.alloc(100)); p.trim()"])
+        status = os.waitpid(child, 0)[1]
+        stop.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(status) == 0, status
+    """,
+    "a child of a forked child": """
+        child = os.fork()
+        if child == 0:
+            grandchild = os.fork()
+            if grandchild == 0:
+                try:
+                    pool.alloc(100)
+                except Exception as error:
+                    os._exit(0 if "forked child" in str(error) else 2)
+                os._exit(1)
+            os._exit(os.waitstatus_to_exitcode(os.waitpid(grandchild, 0)[1]))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    """,
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_end_of_a_process(
+    run_emulated: Callable[..., subprocess.CompletedProcess[str]], ending: str
+) -> None:
+    result = run_emulated(
+        "import os, warnings\n"
+        "from spillover import _core, allocator\n"
+        "warnings.simplefilter('ignore', DeprecationWarning)\n"
+        "pool = _core.Pool(0)\n" + textwrap.dedent(ENDINGS[ending]),
+        timeout=60,
+    )
+    assert (result.stdout, result.stderr) == ("", "")

@@ -13,8 +13,14 @@ import sys
 import textwrap
 
 ENABLE = """
+import os
 import spillover.emulator
-spillover.emulator.enable(vram="512MiB", schedule="late", hazards="raise")
+spillover.emulator.enable(
+    vram="512MiB",
+    schedule="late",
+    hazards="raise",
+    virtual_memory=os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1",
+)
 """
 
 INSTALL = """

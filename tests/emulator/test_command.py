@@ -70,6 +70,22 @@ def test_child_processes_are_emulated_too(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout.strip()) == (0, "3.0"), result.stderr
 
 
+def test_devices_without_virtual_memory_are_so_in_children_too() -> None:
+    code = """
+import ctypes, subprocess, sys
+driver, supported = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(7)
+assert driver.cuInit(0) == 0
+assert driver.cuDeviceGetAttribute(ctypes.byref(supported), 102, 0) == 0
+print("supported", supported.value, flush=True)
+if len(sys.argv) == 1:
+    subprocess.run([sys.executable, "-c", sys.orig_argv[2], "child"], check=True)
+"""
+    result = emulate("--no-virtual-memory", "--", "python", "-c", code)
+    assert (result.returncode, result.stdout) == (0, "supported 0\n" * 2), result.stderr
+    result = emulate("--", "python", "-c", code)
+    assert result.stdout == "supported 1\n" * 2, result.stderr
+
+
 def test_exit_code_and_signal_reach_the_caller() -> None:
     assert emulate("--", "python", "-c", "raise SystemExit(7)").returncode == 7
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from ctypes import byref, c_int, c_size_t, c_uint64, c_ulonglong
+from typing import Any
 
 from driver_ctypes import (
     GRANULARITY,
@@ -164,6 +165,29 @@ def many_handles() -> None:
     cuda("cuMemUnmap", pointer, 64 * MIB)  # in one call
 
 
+def devices_without_it() -> None:
+    """Each function says so, and nothing else of the driver is missing."""
+    cuda = Driver()
+    supported, out = c_int(7), c_uint64()
+    for attribute in (102, 103):  # virtual memory management, its POSIX handles
+        cuda("cuDeviceGetAttribute", byref(supported), attribute, 0)
+        assert supported.value == 0
+    calls: dict[str, tuple[Any, ...]] = {
+        "cuMemGetAllocationGranularity": (byref(out), byref(properties()), 0),
+        "cuMemAddressReserve": (byref(out), 2 * MIB, 0, 0, 0),
+        "cuMemCreate": (byref(out), 2 * MIB, byref(properties()), 0),
+        "cuMemMap": (2 * MIB, 2 * MIB, 0, 1, 0),
+        "cuMemUnmap": (2 * MIB, 2 * MIB),
+        "cuMemRelease": (1,),
+    }
+    for name, arguments in calls.items():
+        expect(NOT_SUPPORTED, cuda.status(name, *arguments))
+    pointer = cuda.alloc(4 * MIB)
+    cuda.fill(pointer, 3, 4 * MIB, 0)
+    assert cuda.fetch(pointer, 4) == b"\3" * 4
+    cuda.free(pointer)
+
+
 def test_aliasing() -> None:
     run_program(aliasing)
 
@@ -190,3 +214,7 @@ def test_handles() -> None:
 
 def test_many_handles() -> None:
     run_program(many_handles)
+
+
+def test_devices_without_it() -> None:
+    run_program(devices_without_it, virtual_memory=0)

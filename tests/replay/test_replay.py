@@ -61,6 +61,18 @@ def test_replay_measures_what_the_driver_saw(tmp_path: Path, allocator: Allocato
     assert found.alloc_ns["p50"] <= found.alloc_ns["p99"] <= found.alloc_ns["p100"]
 
 
+def test_a_pool_without_virtual_memory_can_be_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPILLOVER_ALLOCATOR", "virtual_memory=off")
+    found = replay(read_trace(written(tmp_path)), "ours", ReplayOptions(vram="1GiB"))
+    assert (found.failed_at, found.error) == (None, "")
+    assert found.driver_calls["cuMemAlloc"] == 4
+    assert "cuMemCreate" not in found.driver_calls
+    # Two exact chunks, one of 20 MiB and one of 2 MiB.
+    assert found.reserved_peak_bytes == (64 + 32 + 20 + 2) * MIB
+
+
 def test_native_and_expandable_are_what_their_names_say(tmp_path: Path) -> None:
     trace = read_trace(written(tmp_path))
     native, expandable = (

@@ -119,8 +119,8 @@ class Block:
         self.free()
 
     def __del__(self) -> None:
-        # A block whose making failed, or the end of a forked child's copy.
-        if getattr(self, "_address", None):
+        # A block whose making failed has no address, and a forked child's copy is the parent's.
+        if getattr(self, "_address", None) and not _core.in_forked_child():
             self.free()
 
     def __len__(self) -> int:

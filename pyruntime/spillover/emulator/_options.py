@@ -65,8 +65,8 @@ class Options:
         Fill what the driver hands out and takes back with 0xFF bytes (NaN as a float). Blocks that
         torch's cache reuses without the driver are not filled.
     virtual_memory
-        Whether the devices have virtual memory management (``cuMemCreate``, ``cuMemMap`` and so on),
-        which some virtual GPUs have not.
+        Whether the devices have virtual memory management (``cuMemCreate``, ``cuMemMap`` and so
+        on), which some virtual GPUs have not.
     uninitialized
         Report reads of device memory that was never written. Kernels of the project's own count as
         writing nothing, so this is for programs without them.

@@ -1,0 +1,64 @@
+"""The pool's tests once more, on devices without virtual memory, where it has fixed chunks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent
+#: One process each, so that they run side by side.
+QUICK = {
+    "pool": ["fixed_memory", "behaviour", "growth", "magazines", "faults", "tags", "settings"],
+    "waiting": ["reclaim", "threads", "python", "c_api"],
+    "model": ["model"],
+}
+
+
+def run_suite(*files: str, keyword: str = "") -> None:
+    environment = {
+        # The inner session is not a worker of this one.
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+        "SPILLOVER_TEST_VIRTUAL_MEMORY": "0",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    if keyword:
+        command += ["-k", keyword]
+    result = subprocess.run(
+        [*command, *(str(FOLDER / file) for file in files)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("SPILLOVER_TEST_GPU") == "1"
+    or os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY") == "0",
+    reason="starts sessions on emulated devices",
+)
+
+
+@pytest.mark.parametrize("group", QUICK)
+def test_pool(group: str) -> None:
+    # Without the tests that start torch.
+    run_suite(
+        *(f"test_pool_{name}.py" for name in QUICK[group]),
+        keyword="not tensors and not install and not array",
+    )
+
+
+def test_adapter() -> None:
+    run_suite("test_torch_out_of_memory.py", "test_torch_statistics.py")
+
+
+@pytest.mark.soak
+def test_everything() -> None:
+    # Watermarks tell apart what was freed within a chunk; fixed chunks go as a whole.
+    files = sorted(path.name for path in FOLDER.glob("test_*.py"))
+    run_suite(*(file for file in files if file != "test_pool_watermarks.py"))
