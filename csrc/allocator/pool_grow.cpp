@@ -64,7 +64,8 @@ Block* Pool::grow(const Request& request, Source source) {
     block = grow_virtual(request, source, spare_bytes(peak));
     if (block != nullptr) used_bytes_peak_ = peak;
   } else {
-    block = source == Source::kHeld ? steal(request) : grow_fixed(request);
+    block = steal(request);  // What was in use when it was asked last may be idle now.
+    if (block == nullptr && source == Source::kNew) block = grow_fixed(request);
   }
   if (backing_.cached_bytes() > settings_.unmapped_max_bytes) {
     backing_.release_cached(backing_.cached_bytes() - settings_.unmapped_max_bytes);
