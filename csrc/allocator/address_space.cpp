@@ -20,7 +20,7 @@ AddressSpace::Reservations::const_iterator AddressSpace::reservation_of(
 
 bool AddressSpace::is_unused(const Reservation& reservation) const {
   const auto gap = gaps_.find(reservation.range.address());
-  return gap != gaps_.end() && gap->second == reservation.range.size_bytes();
+  return gap != gaps_.end() && gap->second == reservation.size_bytes;
 }
 
 DeviceAddress AddressSpace::find(const void* owner, size_t size_bytes) {
@@ -35,7 +35,7 @@ DeviceAddress AddressSpace::find(const void* owner, size_t size_bytes) {
   }
   if (best != gaps_.end()) return best->first;
   for (auto& [start, reservation] : reservations_) {
-    if (reservation.range.size_bytes() < size_bytes || !is_unused(reservation)) continue;
+    if (reservation.size_bytes < size_bytes || !is_unused(reservation)) continue;
     reservation.owner = owner;
     return start;
   }
@@ -43,11 +43,11 @@ DeviceAddress AddressSpace::find(const void* owner, size_t size_bytes) {
 }
 
 DeviceAddress AddressSpace::reserve(const void* owner, size_t size_bytes) {
-  AddressReservation range(device_, std::max(size_bytes, reservation_bytes_));
+  const size_t usable_bytes = std::max(size_bytes, reservation_bytes_);
+  AddressReservation range(device_, usable_bytes + guard_bytes_);
   const DeviceAddress address = range.address();
-  const size_t range_bytes = range.size_bytes();
-  reservations_.emplace(address, Reservation{std::move(range), owner});
-  gaps_.emplace(address, range_bytes);
+  reservations_.emplace(address, Reservation{std::move(range), usable_bytes, owner});
+  gaps_.emplace(address, usable_bytes);
   return address;
 }
 
@@ -100,7 +100,7 @@ AddressSpace::Sums AddressSpace::check_invariants() const {
   for (const auto& [start, reservation] : reservations_) {
     expect(start == reservation.range.address() && start >= end, "two reservations overlap");
     end = reservation.end();
-    sums.reserved_bytes += reservation.range.size_bytes();
+    sums.reserved_bytes += reservation.size_bytes;
   }
   DeviceAddress gap_end = 0;
   for (const auto& [address, size_bytes] : gaps_) {

@@ -4,6 +4,9 @@
 // reservation as large as the device, in which it can grow without meeting another heap, and a
 // reservation in which nothing is mapped any more goes to the next heap that needs one.
 //
+// A guard at the end of each, which nothing is mapped at, keeps two reservations apart that the driver
+// gives side by side: a range of mapped addresses lies in one, and is unmapped by one call.
+//
 // Between calls: gaps of one reservation do not touch, and with the mapped ranges they cover it.
 // Owned by one Backing and guarded by the pool's mutex, under which it calls the driver.
 #pragma once
@@ -17,8 +20,8 @@ namespace spillover {
 
 class AddressSpace {
  public:
-  AddressSpace(int device, size_t reservation_bytes)
-      : device_(device), reservation_bytes_(reservation_bytes) {}
+  AddressSpace(int device, size_t reservation_bytes, size_t guard_bytes)
+      : device_(device), reservation_bytes_(reservation_bytes), guard_bytes_(guard_bytes) {}
 
   // Start of a gap of at least size_bytes in one of the owner's reservations, the smallest such; in
   // a new one where there is none. Takes nothing yet. Throws DriverError.
@@ -44,10 +47,11 @@ class AddressSpace {
 
  private:
   struct Reservation {
-    AddressReservation range;
+    AddressReservation range;  // With the guard.
+    size_t size_bytes;         // Without it.
     const void* owner;
 
-    DeviceAddress end() const { return range.address() + range.size_bytes(); }
+    DeviceAddress end() const { return range.address() + size_bytes; }
   };
   using Reservations = std::map<DeviceAddress, Reservation>;
 
@@ -57,6 +61,7 @@ class AddressSpace {
 
   const int device_;
   const size_t reservation_bytes_;
+  const size_t guard_bytes_;
   Reservations reservations_;             // By first address.
   std::map<DeviceAddress, size_t> gaps_;  // Address to size.
 };

@@ -49,7 +49,7 @@ Backing::Backing(int device, VirtualMemory virtual_memory)
     : device_(device),
       is_virtual_(uses_virtual_memory(device, virtual_memory)),
       unit_bytes_(is_virtual_ ? std::max(allocation_granularity(device), kFixedUnit) : kFixedUnit),
-      space_(device, round_up(memory_info(device).total_bytes, unit_bytes_)),
+      space_(device, round_up(memory_info(device).total_bytes, unit_bytes_), unit_bytes_),
       devices_{device} {}
 
 DeviceAddress Backing::find_gap(const void* owner, size_t size_bytes) {

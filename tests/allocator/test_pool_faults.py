@@ -8,7 +8,7 @@ import pytest
 from cuda_calls import Cuda
 
 from spillover import SpilloverError, _core, emulator
-from spillover.emulator import Fault, faults
+from spillover.emulator import Fault, call_bytes, faults
 
 MIB = 1 << 20
 
@@ -112,3 +112,12 @@ def test_pinned_memory_is_released_whatever_the_driver_says(
         host.trim()
     assert emulator.live() == before
     assert host.stats().reserved_bytes == 0
+
+
+@pytest.mark.virtual_memory
+def test_a_reservation_ends_in_addresses_that_are_never_mapped(pool: _core.Pool) -> None:
+    """Two that the driver gives side by side would otherwise become one segment."""
+    _, total_bytes = _core.memory_info(0)
+    with faults():
+        pool.alloc(2 * MIB)
+        assert call_bytes()["cuMemAddressReserve"] == total_bytes + 2 * MIB
