@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import pytest
 from cuda_calls import Cuda
 
 from spillover import SpilloverError, _core, emulator
-from spillover.emulator import Fault, call_bytes, faults
+from spillover.emulator import Fault, faults
 
 MIB = 1 << 20
 
@@ -115,9 +116,18 @@ def test_pinned_memory_is_released_whatever_the_driver_says(
 
 
 @pytest.mark.virtual_memory
-def test_a_reservation_ends_in_addresses_that_are_never_mapped(pool: _core.Pool) -> None:
+def test_a_reservation_ends_in_addresses_that_are_never_mapped(
+    run_python: Callable[..., str],
+) -> None:
     """Two that the driver gives side by side would otherwise become one segment."""
-    _, total_bytes = _core.memory_info(0)
-    with faults():
-        pool.alloc(2 * MIB)
-        assert call_bytes()["cuMemAddressReserve"] == total_bytes + 2 * MIB
+    run_python(
+        """
+import spillover.emulator
+spillover.emulator.enable(vram="1GiB", poison=False)
+from spillover import _core
+from spillover.emulator import call_bytes, faults
+with faults():
+    _core.Pool(0).alloc(1 << 20)
+    assert call_bytes()["cuMemAddressReserve"] == (1 << 30) + (2 << 20)
+"""
+    )
