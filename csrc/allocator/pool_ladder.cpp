@@ -42,12 +42,13 @@ Block* Pool::search_again(Lock& lock, const Request& request) {
   };
   const std::optional<Block*> polled = poll_until_fit(lock, request);
   if (polled.value_or(nullptr) != nullptr) return *polled;
-  // Where streams have not come to their marks, a wait for all of the device might have no end.
+  // Where streams have not come to their marks, a wait for all of the device might have no end; and
+  // what gives memory at fixed addresses back waits for the device.
   if (polled && (foreign_bytes() != 0 || pending_.has_unmarked())) {
     wait_for_device(lock);
     if (Block* block = try_again()) return block;
   }
-  release_idle(lock, 0);
+  if (polled || backing_.is_virtual()) release_idle(lock, 0);
   return try_again();
 }
 

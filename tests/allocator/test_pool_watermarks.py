@@ -61,6 +61,7 @@ class TestPipelines:
             cuda.synchronize()
         assert in_time == [True]
 
+    @pytest.mark.virtual_memory
     def test_what_is_freed_beside_it_later_does_not_matter(
         self, full: _core.Pool, cuda: Cuda, kept_streams: list[int]
     ) -> None:
@@ -78,6 +79,7 @@ class TestPipelines:
             cuda.fill(blocks[1], 32 * MIB, second)
         cuda.synchronize()
 
+    @pytest.mark.virtual_memory
     def test_pieces_are_put_together_whatever_lies_between_them(
         self, full: _core.Pool, cuda: Cuda, kept_streams: list[int]
     ) -> None:
@@ -96,6 +98,7 @@ class TestPipelines:
         cuda.synchronize()
         assert reserved_bytes(full) == LIMIT
 
+    @pytest.mark.virtual_memory
     def test_threads_keep_little_to_themselves(
         self, full: _core.Pool, cuda: Cuda, kept_streams: list[int]
     ) -> None:
@@ -225,6 +228,7 @@ class TestWaitsOfTheDevice:
         assert impatient.alloc(LIMIT, first) == address
 
 
+@pytest.mark.virtual_memory
 @pytest.mark.parametrize("function", ["cuEventCreate", "cuEventRecord", "cuStreamIsCapturing"])
 def test_a_free_succeeds_where_no_mark_can_be_had(
     full: _core.Pool, cuda: Cuda, kept_streams: list[int], function: str
@@ -429,6 +433,7 @@ class RandomProgram:
             self.pool.free(address)
 
 
+@pytest.mark.virtual_memory
 @pytest.mark.parametrize("seed", range(6))
 def test_random_programs_are_free_of_hazards(
     impatient: _core.Pool, cuda: Cuda, kept_streams: list[int], seed: int

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 #: One process each, so that they run side by side.
 QUICK = {
     "pool": ["fixed_memory", "behaviour", "growth", "magazines", "faults", "tags", "settings"],
-    "waiting": ["reclaim", "threads", "python", "c_api"],
+    "waiting": ["reclaim", "threads", "python", "c_api", "watermarks"],
     "model": ["model"],
 }
 
@@ -59,6 +59,4 @@ def test_adapter() -> None:
 
 @pytest.mark.soak
 def test_everything() -> None:
-    # Watermarks tell apart what was freed within a chunk; fixed chunks go as a whole.
-    files = sorted(path.name for path in FOLDER.glob("test_*.py"))
-    run_suite(*(file for file in files if file != "test_pool_watermarks.py"))
+    run_suite(*sorted(path.name for path in FOLDER.glob("test_*.py")))
