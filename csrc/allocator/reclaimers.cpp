@@ -6,8 +6,8 @@
 namespace spillover {
 namespace {
 
-// The reclaimer that the thread is in, 0 outside.
-thread_local uint64_t t_running = 0;
+// The entry of the reclaimer that the thread is in, of whichever pool; null outside.
+thread_local const void* t_running = nullptr;
 
 }  // namespace
 
@@ -29,14 +29,14 @@ bool Reclaimers::remove(uint64_t number) {
   const std::shared_ptr<Entry> entry = find(number);
   if (entry == nullptr) return false;
   std::erase(entries_, entry);
-  const size_t own_calls = t_running == number ? 1 : 0;
+  const size_t own_calls = t_running == entry.get() ? 1 : 0;
   call_ended_.wait(lock, [&] { return entry->call_count <= own_calls; });
   return true;
 }
 
 std::vector<uint64_t> Reclaimers::numbers() const {
   std::vector<uint64_t> result;
-  if (t_running != 0) return result;
+  if (t_running != nullptr) return result;
   const std::lock_guard lock(mutex_);
   for (const auto& entry : entries_) result.push_back(entry->number);
   return result;
@@ -50,9 +50,9 @@ size_t Reclaimers::call(uint64_t number, size_t missing_bytes, StreamHandle stre
     if (entry == nullptr) return 0;
     ++entry->call_count;
   }
-  t_running = number;
+  t_running = entry.get();
   const size_t freed_bytes = entry->reclaim(missing_bytes, stream);
-  t_running = 0;
+  t_running = nullptr;
   {
     const std::lock_guard lock(mutex_);
     --entry->call_count;

@@ -97,7 +97,11 @@ py::object bytes_or_none(size_t size_bytes) {
 
 py::dict settings_of(Pool& pool) {
   static constexpr const char* kVirtualMemory[] = {"auto", "on", "off"};
-  const Settings settings = pool.settings();
+  Settings settings;
+  {
+    const GilRelease released;
+    settings = pool.settings();
+  }
   py::dict result;
   result["limit"] = bytes_or_none(settings.limit_bytes);
   result["fraction"] = settings.fraction;
@@ -124,24 +128,29 @@ py::dict tag_stats_of(Pool& pool, ArenaId tag) {
   return result;
 }
 
+// Needs the GIL. What is raised, or no number of bytes, is reported and counts as 0.
+size_t ask_reclaimer(PyObject* function, size_t missing_bytes, StreamHandle stream) {
+  constexpr auto kFailed = static_cast<size_t>(-1);
+  size_t freed_bytes = kFailed;
+  PyObject* result = PyObject_CallFunction(function, "KK", missing_bytes, stream);
+  PyObject* number = result == nullptr ? nullptr : PyNumber_Index(result);
+  if (number != nullptr) freed_bytes = PyLong_AsSize_t(number);
+  Py_XDECREF(number);
+  Py_XDECREF(result);
+  if (freed_bytes != kFailed || PyErr_Occurred() == nullptr) return freed_bytes;
+  PyErr_WriteUnraisable(function);
+  return 0;
+}
+
 // Holds a Python function that threads without the GIL call and let go of.
 Reclaimers::Reclaim make_reclaimer(py::function function) {
-  const std::shared_ptr<py::function> held(new py::function(std::move(function)),
-                                           [](const py::function* last) {
-                                             const py::gil_scoped_acquire gil;
-                                             delete last;
-                                           });
+  const std::shared_ptr<PyObject> held(function.release().ptr(), [](PyObject* last) {
+    const GilAcquire gil;
+    Py_DECREF(last);
+  });
   return [held](size_t missing_bytes, StreamHandle stream) -> size_t {
-    const py::gil_scoped_acquire gil;
-    try {
-      return (*held)(missing_bytes, reinterpret_cast<uintptr_t>(stream)).cast<size_t>();
-    } catch (py::error_already_set& error) {
-      error.discard_as_unraisable("a reclaimer of spillover's pool");
-    } catch (const std::exception& error) {
-      PyErr_SetString(PyExc_TypeError, error.what());
-      PyErr_WriteUnraisable(held->ptr());
-    }
-    return 0;
+    const GilAcquire gil;
+    return call_python([&] { return ask_reclaimer(held.get(), missing_bytes, stream); });
   };
 }
 
@@ -161,6 +170,12 @@ void register_allocator(py::module_& module) {
       },
       py::arg("settings"), py::arg("source"), ReleaseGil(),
       "Change the settings of every pool, those too that are made later.");
+  module.def(
+      "check_settings",
+      [](const std::string& settings, const std::string& source) {
+        static_cast<void>(parse_settings(settings, source, {}));
+      },
+      py::arg("settings"), py::arg("source"), "Raise what configure() would, and change nothing.");
   module.def(
       "tag_number", [](const std::string& name) { return arena_of(name); }, py::arg("name"),
       ReleaseGil(), "The number of a tag, made where it is new.");

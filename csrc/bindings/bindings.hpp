@@ -6,6 +6,7 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 namespace spillover {
 
@@ -30,5 +31,29 @@ class GilRelease {
 };
 
 using ReleaseGil = pybind11::call_guard<GilRelease>;
+
+// Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Where
+// the interpreter ends the thread for that, as above, the thread sleeps until the process is gone
+// in place of being unwound. Nothing within the call may need a destructor to run.
+template <class Call>
+auto call_python(Call call) noexcept {
+  try {
+    return call();
+  } catch (...) {
+    for (;;) pause();
+  }
+}
+
+// Holds the GIL while it lives, on a thread that may be the interpreter's or not.
+class GilAcquire {
+ public:
+  GilAcquire() noexcept : state_(call_python(PyGILState_Ensure)) {}
+  ~GilAcquire() { PyGILState_Release(state_); }
+  GilAcquire(const GilAcquire&) = delete;
+  GilAcquire& operator=(const GilAcquire&) = delete;
+
+ private:
+  const PyGILState_STATE state_;
+};
 
 }  // namespace spillover

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from cuda_calls import Cuda, live_blocks
@@ -119,18 +120,22 @@ def test_one_that_raises_counts_as_nothing(
     assert [type(error) for error in reported] == [KeyError]
 
 
+@pytest.mark.parametrize("result", ["much", None, 1.5, -1, 1 << 64])
 def test_one_that_returns_no_number_counts_as_nothing(
-    pool: _core.Pool, monkeypatch: pytest.MonkeyPatch
+    pool: _core.Pool, monkeypatch: pytest.MonkeyPatch, result: Any
 ) -> None:
     reported = []
     monkeypatch.setattr(sys, "unraisablehook", lambda args: reported.append(args.exc_value))
     pool.alloc(60 * MIB)
     with (
-        allocator.add_reclaimer(lambda missing_bytes, stream: "much"),  # type: ignore[arg-type,return-value]
+        allocator.add_reclaimer(lambda missing_bytes, stream: result),
         pytest.raises(MEMORY_ERRORS),
     ):
         pool.alloc(60 * MIB)
-    assert [type(error) for error in reported] == [TypeError]
+    assert [type(error) for error in reported] == [
+        OverflowError if isinstance(result, int) else TypeError
+    ]
+    assert "?" not in str(reported[0])
 
 
 def test_one_that_always_claims_to_free_does_not_hang(pool: _core.Pool) -> None:
@@ -199,6 +204,72 @@ def test_other_threads_go_on_while_one_reclaims(pool: _core.Pool) -> None:
     with allocator.add_reclaimer(reclaim):
         assert pool.alloc(50 * MIB)
     assert len(results) == 1
+
+
+def test_two_pools_tell_their_reclaimers_apart(run_python: Callable[..., str]) -> None:
+    """One that takes away another device's waits for that one's end, whatever their numbers are."""
+    output = run_python(
+        """
+import threading
+import spillover
+from spillover import allocator
+spillover.emulator.enable(vram="64MiB", devices=2)
+pools = [allocator.Pool(device, wait_max=0) for device in range(2)]
+entered, leave = threading.Event(), threading.Event()
+def exhaust(pool):
+    try:
+        pool.allocate("100MiB")
+    except spillover.DriverError:
+        pass
+def slow(missing_bytes, stream):
+    entered.set()
+    leave.wait()
+    print("ended")
+    return 0
+def remover(missing_bytes, stream):
+    threading.Timer(0.05, leave.set).start()
+    handle.remove()
+    print("removed")
+    return 0
+handle = allocator.add_reclaimer(slow, device=1)
+allocator.add_reclaimer(remover, device=0)
+thread = threading.Thread(target=exhaust, args=(pools[1],))
+thread.start()
+entered.wait()
+exhaust(pools[0])
+thread.join()
+"""
+    )
+    assert output.split() == ["ended", "removed"]
+
+
+def test_a_daemon_thread_may_be_in_one_when_the_program_ends(
+    run_python: Callable[..., str],
+) -> None:
+    run_python(
+        """
+import threading, time
+import spillover
+from spillover import allocator
+spillover.emulator.enable(vram="64MiB")
+pool = allocator.Pool(0, wait_max=0)
+entered = threading.Event()
+def slow(missing_bytes, stream):
+    entered.set()
+    time.sleep(0.001)
+    return 0
+allocator.add_reclaimer(slow)
+def exhaust():
+    while True:
+        try:
+            pool.allocate("100MiB")
+        except spillover.DriverError:
+            pass
+for _ in range(3):
+    threading.Thread(target=exhaust, daemon=True).start()
+entered.wait()
+"""
+    )
 
 
 def test_tensors_are_freed_for_tensors(torch_with_pool: TorchProcess) -> None:
