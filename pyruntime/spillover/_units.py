@@ -18,6 +18,8 @@ _UNITS = {
     "GIB": 1 << 30,
     "TIB": 1 << 40,
 }
+# What C counts bytes in, with a sign; a larger one would arrive there as another number.
+_BYTES_MAX = (1 << 63) - 1
 _PATTERN = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -34,8 +36,16 @@ def parse_bytes(value: int | str, *, name: str = "size") -> int:
     Raises
     ------
     ConfigError
-        ``value`` is negative or is not such a text.
+        ``value`` is negative, above 2**63 - 1, or is not such a text.
     """
+    size_bytes = _read(value, name)
+    if size_bytes > _BYTES_MAX:
+        raise ConfigError(f"{name} must be less than 8 EiB")
+    return int(size_bytes)
+
+
+def _read(value: int | str, name: str) -> float:
+    """The number as it is written; infinite where it has more digits than a float."""
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ConfigError(f"{name} must be bytes or a text such as '20GiB', not {value!r}")
     if isinstance(value, int):
@@ -49,7 +59,7 @@ def parse_bytes(value: int | str, *, name: str = "size") -> int:
             f"{name}={value!r} is not a size; "
             "write a number with a unit, such as '20GiB' or '512MB'"
         )
-    return int(float(match.group(1)) * _UNITS[unit])
+    return float(match.group(1)) * _UNITS[unit]
 
 
 def format_bytes(size_bytes: float) -> str:

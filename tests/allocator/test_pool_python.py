@@ -130,3 +130,48 @@ def test_other_libraries_see_an_array_of_bytes(torch_with_pool: TorchProcess) ->
         block.free()
         """
     )
+
+
+@pytest.mark.parametrize("device", [-1, 1 << 32, 1 << 40, "0", 0.0, None, True])
+@pytest.mark.parametrize(
+    "call",
+    [
+        allocator.Pool,
+        allocator.stats,
+        allocator.check_invariants,
+        lambda device: allocator.trim(device=device),
+        lambda device: allocator.tag_stats("weights", device),
+        lambda device: allocator.add_reclaimer(lambda missing_bytes, stream: 0, device=device),
+    ],
+)
+def test_what_is_no_device_is_an_error_and_not_another_device(
+    pool: _core.Pool, call: Callable[[Any], object], device: Any
+) -> None:
+    with pytest.raises(spillover.ConfigError, match="device"):
+        call(device)
+
+
+@pytest.mark.parametrize("size", [1 << 63, 1 << 64, "9" * 400, "99999999TiB"])
+def test_a_size_beyond_all_numbers_is_an_error(pool: _core.Pool, size: Any) -> None:
+    owner = allocator.Pool(0)
+    owner.allocate(MIB).free()
+    held_bytes = owner.stats()["reserved_bytes.all.current"]
+    for call in (owner.allocate, owner.trim, allocator.trim):
+        with pytest.raises(spillover.ConfigError, match="8 EiB"):
+            call(size)
+    assert owner.stats()["reserved_bytes.all.current"] == held_bytes
+
+
+def test_a_handle_beyond_all_addresses_is_no_stream(pool: _core.Pool) -> None:
+    with pytest.raises(spillover.ConfigError, match="is not a CUDA stream"):
+        allocator.Pool(0).allocate(MIB, 1 << 64)
+
+
+def test_a_stream_that_captures_gets_no_block(
+    pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    """Not from the thread's magazine either: the graph may run while its last use still does."""
+    stream = kept_streams[0]
+    pool.free(pool.alloc(MIB, stream))
+    with cuda.capture(stream), pytest.raises(spillover.StateError, match="recording a CUDA graph"):
+        pool.alloc(MIB, stream)

@@ -104,6 +104,7 @@ def test_unmapped_max_gives_idle_memory_back(pool: _core.Pool) -> None:
         ({"limit": ["1GiB"]}, "is not understood; a setting is a number or a text"),
         ({"fraction": 1.5}, "from 0 to 1"),
         ({"fraction": float("nan")}, "from 0 to 1"),
+        ({"fraction": -1e-30}, "from 0 to 1"),
         ({"fraction": None}, "from 0 to 1"),
         ({"wait_max": "1h"}, "such as 30s or 500ms"),
         ({"wait_max": -1}, "such as 30s or 500ms"),

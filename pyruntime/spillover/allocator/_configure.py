@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from spillover import _core
 from spillover._errors import ConfigError
+from spillover.allocator import _pool
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,7 +72,7 @@ def apply(device: int | None, settings: Settings) -> None:
     if device is None:
         _core.configure(text, "spillover.allocator")
     else:
-        _core.Pool(device).configure(text, "spillover.allocator")
+        _core.Pool(_pool.device_index(device)).configure(text, "spillover.allocator")
 
 
 def _text(key: str, value: Any) -> str:
@@ -79,7 +81,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return f"{value:.17f}"  # never with an exponent
+        return f"{Decimal(value):f}"  # all of it, and never with an exponent
     if isinstance(value, int | str) and "," not in (text := str(value)):
         return text
     raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")

@@ -29,7 +29,7 @@ def stream_handle(stream: Stream) -> int:
     """The CUDA handle of a stream."""
     if stream is None:
         return 0
-    if isinstance(stream, int) and not isinstance(stream, bool) and stream >= 0:
+    if isinstance(stream, int) and not isinstance(stream, bool) and 0 <= stream < 1 << 64:
         return stream
     if hasattr(stream, "__cuda_stream__"):
         _version, handle = stream.__cuda_stream__()
@@ -157,7 +157,7 @@ class Pool:
     """
 
     def __init__(self, device: int = 0, **settings: Unpack[_configure.Settings]) -> None:
-        self._core = _core.Pool(device)
+        self._core = _core.Pool(_pool.device_index(device))
         if settings:
             _configure.apply(device, settings)
 

@@ -73,6 +73,19 @@ def _raise(status: int) -> NoReturn:
     raise StateError(reason)
 
 
+def device_index(device: int) -> int:
+    """``device``, where C can count to it: ctypes would pass on another number in silence.
+
+    Raises
+    ------
+    ConfigError
+        It is no number of a device. Whether there is such a device is not asked here.
+    """
+    if isinstance(device, bool) or not isinstance(device, int) or not 0 <= device < 1 << 31:
+        raise ConfigError(f"device={device!r} is not the index of a CUDA device, 0 or more")
+    return device
+
+
 def stats(device: int = 0) -> dict[str, int]:
     """Counters of the pool on one device.
 
@@ -98,7 +111,7 @@ def stats(device: int = 0) -> dict[str, int]:
         The CUDA driver is missing or failed.
     """
     counters = _Stats()
-    status = library().spillover_stats(device, ctypes.byref(counters))
+    status = library().spillover_stats(device_index(device), ctypes.byref(counters))
     if status != _OK:
         _raise(status)
     result = {
@@ -129,7 +142,7 @@ def trim(keep: int | str = 0, *, device: int = 0) -> None:
     DriverError
         The CUDA driver is missing or failed.
     """
-    status = library().spillover_trim(device, parse_bytes(keep, name="keep"))
+    status = library().spillover_trim(device_index(device), parse_bytes(keep, name="keep"))
     if status != _OK:
         _raise(status)
 
@@ -147,6 +160,6 @@ def check_invariants(device: int = 0) -> None:
     StateError
         An equation does not hold; the message has the first that fails.
     """
-    status = library().spillover_check_invariants(device)
+    status = library().spillover_check_invariants(device_index(device))
     if status != _OK:
         _raise(status)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from spillover import _core
+from spillover._errors import ConfigError
+from spillover.allocator import _pool
 
 Reclaimer = Callable[[int, int], int]
 
@@ -59,7 +61,9 @@ def add_reclaimer(function: Reclaimer, *, device: int = 0) -> ReclaimerHandle:
     Raises
     ------
     ConfigError
-        There is no such device.
+        There is no such device, or ``function`` cannot be called.
     """
-    pool = _core.Pool(device)
+    if not callable(function):
+        raise ConfigError(f"a reclaimer is a function of two numbers, not {function!r}")
+    pool = _core.Pool(_pool.device_index(device))
     return ReclaimerHandle(pool, pool.add_reclaimer(function))

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spillover import _core
+from spillover.allocator import _pool
 
 if TYPE_CHECKING:
     from spillover._core import TagStats
@@ -19,7 +20,8 @@ def tag(name: str) -> Iterator[None]:
     Blocks of one tag share no 2 MiB page with those of another. Works for tensors, with the
     allocator installed, and for :class:`Pool`; on every device. Does not block. Tags nest; the
     innermost counts, and ``""`` is the tag of whoever sets none. Threads have tags of their own:
-    a thread that is started within the block has none, and neither has autograd's backward.
+    a thread that is started within the block has none, and neither has autograd's backward. The
+    block must not contain a ``yield`` or an ``await``: what runs meanwhile would have its tag.
 
     Parameters
     ----------
@@ -55,7 +57,7 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
         ``reserved_bytes`` and ``reserved_bytes_peak`` of the memory that is mapped for the tag.
     """
     number = _core.find_tag(name)
-    pool = _core.Pool(device)
+    pool = _core.Pool(_pool.device_index(device))
     if number is None:
         return {
             "allocation": 0,
