@@ -10,6 +10,8 @@ from pathlib import Path
 
 #: "1" has a Python process install the allocator once it imports torch.
 RUN_VARIABLE = "SPILLOVER_RUN"
+#: The file of what the first of them allocates on device 0; it takes the variable away.
+RUN_TRACE_VARIABLE = "SPILLOVER_RUN_TRACE"
 
 
 def with_site(environment: Mapping[str, str]) -> dict[str, str]:

@@ -27,11 +27,14 @@ assert spillover.allocator.stats()["allocated_bytes.all.current"] == 4 << 20
 def spillover_run(tmp_path: Path) -> Run:
     """Run `spillover run` on an emulated device, in an empty folder."""
 
-    def run(*arguments: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, code: int = 0, standard_input: str = "", **env: str
+    ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "spillover", "emulate", "--vram", "1GiB", "--"]
         result = subprocess.run(
             [*command, sys.executable, "-m", "spillover", "run", *arguments],
             cwd=tmp_path,
+            input=standard_input,
             capture_output=True,
             text=True,
             timeout=240,
@@ -124,6 +127,36 @@ def test_workers_of_torchrun_and_spawn_have_it(spillover_run: Run, tmp_path: Pat
         """),
     )
     spillover_run(name)
+
+
+def test_a_program_is_what_python_would_make_of_it(spillover_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "application"
+    folder.mkdir()
+    script(folder, "import sys; assert sys.path[0].endswith('application')", "__main__.py")
+    spillover_run("application")
+    name = script(
+        tmp_path,
+        """
+import atexit, os, pickle, sys, threading, time
+class Own: pass
+def use_own():
+    print(pickle.loads(pickle.dumps(Own())))
+def use_later():
+    threading.main_thread().join()
+    use_own()
+atexit.register(use_own)
+threading.Thread(target=use_later).start()
+os.chdir("/")
+assert os.path.exists(__file__)
+""",
+    )
+    result = spillover_run(name)
+    assert result.stdout.count("__main__.Own object") == 2, result.stdout + result.stderr
+
+
+def test_a_program_may_come_from_standard_input(spillover_run: Run) -> None:
+    text = "import sys; assert sys.argv == ['-', 'x'], sys.argv" + _IS_INSTALLED
+    spillover_run("-", "x", standard_input=text)
 
 
 def test_exit_codes_and_exceptions_are_the_programs(spillover_run: Run, tmp_path: Path) -> None:

@@ -63,14 +63,20 @@ def _emulate() -> None:
 
 
 def _install_allocator() -> None:
+    from spillover._children import RUN_TRACE_VARIABLE
     from spillover._errors import SpilloverError
     from spillover._torch_import import after_torch_import
 
+    # The program's own processes are not recorded: they would write to the same file.
+    trace = os.environ.pop(RUN_TRACE_VARIABLE, None)
+
     def install() -> None:
-        from spillover.allocator import install
+        from spillover.allocator import install, record_trace
 
         try:
             install()
+            if trace is not None:
+                record_trace(trace)
         except SpilloverError as error:
             _stop("run", error)
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from spillover._children import RUN_VARIABLE, with_site
+from spillover import _core
+from spillover._children import RUN_TRACE_VARIABLE, RUN_VARIABLE, with_site
 from spillover._errors import ConfigError
+from spillover._settings import enabled
 
 _SETTINGS_VARIABLE = "SPILLOVER_ALLOCATOR"
 
@@ -17,12 +19,15 @@ _SETTINGS_VARIABLE = "SPILLOVER_ALLOCATOR"
 def replace_process(
     program: Sequence[str], settings: Sequence[str], record_trace: Path | None
 ) -> NoReturn:
-    """Become the program: its exceptions, signals and exit code are then its own.
+    """Become ``python`` with the program: its exceptions, signals and exit code are then its own.
+
+    The environment alone has the allocator installed, once the program imports torch.
 
     Parameters
     ----------
     program
-        A script or ``-m`` and a module, then arguments.
+        A script, a folder or an archive with ``__main__.py``, ``-`` for standard input, or ``-m``
+        and a module; then arguments.
     settings
         Settings of the pool as ``key=value``; they come before those of the environment.
     record_trace
@@ -31,19 +36,22 @@ def replace_process(
     Raises
     ------
     ConfigError
-        There is no such script, or what stands in its place is no option of ours.
+        There is no such script, what stands in its place is no option of ours, or a setting is
+        wrong.
     """
     _require_program(program)
     environment = with_site(os.environ)
     environment[RUN_VARIABLE] = "1"
     if settings:
         environment[_SETTINGS_VARIABLE] = _merge(os.environ.get(_SETTINGS_VARIABLE, ""), settings)
-    command = [sys.executable, "-m", "spillover.allocator._run"]
     if record_trace is not None:
-        command += ["--record-trace", str(record_trace.absolute())]
+        environment[RUN_TRACE_VARIABLE] = str(record_trace.absolute())
+    # Before the program begins, not when it imports torch after an hour.
+    if enabled():
+        _core.check_settings(environment.get(_SETTINGS_VARIABLE, ""), _SETTINGS_VARIABLE)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [*command, *program], environment)
+    os.execve(sys.executable, [sys.executable, *program], environment)
 
 
 def _require_program(program: Sequence[str]) -> None:
@@ -51,12 +59,12 @@ def _require_program(program: Sequence[str]) -> None:
     if first == "-m":
         if len(program) == 1:
             raise ConfigError("-m needs the name of a module")
-    elif first.startswith("-"):
+    elif first.startswith("-") and first != "-":
         raise ConfigError(
             f"there is no option {first!r}; before the script there may be --limit, --set, "
             "--record-trace, and -m MODULE in its place"
         )
-    elif not Path(first).is_file():
+    elif first != "-" and not Path(first).exists():
         raise ConfigError(f"there is no script {first!r}")
 
 
