@@ -55,7 +55,9 @@ Block* Pool::search_again(Lock& lock, const Request& request) {
 // Asks the reclaimers in turn, with the mutex released, until the request fits or none has more to
 // give; null then. See Note [Reclaimers].
 Block* Pool::reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes) {
+  const auto count_frees = [&] { return totals().allocation[SPILLOVER_CLASS_ALL].freed; };
   for (size_t round = 0; round < kReclaimRoundsMax; ++round) {
+    const int64_t free_count = count_frees();
     size_t round_bytes = 0;
     for (const uint64_t number : reclaimers_.numbers()) {
       lock.unlock();
@@ -67,7 +69,9 @@ Block* Pool::reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes
       reclaimed_bytes += freed_bytes;
       if (Block* block = search_again(lock, request)) return block;
     }
-    if (round_bytes == 0) return nullptr;
+    if (round_bytes != 0) continue;
+    // Another thread's call may have freed what this one's found gone.
+    return count_frees() == free_count ? nullptr : search_again(lock, request);
   }
   return nullptr;
 }

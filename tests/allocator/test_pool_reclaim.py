@@ -138,6 +138,20 @@ def test_one_that_returns_no_number_counts_as_nothing(
     assert "?" not in str(reported[0])
 
 
+def test_what_others_free_meanwhile_counts(pool: _core.Pool) -> None:
+    """Two threads ask at once: one call frees everything, and the other finds nothing to free."""
+    holder = Holder(pool, 1, 60 * MIB)
+
+    def too_late(missing_bytes: int, stream: int) -> int:
+        thread = threading.Thread(target=holder, args=(missing_bytes, stream))
+        thread.start()
+        thread.join()
+        return 0
+
+    with allocator.add_reclaimer(too_late):
+        assert pool.alloc(60 * MIB)
+
+
 def test_one_that_always_claims_to_free_does_not_hang(pool: _core.Pool) -> None:
     pool.alloc(60 * MIB)
     with (
