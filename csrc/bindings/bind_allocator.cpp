@@ -154,6 +154,102 @@ Reclaimers::Reclaim make_reclaimer(py::function function) {
   };
 }
 
+// Pools are leaked singletons, so the Python object owns nothing. Each call asks for the pool
+// again: that is where a forked child is told apart.
+struct PoolReference {
+  int device;
+  Pool& get() const { return pool_of_device(device); }
+};
+using PoolClass = py::class_<PoolReference>;
+
+void define_memory(PoolClass& pool_class) {
+  pool_class
+      .def(
+          "alloc",
+          [](const PoolReference& pool, size_t size_bytes, uintptr_t stream) {
+            return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
+          },
+          py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
+      .def(
+          "free",
+          [](const PoolReference& pool, uintptr_t address) {
+            pool.get().free(pointer_of(address));
+          },
+          py::arg("address"), ReleaseGil())
+      .def(
+          "record_stream",
+          [](const PoolReference& pool, uintptr_t address, uintptr_t stream) {
+            pool.get().record_stream(pointer_of(address), pointer_of(stream));
+          },
+          py::arg("address"), py::arg("stream"), ReleaseGil())
+      .def(
+          "keep_stream",
+          [](const PoolReference& pool, uintptr_t stream) {
+            keep_stream(pool.get().device(), pointer_of(stream));
+          },
+          py::arg("stream"), ReleaseGil(), "Promise that the stream lives as long as the process.")
+      .def(
+          "trim", [](const PoolReference& pool, size_t keep_bytes) { pool.get().trim(keep_bytes); },
+          py::arg("keep_bytes") = 0, ReleaseGil());
+}
+
+void define_settings(PoolClass& pool_class) {
+  pool_class
+      .def(
+          "configure",
+          [](const PoolReference& pool, const std::string& settings, const std::string& source) {
+            configure_pools(pool.device, settings, source);
+          },
+          py::arg("settings"), py::arg("source"), ReleaseGil())
+      .def("settings", [](const PoolReference& pool) { return settings_of(pool.get()); })
+      .def(
+          "limit_bytes", [](const PoolReference& pool) { return pool.get().limit_bytes(); },
+          ReleaseGil())
+      .def("tag_stats",
+           [](const PoolReference& pool, ArenaId tag) { return tag_stats_of(pool.get(), tag); })
+      .def(
+          "add_reclaimer",
+          [](const PoolReference& pool, py::function function) {
+            return pool.get().reclaimers().add(make_reclaimer(std::move(function)));
+          },
+          py::arg("function"))
+      .def(
+          "remove_reclaimer",
+          [](const PoolReference& pool, uint64_t number) {
+            return pool.get().reclaimers().remove(number);
+          },
+          py::arg("number"), ReleaseGil(),
+          "Waits until the reclaimer does not run; false where it was removed before.");
+}
+
+void define_figures(PoolClass& pool_class) {
+  pool_class
+      .def(
+          "check_invariants", [](const PoolReference& pool) { pool.get().check_invariants(); },
+          ReleaseGil())
+      .def(
+          "largest_free_bytes",
+          [](const PoolReference& pool) { return pool.get().largest_free_bytes(); }, ReleaseGil())
+      .def(
+          "memory_fraction",
+          [](const PoolReference& pool) { return pool.get().settings().fraction; }, ReleaseGil())
+      .def(
+          "set_memory_fraction",
+          [](const PoolReference& pool, double fraction) {
+            set_memory_fraction(pool.device, fraction);
+          },
+          py::arg("fraction"), ReleaseGil())
+      .def(
+          "reset_peak_stats", [](const PoolReference& pool) { pool.get().reset_peak_statistics(); },
+          ReleaseGil())
+      .def(
+          "reset_accumulated_stats",
+          [](const PoolReference& pool) { pool.get().reset_accumulated_statistics(); },
+          ReleaseGil())
+      .def("stats", [](const PoolReference& pool) { return stats_of(pool.get()); })
+      .def("segments", [](const PoolReference& pool) { return segments_of(pool.get()); });
+}
+
 }  // namespace
 
 void register_allocator(py::module_& module) {
@@ -191,95 +287,17 @@ void register_allocator(py::module_& module) {
       "set_tag", [](ArenaId tag) { return ThreadCache::set_current_arena(tag); }, py::arg("tag"),
       "Tag what the calling thread allocates from now on; gives the number of the tag before.");
 
-  // Pools are leaked singletons, so the Python object owns nothing. Each call asks for the pool
-  // again: that is where a forked child is told apart.
-  struct PoolReference {
-    int device;
-    Pool& get() const { return pool_of_device(device); }
-  };
-  py::class_<PoolReference>(module, "Pool", "The pool of one device's memory.")
+  PoolClass pool_class(module, "Pool", "The pool of one device's memory.");
+  pool_class
       .def(py::init([](int device) {
              pool_of_device(device);
              return PoolReference{device};
            }),
            py::arg("device") = 0, ReleaseGil())
-      .def_readonly("device", &PoolReference::device)
-      .def(
-          "alloc",
-          [](const PoolReference& pool, size_t size_bytes, uintptr_t stream) {
-            return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
-          },
-          py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
-      .def(
-          "free",
-          [](const PoolReference& pool, uintptr_t address) {
-            pool.get().free(pointer_of(address));
-          },
-          py::arg("address"), ReleaseGil())
-      .def(
-          "record_stream",
-          [](const PoolReference& pool, uintptr_t address, uintptr_t stream) {
-            pool.get().record_stream(pointer_of(address), pointer_of(stream));
-          },
-          py::arg("address"), py::arg("stream"), ReleaseGil())
-      .def(
-          "keep_stream",
-          [](const PoolReference& pool, uintptr_t stream) {
-            keep_stream(pool.get().device(), pointer_of(stream));
-          },
-          py::arg("stream"), ReleaseGil(), "Promise that the stream lives as long as the process.")
-      .def(
-          "trim", [](const PoolReference& pool, size_t keep_bytes) { pool.get().trim(keep_bytes); },
-          py::arg("keep_bytes") = 0, ReleaseGil())
-      .def(
-          "configure",
-          [](const PoolReference& pool, const std::string& settings, const std::string& source) {
-            configure_pools(pool.device, settings, source);
-          },
-          py::arg("settings"), py::arg("source"), ReleaseGil())
-      .def("settings", [](const PoolReference& pool) { return settings_of(pool.get()); })
-      .def(
-          "limit_bytes", [](const PoolReference& pool) { return pool.get().limit_bytes(); },
-          ReleaseGil())
-      .def("tag_stats",
-           [](const PoolReference& pool, ArenaId tag) { return tag_stats_of(pool.get(), tag); })
-      .def(
-          "add_reclaimer",
-          [](const PoolReference& pool, py::function function) {
-            return pool.get().reclaimers().add(make_reclaimer(std::move(function)));
-          },
-          py::arg("function"))
-      .def(
-          "remove_reclaimer",
-          [](const PoolReference& pool, uint64_t number) {
-            return pool.get().reclaimers().remove(number);
-          },
-          py::arg("number"), ReleaseGil(),
-          "Waits until the reclaimer does not run; false where it was removed before.")
-      .def(
-          "check_invariants", [](const PoolReference& pool) { pool.get().check_invariants(); },
-          ReleaseGil())
-      .def(
-          "largest_free_bytes",
-          [](const PoolReference& pool) { return pool.get().largest_free_bytes(); }, ReleaseGil())
-      .def(
-          "memory_fraction",
-          [](const PoolReference& pool) { return pool.get().settings().fraction; }, ReleaseGil())
-      .def(
-          "set_memory_fraction",
-          [](const PoolReference& pool, double fraction) {
-            set_memory_fraction(pool.device, fraction);
-          },
-          py::arg("fraction"), ReleaseGil())
-      .def(
-          "reset_peak_stats", [](const PoolReference& pool) { pool.get().reset_peak_statistics(); },
-          ReleaseGil())
-      .def(
-          "reset_accumulated_stats",
-          [](const PoolReference& pool) { pool.get().reset_accumulated_statistics(); },
-          ReleaseGil())
-      .def("stats", [](const PoolReference& pool) { return stats_of(pool.get()); })
-      .def("segments", [](const PoolReference& pool) { return segments_of(pool.get()); });
+      .def_readonly("device", &PoolReference::device);
+  define_memory(pool_class);
+  define_settings(pool_class);
+  define_figures(pool_class);
 }
 
 }  // namespace spillover
