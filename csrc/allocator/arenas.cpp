@@ -52,6 +52,7 @@ std::optional<ArenaId> find_arena(std::string_view name) {
 }
 
 std::string arena_name(ArenaId arena) {
+  if (is_private_arena(arena)) return "";
   Arenas& all = arenas();
   const std::lock_guard lock(all.mutex);
   if (arena >= all.names.size()) {

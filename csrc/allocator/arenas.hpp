@@ -21,7 +21,7 @@ ArenaId arena_of(std::string_view name);
 // The same where the name was used before.
 std::optional<ArenaId> find_arena(std::string_view name);
 
-// Throws ConfigError for an arena that nobody has named.
+// Throws ConfigError for an arena that nobody has named; a private one has an empty name.
 std::string arena_name(ArenaId arena);
 
 }  // namespace spillover

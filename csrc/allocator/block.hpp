@@ -42,6 +42,12 @@ namespace spillover {
 // weights, can be counted, kept and put aside as a whole. 0 is the arena of whoever names none.
 using ArenaId = uint32_t;
 inline constexpr ArenaId kDefaultArena = 0;
+// From here on arenas are *private*: without a name, see Note [Private arenas] in pool_arenas.cpp.
+inline constexpr ArenaId kFirstPrivateArena = ArenaId{1} << 31U;
+
+inline constexpr bool is_private_arena(ArenaId arena) {
+  return arena >= kFirstPrivateArena;
+}
 
 inline constexpr size_t kBlockAlignment = 512;
 // Requests up to this size are small: they share the chunks of a heap of their own, so that no
@@ -144,12 +150,15 @@ struct StreamState {
   StreamState& operator=(const StreamState&) = delete;
 
   Heap& heap(SizeClass size_class) { return heaps[static_cast<size_t>(size_class)]; }
+  // Of a private arena that was not released: its memory stays where it is and serves nobody else.
+  bool is_private() const { return is_private_arena(arena) && !is_released; }
   size_t block_count() const { return heaps[0].block_count + heaps[1].block_count; }
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
   const StreamKey key;
   const ArenaId arena;
-  const bool is_immortal;  // it never dies, and any thread may ask about it
+  const bool is_immortal;    // it never dies, and any thread may ask about it
+  bool is_released = false;  // Of a private arena only.
   uint64_t freed_count;
   uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.

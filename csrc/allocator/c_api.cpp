@@ -177,6 +177,35 @@ spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_sta
   });
 }
 
+spillover_status spillover_make_arena(int device, uint32_t* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).make_arena();
+  });
+}
+
+spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
+                                    void** out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).allocate_in(arena, size_bytes, stream);
+  });
+}
+
+spillover_status spillover_release_arena(int device, uint32_t arena) {
+  return guarded([&] { spillover::pool_of_device(device).release_arena(arena); });
+}
+
+spillover_status spillover_trim_arena(int device, uint32_t arena) {
+  return guarded([&] { spillover::pool_of_device(device).trim_arena(arena); });
+}
+
+spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole) {
+  return guarded([&] {
+    spillover::pool_of_device(device).set_arena_options(arena, {lends != 0, is_whole != 0});
+  });
+}
+
 spillover_status spillover_add_reclaimer(int device, spillover_reclaimer reclaimer, void* user,
                                          uint64_t* out) {
   return guarded([&] {

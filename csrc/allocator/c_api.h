@@ -164,6 +164,26 @@ spillover_status spillover_set_tag(uint32_t tag, uint32_t* previous);
 
 spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_stats_t* out);
 
+/* A private arena of one device: memory for CUDA graphs and others that need their addresses to
+ * stay. Until it is released its free memory serves its own requests only, each on its own stream,
+ * and is not unmapped. */
+spillover_status spillover_make_arena(int device, uint32_t* out);
+
+/* As spillover_alloc from a private arena in use, also on a stream that records a graph. The block
+ * is freed like any other. */
+spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
+                                    void** out);
+
+/* Ends the use of an arena. Its live blocks stay valid, its free memory becomes ordinary. */
+spillover_status spillover_release_arena(int device, uint32_t arena);
+
+/* Returns the idle memory of a released arena to the driver. Waits for the device. */
+spillover_status spillover_trim_arena(int device, uint32_t arena);
+
+/* lends: free blocks of the arena serve ordinary requests on their stream that would fail
+ * otherwise. is_whole: each block has chunks of its own. Both are 0 at first. */
+spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole);
+
 /* Adds a function that is asked for memory before a request fails, after those added before; out
  * gets a number for spillover_remove_reclaimer, which waits until it does not run any more. */
 spillover_status spillover_add_reclaimer(int device, spillover_reclaimer reclaimer, void* user,

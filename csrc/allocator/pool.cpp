@@ -47,8 +47,11 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
                       "; allocate on a stream of the device's own and note the other one with "
                       "record_stream");
   }
-  return streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
-      .first->second;
+  StreamState& state =
+      streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
+          .first->second;
+  state.is_released = is_private_arena(arena) && private_arenas_.count(arena) == 0;
+  return state;
 }
 
 Heap& Pool::heap_of(const Request& request) {
@@ -61,12 +64,20 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   // graph.
   check_not_capturing(device_, stream);
   if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
-  Request request{size_bytes, kRequestMax, identify_stream(device_, stream),
-                  ThreadCache::current_arena(), SizeClass::kLarge};
+  const Request request = make_request(size_bytes, stream, ThreadCache::current_arena());
+  Lock lock(mutex_);
+  return serve(lock, request);
+}
+
+Pool::Request Pool::make_request(size_t size_bytes, StreamHandle stream, ArenaId arena) const {
+  Request request{size_bytes, kRequestMax, identify_stream(device_, stream), arena,
+                  SizeClass::kLarge};
   if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
+  return request;
+}
 
-  Lock lock(mutex_);
+void* Pool::serve(Lock& lock, const Request& request) {
   StreamState& state = state_of(request.stream, request.arena);
   equip(state);
   if (request.size_class == SizeClass::kLarge) empty_large(state);
@@ -94,7 +105,7 @@ Block* Pool::obtain(Lock& lock, const Request& request) {
   }
   const RelaxedCaptureScope relaxed;
   if (Block* block = grow(request, Source::kHeld)) return block;
-  if (foreign_bytes() > kForeignBytesMax) {
+  if (foreign_bytes() > kForeignBytesMax && !request.is_captured && !captures()) {
     wait_for_device(lock);
     if (Block* block = grow(request, Source::kHeld)) return block;
   }
@@ -216,7 +227,7 @@ void Pool::free_slowly(void* pointer) {
   take_over_counters();
   count_freed(*block);
   StreamState& stream = *block->heap->stream;
-  if (may_be_asked(device_, stream.key)) {
+  if (may_ask(stream)) {
     mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kWatermark);
   }
   if (block->uses.empty()) {
@@ -323,7 +334,7 @@ AddressRange Pool::segment_of(const void* pointer) const {
 void Pool::trim(size_t keep_bytes) {
   Lock lock(mutex_);
   const RelaxedCaptureScope relaxed;
-  wait_for_device(lock);
+  if (!captures()) wait_for_device(lock);
   release_idle(lock, keep_bytes);
   spare_events_.release();
 }

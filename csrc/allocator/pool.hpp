@@ -39,6 +39,11 @@
 
 namespace spillover {
 
+struct ArenaOptions {
+  bool lends = false;     // Its free blocks serve requests that would fail otherwise.
+  bool is_whole = false;  // Each block has chunks of its own.
+};
+
 class Pool {
  public:
   // Throws ConfigError for a device that does not exist or has not what the settings ask for.
@@ -49,6 +54,10 @@ class Pool {
   // Null for size 0. May block when memory runs out. Throws DeviceOutOfMemoryError, StateError on a
   // capturing stream, DriverError.
   void* allocate(size_t size_bytes, StreamHandle stream);
+
+  // The same from a private arena, also on a capturing stream. Throws ConfigError for an arena that
+  // is not in use.
+  void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
   // The same from the thread's magazine; null where that has no such block. Never blocks.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
@@ -92,6 +101,15 @@ class Pool {
 
   spillover_tag_stats_t arena_statistics(ArenaId arena);
 
+  // Private arenas (Note [Private arenas] in pool_arenas.cpp). All but the first throw ConfigError
+  // for an arena that is not in use, trim_arena for one that never was.
+  ArenaId make_arena();
+  void release_arena(ArenaId arena);
+  void set_arena_options(ArenaId arena, const ArenaOptions& options);
+  // Returns a released arena's idle memory to the driver. Blocks until the device's work is
+  // complete.
+  void trim_arena(ArenaId arena);
+
   // Lets another device use this one's memory.
   void add_peer(int device);
 
@@ -116,6 +134,7 @@ class Pool {
     StreamKey stream;
     ArenaId arena;
     SizeClass size_class;
+    bool is_captured = false;  // The stream records a graph.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
@@ -175,7 +194,10 @@ class Pool {
     Pool& pool_;
   };
 
+  Request make_request(size_t size_bytes, StreamHandle stream, ArenaId arena) const;
+
   // All methods below need mutex_; those that take the lock release it while they wait.
+  void* serve(Lock& lock, const Request& request);
   StreamState& state_of(const StreamKey& key, ArenaId arena);
   Heap& heap_of(const Request& request);
   Block* live_block(const void* pointer) const;
@@ -207,6 +229,13 @@ class Pool {
   void raise_peaks();
   int64_t largest_of_others(const ThreadCounters* own, size_t metric, size_t size_class) const;
   spillover_stats_t totals() const;
+
+  // pool_arenas.cpp
+  ArenaOptions& private_arena(ArenaId arena);
+  bool may_ask(const StreamState& stream) const;
+  bool captures() const;
+  Block* borrow(const Request& request);
+  void forget_empty();
 
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
@@ -298,6 +327,8 @@ class Pool {
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   std::map<ArenaId, ArenaUsage> arenas_;
+  std::map<ArenaId, ArenaOptions> private_arenas_;  // Those in use.
+  ArenaId next_private_arena_ = kFirstPrivateArena;
   size_t used_bytes_peak_ = 0;  // The most that was in use when a heap grew.
   spillover_stats_t statistics_{};
   uint32_t unchecked_count_ = 0;  // calls since the last check

@@ -214,6 +214,9 @@ void Pool::check_streams(const Totals& totals) const {
     expect(key == StreamStates::key_type(stream.key, stream.arena), "a stream has another's place");
     expect(stream.completed_count <= stream.freed_count, "more frees are complete than happened");
     check_marks(stream);
+    expect(!is_private_arena(stream.arena) || stream.marks.empty(), "a private arena has marks");
+    expect(stream.is_private() == (private_arenas_.count(stream.arena) != 0),
+           "a private arena is in use and released");
     for (const Heap& heap : stream.heaps) {
       const auto walked = totals.by_heap.find(&heap);
       const bool is_empty = walked == totals.by_heap.end();
@@ -232,7 +235,8 @@ void Pool::check_magazines(const Totals& totals) const {
   for (const MagazineReference& reference : magazines_) {
     const StreamState& stream = *reference.slot->stream;
     const auto known = streams_.find({stream.key, stream.arena});
-    expect(known != streams_.end() && &known->second == &stream && stream.is_immortal,
+    expect(known != streams_.end() && &known->second == &stream && stream.is_immortal &&
+               !is_private_arena(stream.arena),
            "a magazine is of a stream that may be forgotten");
     cached += reference.slot->magazine.check_invariants(stream);
   }

@@ -126,10 +126,12 @@ Block* Pool::grow_fixed(const Request& request) {
   return range ? adopt(heap_of(request), *range, 0) : nullptr;
 }
 
-// What is in no heap's set and in no cache. Magazines are empty.
+// What is in no heap's set, or kept for a private arena, and in no cache. Magazines are empty.
 size_t Pool::used_bytes() const {
   size_t bytes = backing_.mapped_bytes();
-  for (const auto& [key, stream] : streams_) bytes -= stream.free_bytes();
+  for (const auto& [key, stream] : streams_) {
+    if (!stream.is_private()) bytes -= stream.free_bytes();
+  }
   return bytes;
 }
 
@@ -189,14 +191,15 @@ size_t Pool::missing_behind(const Block& first, size_t size_bytes) const {
 bool Pool::prove_idle(StreamState& stream) {
   collect_marks(stream);
   if (stream.completed_count == stream.freed_count) return true;
-  if (!may_be_asked(device_, stream.key)) return false;
+  if (!may_ask(stream)) return false;
   if (stream_activity(device_, stream.key.handle) != StreamActivity::kIdle) return false;
   complete_frees(stream, stream.freed_count);
   return true;
 }
 
 // A free block of another heap whose chunks can serve the request as they lie. On the same stream
-// work is ordered, on others it must be complete.
+// work is ordered, on others it must be complete; a private arena's memory may be used by graphs,
+// which are not ordered with the stream.
 Block* Pool::steal(const Request& request) {
   StreamState& own = state_of(request.stream, request.arena);
   for (Heap& heap : own.heaps) {
@@ -204,7 +207,9 @@ Block* Pool::steal(const Request& request) {
     if (Block* block = steal_from(heap, request)) return block;
   }
   for (auto& [key, stream] : streams_) {
-    if (&stream == &own || stream.free_bytes() < request.size_bytes) continue;
+    if (&stream == &own || stream.is_private() || stream.free_bytes() < request.size_bytes) {
+      continue;
+    }
     prove_idle(stream);
     for (Heap& heap : stream.heaps) {
       if (Block* block = steal_from(heap, request)) return block;
@@ -214,7 +219,10 @@ Block* Pool::steal(const Request& request) {
 }
 
 Block* Pool::steal_from(Heap& victim, const Request& request) {
-  const bool same_stream = victim.stream->key == request.stream;
+  const bool same_arena = victim.stream->arena == request.arena;
+  const bool same_stream =
+      victim.stream->key == request.stream &&
+      (same_arena || !(is_private_arena(victim.stream->arena) || is_private_arena(request.arena)));
   const auto run =
       find_run(victim, request, same_stream ? kEveryFree : victim.stream->completed_count);
   if (!run) return nullptr;
@@ -222,7 +230,6 @@ Block* Pool::steal_from(Heap& victim, const Request& request) {
   uint64_t freed_at = 0;
   if (same_stream) {
     // Frees of another arena have other numbers: there the change of hands counts as a free.
-    const bool same_arena = victim.stream->arena == request.arena;
     freed_at = same_arena ? run->block->freed_at : ++heap.stream->freed_count;
   }
   carve(run->block, run->chunks);
@@ -258,7 +265,7 @@ size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept, Overshoo
   size_t gathered_bytes = 0;
   for (auto& [key, stream] : streams_) {
     if (gathered_bytes >= wanted_bytes) break;
-    if (stream.free_bytes() < backing_.unit_bytes()) continue;
+    if (stream.is_private() || stream.free_bytes() < backing_.unit_bytes()) continue;
     prove_idle(stream);
     for (Heap& heap : stream.heaps) {
       if (gathered_bytes >= wanted_bytes) break;

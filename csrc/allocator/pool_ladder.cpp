@@ -27,7 +27,9 @@ constexpr size_t kReclaimRoundsMax = 16;
 Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
   ++statistics_.alloc_retries;
   if (Block* block = search_again(lock, request)) return block;
+  if (Block* block = borrow(request)) return block;
   size_t reclaimed_bytes = 0;
+  if (request.is_captured) throw_out_of_memory(request, reclaimed_bytes);
   if (Block* block = reclaim(lock, request, reclaimed_bytes)) return block;
   if (Block* block = take_behind_watermark(request)) return block;
   throw_out_of_memory(request, reclaimed_bytes);
@@ -44,7 +46,8 @@ Block* Pool::search_again(Lock& lock, const Request& request) {
   if (polled.value_or(nullptr) != nullptr) return *polled;
   // Where streams have not come to their marks, a wait for all of the device might have no end; and
   // what gives memory at fixed addresses back waits for the device.
-  if (polled && (foreign_bytes() != 0 || pending_.has_unmarked())) {
+  const bool may_wait = !request.is_captured && !captures();
+  if (polled && may_wait && (foreign_bytes() != 0 || pending_.has_unmarked())) {
     wait_for_device(lock);
     if (Block* block = try_again()) return block;
   }
@@ -102,8 +105,8 @@ std::optional<Block*> Pool::poll_until_fit(Lock& lock, const Request& request) {
 bool Pool::mark_streams() {
   bool has_marks = false;
   for (auto& [key, stream] : streams_) {
-    if (stream.free_bytes() == 0 || prove_idle(stream)) continue;
-    if (may_be_asked(device_, stream.key)) mark(stream, StreamState::MarkKind::kTail);
+    if (stream.is_private() || stream.free_bytes() == 0 || prove_idle(stream)) continue;
+    if (may_ask(stream)) mark(stream, StreamState::MarkKind::kTail);
     has_marks = has_marks || !stream.marks.empty();
   }
   return has_marks;
@@ -114,7 +117,7 @@ bool Pool::mark_streams() {
 size_t Pool::foreign_bytes() const {
   size_t sum_bytes = 0;
   for (const auto& [key, stream] : streams_) {
-    if (stream.completed_count == stream.freed_count || may_be_asked(device_, stream.key)) {
+    if (stream.is_private() || stream.completed_count == stream.freed_count || may_ask(stream)) {
       continue;
     }
     sum_bytes += std::min(stream.free_bytes(), stream.unmarked_bytes);
@@ -152,13 +155,7 @@ void Pool::release_idle(Lock& lock, size_t keep_bytes) {
     if (backing_.cached_bytes() < surplus_bytes) {
       gather_idle(surplus_bytes - backing_.cached_bytes(), AddressRange{}, Overshoot::kAny);
     }
-    // A magazine names its stream as long as its thread lives.
-    std::erase_if(streams_, [&](const auto& entry) {
-      const StreamState& stream = entry.second;
-      if (stream.block_count() != 0 || stream.is_immortal) return false;
-      forgotten_count_ = std::max(forgotten_count_, stream.freed_count);
-      return true;
-    });
+    forget_empty();
     backing_.release_cached(surplus_bytes);
     // What was held for a peak of the past is not taken again without need.
     used_bytes_peak_ = std::min(used_bytes_peak_, backing_.held_bytes());

@@ -62,7 +62,8 @@ bool Pool::free_cached(Block* block) noexcept {
 
 // The calling thread's magazine for the stream, made where the stream may have one; null otherwise.
 MagazineSlot* Pool::equip(StreamState& stream) {
-  if (!stream.is_immortal || !settings_.has_thread_cache) return nullptr;
+  if (!stream.is_immortal || is_private_arena(stream.arena) || !settings_.has_thread_cache)
+    return nullptr;
   ThreadCache* cache = ThreadCache::create();
   if (cache == nullptr) return nullptr;
   if (MagazineSlot* slot = cache->find(&stream)) return slot;

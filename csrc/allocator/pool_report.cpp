@@ -46,6 +46,7 @@ size_t Pool::largest_free_bytes() {
 size_t Pool::largest_free() const {
   size_t largest_bytes = 0;
   for (const auto& [key, stream] : streams_) {
+    if (stream.is_private()) continue;
     for (const Heap& heap : stream.heaps) {
       if (heap.free.empty()) continue;
       largest_bytes = std::max(largest_bytes, (*heap.free.rbegin())->size_bytes);

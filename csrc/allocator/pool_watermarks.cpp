@@ -75,6 +75,7 @@ void Pool::note_alive(StreamState& stream) {
     if (streams_.begin()->second.key == streams_.rbegin()->second.key) return;
     watch_streams();
   }
+  if (is_private_arena(stream.arena)) return;
   mark_if_due(stream, stream.is_immortal ? watermark_bytes() : kForeignWatermark,
               StreamState::MarkKind::kWatermark);
 }
@@ -89,7 +90,7 @@ void Pool::watch_streams() {
   serves_several_streams_ = true;
   for (auto& [key, stream] : streams_) {
     stream.ranges_since = stream.freed_count;
-    if (!may_be_asked(device_, stream.key)) continue;
+    if (!may_ask(stream)) continue;
     mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kTail);
   }
 }
@@ -213,6 +214,7 @@ std::vector<AddressRange> Pool::complete_parts(const Block& block, uint64_t comp
 // Memory of another stream that the request's stream waits for on the device; null where none is
 // covered by a watermark. See Note [Waiting behind a watermark].
 Block* Pool::take_behind_watermark(const Request& request) {
+  if (is_private_arena(request.arena)) return nullptr;  // Graphs would not wait.
   Heap& heap = heap_of(request);
   for (auto& [key, stream] : streams_) {
     if (stream.key == request.stream) continue;

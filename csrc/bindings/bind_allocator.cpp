@@ -83,6 +83,7 @@ py::list segments_of(Pool& pool) {
     segment["size_bytes"] = copy.info.size_bytes;
     segment["stream"] = reinterpret_cast<uintptr_t>(copy.info.stream);
     segment["tag"] = arena_name(copy.info.tag);
+    segment["arena"] = copy.info.tag;
     segment["is_small"] = copy.info.is_small != 0;
     segment["blocks"] = blocks;
     result.append(segment);
@@ -170,6 +171,30 @@ void define_memory(PoolClass& pool_class) {
             return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
           },
           py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
+      .def(
+          "make_arena", [](const PoolReference& pool) { return pool.get().make_arena(); },
+          ReleaseGil(), "Begin a private arena; gives its number.")
+      .def(
+          "alloc_in",
+          [](const PoolReference& pool, ArenaId arena, size_t size_bytes, uintptr_t stream) {
+            return reinterpret_cast<uintptr_t>(
+                pool.get().allocate_in(arena, size_bytes, pointer_of(stream)));
+          },
+          py::arg("arena"), py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
+      .def(
+          "release_arena",
+          [](const PoolReference& pool, ArenaId arena) { pool.get().release_arena(arena); },
+          py::arg("arena"), ReleaseGil())
+      .def(
+          "trim_arena",
+          [](const PoolReference& pool, ArenaId arena) { pool.get().trim_arena(arena); },
+          py::arg("arena"), ReleaseGil())
+      .def(
+          "set_arena_options",
+          [](const PoolReference& pool, ArenaId arena, bool lends, bool is_whole) {
+            pool.get().set_arena_options(arena, {lends, is_whole});
+          },
+          py::arg("arena"), py::arg("lends") = false, py::arg("is_whole") = false, ReleaseGil())
       .def(
           "free",
           [](const PoolReference& pool, uintptr_t address) {

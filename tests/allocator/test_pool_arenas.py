@@ -1,0 +1,224 @@
+"""Private arenas: addresses that stay, memory that serves nobody else, also for captured graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from cuda_calls import Cuda, live_blocks
+
+import spillover
+from spillover import _core
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def arena(pool: _core.Pool) -> Iterator[int]:
+    """A private arena that is released after the test, where the test has not done so."""
+    arena = pool.make_arena()
+    yield arena
+    with contextlib.suppress(spillover.ConfigError):
+        pool.release_arena(arena)
+
+
+def reserved_bytes(pool: _core.Pool) -> int:
+    return pool.stats()["reserved_bytes"]["all"]["current"]
+
+
+def arena_of(pool: _core.Pool, address: int) -> int:
+    (arena,) = [
+        segment["arena"]
+        for segment in pool.segments()
+        if segment["address"] <= address < segment["address"] + segment["size_bytes"]
+    ]
+    return arena
+
+
+def test_free_memory_serves_the_arena_only(pool: _core.Pool, arena: int) -> None:
+    address = pool.alloc_in(arena, 8 * MIB)
+    small = pool.alloc_in(arena, 1000)
+    pool.free(address)
+    pool.free(small)
+    assert pool.alloc(8 * MIB) != address
+    assert pool.alloc(1000) != small
+    other = pool.make_arena()
+    assert pool.alloc_in(other, 8 * MIB) != address
+    pool.release_arena(other)
+    assert pool.alloc_in(arena, 8 * MIB) == address
+    assert pool.alloc_in(arena, 1000) == small
+    assert arena_of(pool, address) == arena_of(pool, small) == arena
+    pool.check_invariants()
+
+
+def test_free_memory_serves_its_own_stream_only(
+    pool: _core.Pool, arena: int, kept_streams: list[int]
+) -> None:
+    first, second, _ = kept_streams
+    address = pool.alloc_in(arena, 8 * MIB, first)
+    pool.free(address)
+    assert pool.alloc_in(arena, 8 * MIB, second) != address
+    assert pool.alloc_in(arena, 8 * MIB, first) == address
+
+
+def test_free_memory_is_neither_trimmed_nor_moved(pool: _core.Pool, arena: int, cuda: Cuda) -> None:
+    address = pool.alloc_in(arena, 64 * MIB)
+    pool.free(address)
+    pool.trim()
+    pool.trim_arena(arena)
+    assert reserved_bytes(pool) == 64 * MIB
+    # There is nothing else for a request that the limit does not let grow.
+    pool.configure(f"limit={64 * MIB},wait_max=0s", "the test")
+    with pytest.raises(spillover.DeviceOutOfMemory):
+        pool.alloc(32 * MIB)
+    pool.configure("limit=none,wait_max=30s", "the test")
+    assert [segment["address"] for segment in pool.segments()] == [address]
+    cuda.fill(address, 64 * MIB, 0)  # as the kernel of a graph would do
+    pool.release_arena(arena)
+    pool.trim()
+    assert reserved_bytes(pool) == 0
+
+
+def test_after_the_release_live_blocks_stay_and_free_ones_are_ordinary(
+    pool: _core.Pool, arena: int, cuda: Cuda
+) -> None:
+    kept = pool.alloc_in(arena, 4 * MIB)
+    gone = pool.alloc_in(arena, 32 * MIB)
+    pool.free(gone)
+    pool.release_arena(arena)
+    pool.configure(f"limit={36 * MIB}", "the test")
+    reused = pool.alloc(32 * MIB)
+    cuda.fill(reused, 32 * MIB, 0)
+    cuda.fill(kept, 4 * MIB, 0)
+    pool.configure("limit=none", "the test")
+    assert live_blocks(pool) == {kept: 4 * MIB, reused: 32 * MIB}
+    pool.free(kept)
+    pool.trim_arena(arena)
+    assert reserved_bytes(pool) == 32 * MIB
+    with pytest.raises(spillover.ConfigError, match="released before"):
+        pool.alloc_in(arena, MIB)
+    with pytest.raises(spillover.ConfigError, match="released before"):
+        pool.release_arena(arena)
+    pool.check_invariants()
+
+
+def test_released_memory_waits_for_work_of_other_streams(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    # A graph runs on a stream that the pool has not been told of.
+    recorded_on, launched_on, _ = kept_streams
+    address = pool.alloc_in(arena, 32 * MIB, recorded_on)
+    pool.free(address)
+    with cuda.stuck(launched_on):
+        cuda.fill(address, 32 * MIB, launched_on)
+        pool.release_arena(arena)
+        for stream in (0, recorded_on):
+            other = pool.alloc(32 * MIB, stream)
+            assert other != address
+            cuda.fill(other, 32 * MIB, stream)
+        assert arena_of(pool, address) == arena
+    pool.trim_arena(arena)
+
+
+def test_an_arena_grows_by_memory_without_work(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream = kept_streams[0]
+    busy = pool.alloc(32 * MIB, stream)
+    with cuda.stuck(stream):
+        cuda.fill(busy, 32 * MIB, stream)
+        pool.free(busy)
+        # The same stream, but what is recorded there now may run on another one.
+        assert pool.alloc_in(arena, 32 * MIB, stream) != busy
+    cuda.synchronize()
+    assert pool.alloc_in(arena, 32 * MIB, stream) == busy
+
+
+def test_a_capture_is_served_and_not_disturbed(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream, other, _ = kept_streams
+    held = pool.alloc(8 * MIB, other)
+    with cuda.capture(stream) as nodes:
+        with pytest.raises(spillover.StateError, match="recording a CUDA graph"):
+            pool.alloc(8 * MIB, stream)
+        address = pool.alloc_in(arena, 40 * MIB, stream)
+        cuda.fill(address, 40 * MIB, stream)
+        pool.free(address)
+        assert pool.alloc_in(arena, 40 * MIB, stream) == address
+        cuda.fill(address, 40 * MIB, stream)
+        pool.free(held)
+        pool.trim()
+    assert nodes == [2]
+    pool.check_invariants()
+
+
+def test_a_capture_that_runs_out_of_memory_goes_on(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream = kept_streams[0]
+    foreign = cuda.create_stream()
+    pool.free(pool.alloc(8 * MIB, foreign))
+    pool.configure(f"limit={32 * MIB},wait_max=0s", "the test")
+    with cuda.capture(stream) as nodes:
+        address = pool.alloc_in(arena, 16 * MIB, stream)
+        with pytest.raises(spillover.DeviceOutOfMemory):
+            pool.alloc_in(arena, 32 * MIB, stream)
+        cuda.fill(address, 16 * MIB, stream)
+    pool.configure("limit=none,wait_max=30s", "the test")
+    assert nodes == [1]
+    cuda.destroy_stream(foreign)
+
+
+def test_a_block_used_by_two_capturing_streams_waits_for_the_captures_end(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream, joined, _ = kept_streams
+    with cuda.capture(stream) as nodes:
+        address = pool.alloc_in(arena, 8 * MIB, stream)
+        cuda.order(stream, joined)
+        cuda.fill(address, 8 * MIB, joined)
+        pool.record_stream(address, joined)
+        pool.free(address)
+        assert pool.alloc_in(arena, 8 * MIB, stream) != address
+        cuda.order(joined, stream)
+    assert nodes == [1]
+    cuda.synchronize()
+    assert pool.alloc_in(arena, 8 * MIB, stream) == address
+
+
+def test_an_arena_that_lends_saves_a_request(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, lends=True)
+    address = pool.alloc_in(arena, 32 * MIB)
+    pool.free(address)
+    pool.configure(f"limit={32 * MIB},wait_max=0s", "the test")
+    assert pool.alloc(16 * MIB) == address
+    assert arena_of(pool, address) == arena
+    pool.free(address)
+    pool.set_arena_options(arena)
+    with pytest.raises(spillover.DeviceOutOfMemory):
+        pool.alloc(16 * MIB)
+    pool.configure("limit=none,wait_max=30s", "the test")
+    assert pool.alloc_in(arena, 32 * MIB) == address
+
+
+def test_blocks_with_chunks_of_their_own(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, is_whole=True)
+    addresses = [pool.alloc_in(arena, size_bytes) for size_bytes in (512, 3 * MIB, 512)]
+    assert all(address % (2 * MIB) == 0 for address in addresses)
+    assert len(set(addresses)) == 3
+    for address in addresses:
+        pool.free(address)
+    assert pool.alloc_in(arena, 512) in addresses
+    pool.check_invariants()
+
+
+def test_unknown_arenas_are_refused(pool: _core.Pool) -> None:
+    for arena in (0, 1, (1 << 32) - 1):
+        with pytest.raises(spillover.ConfigError):
+            pool.alloc_in(arena, MIB)
+        with pytest.raises(spillover.ConfigError):
+            pool.release_arena(arena)
+        with pytest.raises(spillover.ConfigError):
+            pool.trim_arena(arena)
