@@ -78,8 +78,8 @@ void check_not_capturing(int device, StreamHandle stream) {
   const ContextScope scope(device);
   if (stream_is_capturing(stream)) {
     throw StateError(
-        "the stream is recording a CUDA graph, and spillover's allocator does not serve graph "
-        "captures; allocate before the capture, or use torch's own allocator for this program");
+        "the stream is recording a CUDA graph, whose memory must stay where it is; allocate before "
+        "the capture, or from a private arena (torch.cuda.graph and use_mem_pool do so)");
   }
 }
 

@@ -53,7 +53,7 @@ bool is_immortal(int device, const StreamKey& key);
 // Whether this thread may ask the driver about the stream at any time.
 bool may_be_asked(int device, const StreamKey& key);
 
-// Throws StateError for a stream, alive, that records a graph, which this pool does not serve.
+// Throws StateError for a stream, alive, that records a graph: it is served by private arenas only.
 void check_not_capturing(int device, StreamHandle stream);
 
 }  // namespace spillover

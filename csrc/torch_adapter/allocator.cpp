@@ -8,12 +8,15 @@
 #include <algorithm>
 #include <cstdio>
 #include <exception>
+#include <optional>
+#include <utility>
 
 #include "torch_adapter/device_stats.hpp"
 #include "torch_adapter/gil.hpp"
 #include "torch_adapter/history.hpp"
 #include "torch_adapter/out_of_memory.hpp"
 #include "torch_adapter/pool.hpp"
+#include "torch_adapter/private_pools.hpp"
 #include "torch_adapter/snapshot.hpp"
 
 namespace spillover::torch_adapter {
@@ -91,13 +94,20 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
   TORCH_CHECK_WITH(OutOfMemoryError, size_bytes < kSizeMax,
                    "CUDA out of memory. Tried to allocate more than 1EB memory.");
   void* pointer = nullptr;
-  spillover_status status = spillover_try_alloc(device, size_bytes, stream, &pointer);
+  std::optional<uint32_t> arena;
+  if (C10_UNLIKELY(PrivatePools::is_routing())) {
+    arena = PrivatePools::instance().arena_for(device, stream);
+  }
+  spillover_status status =
+      arena ? SPILLOVER_BUSY : spillover_try_alloc(device, size_bytes, stream, &pointer);
   if (status == SPILLOVER_BUSY) {
     const GilRelease no_gil;
-    status = spillover_alloc(device, size_bytes, stream, &pointer);
-    if (status == SPILLOVER_OUT_OF_MEMORY && run_free_memory_callbacks()) {
-      status = spillover_alloc(device, size_bytes, stream, &pointer);
-    }
+    const auto allocate = [&] {
+      return arena ? spillover_alloc_in(device, size_bytes, stream, *arena, &pointer)
+                   : spillover_alloc(device, size_bytes, stream, &pointer);
+    };
+    status = allocate();
+    if (status == SPILLOVER_OUT_OF_MEMORY && run_free_memory_callbacks()) status = allocate();
   }
   if (C10_UNLIKELY(status == SPILLOVER_OUT_OF_MEMORY)) {
     throw_out_of_memory(device, size_bytes, stream);
@@ -188,12 +198,15 @@ void Allocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
 }
 
 void Allocator::emptyCache(c10::MempoolId_t pool) {
-  TORCH_CHECK_NOT_IMPLEMENTED(pool == kNoPool,
-                              "spillover's allocator does not support torch.cuda.MemPool");
+  if (pool != kNoPool) {
+    PrivatePools::instance().trim(pool);
+    return;
+  }
   const GilRelease no_gil;
   for (int device = 0; device < device_count_; ++device) {
     check_pool(spillover_trim(device, 0), "emptying the cache");
   }
+  PrivatePools::instance().forget_unused();
 }
 
 void Allocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
@@ -230,10 +243,8 @@ void Allocator::resetPeakStats(c10::DeviceIndex device) {
 }
 
 cuda_allocator::SnapshotInfo Allocator::snapshot(c10::MempoolId_t pool, bool include_traces) {
-  TORCH_CHECK_NOT_IMPLEMENTED(pool == kNoPool,
-                              "spillover's allocator does not support torch.cuda.MemPool");
   History::instance().on_snapshot();
-  cuda_allocator::SnapshotInfo result = take_snapshot(device_count_);
+  cuda_allocator::SnapshotInfo result = take_snapshot(device_count_, pool);
   if (include_traces) {
     result.device_traces = History::instance().traces();
   } else {
@@ -276,6 +287,47 @@ std::shared_ptr<c10::GatheredContext> Allocator::getContextForPointer(const void
   return History::instance().context_of(pointer);
 }
 #endif
+
+void Allocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                    std::function<bool(cudaStream_t)> filter) {
+  PrivatePools::instance().begin(device, pool, std::move(filter));
+}
+
+void Allocator::endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  PrivatePools::instance().end(device, pool);
+}
+
+void Allocator::releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  PrivatePools::instance().remove_use(device, pool);
+}
+
+int Allocator::getPoolUseCount(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  return PrivatePools::instance().use_count(device, pool);
+}
+
+void Allocator::createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                   std::shared_ptr<CUDAAllocator> allocator) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      allocator == nullptr,
+      "spillover's allocator does not support torch.cuda.MemPool with an allocator of its own; "
+      "make the pool without one, or run without spillover.allocator.install()");
+  PrivatePools::instance().add_use(device, pool);
+}
+
+void Allocator::setUseOnOOM(c10::DeviceIndex device, c10::MempoolId_t pool, bool use_on_oom) {
+  PrivatePools::instance().set_use_on_oom(device, pool, use_on_oom);
+}
+
+void Allocator::setNoSplit(c10::DeviceIndex device, c10::MempoolId_t pool) {
+  PrivatePools::instance().set_no_split(device, pool);
+}
+
+bool Allocator::checkPoolLiveAllocations(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                         const std::unordered_set<void*>& expected) {
+  const auto arena = PrivatePools::instance().arena_of(device, pool);
+  TORCH_CHECK(arena, "Could not find pool of id (", pool.first, ", ", pool.second, ")");
+  return live_blocks(device, *arena) == expected;
+}
 
 void Allocator::enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex device_to_access) {
   const c10::cuda::CUDAGuard guard(device);

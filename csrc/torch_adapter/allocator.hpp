@@ -17,6 +17,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #define SPILLOVER_TORCH_AT_LEAST(major, minor) \
@@ -74,6 +75,19 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
   std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* pointer) override;
 #endif
 
+  // Private pools. One with an allocator of its own is refused.
+  void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                           std::function<bool(cudaStream_t)> filter) override;
+  void endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) override;
+  void releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) override;
+  int getPoolUseCount(c10::DeviceIndex device, c10::MempoolId_t pool) override;
+  void createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
+                          std::shared_ptr<CUDAAllocator> allocator) override;
+  void setUseOnOOM(c10::DeviceIndex device, c10::MempoolId_t pool, bool use_on_oom) override;
+  void setNoSplit(c10::DeviceIndex device, c10::MempoolId_t pool) override;
+  bool checkPoolLiveAllocations(c10::DeviceIndex device, c10::MempoolId_t pool,
+                                const std::unordered_set<void*>& expected) override;
+
   // Several devices.
   void enablePeerAccess(c10::DeviceIndex device, c10::DeviceIndex device_to_access) override;
   cudaError_t memcpyAsync(void* destination, int destination_device, const void* source,
@@ -81,13 +95,7 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
                           bool p2p_enabled) override;
 
   // Not supported: each raises NotImplementedError that names what was asked for. Base class
-  // functions that raise by themselves (use counts of pools and the like) are inherited.
-  void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
-                           std::function<bool(cudaStream_t)> filter) override;
-  void endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) override;
-  void releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) override;
-  void createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
-                          std::shared_ptr<CUDAAllocator> allocator) override;
+  // functions that raise by themselves are inherited.
   std::shared_ptr<cuda_allocator::AllocatorState> getCheckpointState(
       c10::DeviceIndex device, c10::MempoolId_t pool) override;
   cuda_allocator::CheckpointDelta setCheckpointPoolState(

@@ -2,9 +2,12 @@
 
 #include <cstdint>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "torch_adapter/history.hpp"
 #include "torch_adapter/pool.hpp"
+#include "torch_adapter/private_pools.hpp"
 
 namespace spillover::torch_adapter {
 namespace {
@@ -50,11 +53,27 @@ SegmentInfo to_segment(c10::DeviceIndex device, const spillover_segment_info& se
 struct Walk {
   c10::DeviceIndex device;
   std::vector<SegmentInfo>* segments;
+  std::vector<uint32_t> arenas;  // of the segments
 };
 
 void visit(void* user, const spillover_segment_info* segment, const spillover_block_info* blocks) {
-  const auto& walk = *static_cast<const Walk*>(user);
+  auto& walk = *static_cast<Walk*>(user);
   walk.segments->push_back(to_segment(walk.device, *segment, blocks));
+  walk.arenas.push_back(segment->tag);
+}
+
+struct LiveWalk {
+  uint32_t arena;
+  std::unordered_set<void*> addresses;
+};
+
+void visit_live(void* user, const spillover_segment_info* segment,
+                const spillover_block_info* blocks) {
+  auto& walk = *static_cast<LiveWalk*>(user);
+  if (segment->tag != walk.arena) return;
+  for (size_t i = 0; i < segment->block_count; ++i) {
+    if (blocks[i].state == kLive) walk.addresses.insert(blocks[i].address);
+  }
 }
 
 // The pool has none of the native allocator's settings; these are the values that say so.
@@ -66,13 +85,27 @@ AllocatorConfigInfo native_settings() {
 
 }  // namespace
 
-SnapshotInfo take_snapshot(int device_count) {
+std::unordered_set<void*> live_blocks(c10::DeviceIndex device, uint32_t arena) {
+  LiveWalk walk{arena, {}};
+  check_pool(without_gil([&] { return spillover_visit_segments(device, &visit_live, &walk); }),
+             "looking for live blocks");
+  return std::move(walk.addresses);
+}
+
+SnapshotInfo take_snapshot(int device_count, c10::MempoolId_t pool) {
   SnapshotInfo snapshot{};
   snapshot.config_metadata = native_settings();
   for (int device = 0; device < device_count; ++device) {
-    Walk walk{static_cast<c10::DeviceIndex>(device), &snapshot.segments};
+    std::vector<SegmentInfo> segments;
+    Walk walk{static_cast<c10::DeviceIndex>(device), &segments, {}};
     check_pool(without_gil([&] { return spillover_visit_segments(device, &visit, &walk); }),
                "taking a snapshot");
+    for (size_t i = 0; i < segments.size(); ++i) {
+      segments[i].owner_private_pool_id =
+          PrivatePools::instance().id_of(walk.device, walk.arenas[i]);
+      if (pool != kNoPool && segments[i].owner_private_pool_id != pool) continue;
+      snapshot.segments.push_back(std::move(segments[i]));
+    }
   }
   // The pool is unlocked again, so History may take its own lock.
   for (auto& segment : snapshot.segments) {

@@ -5,10 +5,17 @@
 
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <cstdint>
+#include <unordered_set>
+
 namespace spillover::torch_adapter {
 
-// Everything the pool holds on the devices 0 to device_count - 1. The traces are left out: they
-// belong to History.
-c10::cuda::CUDACachingAllocator::SnapshotInfo take_snapshot(int device_count);
+// What the pool holds on the devices 0 to device_count - 1, all of it or that of one private pool.
+// The traces are left out: they belong to History.
+c10::cuda::CUDACachingAllocator::SnapshotInfo take_snapshot(int device_count,
+                                                            c10::MempoolId_t pool);
+
+// The live blocks of an arena.
+std::unordered_set<void*> live_blocks(c10::DeviceIndex device, uint32_t arena);
 
 }  // namespace spillover::torch_adapter

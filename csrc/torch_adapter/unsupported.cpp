@@ -1,5 +1,5 @@
-// What torch's allocator interface asks for and the pool does not have: private pools (CUDA graphs,
-// torch.cuda.MemPool), their checkpoints, and sharing memory with other processes.
+// What torch's allocator interface asks for and the pool does not have: checkpoints of private
+// pools and sharing memory with other processes.
 #include <c10/util/Exception.h>
 
 #include "torch_adapter/allocator.hpp"
@@ -14,29 +14,10 @@ namespace {
   std::abort();  // Not reached: the check always throws; it tells the compiler so.
 }
 
-constexpr const char* kPools = "private memory pools (CUDA graphs, torch.cuda.MemPool)";
 constexpr const char* kCheckpoints = "checkpoints of memory pools (CUDA graph trees)";
 constexpr const char* kSharing = "sharing CUDA tensors with other processes (CUDA IPC)";
 
 }  // namespace
-
-void Allocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
-                                    std::function<bool(cudaStream_t)> filter) {
-  not_supported(kPools);
-}
-
-void Allocator::endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) {
-  not_supported(kPools);
-}
-
-void Allocator::releasePool(c10::DeviceIndex device, c10::MempoolId_t pool) {
-  not_supported(kPools);
-}
-
-void Allocator::createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
-                                   std::shared_ptr<CUDAAllocator> allocator) {
-  not_supported(kPools);
-}
 
 std::shared_ptr<cuda_allocator::AllocatorState> Allocator::getCheckpointState(
     c10::DeviceIndex device, c10::MempoolId_t pool) {

@@ -61,14 +61,8 @@ def test_what_is_not_supported_says_so(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """
         x = torch.ones(1, device="cuda")
-
-        def capture():
-            with torch.cuda.graph(torch.cuda.CUDAGraph()):
-                pass
-
         calls = {
-            "pool": lambda: torch.cuda.MemPool(),
-            "graph": capture,
+            "checkpoint": lambda: torch._C._cuda_getCheckpointState(0, (0, 1)),
             "ipc": lambda: x.untyped_storage()._share_cuda_(),
             "caching": lambda: torch.cuda.caching_allocator_enable(False),
         }

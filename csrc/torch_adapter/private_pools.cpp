@@ -1,0 +1,159 @@
+#include "torch_adapter/private_pools.hpp"
+
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "torch_adapter/gil.hpp"
+#include "torch_adapter/pool.hpp"
+
+namespace spillover::torch_adapter {
+
+PrivatePools& PrivatePools::instance() {
+  static PrivatePools* const instance = new PrivatePools;
+  return *instance;
+}
+
+PrivatePools::PrivatePool& PrivatePools::used(const Key& key) {
+  const auto found = pools_.find(key);
+  TORCH_CHECK(found != pools_.end() && found->second.use_count > 0,
+              "spillover: there is no private memory pool (", std::get<1>(key), ", ",
+              std::get<2>(key), ") in use on device ", static_cast<int>(std::get<0>(key)));
+  return found->second;
+}
+
+void PrivatePools::apply_options(const Key& key, const PrivatePool& pool) {
+  check_pool(spillover_set_arena_options(std::get<0>(key), pool.arena, pool.use_on_oom ? 1 : 0,
+                                         pool.no_split ? 1 : 0),
+             "setting the options of a private memory pool");
+}
+
+uint32_t PrivatePools::add_use_of(const Key& key) {
+  PrivatePool pool;
+  const auto known = pools_.find(key);
+  if (known != pools_.end() && known->second.use_count > 0) {
+    pool = known->second;
+  } else {
+    check_pool(spillover_make_arena(std::get<0>(key), &pool.arena), "making a private memory pool");
+  }
+  ++pool.use_count;
+  pools_[key] = pool;
+  return pool.arena;
+}
+
+void PrivatePools::add_use(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  add_use_of(key_of(device, id));
+}
+
+void PrivatePools::remove_use(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  PrivatePool& pool = used(key_of(device, id));
+  if (--pool.use_count > 0) return;
+  check_pool(spillover_release_arena(device, pool.arena), "releasing a private memory pool");
+}
+
+int PrivatePools::use_count(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const auto found = pools_.find(key_of(device, id));
+  return found == pools_.end() ? 0 : found->second.use_count;
+}
+
+void PrivatePools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const Key key = key_of(device, id);
+  for (const Route& route : routes_) {
+    TORCH_CHECK(route.key != key, "beginAllocateToPool: already recording to mempool_id");
+  }
+  routes_.push_back({key, add_use_of(key), std::move(filter)});
+  route_count.fetch_add(1, std::memory_order_relaxed);
+}
+
+void PrivatePools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const Key key = key_of(device, id);
+  const auto route = std::find_if(routes_.begin(), routes_.end(),
+                                  [&](const Route& known) { return known.key == key; });
+  TORCH_CHECK(route != routes_.end(), "endAllocatePool: not currently recording to mempool_id");
+  routes_.erase(route);
+  route_count.fetch_sub(1, std::memory_order_relaxed);
+}
+
+void PrivatePools::set_use_on_oom(c10::DeviceIndex device, c10::MempoolId_t id, bool use_on_oom) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const Key key = key_of(device, id);
+  // A destructor turns it off, and must not throw.
+  if (!use_on_oom && (pools_.count(key) == 0 || !pools_.at(key).use_on_oom)) return;
+  PrivatePool& pool = used(key);
+  pool.use_on_oom = use_on_oom;
+  apply_options(key, pool);
+}
+
+void PrivatePools::set_no_split(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const Key key = key_of(device, id);
+  PrivatePool& pool = used(key);
+  pool.no_split = true;
+  apply_options(key, pool);
+}
+
+void PrivatePools::trim(c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  std::vector<std::pair<c10::DeviceIndex, uint32_t>> unused;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [key, pool] : pools_) {
+      if (pool.use_count == 0 && key == key_of(std::get<0>(key), id)) {
+        unused.emplace_back(std::get<0>(key), pool.arena);
+      }
+    }
+  }
+  // It waits for the device, so not under the lock.
+  for (const auto& [device, arena] : unused) {
+    check_pool(spillover_trim_arena(device, arena), "emptying a private memory pool");
+  }
+}
+
+void PrivatePools::forget_unused() {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  std::erase_if(pools_, [](const auto& entry) { return entry.second.use_count == 0; });
+}
+
+std::optional<uint32_t> PrivatePools::arena_for(c10::DeviceIndex device, cudaStream_t stream) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  for (auto route = routes_.rbegin(); route != routes_.rend(); ++route) {
+    if (std::get<0>(route->key) == device && route->filter(stream)) return route->arena;
+  }
+  return std::nullopt;
+}
+
+std::optional<uint32_t> PrivatePools::arena_of(c10::DeviceIndex device, c10::MempoolId_t id) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  const auto found = pools_.find(key_of(device, id));
+  if (found == pools_.end()) return std::nullopt;
+  return found->second.arena;
+}
+
+c10::MempoolId_t PrivatePools::id_of(c10::DeviceIndex device, uint32_t arena) {
+  const GilRelease no_gil;
+  const std::lock_guard lock(mutex_);
+  for (const auto& [key, pool] : pools_) {
+    if (std::get<0>(key) == device && pool.arena == arena) {
+      return {std::get<1>(key), std::get<2>(key)};
+    }
+  }
+  return {0, 0};
+}
+
+}  // namespace spillover::torch_adapter

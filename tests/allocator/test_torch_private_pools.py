@@ -1,0 +1,300 @@
+"""torch.cuda.MemPool and CUDA graphs with Spillover's allocator."""
+
+from __future__ import annotations
+
+from torch_process import TorchProcess
+
+
+def test_a_pool_has_its_own_memory(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        pool = torch.cuda.MemPool()
+        assert pool.use_count() == 1
+        with torch.cuda.use_mem_pool(pool):
+            assert pool.use_count() == 2
+            inside = torch.full((8 * MiB,), 3, dtype=torch.uint8, device="cuda")
+            small = torch.zeros(10, device="cuda")
+        assert pool.use_count() == 1
+        outside = torch.zeros(8 * MiB, dtype=torch.uint8, device="cuda")
+
+        def owners(segments):
+            return {
+                block["address"]: segment["segment_pool_id"]
+                for segment in segments
+                for block in segment["blocks"]
+                if block["state"] == "active_allocated"
+            }
+
+        mine = {inside.data_ptr(): pool.id, small.data_ptr(): pool.id}
+        assert owners(pool.snapshot()) == mine, pool.snapshot()
+        every = owners(torch.cuda.memory_snapshot())
+        assert every == {**mine, outside.data_ptr(): (0, 0)}, every
+
+        address = inside.data_ptr()
+        del inside
+        torch.cuda.empty_cache()
+        again = torch.empty(8 * MiB, dtype=torch.uint8, device="cuda")
+        assert again.data_ptr() != address
+        with torch.cuda.use_mem_pool(pool):
+            back = torch.empty(8 * MiB, dtype=torch.uint8, device="cuda")
+        assert back.data_ptr() == address
+        """
+    )
+
+
+def test_the_memory_of_a_pool_that_is_gone_goes_back(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        before = torch.cuda.memory_reserved()
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            kept = torch.full((4 * MiB,), 5, dtype=torch.uint8, device="cuda")
+            gone = torch.empty(32 * MiB, dtype=torch.uint8, device="cuda")
+        del gone
+        assert torch.cuda.memory_reserved() == before + 36 * MiB
+        del pool  # empties it
+        assert torch.cuda.memory_reserved() == before + 4 * MiB
+        assert kept.sum().item() == 5 * 4 * MiB
+        del kept
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == before
+        """
+    )
+
+
+def test_only_the_thread_that_uses_a_pool(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        import threading
+        outer, inner = torch.cuda.MemPool(), torch.cuda.MemPool()
+        tensors = {}
+
+        def allocate(name):
+            tensors[name] = torch.zeros(3 * MiB, dtype=torch.uint8, device="cuda")
+
+        with torch.cuda.use_mem_pool(outer):
+            thread = threading.Thread(target=allocate, args=("thread",))
+            thread.start()
+            thread.join()
+            with torch.cuda.use_mem_pool(inner):
+                allocate("inner")
+            allocate("outer")
+        owner = {
+            block["address"]: segment["segment_pool_id"]
+            for segment in torch.cuda.memory_snapshot()
+            for block in segment["blocks"]
+        }
+        found = {name: owner[tensor.data_ptr()] for name, tensor in tensors.items()}
+        assert found == {"thread": (0, 0), "inner": inner.id, "outer": outer.id}, found
+        try:
+            with torch.cuda.use_mem_pool(outer), torch.cuda.use_mem_pool(outer):
+                raise AssertionError("a pool was begun twice")
+        except RuntimeError as error:
+            assert "already recording" in str(error)
+        assert outer.use_count() == 1
+        """
+    )
+
+
+def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        helper = torch.cuda.MemPool(use_on_oom=True)
+        with torch.cuda.use_mem_pool(helper):
+            held = torch.empty(100 * MiB, dtype=torch.uint8, device="cuda")
+        address = held.data_ptr()
+        del held
+        allocator.configure(limit=104 * MiB, wait_max="0s")
+        try:
+            saved = torch.ones(60 * MiB, dtype=torch.uint8, device="cuda")
+            assert saved.data_ptr() == address
+            assert saved.sum().item() == 60 * MiB
+        except torch.cuda.OutOfMemoryError:
+            raise AssertionError("the pool did not help out") from None
+        finally:
+            allocator.configure(limit=None, wait_max="30s")
+        del saved
+
+        whole = torch.cuda.MemPool(no_split=True)
+        with torch.cuda.use_mem_pool(whole):
+            first, second = torch.zeros(10, device="cuda"), torch.zeros(10, device="cuda")
+        assert abs(first.data_ptr() - second.data_ptr()) >= 2 * MiB
+        """
+    )
+
+
+def test_a_pool_with_its_own_allocator_is_refused(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        try:
+            torch.cuda.MemPool(torch._C._cuda_getAllocator())
+        except NotImplementedError as error:
+            assert "allocator of its own" in str(error)
+        else:
+            raise AssertionError
+        """
+    )
+
+
+def test_a_graph_replays_on_its_memory(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(MiB, device="cuda")
+
+        def step():
+            y = x * 2
+            z = y + 1  # y's block is free after this, within the graph only
+            del y
+            return z * 3
+
+        step()
+        torch.cuda.synchronize()
+        reserved = torch.cuda.memory_reserved()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        address = result.data_ptr()
+        held = torch.cuda.memory_reserved()
+        for value in (1.0, 2.0, 5.0):
+            # Eager work in between must not get what the graph writes to.
+            junk = [torch.full((MiB,), -1.0, device="cuda") for _ in range(4)]
+            x.fill_(value)
+            graph.replay()
+            assert result.eq((value * 2 + 1) * 3).all().item()
+            assert all(tensor.eq(-1.0).all().item() for tensor in junk)
+            del junk
+            torch.cuda.empty_cache()
+        assert result.data_ptr() == address
+        pool = graph.pool()
+        owned = torch.cuda.memory_snapshot(pool)
+        assert sum(segment["total_size"] for segment in owned) >= 8 * MiB
+        graph.reset()
+        assert result.eq(33.0).all().item()  # lives as long as it is wanted
+        del result
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_snapshot(pool) == []
+        """
+    )
+
+
+def test_two_graphs_share_a_pool(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.arange(256 * 1024, device="cuda", dtype=torch.float32)
+        first, second = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(first):
+            a = (x + 1) * 2
+        with torch.cuda.graph(second, pool=first.pool()):
+            b = (a - 2) / 2
+        assert first.pool() == second.pool()
+        handle = first.pool()
+        for shift in (0.0, 7.0):
+            x.copy_(torch.arange(256 * 1024, device="cuda") + shift)
+            first.replay()
+            second.replay()
+            assert torch.equal(b, x)
+        first.reset()
+        second.replay()  # the pool lives with its last graph
+        assert torch.equal(b, x)
+        del a, first
+        torch.cuda.empty_cache()
+        second.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_snapshot(handle) != []
+        del b, second
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_snapshot(handle) == []
+        """
+    )
+
+
+def test_a_graph_of_two_streams(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(MiB, device="cuda")
+        side = torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x * 2
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                z = y + 1
+                y.record_stream(side)
+            del y
+            other = x * 5  # must not get y's block
+            torch.cuda.current_stream().wait_stream(side)
+            result = z + other
+        for value in (1.0, 3.0):
+            x.fill_(value)
+            graph.replay()
+            assert result.eq(value * 7 + 1).all().item()
+        del z, other
+        """
+    )
+
+
+def test_a_graphs_memory_is_not_used_while_it_runs_elsewhere(
+    torch_with_pool: TorchProcess,
+) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(2 * MiB, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = (x * 2) + 1
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            graph.replay()
+        # Let go of while it runs: whoever gets the memory writes to it at once.
+        del result
+        graph.reset()
+        for _ in range(6):
+            torch.zeros(2 * MiB, device="cuda")
+        """
+    )
+
+
+def test_training_with_graphed_callables(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        def train(graphed):
+            torch.manual_seed(3)
+            model = torch.nn.Sequential(
+                torch.nn.Linear(32, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8)
+            ).cuda()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            if graphed:
+                model = torch.cuda.make_graphed_callables(
+                    model, (torch.randn(16, 32, device="cuda"),)
+                )
+            torch.manual_seed(4)
+            losses = []
+            for _ in range(4):
+                loss = model(torch.randn(16, 32, device="cuda")).square().mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return losses
+
+        assert train(graphed=True) == train(graphed=False)
+        torch._C._cuda_clearCublasWorkspaces()
+        """
+    )
+
+
+def test_live_allocations_of_a_pool(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        graph = torch.cuda.CUDAGraph()
+        x = torch.ones(1000, device="cuda")
+        with torch.cuda.graph(graph):
+            y = x + 1
+        check = torch._C._cuda_checkPoolLiveAllocations
+        assert check(0, graph.pool(), {y.untyped_storage().data_ptr()})
+        assert not check(0, graph.pool(), set())
+        del y
+        assert check(0, graph.pool(), set())
+        """
+    )
