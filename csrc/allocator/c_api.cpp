@@ -192,6 +192,16 @@ spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream,
   });
 }
 
+spillover_status spillover_restore_arena(int device, uint32_t arena,
+                                         const spillover_block_info* blocks, size_t block_count) {
+  return guarded([&] {
+    if (blocks == nullptr && block_count != 0) {
+      throw spillover::ConfigError("the blocks to restore must not be null");
+    }
+    spillover::pool_of_device(device).restore_arena(arena, {blocks, blocks + block_count});
+  });
+}
+
 spillover_status spillover_release_arena(int device, uint32_t arena) {
   return guarded([&] { spillover::pool_of_device(device).release_arena(arena); });
 }

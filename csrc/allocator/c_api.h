@@ -174,6 +174,11 @@ spillover_status spillover_make_arena(int device, uint32_t* out);
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
 
+/* Frees every live block of an arena in use and makes those that are given live again, at their
+ * addresses: blocks that spillover_visit_segments has shown as live in it. All of it or nothing. */
+spillover_status spillover_restore_arena(int device, uint32_t arena,
+                                         const spillover_block_info* blocks, size_t block_count);
+
 /* Ends the use of an arena. Its live blocks stay valid, its free memory becomes ordinary. */
 spillover_status spillover_release_arena(int device, uint32_t arena);
 

@@ -106,6 +106,9 @@ class Pool {
   ArenaId make_arena();
   void release_arena(ArenaId arena);
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
+  // Frees the arena's live blocks and makes those that are given, which were live at one time in
+  // this arena, live again. Throws StateError, with nothing done, where that cannot be.
+  void restore_arena(ArenaId arena, std::vector<spillover_block_info> blocks);
   // Returns a released arena's idle memory to the driver. Blocks until the device's work is
   // complete.
   void trim_arena(ArenaId arena);
@@ -236,6 +239,13 @@ class Pool {
   bool captures() const;
   Block* borrow(const Request& request);
   void forget_empty();
+
+  // pool_restore.cpp
+  std::vector<Block*> live_blocks(ArenaId arena) const;
+  void check_restorable(ArenaId arena, const std::vector<spillover_block_info>& blocks,
+                        const std::vector<Block*>& live) const;
+  Block* block_at(DeviceAddress address) const;
+  void restore(const spillover_block_info& wanted);
 
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);

@@ -5,7 +5,7 @@
 // is for may not be seen from its frees, and its free memory is not idle memory:
 //   - while the arena is in use its free blocks serve its own requests on their own stream, in the
 //     order in which these come, which is that of the graph's kernels. They are not stolen, moved,
-//     unmapped or trimmed;
+//     unmapped or trimmed, and do not change heaps;
 //   - what it grows by is memory whose last use is complete, whichever stream that was on: a
 //     graph's launch is not ordered with the stream that recorded it;
 //   - nothing is recorded or asked on its streams for its sake, and it has no magazines;

@@ -203,7 +203,8 @@ bool Pool::prove_idle(StreamState& stream) {
 Block* Pool::steal(const Request& request) {
   StreamState& own = state_of(request.stream, request.arena);
   for (Heap& heap : own.heaps) {
-    if (heap.size_class == request.size_class) continue;
+    // Chunks of a private arena stay in their heap: pool_restore.cpp relies on it.
+    if (own.is_private() || heap.size_class == request.size_class) continue;
     if (Block* block = steal_from(heap, request)) return block;
   }
   for (auto& [key, stream] : streams_) {

@@ -1,4 +1,6 @@
 // Python's view of the device pools. Addresses and stream handles are integers.
+#include <pybind11/stl.h>
+
 #include <memory>
 #include <string>
 #include <utility>
@@ -181,6 +183,19 @@ void define_memory(PoolClass& pool_class) {
                 pool.get().allocate_in(arena, size_bytes, pointer_of(stream)));
           },
           py::arg("arena"), py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
+      .def(
+          "restore_arena",
+          [](const PoolReference& pool, ArenaId arena,
+             const std::vector<std::pair<uintptr_t, size_t>>& blocks) {
+            std::vector<spillover_block_info> infos;
+            infos.reserve(blocks.size());
+            for (const auto& [address, size_bytes] : blocks) {
+              infos.push_back({pointer_of(address), size_bytes, size_bytes, 1});
+            }
+            pool.get().restore_arena(arena, std::move(infos));
+          },
+          py::arg("arena"), py::arg("blocks"), ReleaseGil(),
+          "Make exactly these blocks, addresses and sizes, the arena's live ones.")
       .def(
           "release_arena",
           [](const PoolReference& pool, ArenaId arena) { pool.get().release_arena(arena); },

@@ -94,12 +94,14 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
                           int source_device, size_t size_bytes, cudaStream_t stream,
                           bool p2p_enabled) override;
 
-  // Not supported: each raises NotImplementedError that names what was asked for. Base class
-  // functions that raise by themselves are inherited.
+  // checkpoints.cpp
   std::shared_ptr<cuda_allocator::AllocatorState> getCheckpointState(
       c10::DeviceIndex device, c10::MempoolId_t pool) override;
   cuda_allocator::CheckpointDelta setCheckpointPoolState(
       c10::DeviceIndex device, std::shared_ptr<cuda_allocator::AllocatorState> state) override;
+
+  // Not supported: each raises NotImplementedError that names what was asked for. Base class
+  // functions that raise by themselves are inherited.
   cuda_allocator::ShareableHandle shareIpcHandle(void* pointer) override;
   std::shared_ptr<void> getIpcDevPtr(std::string handle) override;
 

@@ -64,7 +64,7 @@ void visit(void* user, const spillover_segment_info* segment, const spillover_bl
 
 struct LiveWalk {
   uint32_t arena;
-  std::unordered_set<void*> addresses;
+  std::vector<LiveBlock> live;
 };
 
 void visit_live(void* user, const spillover_segment_info* segment,
@@ -72,7 +72,8 @@ void visit_live(void* user, const spillover_segment_info* segment,
   auto& walk = *static_cast<LiveWalk*>(user);
   if (segment->tag != walk.arena) return;
   for (size_t i = 0; i < segment->block_count; ++i) {
-    if (blocks[i].state == kLive) walk.addresses.insert(blocks[i].address);
+    if (blocks[i].state != kLive) continue;
+    walk.live.push_back({blocks[i], static_cast<cudaStream_t>(segment->stream)});
   }
 }
 
@@ -85,11 +86,11 @@ AllocatorConfigInfo native_settings() {
 
 }  // namespace
 
-std::unordered_set<void*> live_blocks(c10::DeviceIndex device, uint32_t arena) {
+std::vector<LiveBlock> live_blocks(c10::DeviceIndex device, uint32_t arena) {
   LiveWalk walk{arena, {}};
   check_pool(without_gil([&] { return spillover_visit_segments(device, &visit_live, &walk); }),
              "looking for live blocks");
-  return std::move(walk.addresses);
+  return std::move(walk.live);
 }
 
 SnapshotInfo take_snapshot(int device_count, c10::MempoolId_t pool) {

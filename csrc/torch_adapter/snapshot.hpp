@@ -6,7 +6,9 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 
 #include <cstdint>
-#include <unordered_set>
+#include <vector>
+
+#include "allocator/c_api.h"
 
 namespace spillover::torch_adapter {
 
@@ -15,7 +17,11 @@ namespace spillover::torch_adapter {
 c10::cuda::CUDACachingAllocator::SnapshotInfo take_snapshot(int device_count,
                                                             c10::MempoolId_t pool);
 
+struct LiveBlock {
+  spillover_block_info info;
+  cudaStream_t stream;
+};
 // The live blocks of an arena.
-std::unordered_set<void*> live_blocks(c10::DeviceIndex device, uint32_t arena);
+std::vector<LiveBlock> live_blocks(c10::DeviceIndex device, uint32_t arena);
 
 }  // namespace spillover::torch_adapter

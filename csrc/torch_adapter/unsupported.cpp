@@ -14,20 +14,9 @@ namespace {
   std::abort();  // Not reached: the check always throws; it tells the compiler so.
 }
 
-constexpr const char* kCheckpoints = "checkpoints of memory pools (CUDA graph trees)";
 constexpr const char* kSharing = "sharing CUDA tensors with other processes (CUDA IPC)";
 
 }  // namespace
-
-std::shared_ptr<cuda_allocator::AllocatorState> Allocator::getCheckpointState(
-    c10::DeviceIndex device, c10::MempoolId_t pool) {
-  not_supported(kCheckpoints);
-}
-
-cuda_allocator::CheckpointDelta Allocator::setCheckpointPoolState(
-    c10::DeviceIndex device, std::shared_ptr<cuda_allocator::AllocatorState> state) {
-  not_supported(kCheckpoints);
-}
 
 cuda_allocator::ShareableHandle Allocator::shareIpcHandle(void* pointer) {
   not_supported(kSharing);

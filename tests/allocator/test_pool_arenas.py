@@ -154,6 +154,7 @@ def test_a_capture_is_served_and_not_disturbed(
     pool.check_invariants()
 
 
+@pytest.mark.virtual_memory
 def test_a_capture_that_runs_out_of_memory_goes_on(
     pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
 ) -> None:
@@ -222,3 +223,53 @@ def test_unknown_arenas_are_refused(pool: _core.Pool) -> None:
             pool.release_arena(arena)
         with pytest.raises(spillover.ConfigError):
             pool.trim_arena(arena)
+
+
+def test_live_blocks_are_restored(pool: _core.Pool, arena: int) -> None:
+    sizes = [512, 4096, MIB, 3 * MIB, 5 * MIB, 2 * MIB, 1024]
+    addresses = [pool.alloc_in(arena, size_bytes) for size_bytes in sizes]
+    for index in (1, 4):
+        pool.free(addresses.pop(index))
+        sizes.pop(index)
+    checkpoint = dict(zip(addresses, sizes, strict=True))
+    assert live_blocks(pool) == checkpoint
+
+    ordinary = pool.alloc(3 * MIB)
+    for address in addresses[::2]:
+        pool.free(address)
+    for size_bytes in (2048, 7 * MIB, 256 * 1024):
+        pool.alloc_in(arena, size_bytes)
+    pool.restore_arena(arena, list(checkpoint.items()))
+    assert live_blocks(pool) == {**checkpoint, ordinary: 3 * MIB}
+    pool.check_invariants()
+    # From the same state requests are served the same way.
+    again = [pool.alloc_in(arena, size_bytes) for size_bytes in (2048, 7 * MIB, 256 * 1024)]
+    pool.restore_arena(arena, list(checkpoint.items()))
+    assert [pool.alloc_in(arena, size) for size in (2048, 7 * MIB, 256 * 1024)] == again
+    assert not set(again) & set(addresses)
+
+    pool.restore_arena(arena, [])
+    assert live_blocks(pool) == {ordinary: 3 * MIB}
+    pool.check_invariants()
+
+
+@pytest.mark.virtual_memory
+def test_what_cannot_be_restored_is_refused(
+    pool: _core.Pool, arena: int, kept_streams: list[int]
+) -> None:
+    address = pool.alloc_in(arena, 4 * MIB)
+    elsewhere = pool.alloc(4 * MIB)
+    for blocks in (
+        [(elsewhere, 4 * MIB)],
+        [(address, 8 * MIB)],
+        [(address, 4096)],
+        [(address, 3 * MIB), (address + 2 * MIB, 2 * MIB)],
+        [(address + 1, 4 * MIB)],
+    ):
+        with pytest.raises(spillover.StateError, match="cannot be restored"):
+            pool.restore_arena(arena, blocks)
+    pool.record_stream(address, kept_streams[0])
+    with pytest.raises(spillover.StateError, match="another stream"):
+        pool.restore_arena(arena, [])
+    assert live_blocks(pool) == {address: 4 * MIB, elsewhere: 4 * MIB}
+    pool.check_invariants()

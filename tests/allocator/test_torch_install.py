@@ -62,7 +62,6 @@ def test_what_is_not_supported_says_so(torch_with_pool: TorchProcess) -> None:
         """
         x = torch.ones(1, device="cuda")
         calls = {
-            "checkpoint": lambda: torch._C._cuda_getCheckpointState(0, (0, 1)),
             "ipc": lambda: x.untyped_storage()._share_cuda_(),
             "caching": lambda: torch.cuda.caching_allocator_enable(False),
         }

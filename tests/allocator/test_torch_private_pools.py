@@ -298,3 +298,57 @@ def test_live_allocations_of_a_pool(torch_with_pool: TorchProcess) -> None:
         assert check(0, graph.pool(), set())
         """
     )
+
+
+def test_a_checkpoint_of_a_pool(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(MiB, device="cuda")
+
+        def capture(function, **options):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, **options):
+                result = function()
+            return graph, result
+
+        first, a = capture(lambda: x + 1)
+        pool = first.pool()
+        state = torch._C._cuda_getCheckpointState(0, pool)
+        second, b = capture(lambda: (a * 2) + 3, pool=pool)
+        address = b.data_ptr()
+        torch._C._cuda_setCheckpointPoolState(0, state, [b.untyped_storage()._cdata], [])
+        assert torch._C._cuda_checkPoolLiveAllocations(0, pool, {a.untyped_storage().data_ptr()})
+        del b  # its block was freed already
+        # Another graph that follows the first one, from the same state.
+        third, c = capture(lambda: (a * 2) + 4, pool=pool)
+        assert c.data_ptr() == address
+        first.replay()
+        third.replay()
+        assert a.eq(2).all().item() and c.eq(8).all().item()
+        first.replay()
+        second.replay()
+        assert a.eq(2).all().item() and c.eq(7).all().item()
+        """
+    )
+
+
+def test_a_checkpoint_brings_back_what_was_freed(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(MiB, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            a, b = x + 1, x + 2
+        pool = graph.pool()
+        check = torch._C._cuda_checkPoolLiveAllocations
+        addresses = {a.data_ptr(), b.data_ptr()}
+        state = torch._C._cuda_getCheckpointState(0, pool)
+        del a, b
+        assert check(0, pool, set())
+        torch._C._cuda_setCheckpointPoolState(0, state, [], [])
+        assert check(0, pool, addresses)
+        for address in addresses:
+            torch._C._cuda_cudaCachingAllocator_raw_delete(address)
+        assert check(0, pool, set())
+        """
+    )
