@@ -165,14 +165,8 @@ struct PoolReference {
 };
 using PoolClass = py::class_<PoolReference>;
 
-void define_memory(PoolClass& pool_class) {
+void define_arenas(PoolClass& pool_class) {
   pool_class
-      .def(
-          "alloc",
-          [](const PoolReference& pool, size_t size_bytes, uintptr_t stream) {
-            return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
-          },
-          py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
       .def(
           "make_arena", [](const PoolReference& pool) { return pool.get().make_arena(); },
           ReleaseGil(), "Begin a private arena; gives its number.")
@@ -209,7 +203,17 @@ void define_memory(PoolClass& pool_class) {
           [](const PoolReference& pool, ArenaId arena, bool lends, bool is_whole) {
             pool.get().set_arena_options(arena, {lends, is_whole});
           },
-          py::arg("arena"), py::arg("lends") = false, py::arg("is_whole") = false, ReleaseGil())
+          py::arg("arena"), py::arg("lends") = false, py::arg("is_whole") = false, ReleaseGil());
+}
+
+void define_memory(PoolClass& pool_class) {
+  pool_class
+      .def(
+          "alloc",
+          [](const PoolReference& pool, size_t size_bytes, uintptr_t stream) {
+            return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
+          },
+          py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
       .def(
           "free",
           [](const PoolReference& pool, uintptr_t address) {
@@ -336,6 +340,7 @@ void register_allocator(py::module_& module) {
            py::arg("device") = 0, ReleaseGil())
       .def_readonly("device", &PoolReference::device);
   define_memory(pool_class);
+  define_arenas(pool_class);
   define_settings(pool_class);
   define_figures(pool_class);
 }
