@@ -339,7 +339,8 @@ class TestCost:
         with faults():
             for _ in range(100):
                 full.free(full.alloc(MIB + 512, kept_streams[0]))
-            assert calls() == {}
+            # That the stream does not record a graph is asked each time.
+            assert set(calls()) <= {"cuCtxGetCurrent", "cuStreamIsCapturing"}
 
     def test_marks_and_events_are_bounded(
         self, full: _core.Pool, cuda: Cuda, kept_streams: list[int]
