@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/Exception.h>
+#include <c10/util/env.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -30,8 +31,20 @@ void report_free_failure(void* pointer, const char* reason) noexcept {
   std::fprintf(stderr, "spillover: freeing device memory at %p failed: %s\n", pointer, reason);
 }
 
+// Without caching nothing idle is kept: each free gives the driver whatever pages have no live
+// block any more, and waits for the device as cudaFree does.
+std::atomic<bool> is_caching{true};
+
+void return_idle(int device, void* freed) noexcept {
+  const GilRelease no_gil;
+  if (spillover_trim(device, 0) != SPILLOVER_OK) report_free_failure(freed, last_pool_error());
+}
+
 void delete_block(void* pointer) noexcept {
   if (pointer == nullptr) return;
+  const bool keeps_idle = is_caching.load(std::memory_order_relaxed);
+  // Only live blocks have a device; in a forked child none has.
+  const int trimmed_device = C10_LIKELY(keeps_idle) ? -1 : spillover_device_of(pointer);
   if (C10_UNLIKELY(History::instance().watching())) {
     // In a forked child the block is the parent's, and History's lock may be held for ever.
     if (spillover_in_forked_child() != 0) return;
@@ -51,6 +64,7 @@ void delete_block(void* pointer) noexcept {
     status = spillover_free(pointer);
   }
   if (status != SPILLOVER_OK) report_free_failure(pointer, last_pool_error());
+  if (C10_UNLIKELY(trimmed_device >= 0)) return_idle(trimmed_device, pointer);
 }
 
 // The handle of a stream, which torch's getter makes several calls for. torch's own streams, which
@@ -170,6 +184,8 @@ void* Allocator::getBaseAllocation(void* pointer, size_t* size_bytes) {
 
 void Allocator::init(int device_count) {
   History::instance().set_device_count(device_count);
+  // torch's own switch for debuggers of memory.
+  if (c10::utils::has_env("PYTORCH_NO_CUDA_MEMORY_CACHING")) is_caching = false;
   device_count_ = device_count;
 }
 
@@ -178,14 +194,12 @@ bool Allocator::initialized() {
 }
 
 void Allocator::enable(bool value) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      value,
-      "spillover's allocator cannot stop caching (torch.cuda.caching_allocator_enable); "
-      "torch.cuda.empty_cache() gives unused memory back");
+  is_caching = value;
+  if (!value) emptyCache();
 }
 
 bool Allocator::isEnabled() const {
-  return true;
+  return is_caching;
 }
 
 double Allocator::getMemoryFraction(c10::DeviceIndex device) {

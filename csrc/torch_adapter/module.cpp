@@ -1,9 +1,14 @@
 // The Python module spillover_torch_adapter. pyruntime/spillover/allocator calls it once; Python
 // holds the GIL.
+#include <c10/core/AllocatorConfig.h>
+#include <c10/cuda/CUDAAllocatorConfig.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 
 #include "torch_adapter/allocator.hpp"
 #include "torch_adapter/pool.hpp"
@@ -21,6 +26,10 @@ std::shared_ptr<CUDAAllocator> make_allocator() {
               "spillover's PyTorch part was compiled for version ", SPILLOVER_ABI_VERSION,
               " of its core library, which has version ", spillover_abi_version(),
               "; run 'spillover build --clean'");
+  // torch reads its settings at first use and compares "backend" with the allocator's name then:
+  // with its own, which it has been until now.
+  c10::CachingAllocator::AcceleratorAllocatorConfig::instance();
+  cuda_allocator::CUDAAllocatorConfig::instance();
   // The instance outlives every owner, so that nothing is deleted when torch lets go of it.
   return {&Allocator::instance(), [](CUDAAllocator*) {}};
 }
@@ -33,6 +42,22 @@ void register_for_accelerator() {
               "torch has not accepted spillover's allocator for torch.accelerator");
 }
 
+// Has a Python function see each text that torch's settings are changed by, before torch's parser
+// for CUDA does; that gets what the function returns.
+void watch_settings(pybind11::function watcher) {
+  auto& hook = c10::CachingAllocator::AcceleratorAllocatorConfig::getConfigParserHook();
+  // Leaked: the hook outlives the interpreter.
+  auto* const held = new pybind11::function(std::move(watcher));
+  hook = [held, parse = hook](const std::string& settings) {
+    std::string remaining;
+    {
+      const pybind11::gil_scoped_acquire gil;
+      remaining = (*held)(settings).cast<std::string>();
+    }
+    if (parse && !remaining.empty()) parse(remaining);
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(spillover_torch_adapter, module) {
@@ -41,6 +66,8 @@ PYBIND11_MODULE(spillover_torch_adapter, module) {
              "The allocator, for torch.cuda.memory._CUDAAllocator.");
   module.def("register_for_accelerator", &register_for_accelerator,
              "Make the allocator that of torch.accelerator too.");
+  module.def("watch_settings", &watch_settings, pybind11::arg("watcher"),
+             "Have a function see and filter every change of torch's allocator settings.");
 }
 
 }  // namespace spillover::torch_adapter

@@ -63,7 +63,6 @@ def test_what_is_not_supported_says_so(torch_with_pool: TorchProcess) -> None:
         x = torch.ones(1, device="cuda")
         calls = {
             "ipc": lambda: x.untyped_storage()._share_cuda_(),
-            "caching": lambda: torch.cuda.caching_allocator_enable(False),
         }
         for name, call in calls.items():
             try:

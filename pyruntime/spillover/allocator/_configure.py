@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -23,6 +24,10 @@ class Settings(TypedDict, total=False):
     unmapped_max: int | str | None
     thread_cache: bool
     check_every: int
+
+
+# The keys that were set for every device by a call.
+_named: set[str] = set()
 
 
 def configure(*, device: int | None = None, **settings: Unpack[Settings]) -> None:
@@ -71,8 +76,15 @@ def apply(device: int | None, settings: Settings) -> None:
     text = ",".join(f"{key}={_text(key, value)}" for key, value in settings.items())
     if device is None:
         _core.configure(text, "spillover.allocator")
+        _named.update(settings)
     else:
         _core.Pool(_pool.device_index(device)).configure(text, "spillover.allocator")
+
+
+def is_named(key: str) -> bool:
+    """Whether a setting of every device was given by a call or in the environment."""
+    text = os.environ.get("SPILLOVER_ALLOCATOR", "")
+    return key in _named or key in (entry.split("=")[0].strip() for entry in text.split(","))
 
 
 def _text(key: str, value: Any) -> str:

@@ -11,7 +11,9 @@ from spillover._units import parse_bytes
 from spillover.allocator import _configure, _pool
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import CapsuleType, Unpack
+
+_DLPACK_CUDA = 2  # kDLCUDA of DLPack's DLDeviceType
 
 
 class SupportsCudaStream(Protocol):
@@ -42,11 +44,23 @@ def stream_handle(stream: Stream) -> int:
     )
 
 
+def _consumer_stream(stream: int | None) -> int:
+    if stream is None:
+        return 1
+    if isinstance(stream, bool) or not isinstance(stream, int) or not 0 < stream < 1 << 64:
+        raise ConfigError(
+            f"stream={stream!r} is not allowed by DLPack for CUDA; give -1, 1 (the legacy default "
+            "stream), 2 (the thread's default stream) or a handle"
+        )
+    return stream
+
+
 class Block:
     """Device memory of a pool, free again after :meth:`free` or with the last reference.
 
     Any library that reads ``__cuda_array_interface__`` sees it as an array of bytes, without a
-    copy: ``torch.as_tensor(block, device="cuda")``, ``cupy.asarray(block)``.
+    copy: ``torch.as_tensor(block, device="cuda")``, ``cupy.asarray(block)``. So does
+    ``from_dlpack`` of any library.
     """
 
     def __init__(self, pool: _core.Pool, address: int, size_bytes: int, stream: int) -> None:
@@ -106,6 +120,58 @@ class Block:
             "strides": None,
             "stream": self._stream or 1,
         }
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> CapsuleType:
+        """The block as a DLPack array of bytes: ``torch.from_dlpack(block)``, ``cupy.from_dlpack``.
+
+        As the Python array API standard 2023.12 has it. The consumer's array is the same memory and
+        holds the block; with :meth:`free` the block is gone all the same. The array may be used on
+        ``stream``, as after :meth:`record_stream`; its use on any other stream is to be recorded.
+
+        Parameters
+        ----------
+        stream
+            The consumer's: a handle, 1 for the legacy default stream (so is None), 2 for the
+            thread's. It waits for what was submitted to the block's stream so far, which must still
+            live. -1 leaves all of that to the consumer.
+        max_version
+            What the consumer understands at most; from (1, 0) on it gets a versioned capsule.
+        dl_device
+            Where the array is to be: nowhere but where the block is.
+        copy
+            True is not possible.
+
+        Raises
+        ------
+        BufferError
+            A copy or another device is asked for.
+        ConfigError
+            The stream is no CUDA stream; DLPack does not allow 0.
+        """
+        if copy or (dl_device is not None and tuple(dl_device) != self.__dlpack_device__()):
+            raise BufferError(
+                "a block is exported where it is and without a copy; copy the array that "
+                "from_dlpack(block) gives, for example torch.from_dlpack(block).cpu()"
+            )
+        address = self.address
+        if stream != -1:
+            consumer = _consumer_stream(stream)
+            if address:
+                _core.put_before(self.device, self._stream, consumer)
+                self._pool.record_stream(address, consumer)
+        versioned = max_version is not None and max_version[0] >= 1
+        return _core.dlpack_capsule(self, address, self._size_bytes, self.device, versioned)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """DLPack's number for CUDA devices, and the index of this one."""
+        return _DLPACK_CUDA, self.device
 
     def __enter__(self) -> Block:
         return self

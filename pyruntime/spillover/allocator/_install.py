@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spillover import _first_use
 from spillover._errors import BuildError, ConfigError, StateError
 from spillover._settings import enabled, logger
-from spillover.allocator import _configure, _pool
+from spillover.allocator import _configure, _pool, _torch_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,8 +59,9 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
     Raises
     ------
     ConfigError
-        There is no CUDA build of torch, or an option or ``SPILLOVER_ALLOCATOR`` is wrong; with
-        ``adapter="full"`` also a cache folder that others may write to.
+        There is no CUDA build of torch, an option or ``SPILLOVER_ALLOCATOR`` is wrong, or
+        ``PYTORCH_ALLOC_CONF`` asks for ``backend:cudaMallocAsync``; with ``adapter="full"`` also a
+        cache folder that others may write to.
     StateError
         CUDA is initialised in this process already.
     BuildError
@@ -85,6 +86,7 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
                 )
             return True
         _require_uninitialised()
+        _torch_settings.apply_environment()
         if adapter == "plain":
             _install_plain()
             _installed = "plain"
@@ -142,6 +144,7 @@ def _install_full(module: ModuleType) -> None:
 
     _swap(torch.cuda.memory._CUDAAllocator(module.make_allocator()))
     module.register_for_accelerator()
+    module.watch_settings(_torch_settings.on_change)
 
 
 def _load(path: Path) -> ModuleType:

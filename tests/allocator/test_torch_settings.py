@@ -1,0 +1,102 @@
+"""torch's own allocator settings while the pool is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch_process import TorchProcess
+
+WARNINGS = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import spillover
+    import torch
+    assert spillover.allocator.install(adapter="full")
+    torch.ones(1, device="cuda")
+    torch.ones(1).pin_memory()
+told = [str(warning.message) for warning in caught if "has no effect" in str(warning.message)]
+pool = spillover.allocator.Pool(0)
+"""
+
+
+def test_settings_of_torch(run_emulated: Callable[..., object]) -> None:
+    """Each key is honoured, needless, or named with the reason why it has no effect."""
+    run_emulated(
+        WARNINGS
+        + """
+for key in ("max_split_size_mb", "roundup_power2_divisions", "garbage_collection_threshold"):
+    assert sum(f"setting {key} " in text for text in told) == 1, (key, told)
+assert len(told) == 3, told
+assert pool.settings()["fraction"] == 0.25
+assert torch.cuda.get_per_process_memory_fraction() == 0.25
+""",
+        env={
+            "PYTORCH_ALLOC_CONF": "backend:native,expandable_segments:True,max_split_size_mb:64,"
+            "roundup_power2_divisions:[256:1,>:4], garbage_collection_threshold:0.8,"
+            "pinned_use_background_threads:True,per_process_memory_fraction:0.25"
+        },
+    )
+
+
+def test_refusals_and_which_setting_comes_first(run_emulated: Callable[..., object]) -> None:
+    run_emulated(
+        """
+        import os
+        import torch
+        import spillover
+        for text, words in {
+            "backend:cudaMallocAsync": "leave 'backend' out to use the pool, or set SPILLOVER=0",
+            "per_process_memory_fraction:1.5": "per_process_memory_fraction:1.5 is not",
+        }.items():
+            os.environ["PYTORCH_ALLOC_CONF"] = text
+            if text.startswith("per_process"):
+                del os.environ["SPILLOVER_ALLOCATOR"]
+            try:
+                spillover.allocator.install(adapter="full")
+            except spillover.ConfigError as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError("no error")
+            assert not spillover.allocator.is_installed()
+
+        # torch's older variable hides the other one; the pool's own setting hides both.
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "per_process_memory_fraction:0.25"
+        os.environ["SPILLOVER_ALLOCATOR"] = "fraction=0.5"
+        assert spillover.allocator.install(adapter="full")
+        assert spillover.allocator.Pool(0).settings()["fraction"] == 0.5
+        """,
+        env={"SPILLOVER_ALLOCATOR": "fraction=0.5"},
+    )
+
+
+def test_changes_while_installed(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        import warnings
+
+        def change(text):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch._C._accelerator_setAllocatorSettings(text)
+            return [str(warning.message) for warning in caught]
+
+        (told,) = change("backend:native,max_non_split_rounding_mb:32")
+        assert "max_non_split_rounding_mb has no effect" in told, told
+        assert change("max_non_split_rounding_mb:64") == []
+        (told,) = change("expandable_segments:False")
+        assert "virtual_memory=off" in told, told
+        assert change("expandable_segments:True,pinned_use_background_threads:False") == []
+        for text, words in {
+            "backend:cudaMallocAsync": "leave 'backend' out",
+            "no_such_key:1": "no_such_key",
+        }.items():
+            try:
+                change(text)
+            except Exception as error:
+                assert words in str(error), error
+            else:
+                raise AssertionError(text)
+        assert torch.ones(3, device="cuda").sum().item() == 3
+        """
+    )
