@@ -2,8 +2,8 @@
 
 #include <string>
 
-#include "base/error.hpp"
 #include "base/emulator_symbol.hpp"
+#include "base/error.hpp"
 
 namespace spillover {
 namespace {
