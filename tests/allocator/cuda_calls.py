@@ -129,6 +129,10 @@ class Cuda:
         )
         self.destroy_event(event)
 
+    def forbid_unsafe_calls_in_captures(self) -> None:
+        """Put the calling thread's capture mode back to the driver's default, global."""
+        self._call("cuThreadExchangeStreamCaptureMode", ctypes.byref(ctypes.c_int(0)))
+
     def synchronize(self) -> None:
         """Wait for all of the device's work."""
         self._call("cuCtxSynchronize")

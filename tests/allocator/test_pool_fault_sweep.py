@@ -20,6 +20,8 @@ def program(pool: _core.Pool, cuda: Cuda, kept_streams: list[int]) -> Iterator[P
     # The second run finds what the pool keeps for later: events and the like.
     program.run()
     yield program
+    # A pool that could not put the mode back must not change what later tests may do in captures.
+    cuda.forbid_unsafe_calls_in_captures()
     program.check()
     program.close()
 
