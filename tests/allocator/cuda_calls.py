@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 
 from spillover import _core
@@ -193,3 +194,19 @@ def live_blocks(pool: _core.Pool) -> dict[int, int]:
         for block in segment["blocks"]
         if block["state"] == "live"
     }
+
+
+def on_thread(work: Callable[[], None]) -> None:
+    """Run work on a thread of its own, to its end."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert failures == []

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cuda_calls import Cuda, live_blocks
+from cuda_calls import Cuda, live_blocks, on_thread
 
 import spillover
 from spillover import _core, allocator
@@ -45,21 +45,6 @@ def devices() -> tuple[list[Cuda], list[_core.Pool]]:
     cudas = [Cuda(device) for device in range(3)]
     cudas[0].use_device()
     return cudas, [_core.Pool(device) for device in range(3)]
-
-
-def on_thread(work: Callable[[], None]) -> None:
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert failures == []
 
 
 def reserved_bytes(pool: _core.Pool) -> int:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 
 import pytest
-from cuda_calls import Cuda, live_blocks
+from cuda_calls import Cuda, live_blocks, on_thread
 
 import spillover
 from spillover import _core
 
 MIB = 1 << 20
-
-
-def on_thread(work: Callable[[], None]) -> None:
-    """Run work on a thread of its own, to its end."""
-    failures: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            work()
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert failures == []
 
 
 @pytest.mark.parametrize("size", [512, 4096, MIB, 8 * MIB])

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
 
 from spillover import _core
 from spillover._errors import ConfigError
 from spillover.allocator import _pool
+from spillover.allocator._handle import Handle
 
 Reclaimer = Callable[[int, int], int]
 
 
-class ReclaimerHandle:
+class ReclaimerHandle(Handle):
     """A reclaimer that was added; :meth:`remove`, or the end of a ``with`` block, takes it away."""
 
     def __init__(self, pool: _core.Pool, number: int) -> None:
         self._pool = pool
         self._number = number
-
-    def __enter__(self) -> ReclaimerHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """Take it away. Waits until no thread is in it any more; further calls do nothing."""

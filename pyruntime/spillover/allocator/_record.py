@@ -8,16 +8,16 @@ import functools
 import os
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from spillover._errors import ConfigError, StateError, StorageError
+from spillover.allocator._handle import Handle
 
 _lock = threading.Lock()
 _active: TraceRecording | None = None
 
 
-class TraceRecording:
+class TraceRecording(Handle):
     """A recording under way.
 
     :meth:`remove` ends it, the end of its ``with`` block, or that of the program.
@@ -27,17 +27,6 @@ class TraceRecording:
         self.path = path
         self._library = library
         self._restore = _watch_record_stream(library)
-
-    def __enter__(self) -> TraceRecording:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """End the recording and close the file. Further calls do nothing.
