@@ -51,10 +51,13 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
       streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
           .first->second;
   state.is_released = is_private_arena(arena) && private_arenas_.count(arena) == 0;
+  state.is_asleep = is_asleep(arena);
   return state;
 }
 
+// Throws StateError for an arena that sleeps, as one may since the request began to wait.
 Heap& Pool::heap_of(const Request& request) {
+  check_awake(request.arena);
   return state_of(request.stream, request.arena).heap(request.size_class);
 }
 
@@ -66,6 +69,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
   const Request request = make_request(size_bytes, stream, ThreadCache::current_arena());
   Lock lock(mutex_);
+  check_awake(request.arena);
   return serve(lock, request);
 }
 
@@ -227,7 +231,8 @@ void Pool::free_slowly(void* pointer) {
   take_over_counters();
   count_freed(*block);
   StreamState& stream = *block->heap->stream;
-  if (may_ask(stream)) {
+  if (stream.is_asleep) give_up_contents(*block);
+  if (may_ask(stream) && !stream.is_asleep) {
     mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kWatermark);
   }
   if (block->uses.empty()) {

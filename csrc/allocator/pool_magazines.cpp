@@ -75,6 +75,7 @@ MagazineSlot* Pool::equip(StreamState& stream) {
       serves_several_streams_ ? watermark_bytes() : device_bytes_ / kLargeShare;
   auto made = std::make_unique<MagazineSlot>(this, &stream, counters, large_bytes_max);
   const std::lock_guard lock(cache->lock);
+  made->magazine.set_closed(stream.is_asleep);
   MagazineSlot* slot = cache->add(std::move(made));
   magazines_.push_back({cache, slot});
   return slot;

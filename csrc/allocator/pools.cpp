@@ -15,8 +15,6 @@
 namespace spillover {
 namespace {
 
-constexpr int kDevicesMax = 64;
-
 struct Pools {
   std::mutex creation_mutex;  // Taken before a pool's mutex.
   // Of pools that are not made yet; empty until the environment was read. Guarded by the mutex.
