@@ -282,7 +282,14 @@ def test_wake_asks_reclaimers(pool: _core.Pool, weights: Blocks, host: _core.Hos
     weights.check()
 
 
-@pytest.mark.parametrize("times", [1, None])
+@pytest.mark.parametrize(
+    ("times", "at"),
+    [
+        (1, (1, 4)),
+        pytest.param(1, (2, 3, 5, 8, 13, 21), marks=pytest.mark.soak),
+        pytest.param(None, (1, 2, 3, 5, 8, 13, 21), marks=pytest.mark.soak),
+    ],
+)
 @pytest.mark.parametrize(
     "function",
     [
@@ -303,14 +310,14 @@ def test_wake_asks_reclaimers(pool: _core.Pool, weights: Blocks, host: _core.Hos
     ],
 )
 def test_any_call_may_fail(
-    pool: _core.Pool, weights: Blocks, function: str, times: int | None
+    pool: _core.Pool, weights: Blocks, function: str, times: int | None, at: tuple[int, ...]
 ) -> None:
     """A sleep or a waking that fails changes nothing, whichever call it was."""
-    fill_with(weights, (512, 5000, MIB, 40 * MIB, 30 * MIB))
+    fill_with(weights, (512, 5000, MIB, 40 * MIB))
     pool.sleep([weights.number], _core.HostPool())
     pool.wake([weights.number])
     for step in ("sleep", "wake"):
-        for call in (1, 2, 3, 5, 8, 13, 21):
+        for call in at:
             if step == "wake":
                 pool.sleep([weights.number], _core.HostPool())
             fresh = _core.HostPool()

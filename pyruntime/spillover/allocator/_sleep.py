@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from spillover import _core, _pinned
-from spillover._errors import ConfigError, SpilloverError
+from spillover._errors import ConfigError, SpilloverError, StateError
 from spillover.allocator import _pool
 
 Contents = Literal["host", "discard"]
@@ -69,7 +69,8 @@ def sleep(
         try:
             copied_bytes += pool.sleep(fresh, host)
         except BaseException as error:
-            _undo(done, error)
+            if failures := _undo(done):
+                raise StateError(f"{error}; what slept by then sleeps on: {failures}") from error
             raise
         done.append((pool, fresh))
     return copied_bytes
@@ -113,14 +114,15 @@ def wake(tags: str | Iterable[str] | None = None, *, device: int | None = None) 
     )
 
 
-def _undo(done: list[tuple[_core.Pool, list[int]]], error: BaseException) -> None:
+def _undo(done: list[tuple[_core.Pool, list[int]]]) -> str:
+    """Wake what was put to sleep; what could not be woken, and why."""
+    failures = []
     for pool, numbers in reversed(done):
         try:
             pool.wake(numbers)
-        except SpilloverError as failure:
-            error.add_note(
-                f"device {pool.device} is asleep still and could not be woken: {failure}"
-            )
+        except (SpilloverError, RuntimeError) as failure:  # also torch's error of memory
+            failures.append(f"device {pool.device}: {failure}")
+    return "; ".join(failures)
 
 
 def _numbers(tags: str | Iterable[str] | None) -> list[int]:
