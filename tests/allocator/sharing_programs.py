@@ -7,7 +7,6 @@ module. ``SPILLOVER_TEST_NATIVE`` names the sides that keep torch's own allocato
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,16 +15,16 @@ from typing import Any
 from spillover import allocator, emulator
 
 MIB = 1 << 20
-NAME = "receiver" if multiprocessing.parent_process() else "sender"
-IS_NATIVE = NAME in os.environ.get("SPILLOVER_TEST_NATIVE", "").split()
-HAS_MAPPINGS = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
+NAME = "receiver" if __name__ == "__mp_main__" else "sender"
+NATIVE = os.environ.get("SPILLOVER_TEST_NATIVE", "").split()
+IS_NATIVE = NAME in NATIVE
 
 emulator.enable(
     vram=os.environ.get("SPILLOVER_TEST_VRAM", "256MiB"),
     devices=2,
     schedule="late",
     hazards="raise",
-    virtual_memory=HAS_MAPPINGS,
+    virtual_memory=os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1",
 )
 if not IS_NATIVE:
     assert allocator.install(adapter="full")
@@ -34,6 +33,10 @@ import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
 
 HELD: dict[str, Any] = {}
+
+
+def backend() -> str:
+    return torch.cuda.get_allocator_backend()
 
 
 def check() -> None:
@@ -61,7 +64,7 @@ class Receiver:
     def __init__(self) -> None:
         context = mp.get_context("spawn")
         self.inbox, self.outbox = context.Queue(), context.Queue()
-        self.process = context.Process(target=receive, args=(self.inbox, self.outbox))
+        self.process = context.Process(target=receive, args=(self.inbox, self.outbox), daemon=True)
         self.process.start()
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -72,6 +75,8 @@ class Receiver:
 @contextlib.contextmanager
 def receiver() -> Iterator[Receiver]:
     other = Receiver()
+    assert (backend() == "native") == ("sender" in NATIVE)
+    assert (other.ask(backend) == "native") == ("receiver" in NATIVE)
     yield other
     other.inbox.put(None)
     assert other.outbox.get(timeout=60) == "done"
@@ -125,8 +130,14 @@ def copy_to_other_device(name: str) -> float:
     return float(back.sum().item())
 
 
-def mapped_count() -> int:
-    return sum(emulator.calls().values())
+def refusal_of(shared: tuple[Any, ...]) -> str:
+    """Open a storage by what its process says of it; why that fails."""
+    torch.cuda.init()
+    try:
+        torch.UntypedStorage._new_shared_cuda(*shared)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def leave() -> None:
@@ -175,11 +186,11 @@ def large() -> None:
     """A block of large chunks and small ones."""
     block = torch.empty(515 * MIB, dtype=torch.uint8, device="cuda")
     block[0], block[-1] = 3, 4
-    if "receiver" in os.environ.get("SPILLOVER_TEST_NATIVE", ""):
-        handle = block.untyped_storage()._share_cuda_()[1]
-        sys.stdout.write(handle[:2].hex())
-        return
     with receiver() as other:
+        if "receiver" in NATIVE:
+            refusal = other.ask(refusal_of, block.untyped_storage()._share_cuda_())
+            assert "illformed shareable handle type" in refusal, refusal
+            return
         other.ask(keep, "large", block)
         assert other.ask(add, "large", 1) == [3, 4]
         assert block[-1].item() == 5

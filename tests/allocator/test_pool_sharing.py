@@ -376,3 +376,34 @@ def test_fixed_memory_has_a_handle(pool: _core.Pool, sharing: Sharing) -> None:
     assert blocks[1].offset_bytes - blocks[0].offset_bytes == second - first
     assert sharing.try_open(blocks[0])[0] == DRIVER_FAILURE, "a process cannot open its own"
     assert "cuIpcOpenMemHandle" in sharing.error()
+
+
+@pytest.mark.virtual_memory
+def test_in_a_forked_child(run_emulated: Callable[..., object]) -> None:
+    """It opens nothing, and lets go of what the parent has opened without a word."""
+    run_emulated(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import test_pool_sharing
+        test_pool_sharing.forked()
+        """,
+        str(Path(__file__).parent),
+    )
+
+
+def forked() -> None:
+    pool, sharing = _core.Pool(0), Sharing()
+    address = pool.alloc(3 * MIB)
+    block = sharing.share(address)
+    base = sharing.open(block)
+    child = os.fork()
+    if child == 0:
+        refusals = []
+        for attempt in (lambda: sharing.try_share(address), lambda: sharing.try_open(block)):
+            refusals.append((attempt()[0], "fork" in sharing.error()))
+        is_well = refusals == [(BROKEN_STATE, True)] * 2 and sharing.close(base) == OK
+        os._exit(0 if is_well else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert sharing.open(block) == base
+    assert [sharing.close(base), sharing.close(base)] == [OK, OK]
