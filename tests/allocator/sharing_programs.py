@@ -7,6 +7,7 @@ module. ``SPILLOVER_TEST_NATIVE`` names the sides that keep torch's own allocato
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -125,9 +126,13 @@ def copy_to_other_device(name: str) -> float:
     copy = HELD[name].to("cuda:1", non_blocking=True)
     back = torch.zeros(HELD[name].shape, device="cuda:0").copy_(copy)
     assert torch.cuda.can_device_access_peer(0, 1)
+    total = float(back.sum().item())
     torch.cuda.synchronize(0)
-    torch.cuda.synchronize(1)
-    return float(back.sum().item())
+    with torch.cuda.device(1):
+        address, count = ctypes.c_void_p(HELD[name].data_ptr()), ctypes.c_size_t(4)
+        assert ctypes.CDLL("libcudart.so.13").cudaMemsetAsync(address, 0, count, None) == 0
+        torch.cuda.synchronize()
+    return total
 
 
 def refusal_of(shared: tuple[Any, ...]) -> str:
@@ -246,6 +251,7 @@ def peers() -> None:
         block = torch.ones(2 * MIB, device="cuda:0")
         other.ask(keep, "block", block)
         assert other.ask(copy_to_other_device, "block") == 2 * MIB
+        assert block.sum().item() == 2 * MIB - 1
         other.ask(drop, "block")
 
 
