@@ -140,6 +140,7 @@ print(json.dumps({"ends": ends, "order": order, "makespan": report.makespan_ns,
     assert kinds.index("used") < len(kinds) - 8
 
 
+@pytest.mark.soak
 def test_threads_that_torch_starts_change_nothing(tmp_path: Path) -> None:
     program = """
         import torch.distributed as dist
