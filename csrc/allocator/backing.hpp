@@ -27,6 +27,8 @@
 
 #include "allocator/address_space.hpp"
 #include "allocator/settings.hpp"
+#include "allocator/shared_memory.hpp"
+#include "base/file_descriptor.hpp"
 #include "driver/device_memory.hpp"
 #include "driver/virtual_memory.hpp"
 
@@ -53,8 +55,6 @@ class Backing {
   size_t detached_bytes() const { return detached_bytes_; }
   size_t asleep_bytes() const { return asleep_bytes_; }
   size_t held_bytes() const { return mapped_bytes_ + detached_bytes_ + cached_bytes_; }
-  // Those that may use the memory, this one first.
-  const std::vector<int>& devices() const { return devices_; }
 
   // Addresses for size_bytes that nothing is mapped at.
   DeviceAddress find_gap(const void* owner, size_t size_bytes);
@@ -94,8 +94,19 @@ class Backing {
   // unused reservations. Throws the first DriverError when all of them had their turn.
   void release_cached(size_t size_bytes);
 
-  // Lets another device use this one's memory, what is mapped now and later.
+  // Lets another device use this one's memory, what is mapped now and later. Throws DriverError,
+  // and then may be called again.
   void add_peer(int device);
+  // The devices that may use the memory; this one first.
+  const std::vector<int>& devices() const { return devices_; }
+
+  // The chunks that a mapped range touches, for other processes (Note [Shared memory]). Throws
+  // StateError where the driver has no way to share them, DriverError.
+  SharedBlock share(const AddressRange& range);
+  // Closes the files of the chunks that touch none of the ranges, which are by address.
+  void close_files(const std::vector<AddressRange>& kept);
+  // How many chunks have files.
+  size_t file_count() const { return file_count_; }
 
   // For Note [Chunks that sleep]; ranges are of whole chunks, and only with virtual memory.
   // Unmaps chunks, which keep their memory. Throws DriverError: they are detached all the same, or
@@ -124,11 +135,15 @@ class Backing {
     size_t size_bytes;
     std::optional<PhysicalMemory> physical;
     std::optional<DeviceMemory> fixed;
+    FileDescriptor file;    // Open while the chunk is shared.
+    uint64_t identity = 0;  // Of the file.
     bool is_mapped = true;
     bool is_doubtful = false;
   };
   using Chunks = std::map<DeviceAddress, Chunk>;
 
+  std::optional<PhysicalMemory> create(size_t size_bytes);
+  void close_file(Chunk& chunk);
   std::optional<PhysicalMemory> take_cached(size_t size_bytes_max);
   std::optional<PhysicalMemory> take_cached_larger(size_t size_bytes, size_t size_bytes_max);
   void cache(PhysicalMemory memory);
@@ -143,6 +158,7 @@ class Backing {
   const int device_;
   const bool is_virtual_;
   const size_t unit_bytes_;
+  PhysicalMemory::Sharing sharing_;
   AddressSpace space_;
   Chunks mapped_;  // By first address, those too that are not mapped now.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
@@ -152,6 +168,7 @@ class Backing {
   size_t cached_bytes_ = 0;
   size_t detached_bytes_ = 0;
   size_t asleep_bytes_ = 0;
+  size_t file_count_ = 0;
   size_t lost_bytes_ = 0;  // addresses of which nobody knows what is mapped there
 };
 

@@ -66,7 +66,8 @@ void Backing::attach(const AddressRange& range) {
 // The range has no chunks any more and gets some that sleep.
 void Backing::make_asleep(const AddressRange& range, bool is_doubtful) {
   for (DeviceAddress address = range.begin; address < range.end; address += unit_bytes_) {
-    mapped_.emplace(address, Chunk{unit_bytes_, std::nullopt, std::nullopt, false, is_doubtful});
+    mapped_.emplace(
+        address, Chunk{.size_bytes = unit_bytes_, .is_mapped = false, .is_doubtful = is_doubtful});
   }
   asleep_bytes_ += range.size_bytes();
 }
@@ -79,6 +80,7 @@ std::vector<PhysicalMemory> Backing::take_detached(const AddressRange& chunks) {
     SPILLOVER_CHECK(
         !chunk->second.is_mapped && chunk->second.physical && !chunk->second.is_doubtful,
         "a chunk that is mapped was about to give up its memory");
+    close_file(chunk->second);  // Of a block that is live no more.
     taken.push_back(std::move(*chunk->second.physical));
   }
   mapped_.erase(begin, chunk);
@@ -129,7 +131,7 @@ void Backing::map_provided(const AddressRange& range, std::vector<PhysicalMemory
   DeviceAddress address = range.begin;
   for (PhysicalMemory& chunk : chunks) {
     const size_t chunk_bytes = chunk.size_bytes();
-    mapped_.emplace(address, Chunk{chunk_bytes, std::move(chunk), std::nullopt});
+    mapped_.emplace(address, Chunk{.size_bytes = chunk_bytes, .physical = std::move(chunk)});
     address += chunk_bytes;
   }
   chunks.clear();

@@ -77,6 +77,7 @@ struct Block {
   Block* previous = nullptr;
   Block* next = nullptr;
   Block* next_cached = nullptr;  // in a magazine's list
+  bool is_shared = false;        // with other processes, while it is live
   // Of a block that is not live: number of the stream's latest free that is a part of it; 0 for
   // memory that was not used since it was mapped.
   uint64_t freed_at = 0;

@@ -136,6 +136,7 @@ Block* Pool::make_block(Heap& heap, const AddressRange& range, uint64_t freed_at
   block->requested_bytes = 0;
   block->state = BlockState::kFree;
   block->previous = block->next = nullptr;
+  block->is_shared = false;
   block->freed_at = freed_at;
   ++heap.block_count;
   return block;
@@ -247,6 +248,7 @@ void Pool::free_slowly(void* pointer) {
 
 void Pool::count_freed(Block& block) {
   block.freed_at = ++block.heap->stream->freed_count;
+  block.is_shared = false;
   note_freed(*block.heap, {block.address, block.end()});
   const SizeClass size_class = block.heap->size_class;
   subtract(statistics_.allocation, size_class, 1);

@@ -23,6 +23,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -35,6 +36,7 @@
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
+#include "allocator/shared_memory.hpp"
 #include "allocator/spare_events.hpp"
 #include "base/annotated_mutex.hpp"
 
@@ -119,9 +121,9 @@ class Pool {
   // already, and block until the device has done everything that was submitted, and the copies.
   // Each is done for all tags or, where it throws, for none.
   //
-  // A null store discards the contents. Throws StateError while a graph is being recorded or
-  // another thread does the same to one of the tags, ConfigError without virtual memory,
-  // DriverError and what the store throws.
+  // A null store discards the contents. Throws StateError while a graph is being recorded, where a
+  // live block is shared with other processes or another thread does the same to one of the tags,
+  // ConfigError without virtual memory, DriverError and what the store throws.
   size_t sleep(const std::vector<ArenaId>& tags, ContentStore* store);
   // Throws DeviceOutOfMemoryError, StateError, DriverError and what the store throws.
   size_t wake(const std::vector<ArenaId>& tags);
@@ -129,6 +131,12 @@ class Pool {
 
   // Lets another device use this one's memory.
   void add_peer(int device);
+  // The devices that may; this one first.
+  std::vector<int> devices() const;
+
+  // A live block's memory for other processes, see Note [Shared memory]. Throws ConfigError unless
+  // pointer is the start of a live block, StateError where the driver cannot share it, DriverError.
+  SharedBlock share(const void* pointer);
 
   size_t largest_free_bytes();
 
@@ -300,6 +308,7 @@ class Pool {
   void check_awake(ArenaId arena) const;
   void set_asleep(ArenaId tag, bool is_asleep);
   std::vector<AddressRange> segments_of(ArenaId tag) const;
+  void check_not_shared(const std::vector<ArenaId>& tags) const;
   void begin_sleep(Lock& lock, const std::vector<ArenaId>& tags);
   size_t copy_out(Lock& lock, Sleeping& sleeping, const SleepPlan& plan, ContentStore* store);
   std::vector<PhysicalMemory> end_sleep(ArenaId tag, const SleepPlan& plan);
@@ -351,6 +360,9 @@ class Pool {
   Block* last_block_before(const Heap& heap, DeviceAddress address) const;
   size_t room_bytes() const;
   void count_memory();
+
+  // pool_share.cpp
+  void close_unneeded_files();
 
   // pool_watermarks.cpp
   size_t watermark_bytes() const;
@@ -421,9 +433,11 @@ class Pool {
   std::map<ArenaId, ArenaUsage> arenas_;
   std::map<ArenaId, ArenaOptions> private_arenas_;  // Those in use.
   ArenaId next_private_arena_ = kFirstPrivateArena;
-  std::map<ArenaId, ArenaId> tags_;       // Of private arenas: under which they were made.
-  std::map<ArenaId, Sleeping> sleeping_;  // By tag.
-  size_t used_bytes_peak_ = 0;            // The most that was in use when a heap grew.
+  std::map<ArenaId, ArenaId> tags_;        // Of private arenas: under which they were made.
+  std::map<ArenaId, Sleeping> sleeping_;   // By tag.
+  std::set<DeviceAddress> shared_blocks_;  // Those that share() has seen, some of them freed since.
+  size_t files_needed_ = 0;                // Of chunks, after the last close_unneeded_files().
+  size_t used_bytes_peak_ = 0;             // The most that was in use when a heap grew.
   spillover_stats_t statistics_{};
   uint32_t unchecked_count_ = 0;  // calls since the last check
 };

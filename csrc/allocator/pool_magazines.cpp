@@ -51,7 +51,7 @@ bool Pool::free_to_magazine(void* pointer) noexcept {
 
 bool Pool::free_cached(Block* block) noexcept {
   ThreadCache* cache = ThreadCache::current();
-  if (cache == nullptr || !block->uses.empty()) return false;
+  if (cache == nullptr || !block->uses.empty() || block->is_shared) return false;
   const std::lock_guard lock(cache->lock);
   MagazineSlot* slot = cache->find(block->heap->stream);
   if (slot == nullptr || !slot->magazine.put(block)) return false;

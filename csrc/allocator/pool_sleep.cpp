@@ -150,6 +150,7 @@ size_t Pool::sleep(const std::vector<ArenaId>& tags, ContentStore* store) {
     }
   }
   if (awake.empty()) return 0;
+  check_not_shared(awake);
   if (captures()) {
     throw StateError("memory cannot sleep while a CUDA graph is being recorded on device " +
                      std::to_string(device_));
@@ -184,6 +185,20 @@ size_t Pool::sleep(const std::vector<ArenaId>& tags, ContentStore* store) {
   released
       .clear();  // To the driver. An error is reported: the memory is held no longer either way.
   return copied_bytes;
+}
+
+// Another process would go on with memory that this one does not use any more.
+void Pool::check_not_shared(const std::vector<ArenaId>& tags) const {
+  for (const auto& [address, first] : segments_) {
+    const ArenaId tag = tag_of(first->heap->stream->arena);
+    if (std::find(tags.begin(), tags.end(), tag) == tags.end()) continue;
+    for (const Block* block = first; block != nullptr; block = block->next) {
+      if (!block->is_shared) continue;
+      throw StateError("memory with the tag '" + arena_name(tag) +
+                       "' cannot sleep: a block of it is shared with other processes; free it, "
+                       "or share copies that have another tag");
+    }
+  }
 }
 
 // Closes the tags, waits for all work on their memory, and takes from them what nobody uses.

@@ -153,3 +153,27 @@ assert all(_core.Pool(device).sleeping_tags() == [] for device in range(2))
         ),
         devices=2,
     )
+
+
+def test_memory_that_another_process_may_have_open_stays_awake(
+    run_python: Callable[..., str],
+) -> None:
+    run_python(
+        """
+from spillover import StateError, emulator
+emulator.enable(vram="64MiB")
+from spillover import allocator
+allocator.install(adapter="full")
+import torch
+with allocator.tag("weights"):
+    weight = torch.ones(4 << 20, dtype=torch.uint8, device="cuda")
+weight.untyped_storage()._share_cuda_()
+try:
+    allocator.sleep("weights")
+except StateError as error:
+    assert "shared with other processes" in str(error), error
+else:
+    raise AssertionError
+assert weight.sum().item() == 4 << 20
+"""
+    )

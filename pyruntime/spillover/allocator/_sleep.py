@@ -54,7 +54,8 @@ def sleep(
     HostOutOfMemory
         Pinned host memory does not suffice.
     StateError
-        A CUDA graph is being recorded, or another thread puts a tag to sleep or wakes it.
+        A CUDA graph is being recorded, a block is shared with another process, or another thread
+        puts a tag to sleep or wakes it.
     DriverError
         A call of the driver failed.
     """
