@@ -1,8 +1,14 @@
 #include "allocator/backing.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <exception>
 #include <iterator>
+#include <random>
 #include <string>
 #include <utility>
 
@@ -43,17 +49,64 @@ bool uses_virtual_memory(int device, VirtualMemory wanted) {
   return has_it;
 }
 
+// A driver may say that it has file handles and refuse them, where a virtual machine is restricted.
+bool refuses_sharing(const DriverError& error) {
+  constexpr int kInvalidValue = 1;
+  constexpr int kNotPermitted = 800;
+  constexpr int kNotSupported = 801;
+  return error.code() == kInvalidValue || error.code() == kNotPermitted ||
+         error.code() == kNotSupported;
+}
+
+FileDescriptor export_file(const PhysicalMemory& memory) {
+  try {
+    return memory.export_file();
+  } catch (const Error&) {
+    // Whatever the driver calls that.
+    if (FileDescriptor(fcntl(STDERR_FILENO, F_DUPFD_CLOEXEC, 0)).is_open() || errno != EMFILE)
+      throw;
+  }
+  throw StateError(
+      "this process has no file descriptors left, and a block that is shared takes one for each "
+      "2 MiB of it (32 MiB where 512 MiB or more were taken at once); raise the limit with "
+      "`ulimit -n`");
+}
+
+// Numbers that no other process gives out, whatever its process number was.
+uint64_t next_identity() {
+  static const uint64_t process = std::random_device()() | uint64_t{std::random_device()()} << 32U;
+  static std::atomic<uint64_t> count{0};
+  return process + ++count;
+}
+
 }  // namespace
 
 Backing::Backing(int device, VirtualMemory virtual_memory)
     : device_(device),
       is_virtual_(uses_virtual_memory(device, virtual_memory)),
       unit_bytes_(is_virtual_ ? std::max(allocation_granularity(device), kFixedUnit) : kFixedUnit),
+      sharing_(is_virtual_ && supports_file_handles(device) ? PhysicalMemory::Sharing::kExportable
+                                                            : PhysicalMemory::Sharing::kPrivate),
       space_(device, round_up(memory_info(device).total_bytes, unit_bytes_), unit_bytes_),
       devices_{device} {}
 
 DeviceAddress Backing::find_gap(const void* owner, size_t size_bytes) {
   return space_.find(owner, size_bytes);
+}
+
+std::optional<PhysicalMemory> Backing::create(size_t size_bytes) {
+  if (sharing_ == PhysicalMemory::Sharing::kPrivate) {
+    return PhysicalMemory::try_create(device_, size_bytes);
+  }
+  try {
+    return PhysicalMemory::try_create(device_, size_bytes, sharing_);
+  } catch (const DriverError& error) {
+    if (!refuses_sharing(error)) throw;
+  }
+  auto memory = PhysicalMemory::try_create(device_, size_bytes);
+  // So that was the reason: from now on nothing can be shared, and all else works.
+  sharing_ = PhysicalMemory::Sharing::kPrivate;
+  return memory;
 }
 
 std::optional<PhysicalMemory> Backing::take_cached(size_t size_bytes_max) {
@@ -94,7 +147,7 @@ bool Backing::gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_
     if (!memory) {
       const size_t chunk_bytes = next_chunk_bytes(size_bytes, missing_bytes, unit_bytes_);
       if (missing_bytes > created_bytes_max) return false;
-      memory = PhysicalMemory::try_create(device_, chunk_bytes);
+      memory = create(chunk_bytes);
       if (!memory) return false;
       created_bytes_max -= chunk_bytes;
     }
@@ -147,7 +200,7 @@ void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chu
   space_.take(address, size_bytes);
   for (PhysicalMemory& chunk : chunks) {
     const size_t chunk_bytes = chunk.size_bytes();
-    mapped_.emplace(address, Chunk{chunk_bytes, std::move(chunk), std::nullopt});
+    mapped_.emplace(address, Chunk{chunk_bytes, std::move(chunk), std::nullopt, {}});
     address += chunk_bytes;
   }
   chunks.clear();
@@ -158,7 +211,7 @@ std::optional<AddressRange> Backing::allocate(size_t size_bytes) {
   auto memory = DeviceMemory::try_allocate(device_, size_bytes);
   if (!memory) return std::nullopt;
   const DeviceAddress address = memory->address();
-  mapped_.emplace(address, Chunk{size_bytes, std::nullopt, std::move(*memory)});
+  mapped_.emplace(address, Chunk{size_bytes, std::nullopt, std::move(*memory), {}});
   mapped_bytes_ += size_bytes;
   return AddressRange{address, address + size_bytes};
 }
@@ -186,7 +239,10 @@ void Backing::unmap(const AddressRange& chunks) {
   const auto begin = mapped_.find(chunks.begin);
   const auto end = mapped_.lower_bound(chunks.end);
   std::vector<Chunk> taken;
-  for (auto chunk = begin; chunk != end; ++chunk) taken.push_back(std::move(chunk->second));
+  for (auto chunk = begin; chunk != end; ++chunk) {
+    close_file(chunk->second);  // No block is live there, so every process has closed it.
+    taken.push_back(std::move(chunk->second));
+  }
   mapped_.erase(begin, end);
   mapped_bytes_ -= chunks.size_bytes();
   if (!is_virtual_) {
@@ -221,13 +277,57 @@ void Backing::release_cached(size_t size_bytes) {
 
 void Backing::add_peer(int device) {
   if (std::find(devices_.begin(), devices_.end(), device) != devices_.end()) return;
-  devices_.push_back(device);
-  if (!is_virtual_) return;
-  for (const auto& [address, chunk] : mapped_) allow_access(address, chunk.size_bytes, devices_);
+  std::vector<int> devices = devices_;
+  devices.push_back(device);
+  if (is_virtual_) {
+    for (const auto& [address, chunk] : mapped_) allow_access(address, chunk.size_bytes, devices);
+  }
+  devices_ = std::move(devices);
+}
+
+SharedBlock Backing::share(const AddressRange& range) {
+  SharedBlock shared;
+  shared.process = getpid();
+  auto chunk = std::prev(mapped_.upper_bound(range.begin));
+  shared.offset_bytes = range.begin - chunk->first;
+  if (!is_virtual_) {
+    shared.handle = interprocess_handle(device_, chunk->first);
+    return shared;
+  }
+  for (; chunk != mapped_.end() && chunk->first < range.end; ++chunk) {
+    Chunk& part = chunk->second;
+    if (!part.file.is_open()) {
+      if (sharing_ == PhysicalMemory::Sharing::kPrivate) {
+        throw StateError("the driver of device " + std::to_string(device_) +
+                         " does not give mapped memory to other processes; set "
+                         "SPILLOVER_ALLOCATOR=virtual_memory=off, with which it can be shared");
+      }
+      part.file = export_file(*part.physical);
+      part.identity = next_identity();
+      ++file_count_;
+    }
+    shared.chunks.push_back({part.size_bytes, part.file.number(), part.identity});
+  }
+  return shared;
+}
+
+void Backing::close_file(Chunk& chunk) {
+  if (!chunk.file.is_open()) return;
+  chunk.file.reset();
+  --file_count_;
+}
+
+void Backing::close_files(const std::vector<AddressRange>& kept) {
+  auto range = kept.begin();
+  for (auto& [address, chunk] : mapped_) {
+    while (range != kept.end() && range->end <= address) ++range;
+    if (range == kept.end() || range->begin >= address + chunk.size_bytes) close_file(chunk);
+  }
 }
 
 void Backing::check_invariants() const {
   size_t mapped_bytes = 0;
+  size_t files = 0;
   DeviceAddress end = 0;
   for (const auto& [address, chunk] : mapped_) {
     expect(address >= end, "two chunks overlap");
@@ -235,11 +335,13 @@ void Backing::check_invariants() const {
            "the size of a chunk is no multiple of the unit");
     expect(chunk.physical.has_value() == is_virtual_ && chunk.fixed.has_value() != is_virtual_,
            "a chunk is of the wrong kind for the device");
+    files += chunk.file.is_open() ? 1 : 0;
     expect(!is_virtual_ || chunk.physical->size_bytes() == chunk.size_bytes,
            "a chunk's memory has another size than the chunk");
     mapped_bytes += chunk.size_bytes;
     end = address + chunk.size_bytes;
   }
+  expect(files == file_count_, "the files of shared chunks do not add up");
   expect(mapped_bytes == mapped_bytes_, "the mapped chunks do not add up");
   size_t cached_bytes = 0;
   for (const auto& [size_bytes, memories] : cached_) {

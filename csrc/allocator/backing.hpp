@@ -21,6 +21,8 @@
 
 #include "allocator/address_space.hpp"
 #include "allocator/settings.hpp"
+#include "allocator/shared_memory.hpp"
+#include "base/file_descriptor.hpp"
 #include "driver/device_memory.hpp"
 #include "driver/virtual_memory.hpp"
 
@@ -83,8 +85,19 @@ class Backing {
   // unused reservations. Throws the first DriverError when all of them had their turn.
   void release_cached(size_t size_bytes);
 
-  // Lets another device use this one's memory, what is mapped now and later.
+  // Lets another device use this one's memory, what is mapped now and later. Throws DriverError,
+  // and then may be called again.
   void add_peer(int device);
+  // The devices that may use the memory; this one first.
+  const std::vector<int>& devices() const { return devices_; }
+
+  // The chunks that a mapped range touches, for other processes (Note [Shared memory]). Throws
+  // StateError where the driver has no way to share them, DriverError.
+  SharedBlock share(const AddressRange& range);
+  // Closes the files of the chunks that touch none of the ranges, which are by address.
+  void close_files(const std::vector<AddressRange>& kept);
+  // How many chunks have files.
+  size_t file_count() const { return file_count_; }
 
   // O(chunks). Throws StateError that says which equation does not hold.
   void check_invariants() const;
@@ -94,9 +107,13 @@ class Backing {
     size_t size_bytes;
     std::optional<PhysicalMemory> physical;
     std::optional<DeviceMemory> fixed;
+    FileDescriptor file;    // Open while the chunk is shared.
+    uint64_t identity = 0;  // Of the file.
   };
   using Chunks = std::map<DeviceAddress, Chunk>;
 
+  std::optional<PhysicalMemory> create(size_t size_bytes);
+  void close_file(Chunk& chunk);
   std::optional<PhysicalMemory> take_cached(size_t size_bytes_max);
   std::optional<PhysicalMemory> take_cached_larger(size_t size_bytes, size_t size_bytes_max);
   void cache(PhysicalMemory memory);
@@ -107,6 +124,7 @@ class Backing {
   const int device_;
   const bool is_virtual_;
   const size_t unit_bytes_;
+  PhysicalMemory::Sharing sharing_;
   AddressSpace space_;
   Chunks mapped_;                                         // By first address.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
@@ -114,6 +132,7 @@ class Backing {
   std::vector<int> devices_;  // That may use the memory; this one first.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;
+  size_t file_count_ = 0;
   size_t lost_bytes_ = 0;  // addresses of which nobody knows what is mapped there
 };
 

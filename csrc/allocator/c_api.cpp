@@ -1,9 +1,13 @@
 #include "allocator/c_api.h"
 
+#include <algorithm>
 #include <exception>
+#include <iterator>
 #include <string>
+#include <vector>
 
 #include "allocator/arenas.hpp"
+#include "allocator/imports.hpp"
 #include "allocator/pools.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
@@ -245,7 +249,48 @@ spillover_status spillover_keep_stream(int device, void* stream) {
 }
 
 spillover_status spillover_add_peer(int device, int peer) {
-  return guarded([&] { spillover::pool_of_device(device).add_peer(peer); });
+  return guarded([&] {
+    spillover::pool_of_device(device).add_peer(peer);
+    spillover::Imports::instance().follow_peers(device);
+  });
+}
+
+spillover_status spillover_share(const void* pointer, spillover_shared_visitor visitor,
+                                 void* user) {
+  return guarded([&] {
+    if (visitor == nullptr) throw spillover::ConfigError("the visitor must not be null");
+    const spillover::SharedBlock block = spillover::pool_of_address(pointer).share(pointer);
+    std::vector<spillover_shared_chunk> chunks;
+    for (const spillover::SharedChunk& chunk : block.chunks) {
+      chunks.push_back({chunk.size_bytes, chunk.file, chunk.identity});
+    }
+    spillover_shared_block shared{
+        block.offset_bytes, block.process, chunks.size(), chunks.data(), {}};
+    std::copy(block.handle.begin(), block.handle.end(), shared.handle);
+    visitor(user, &shared);
+  });
+}
+
+spillover_status spillover_open_shared(int device, const spillover_shared_block* block,
+                                       void** out) {
+  return guarded([&] {
+    require_output(out);
+    if (block == nullptr || (block->chunks == nullptr && block->chunk_count != 0)) {
+      throw spillover::ConfigError("the shared block and its chunks must not be null");
+    }
+    spillover::SharedBlock shared;
+    shared.process = block->process;
+    for (size_t i = 0; i < block->chunk_count; ++i) {
+      const spillover_shared_chunk& chunk = block->chunks[i];
+      shared.chunks.push_back({chunk.size_bytes, chunk.file, chunk.identity});
+    }
+    std::copy(std::begin(block->handle), std::end(block->handle), shared.handle.begin());
+    *out = spillover::Imports::instance().open(device, shared);
+  });
+}
+
+spillover_status spillover_close_shared(void* address) {
+  return guarded([&] { spillover::Imports::instance().close(address); });
 }
 
 spillover_status spillover_set_memory_fraction(int device, double fraction) {

@@ -90,6 +90,27 @@ typedef size_t (*spillover_reclaimer)(void* user, size_t missing_bytes, void* st
 typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
                                           const spillover_block_info* blocks);
 
+/* A piece of a block's memory that another process can open. */
+typedef struct spillover_shared_chunk {
+  size_t size_bytes;
+  int file; /* a file descriptor of the process that shares it */
+  uint64_t
+      identity; /* tells it from other memory that had the same number; 0 where it is unknown */
+} spillover_shared_chunk;
+
+/* A block of one process for another one: neighbouring chunks, or where there are none the handle,
+ * a CUipcMemHandle, of the memory that the block lies in. */
+typedef struct spillover_shared_block {
+  size_t offset_bytes; /* of the block in that memory */
+  int process;
+  size_t chunk_count;
+  const spillover_shared_chunk* chunks;
+  unsigned char handle[64];
+} spillover_shared_block;
+
+/* Called once by spillover_share, which copies nothing. */
+typedef void (*spillover_shared_visitor)(void* user, const spillover_shared_block* block);
+
 int spillover_abi_version(void);
 
 /* The reason of this thread's last failure: never NULL, valid until this thread's next call. */
@@ -131,6 +152,17 @@ spillover_status spillover_keep_stream(int device, void* stream);
 
 /* Lets the peer device, which can access the device, use its pool's memory. */
 spillover_status spillover_add_peer(int device, int peer);
+
+/* Shows a live block to the visitor as other processes can open it. The block must stay live until
+ * each of them has closed it. They see the whole of the chunks that it lies in. */
+spillover_status spillover_share(const void* pointer, spillover_shared_visitor visitor, void* user);
+
+/* Opens a block of another process for a device and the peers of its pool, and gives the address of
+ * the memory that the block lies at offset_bytes in. Memory that is open already keeps its address;
+ * each call wants one of spillover_close_shared with that address, whose last one waits for the
+ * device's work. */
+spillover_status spillover_open_shared(int device, const spillover_shared_block* block, void** out);
+spillover_status spillover_close_shared(void* address);
 
 /* Start and size of the segment that holds pointer. */
 spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes);

@@ -23,6 +23,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -34,6 +35,7 @@
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
+#include "allocator/shared_memory.hpp"
 #include "allocator/spare_events.hpp"
 #include "base/annotated_mutex.hpp"
 
@@ -115,6 +117,12 @@ class Pool {
 
   // Lets another device use this one's memory.
   void add_peer(int device);
+  // The devices that may; this one first.
+  std::vector<int> devices() const;
+
+  // A live block's memory for other processes, see Note [Shared memory]. Throws ConfigError unless
+  // pointer is the start of a live block, StateError where the driver cannot share it, DriverError.
+  SharedBlock share(const void* pointer);
 
   size_t largest_free_bytes();
 
@@ -271,6 +279,9 @@ class Pool {
   size_t room_bytes() const;
   void count_memory();
 
+  // pool_share.cpp
+  void close_unneeded_files();
+
   // pool_watermarks.cpp
   size_t watermark_bytes() const;
   void note_alive(StreamState& stream);
@@ -339,7 +350,9 @@ class Pool {
   std::map<ArenaId, ArenaUsage> arenas_;
   std::map<ArenaId, ArenaOptions> private_arenas_;  // Those in use.
   ArenaId next_private_arena_ = kFirstPrivateArena;
-  size_t used_bytes_peak_ = 0;  // The most that was in use when a heap grew.
+  std::set<DeviceAddress> shared_blocks_;  // Those that share() has seen, some of them freed since.
+  size_t files_needed_ = 0;                // Of chunks, after the last close_unneeded_files().
+  size_t used_bytes_peak_ = 0;             // The most that was in use when a heap grew.
   spillover_stats_t statistics_{};
   uint32_t unchecked_count_ = 0;  // calls since the last check
 };

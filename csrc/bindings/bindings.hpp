@@ -17,25 +17,10 @@ void register_dlpack(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);
 
-// Releases the GIL while it lives. Unlike pybind11's, its destructor may end the thread: that is
-// what the interpreter does with a daemon thread that wants the GIL once the program is over, by
-// unwinding its stack, and a destructor that is noexcept would abort the process.
-class GilRelease {
- public:
-  GilRelease() : thread_state_(PyEval_SaveThread()) {}
-  ~GilRelease() noexcept(false) { PyEval_RestoreThread(thread_state_); }
-  GilRelease(const GilRelease&) = delete;
-  GilRelease& operator=(const GilRelease&) = delete;
-
- private:
-  PyThreadState* const thread_state_;
-};
-
-using ReleaseGil = pybind11::call_guard<GilRelease>;
-
-// Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Where
-// the interpreter ends the thread for that, as above, the thread sleeps until the process is gone
-// in place of being unwound. Nothing within the call may need a destructor to run.
+// Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Once
+// the program is over, the interpreter ends a daemon thread that wants the GIL by unwinding its
+// stack; here the thread sleeps until the process is gone instead. Nothing within the call may need
+// a destructor to run.
 template <class Call>
 auto call_python(Call call) noexcept {
   try {
@@ -44,6 +29,24 @@ auto call_python(Call call) noexcept {
     for (;;) pause();
   }
 }
+
+// Releases the GIL while it lives. Unlike pybind11's, it may be left by an exception when the
+// program is over, and then ends no thread: an unwinding within the exception's would abort the
+// process.
+class GilRelease {
+ public:
+  GilRelease() : thread_state_(PyEval_SaveThread()) {}
+  ~GilRelease() {
+    call_python([this] { PyEval_RestoreThread(thread_state_); });
+  }
+  GilRelease(const GilRelease&) = delete;
+  GilRelease& operator=(const GilRelease&) = delete;
+
+ private:
+  PyThreadState* const thread_state_;
+};
+
+using ReleaseGil = pybind11::call_guard<GilRelease>;
 
 // Holds the GIL while it lives, on a thread that may be the interpreter's or not.
 class GilAcquire {

@@ -41,4 +41,9 @@ void synchronize_device(int device) {
   SPILLOVER_CHECKED_CALL(cuCtxSynchronize);
 }
 
+void synchronize_device_for_release(int device) noexcept {
+  const ReleaseContextScope scope(device);
+  SPILLOVER_RELEASE_CALL(cuCtxSynchronize);
+}
+
 }  // namespace spillover

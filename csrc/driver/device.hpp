@@ -26,4 +26,7 @@ MemoryInfo memory_info(int device);
 // Blocks until all work of the device's primary context is complete.
 void synchronize_device(int device);
 
+// The same for destructors of what the device may still use: never throws, reports a failure.
+void synchronize_device_for_release(int device) noexcept;
+
 }  // namespace spillover

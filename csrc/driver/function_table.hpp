@@ -61,6 +61,12 @@
   X(cuMemMap, 10020)                          \
   X(cuMemUnmap, 10020)                        \
   X(cuMemSetAccess, 10020)                    \
+  /* Memory of several processes */           \
+  X(cuMemExportToShareableHandle, 10020)      \
+  X(cuMemImportFromShareableHandle, 10020)    \
+  X(cuIpcGetMemHandle, 4010)                  \
+  X(cuIpcOpenMemHandle, 11000)                \
+  X(cuIpcCloseMemHandle, 4010)                \
   /* Pinned host memory */                    \
   X(cuMemHostRegister, 6050)                  \
   X(cuMemHostUnregister, 4000)

@@ -1,5 +1,7 @@
 #include "driver/virtual_memory.hpp"
 
+#include <fcntl.h>
+
 #include <utility>
 #include <vector>
 
@@ -9,30 +11,45 @@
 namespace spillover {
 namespace {
 
-CUmemAllocationProp properties_of(int device) {
+CUmemAllocationProp properties_of(int device, PhysicalMemory::Sharing sharing) {
   CUmemAllocationProp properties{};
   properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
   properties.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
   properties.location.id = device;
+  if (sharing == PhysicalMemory::Sharing::kExportable) {
+    properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  }
   return properties;
+}
+
+int attribute_of(int device, CUdevice_attribute attribute) {
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  int value = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &value, attribute, handle);
+  return value;
 }
 
 }  // namespace
 
 bool supports_virtual_memory(int device) {
-  CUdevice handle = 0;
-  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
-  int supported = 0;
-  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &supported,
-                         CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED, handle);
   const DriverFunctions& functions = driver_functions();
-  return supported != 0 && functions.p_cuMemCreate != nullptr &&
-         functions.p_cuMemAddressReserve != nullptr && functions.p_cuMemMap != nullptr;
+  return attribute_of(device, CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED) != 0 &&
+         functions.p_cuMemCreate != nullptr && functions.p_cuMemAddressReserve != nullptr &&
+         functions.p_cuMemMap != nullptr;
+}
+
+bool supports_file_handles(int device) {
+  const DriverFunctions& functions = driver_functions();
+  return attribute_of(device, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED) !=
+             0 &&
+         functions.p_cuMemExportToShareableHandle != nullptr &&
+         functions.p_cuMemImportFromShareableHandle != nullptr;
 }
 
 size_t allocation_granularity(int device) {
   const ContextScope scope(device);
-  const CUmemAllocationProp properties = properties_of(device);
+  const CUmemAllocationProp properties = properties_of(device, PhysicalMemory::Sharing::kPrivate);
   size_t granularity_bytes = 0;
   SPILLOVER_CHECKED_CALL(cuMemGetAllocationGranularity, &granularity_bytes, &properties,
                          CU_MEM_ALLOC_GRANULARITY_MINIMUM);
@@ -66,14 +83,36 @@ AddressReservation& AddressReservation::operator=(AddressReservation&& other) no
   return *this;
 }
 
-std::optional<PhysicalMemory> PhysicalMemory::try_create(int device, size_t size_bytes) {
+std::optional<PhysicalMemory> PhysicalMemory::try_create(int device, size_t size_bytes,
+                                                         Sharing sharing) {
   const ContextScope scope(device);
-  const CUmemAllocationProp properties = properties_of(device);
+  const CUmemAllocationProp properties = properties_of(device, sharing);
   CUmemGenericAllocationHandle handle = 0;
   const CUresult result = SPILLOVER_DRIVER_CALL(cuMemCreate, &handle, size_bytes, &properties, 0);
   if (result == CUDA_ERROR_OUT_OF_MEMORY) return std::nullopt;
   check(result, "cuMemCreate", size_bytes);
   return PhysicalMemory(device, handle, size_bytes);
+}
+
+PhysicalMemory PhysicalMemory::import_file(int device, const FileDescriptor& file,
+                                           size_t size_bytes) {
+  const ContextScope scope(device);
+  CUmemGenericAllocationHandle handle = 0;
+  // The driver takes the number itself where it says pointer.
+  auto* number = reinterpret_cast<void*>(static_cast<intptr_t>(file.number()));
+  SPILLOVER_CHECKED_CALL(cuMemImportFromShareableHandle, &handle, number,
+                         CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+  return {device, handle, size_bytes};
+}
+
+FileDescriptor PhysicalMemory::export_file() const {
+  const ContextScope scope(device_);
+  int number = -1;
+  SPILLOVER_CHECKED_CALL(cuMemExportToShareableHandle, &number, handle_,
+                         CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
+  // Programs that this one starts have no use for it, and would keep the memory.
+  fcntl(number, F_SETFD, FD_CLOEXEC);
+  return FileDescriptor(number);
 }
 
 void PhysicalMemory::release() {
@@ -123,6 +162,11 @@ void unmap_memory(int device, DeviceAddress address, size_t size_bytes) {
   const ReleaseContextScope scope(device);
   check(SPILLOVER_DRIVER_CALL(cuMemUnmap, static_cast<CUdeviceptr>(address), size_bytes),
         "cuMemUnmap", size_bytes);
+}
+
+void unmap_memory_for_release(int device, DeviceAddress address, size_t size_bytes) noexcept {
+  const ReleaseContextScope scope(device);
+  SPILLOVER_RELEASE_CALL(cuMemUnmap, static_cast<CUdeviceptr>(address), size_bytes);
 }
 
 }  // namespace spillover

@@ -10,12 +10,16 @@
 #include <optional>
 #include <span>
 
+#include "base/file_descriptor.hpp"
 #include "driver/types.hpp"
 
 namespace spillover {
 
 // Whether the device has virtual memory management at all.
 bool supports_virtual_memory(int device);
+
+// Whether physical memory can be given to other processes by file descriptors.
+bool supports_file_handles(int device);
 
 // The unit of sizes and offsets below, bytes (2 MiB on the devices of today).
 size_t allocation_granularity(int device);
@@ -44,8 +48,17 @@ class AddressReservation {
 // Memory of a device without an address.
 class PhysicalMemory {
  public:
+  enum class Sharing {
+    kPrivate,
+    kExportable,  // Other processes can get it by a file descriptor.
+  };
+
   // Empty when the device has not that much left; throws DriverError for any other failure.
-  static std::optional<PhysicalMemory> try_create(int device, size_t size_bytes);
+  static std::optional<PhysicalMemory> try_create(int device, size_t size_bytes,
+                                                  Sharing sharing = Sharing::kPrivate);
+  // Memory of another process; the file may be closed afterwards. size_bytes is what that process
+  // made. Throws DriverError.
+  static PhysicalMemory import_file(int device, const FileDescriptor& file, size_t size_bytes);
   ~PhysicalMemory();
   PhysicalMemory(PhysicalMemory&& other) noexcept;
   PhysicalMemory& operator=(PhysicalMemory&& other) noexcept;
@@ -55,6 +68,10 @@ class PhysicalMemory {
   uint64_t handle() const { return handle_; }
   size_t size_bytes() const { return size_bytes_; }
   int device() const { return device_; }
+
+  // A new descriptor of exportable memory, which keeps the memory until it is closed, as does a
+  // process that has imported it. Throws DriverError.
+  FileDescriptor export_file() const;
 
   // Gives the memory back, now or when the last mapping of it goes. Throws DriverError; the memory
   // then is neither owned nor usable any more.
@@ -79,5 +96,8 @@ void allow_access(DeviceAddress address, size_t size_bytes, std::span<const int>
 
 // Takes whole mappings, one or more, away from their addresses.
 void unmap_memory(int device, DeviceAddress address, size_t size_bytes);
+
+// The same for destructors: never throws, reports a failure. Nothing happens in a forked child.
+void unmap_memory_for_release(int device, DeviceAddress address, size_t size_bytes) noexcept;
 
 }  // namespace spillover

@@ -100,8 +100,8 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
   cuda_allocator::CheckpointDelta setCheckpointPoolState(
       c10::DeviceIndex device, std::shared_ptr<cuda_allocator::AllocatorState> state) override;
 
-  // Not supported: each raises NotImplementedError that names what was asked for. Base class
-  // functions that raise by themselves are inherited.
+  // ipc.cpp: sharing with other processes. Base class functions that raise by themselves are
+  // inherited.
   cuda_allocator::ShareableHandle shareIpcHandle(void* pointer) override;
   std::shared_ptr<void> getIpcDevPtr(std::string handle) override;
 

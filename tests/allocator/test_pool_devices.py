@@ -17,6 +17,7 @@ from cuda_calls import Cuda, live_blocks, on_thread
 import spillover
 from spillover import _core, allocator
 from spillover._paths import library_path
+from spillover.emulator import Fault, faults
 
 MIB = 1 << 20
 RunOnDevices = Callable[[Callable[[], None]], None]
@@ -172,6 +173,22 @@ def peers() -> None:
     cudas[1].synchronize()
 
 
+def peers_after_a_failure() -> None:
+    """What could not be let in is let in by the next call."""
+    cudas, pools = devices()
+    cudas[1].allow_peer(cudas[0])
+    cudas[0].use_device()
+    address = pools[0].alloc(9 * MIB)
+    library = ctypes.CDLL(str(library_path("libspillover.so")))
+    if cudas[0].has_virtual_memory:
+        with faults(Fault("cuMemSetAccess", call=2)):
+            assert library.spillover_add_peer(0, 1) != 0
+    spillover_add_peer(0, 1)
+    cudas[1].use_device()
+    cudas[1].fill(address, 9 * MIB, 0)
+    cudas[1].synchronize()
+
+
 def spillover_add_peer(device: int, peer: int) -> None:
     library = ctypes.CDLL(str(library_path("libspillover.so")))
     assert library.spillover_add_peer(device, peer) == 0
@@ -222,6 +239,7 @@ PROGRAMS = [
     used_by_a_kept_stream_of_another_device,
     used_by_a_foreign_stream_of_another_device,
     peers,
+    peers_after_a_failure,
     invariants_of_all_at_once,
 ]
 

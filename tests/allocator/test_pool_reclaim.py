@@ -309,3 +309,27 @@ def test_tensors_are_freed_for_tensors(torch_with_pool: TorchProcess) -> None:
         allocator.check_invariants()
         """
     )
+
+
+def test_daemon_threads_may_run_out_of_memory_when_the_program_ends(
+    run_python: Callable[..., str],
+) -> None:
+    run_python(
+        """
+import threading
+import spillover
+from spillover import allocator
+spillover.emulator.enable(vram="64MiB")
+pool = allocator.Pool(0, wait_max=0)
+entered = threading.Event()
+def exhaust():
+    while True:
+        try:
+            pool.allocate("100MiB")
+        except spillover.DriverError:
+            entered.set()
+for _ in range(8):
+    threading.Thread(target=exhaust, daemon=True).start()
+entered.wait()
+"""
+    )

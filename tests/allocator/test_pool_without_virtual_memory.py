@@ -11,9 +11,9 @@ import pytest
 
 FOLDER = Path(__file__).parent
 #: One process each, so that they run side by side.
-QUICK = {
+GROUPS = {
     "pool": ["fixed_memory", "behaviour", "growth", "magazines", "faults", "tags", "settings"],
-    "waiting": ["reclaim", "threads", "python", "c_api", "watermarks"],
+    "waiting": ["reclaim", "threads", "python", "c_api", "watermarks", "sharing"],
     "model": ["model"],
 }
 
@@ -44,15 +44,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("group", QUICK)
+@pytest.mark.parametrize(
+    "group",
+    ["pool", *(pytest.param(name, marks=pytest.mark.soak) for name in ("waiting", "model"))],
+)
 def test_pool(group: str) -> None:
     # Without the tests that start torch.
     run_suite(
-        *(f"test_pool_{name}.py" for name in QUICK[group]),
+        *(f"test_pool_{name}.py" for name in GROUPS[group]),
         keyword="not tensors and not install and not array",
     )
 
 
+@pytest.mark.soak
 def test_adapter() -> None:
     run_suite("test_torch_out_of_memory.py", "test_torch_statistics.py")
 

@@ -67,6 +67,35 @@ def test_devices_are_told_apart(torch_with_devices: TorchProcess) -> None:
     )
 
 
+def test_devices_copy_and_reach_each_others_memory(torch_with_devices: TorchProcess) -> None:
+    """Torch makes peers of two devices at their first copy: of memory before it and after it."""
+    torch_with_devices.run(
+        """
+        import ctypes
+        runtime = ctypes.CDLL("libcudart.so.13")
+        before = torch.arange(3 * MiB, device="cuda:0", dtype=torch.int32)
+        small = torch.arange(100, device="cuda:2")
+        for other in (1, 2):
+            copy = before.to(f"cuda:{other}", non_blocking=True)
+            after = torch.full((20 * MiB,), 4, dtype=torch.uint8, device="cuda:0")
+            back = torch.empty_like(after).copy_(after.to(f"cuda:{other}"))
+            # The other device writes where these blocks lie.
+            torch.cuda.synchronize(0)
+            with torch.cuda.device(other):
+                for block in (before, after):
+                    assert runtime.cudaMemsetAsync(
+                        ctypes.c_void_p(block.data_ptr()), 9, ctypes.c_size_t(1000), None) == 0
+                torch.cuda.synchronize()
+            assert after[0].item() == 9 and after[1000].item() == 4
+            assert back[0].item() == 4 and copy[7].item() == 7
+            assert before[250].item() == 250
+            before[:250] = torch.arange(250, device="cuda:0", dtype=torch.int32)
+        assert small.to("cuda:1").sum().item() == 4950
+        assert torch.cuda.can_device_access_peer(0, 2)
+        """
+    )
+
+
 @pytest.mark.parametrize("kind", ["default", "torch", "external"])
 def test_a_block_may_be_used_by_another_devices_stream(
     torch_with_devices: TorchProcess, kind: str

@@ -10,7 +10,7 @@ import pytest
 RunEmulated = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("adapter", ["full", "plain"])
+@pytest.mark.parametrize("adapter", ["full", pytest.param("plain", marks=pytest.mark.soak)])
 def test_a_forked_child_frees_tensors_without_a_word(
     run_emulated: RunEmulated, adapter: str
 ) -> None:
@@ -76,7 +76,14 @@ def test_a_forked_child_frees_whatever_the_parents_threads_do(run_emulated: RunE
     )
 
 
-@pytest.mark.parametrize("action", ["del held", "torch.cuda.memory_stats()", "x.record_stream(s)"])
+@pytest.mark.parametrize(
+    "action",
+    [
+        "del held",
+        pytest.param("torch.cuda.memory_stats()", marks=pytest.mark.soak),
+        pytest.param("x.record_stream(s)", marks=pytest.mark.soak),
+    ],
+)
 def test_a_python_host_function_may_run_while_the_pool_waits(
     run_emulated: RunEmulated, action: str
 ) -> None:

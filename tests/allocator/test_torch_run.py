@@ -108,6 +108,7 @@ assert (settings["limit"], settings["wait_max"]) == (512 << 20, 5.0), settings
     )
 
 
+@pytest.mark.soak
 def test_workers_of_torchrun_and_spawn_have_it(spillover_run: Run, tmp_path: Path) -> None:
     script(tmp_path, _IS_INSTALLED, "worker.py")
     name = script(

@@ -238,8 +238,10 @@ class Driver:
         self("cuMemAddressReserve", byref(pointer), size, 0, 0, 0)
         return pointer.value
 
-    def map(self, pointer: int, size: int, handle: int, *, access: int = 3) -> None:
-        self("cuMemMap", pointer, size, 0, handle, 0)
+    def map(
+        self, pointer: int, size: int, handle: int, *, offset: int = 0, access: int = 3
+    ) -> None:
+        self("cuMemMap", pointer, size, offset, handle, 0)
         descriptor = AccessDescriptor(Location(1, 0), access)
         self("cuMemSetAccess", pointer, size, byref(descriptor), 1)
 

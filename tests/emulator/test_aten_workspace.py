@@ -44,8 +44,12 @@ MIB = 1 << 20
     ("environment", "size"),
     [
         ({}, None),
-        ({"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"}, 8 * MIB + 128 * 1024),
-        ({"SPILLOVER_EMULATOR_CUBLAS_WORKSPACE": "0"}, 0),
+        pytest.param(
+            {"CUBLAS_WORKSPACE_CONFIG": ":4096:2:16:8"},
+            8 * MIB + 128 * 1024,
+            marks=pytest.mark.soak,
+        ),
+        pytest.param({"SPILLOVER_EMULATOR_CUBLAS_WORKSPACE": "0"}, 0, marks=pytest.mark.soak),
     ],
     ids=["default", "configured", "off"],
 )

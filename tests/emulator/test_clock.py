@@ -140,6 +140,7 @@ print(json.dumps({"ends": ends, "order": order, "makespan": report.makespan_ns,
     assert kinds.index("used") < len(kinds) - 8
 
 
+@pytest.mark.soak
 def test_threads_that_torch_starts_change_nothing(tmp_path: Path) -> None:
     program = """
         import torch.distributed as dist
@@ -149,6 +150,11 @@ def test_threads_that_torch_starts_change_nothing(tmp_path: Path) -> None:
         model = DistributedDataParallel(torch.nn.Linear(64, 10).cuda(), device_ids=[0])
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         data = TensorDataset(torch.randn(64, 64), torch.randint(10, (64,)))
+        # Gloo's threads give their pinned buffers back when they get to it. With enough of them
+        # from the start, none is pinned (which takes time) because a thread was slow.
+        sizes = [1 << i for i in range(15) for _ in range(8)]
+        spare = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for size in sizes]
+        del spare
         ends = []
         for workers, pinned in ((2, False), (0, True)):
             loader = DataLoader(data, 8, num_workers=workers, pin_memory=pinned)

@@ -312,7 +312,7 @@ def test_four_devices(run_emulated: RunEmulated, setting: str) -> None:
     run(run_emulated, MEMORY, PLACES, COPIES, TRAINING, COLLECTIVES, PIPELINE, env=settings)
 
 
-@pytest.mark.parametrize("schedule", ["threaded", "random"])
+@pytest.mark.parametrize("schedule", [pytest.param("threaded", marks=pytest.mark.soak), "random"])
 def test_schedules(run_emulated: RunEmulated, schedule: str) -> None:
     run(run_emulated, COPIES, TRAINING, PIPELINE, schedule=schedule)
 

@@ -116,9 +116,9 @@ def test_memory_and_schedule_equal_a_computed_run() -> None:
 @pytest.mark.parametrize(
     ("variant", "case"),
     [
-        ("expandable segments", "gpt amp fp16 with GradScaler"),
+        pytest.param("expandable segments", "gpt amp fp16 with GradScaler", marks=pytest.mark.soak),
         ("spillover allocator", "spillover offloaded activations"),
-        ("routing of 1.5", "mixture of experts"),
+        pytest.param("routing of 1.5", "mixture of experts", marks=pytest.mark.soak),
     ],
 )
 def test_memory_equals_a_computed_run_in_other_set_ups(variant: str, case: str) -> None:
@@ -240,7 +240,9 @@ for _ in range(STEPS):
 """
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
+@pytest.mark.parametrize(
+    "steps", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1, marks=pytest.mark.soak), 3]
+)
 def test_steps_and_tokens_are_counted(steps: int) -> None:
     program = (
         "from spillover import emulator\n"

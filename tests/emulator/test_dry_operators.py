@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -25,6 +27,7 @@ def measured(way: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.soak
 def test_operators_that_training_meets() -> None:
     computed, dry = measured("computed"), measured("dry")
     assert computed.keys() == dry.keys()

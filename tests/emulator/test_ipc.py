@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import byref, c_int, c_uint, c_uint64
 
@@ -71,6 +72,17 @@ class Sharing(Driver):
         pointer = c_uint64()
         status = self.library.cuIpcOpenMemHandle_v2(byref(pointer), handle, c_uint(flags))
         return status, pointer.value
+
+    def export_file(self, physical: int) -> int:
+        """Give a descriptor of physical memory, which the caller closes."""
+        file = c_int(-1)
+        self("cuMemExportToShareableHandle", byref(file), physical, 1, 0)
+        return file.value
+
+    def import_file(self, file: int) -> int:
+        handle = c_uint64()
+        self("cuMemImportFromShareableHandle", byref(handle), file, 1)
+        return handle.value
 
     def export_event(self, event: int) -> Handle:
         handle = Handle()
@@ -373,10 +385,26 @@ def neighbours() -> None:
 
 
 def writers_during_the_export() -> None:
-    """Operators of other threads write while the bytes move; nothing is lost."""
     cuda = Sharing()
-    size, count = 8 * MIB, 16
-    pointers = [cuda.alloc(size) for _ in range(count)]
+    pointers = [cuda.alloc(8 * MIB) for _ in range(16)]
+    write_during_exports(cuda, pointers, 8 * MIB, [lambda p=p: cuda.export(p) for p in pointers])
+
+
+def writers_during_the_export_of_mappings() -> None:
+    cuda = Sharing()
+    size = 8 * MIB
+    handles = [cuda.create(size, exportable=True) for _ in range(16)]
+    pointers = [cuda.reserve(size) for _ in handles]
+    for pointer, handle in zip(pointers, handles, strict=True):
+        cuda.map(pointer, size, handle)
+    exports = [lambda handle=handle: cuda.export_file(handle) for handle in handles]
+    write_during_exports(cuda, pointers, size, exports)
+
+
+def write_during_exports(
+    cuda: Sharing, pointers: list[int], size: int, exports: list[Callable[[], object]]
+) -> None:
+    """Operators of other threads write while the bytes move; nothing is lost."""
     host = cuda.library.spillover_emulator_host_pointer
     words = [
         (ctypes.c_uint64 * (size // 8)).from_address(host(c_uint64(pointer)))
@@ -397,8 +425,8 @@ def writers_during_the_export() -> None:
     thread = threading.Thread(target=write)
     thread.start()
     started.wait()
-    for pointer in pointers:
-        cuda.export(pointer)
+    for export in exports:
+        export()
         time.sleep(0.002)
     stop.set()
     thread.join()
@@ -464,6 +492,48 @@ def shareable_handles() -> None:
     assert cuda.fetch(first, 1) == b"\6"
 
 
+def exported_at_any_time() -> None:
+    """Before it is mapped, while a part of it is, and at two addresses: the bytes are the same."""
+    cuda = Sharing()
+    size = 4 * MIB
+    for mapped_first in (False, True):
+        physical = cuda.create(size, exportable=True)
+        files = [] if mapped_first else [cuda.export_file(physical)]
+        part = cuda.reserve(2 * MIB)
+        cuda.map(part, 2 * MIB, physical, offset=2 * MIB)
+        cuda("cuMemsetD8_v2", part, 3, 2 * MIB)
+        cuda("cuCtxSynchronize")
+        files.append(cuda.export_file(physical))
+        whole = cuda.reserve(size)
+        cuda.map(whole, size, physical)
+        assert cuda.fetch(whole + 2 * MIB, 1) == b"\3"
+        cuda("cuMemsetD8_v2", whole, 5, size)
+        cuda("cuCtxSynchronize")
+        for file in files:
+            again = cuda.import_file(file)
+            os.close(file)
+            other = cuda.reserve(size)
+            cuda.map(other, size, again)
+            assert cuda.fetch(other, 1) == cuda.fetch(part, 1) == b"\5"
+            cuda("cuMemUnmap", other, size)
+            cuda("cuMemRelease", again)
+        for pointer, length in ((part, 2 * MIB), (whole, size)):
+            cuda("cuMemUnmap", pointer, length)
+        cuda("cuMemRelease", physical)
+
+
+def more_handles_than_descriptors() -> None:
+    """What may be exported takes no descriptor before it is."""
+    cuda = Sharing()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+    handles = [cuda.create(2 * MIB, exportable=True) for _ in range(100)]
+    os.close(cuda.export_file(handles[0]))
+    for handle in handles:
+        cuda("cuMemRelease", handle)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def import_file() -> None:
     cuda = Sharing()
     handle = c_uint64()
@@ -503,10 +573,12 @@ def test_several_devices() -> None:
 
 def test_writers_during_the_export() -> None:
     run_program(writers_during_the_export, vram="256MiB", hazards="off")
+    run_program(writers_during_the_export_of_mappings, vram="256MiB", hazards="off")
 
 
 def test_shareable_handles() -> None:
-    run_program(shareable_handles)
+    run_program(shareable_handles, exported_at_any_time)
+    run_program(more_handles_than_descriptors, vram="256MiB")
 
 
 def test_runtime() -> None:

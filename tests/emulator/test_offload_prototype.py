@@ -62,7 +62,7 @@ def test_ordered_offload_is_exact(run_emulated, schedule: str) -> None:
     assert result.stdout.split() == ["0", "hazards"]
 
 
-@pytest.mark.parametrize("schedule", ["late", "eager"])
+@pytest.mark.parametrize("schedule", ["late", pytest.param("eager", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("forgotten", ["wait for the producer", "wait before use", "record_stream"])
 def test_each_forgotten_wait_is_reported(run_emulated, schedule: str, forgotten: str) -> None:
     result = run_emulated(PROGRAM, forgotten, schedule=schedule, hazards="count")

@@ -51,7 +51,7 @@ def expected() -> dict[str, dict[str, object]]:
 
 @pytest.mark.parametrize(
     "seed",
-    [*range(1, 4), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(4, 54))],
+    [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 54))],
 )
 def test_values_do_not_depend_on_the_schedule(
     run_emulated: Run, expected: dict[str, dict[str, object]], seed: int

@@ -374,7 +374,14 @@ print("equal")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "seed"), [("eager", 0), ("random", 1), ("random", 2), ("threaded", 0)]
+    ("schedule", "seed"),
+    [
+        ("random", 1),
+        *(
+            pytest.param(*other, marks=pytest.mark.soak)
+            for other in [("eager", 0), ("random", 2), ("threaded", 0)]
+        ),
+    ],
 )
 def test_every_schedule(
     run_emulated: Callable[..., Any], tmp_path: Path, schedule: str, seed: int

@@ -165,6 +165,13 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("schedule", ["eager", "threaded", "random"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        pytest.param("eager", marks=pytest.mark.soak),
+        pytest.param("threaded", marks=pytest.mark.soak),
+        "random",
+    ],
+)
 def test_schedules(schedule: str, run_emulated: RunEmulated) -> None:
     run_emulated(SCHEDULES.format(folder=str(FOLDER)), schedule=schedule, timeout=200)

@@ -19,7 +19,7 @@ from spillover.emulator import Options, Schedule
 PROGRAMS = Path(__file__).with_name("programs")
 
 #: What fits the time that `make test` has; `make soak` runs every group.
-SAMPLED = ("torch", "fsdp2", "spillover")
+SAMPLED = ("spillover",)
 GROUPS = {
     "huggingface": (
         "transformers_generate",
@@ -45,10 +45,14 @@ GROUPS = {
 NAMES = sorted(path.stem for path in PROGRAMS.glob("[a-z]*.py"))
 
 
-def run_programs(names: tuple[str, ...], options: Options) -> None:
-    """Run them in one process; skip, after the others have run, for those that cannot."""
+def run_programs(names: tuple[str, ...], options: Options, *, ours: bool = False) -> None:
+    """Run them in one process; skip, after the others have run, for those that cannot.
+
+    With ``ours``, under ``spillover run``: the allocator is ours, from before the script starts.
+    """
+    run = ("-m", "spillover", "run") if ours else ()
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", str(PROGRAMS), *names],
+        [sys.executable, "-W", "ignore", *run, str(PROGRAMS), *names],
         capture_output=True,
         text=True,
         timeout=280,
@@ -62,6 +66,8 @@ def run_programs(names: tuple[str, ...], options: Options) -> None:
     assert not failed, "\n".join(failed) + result.stderr[-4000:]
     assert result.returncode == 0, result.stdout + result.stderr
     assert [o["program"] for o in outcomes] == list(names)
+    if ours:
+        assert all(o.get("allocator", "spillover") == "spillover" for o in outcomes)
     skipped = [f"{o['program']}: {o['reason']}" for o in outcomes if o["outcome"] == "skipped"]
     if skipped:
         passed = len(names) - len(skipped)
@@ -89,6 +95,22 @@ def test_stacks(group: str) -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_stacks_on_other_schedules(group: str, schedule: Schedule, seed: int) -> None:
     run_programs(GROUPS[group], Options(vram="2GiB", schedule=schedule, seed=seed, hazards="raise"))
+
+
+#: What people run most; `make soak` runs every program that brings no allocator of its own.
+POPULAR = ("transformers_trainer", "lightning_fit", "torchvision_resnet")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        POPULAR,
+        *(pytest.param(GROUPS[group], marks=pytest.mark.soak) for group in GROUPS),
+    ],
+    ids=["popular", *GROUPS],
+)
+def test_unmodified_scripts_run_on_our_allocator(names: tuple[str, ...]) -> None:
+    run_programs(names, Options(vram="2GiB", schedule="late", hazards="raise"), ours=True)
 
 
 @pytest.mark.soak

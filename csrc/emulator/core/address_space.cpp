@@ -118,8 +118,8 @@ bool AddressSpace::map_fresh(Address address, std::size_t size_bytes, FreshMemor
 }
 
 bool AddressSpace::map_file(Address address, std::size_t size_bytes, int file,
-                            std::size_t offset_bytes) {
-  return mmap(at(to_host(address)), size_bytes, PROT_NONE, MAP_SHARED | MAP_FIXED, file,
+                            std::size_t offset_bytes, int protection) {
+  return mmap(at(to_host(address)), size_bytes, protection, MAP_SHARED | MAP_FIXED, file,
               static_cast<off_t>(offset_bytes)) != MAP_FAILED;
 }
 

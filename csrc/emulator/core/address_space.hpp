@@ -48,8 +48,9 @@ class AddressSpace {
   // Gives fresh private memory to a range of the shadow.
   bool map_fresh(Address address, std::size_t size_bytes, FreshMemory kind);
 
-  // Shows a part of a file in a range of the shadow, not yet accessible.
-  bool map_file(Address address, std::size_t size_bytes, int file, std::size_t offset_bytes);
+  // Shows a part of a file in a range of the shadow, with the protection that mmap takes.
+  bool map_file(Address address, std::size_t size_bytes, int file, std::size_t offset_bytes,
+                int protection);
 
   // Moves the bytes of a range that map_fresh mapped to a new file, where other processes can map
   // them too; -1 where that fails. Threads may use the range meanwhile.

@@ -79,8 +79,7 @@ CUresult DeviceMemory::import(int file, const ProcessFile& origin, std::size_t s
   const std::size_t span = round_up(size_bytes, unit);
   const auto place = addresses_->take(span, unit);
   if (!place) return CUDA_ERROR_MAP_FAILED;
-  if (!addresses_->map_file(*place, span, file, 0) ||
-      !addresses_->protect(*place, span, PROT_READ | PROT_WRITE)) {
+  if (!addresses_->map_file(*place, span, file, 0, PROT_READ | PROT_WRITE)) {
     addresses_->give(*place, span);
     return CUDA_ERROR_MAP_FAILED;
   }

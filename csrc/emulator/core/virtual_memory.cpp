@@ -12,6 +12,7 @@
 
 #include "emulator/core/config.hpp"
 #include "emulator/core/process_file.hpp"
+#include "emulator/core/writer_pause.hpp"
 
 namespace spillover::emulator {
 namespace {
@@ -21,6 +22,22 @@ constexpr std::size_t kStoreBytes = std::size_t{1} << 42;
 
 int open_memory_file(std::size_t size_bytes) {
   return emulator::open_memory_file("spillover-emulator-vram", size_bytes);
+}
+
+bool copy_bytes(int source, std::size_t source_offset, int target, std::size_t size_bytes) {
+  std::vector<char> buffer(kGranularityBytes);
+  std::size_t done = 0;
+  while (done < size_bytes) {
+    const std::size_t part = std::min(buffer.size(), size_bytes - done);
+    const ssize_t got =
+        pread(source, buffer.data(), part, static_cast<off_t>(source_offset + done));
+    if (got <= 0 || pwrite(target, buffer.data(), static_cast<std::size_t>(got),
+                           static_cast<off_t>(done)) != got) {
+      return false;
+    }
+    done += static_cast<std::size_t>(got);
+  }
+  return true;
 }
 
 bool granular(std::size_t value) {
@@ -65,12 +82,7 @@ CUresult VirtualMemory::free_reservation(Address address, std::size_t size_bytes
   return CUDA_SUCCESS;
 }
 
-CUresult VirtualMemory::place(std::size_t size_bytes, bool exportable, Physical* physical) {
-  if (exportable) {
-    physical->file = open_memory_file(size_bytes);
-    physical->owns_file = true;
-    return physical->file < 0 ? CUDA_ERROR_OUT_OF_MEMORY : CUDA_SUCCESS;
-  }
+CUresult VirtualMemory::place(std::size_t size_bytes, Physical* physical) {
   Store& store = stores_[static_cast<std::size_t>(physical->device)];
   if (!store.ranges.has_value()) {
     store.file = open_memory_file(kStoreBytes);
@@ -107,8 +119,7 @@ CUresult VirtualMemory::create(std::size_t size_bytes, const CUmemAllocationProp
   physical.properties = properties;
   if (!budget_->charge(physical.device, size_bytes)) return CUDA_ERROR_OUT_OF_MEMORY;
   physical.charged_bytes = size_bytes;
-  const bool exportable = properties.requestedHandleTypes != CU_MEM_HANDLE_TYPE_NONE;
-  const CUresult placed = place(size_bytes, exportable, &physical);
+  const CUresult placed = place(size_bytes, &physical);
   if (placed != CUDA_SUCCESS) {
     budget_->refund(physical.device, size_bytes);
     return placed;
@@ -119,6 +130,48 @@ CUresult VirtualMemory::create(std::size_t size_bytes, const CUmemAllocationProp
   return CUDA_SUCCESS;
 }
 
+void VirtualMemory::leave_store(const Physical& physical) {
+  fallocate(physical.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+            static_cast<off_t>(physical.offset_bytes), static_cast<off_t>(physical.size_bytes));
+  auto& ranges = stores_[static_cast<std::size_t>(physical.device)].ranges;
+  if (ranges.has_value()) ranges->give(physical.offset_bytes, physical.size_bytes);
+}
+
+bool VirtualMemory::give_own_file(PhysicalId id) {
+  Physical& physical = physical_.at(id);
+  if (physical.owns_file) return true;
+  const int file = open_memory_file(physical.size_bytes);
+  if (file < 0) return false;
+  const auto mapped = std::find_if(mappings_.begin(), mappings_.end(), [&](const auto& entry) {
+    return physical.mappings != 0 && entry.second.physical == id;
+  });
+  std::optional<WriterPause> pause;
+  bool moved = true;
+  if (mapped != mappings_.end()) {
+    const auto& [address, mapping] = *mapped;
+    pause.emplace(addresses_->to_host(address), mapping.size_bytes);
+    moved = addresses_->protect(address, mapping.size_bytes,
+                                to_protection(mapping.access) & ~PROT_WRITE);
+  }
+  moved = moved && copy_bytes(physical.file, physical.offset_bytes, file, physical.size_bytes);
+  if (mapped != mappings_.end()) {
+    const auto& [address, mapping] = *mapped;
+    const int protection = to_protection(mapping.access);
+    moved = moved && addresses_->map_file(address, mapping.size_bytes, file, mapping.offset_bytes,
+                                          protection);
+    if (!moved) addresses_->protect(address, mapping.size_bytes, protection);
+  }
+  if (!moved) {
+    close(file);
+    return false;
+  }
+  leave_store(physical);
+  physical.file = file;
+  physical.offset_bytes = 0;
+  physical.owns_file = true;
+  return true;
+}
+
 void VirtualMemory::erase_if_unused(PhysicalId id) {
   const auto position = physical_.find(id);
   const Physical& physical = position->second;
@@ -126,10 +179,7 @@ void VirtualMemory::erase_if_unused(PhysicalId id) {
   if (physical.owns_file) {
     close(physical.file);
   } else {
-    fallocate(physical.file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-              static_cast<off_t>(physical.offset_bytes), static_cast<off_t>(physical.size_bytes));
-    auto& ranges = stores_[static_cast<std::size_t>(physical.device)].ranges;
-    if (ranges.has_value()) ranges->give(physical.offset_bytes, physical.size_bytes);
+    leave_store(physical);
   }
   if (physical.alias_key != 0) {
     dead_keys_.push_back({physical.alias_key, physical.size_bytes});
@@ -159,7 +209,8 @@ CUresult VirtualMemory::retain(Address address, PhysicalId* id) {
 
 CUresult VirtualMemory::export_file(PhysicalId id, int* file) {
   const Physical* found = physical(id);
-  if (found == nullptr || !found->owns_file) return CUDA_ERROR_INVALID_VALUE;
+  if (found == nullptr || !found->is_exportable()) return CUDA_ERROR_INVALID_VALUE;
+  if (!give_own_file(id)) return CUDA_ERROR_OUT_OF_MEMORY;
   *file = fcntl(found->file, F_DUPFD_CLOEXEC, 0);
   return *file < 0 ? CUDA_ERROR_OPERATING_SYSTEM : CUDA_SUCCESS;
 }
@@ -215,7 +266,12 @@ CUresult VirtualMemory::map(Address address, std::size_t size_bytes, std::size_t
     const Mapping& previous = std::prev(next)->second;
     if (previous.address + previous.size_bytes > address) return CUDA_ERROR_INVALID_VALUE;
   }
-  if (!addresses_->map_file(address, size_bytes, found->file, found->offset_bytes + offset_bytes)) {
+  // While it has one address its bytes can still move.
+  if (found->is_exportable() && found->mappings == 1 && !give_own_file(id)) {
+    return CUDA_ERROR_OUT_OF_MEMORY;
+  }
+  if (!addresses_->map_file(address, size_bytes, found->file, found->offset_bytes + offset_bytes,
+                            PROT_NONE)) {
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
   Mapping mapping;

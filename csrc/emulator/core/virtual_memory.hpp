@@ -3,8 +3,10 @@
 // bytes.
 //
 // Note [Physical memory]: a device's physical memory is one sparse file in memory; a handle is a
-// range of it, so that thousands of 2 MiB handles need one file descriptor. A handle that may be
-// exported has a file of its own, since its descriptor must give access to it alone.
+// range of it, so that thousands of 2 MiB handles need one file descriptor. A handle gets a file of
+// its own when it is exported first, since its descriptor must give access to it alone: its bytes
+// move there under threads that may be writing to them (Note [Moving under writers]). One that may
+// be exported moves before it is mapped a second time, as writers are held off at one address.
 //
 // Owned by the Machine; guarded by Machine::mutex.
 #pragma once
@@ -39,6 +41,9 @@ struct Physical {
   int references = 1;  // by create, import and retain
   int mappings = 0;
   bool is_imported() const { return charged_bytes == 0; }
+  bool is_exportable() const {
+    return properties.requestedHandleTypes == CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+  }
 
   // Where the checker keeps what happens to these bytes once they are mapped twice; 0 before.
   Address alias_key = 0;
@@ -132,7 +137,9 @@ class VirtualMemory {
     std::optional<RangeAllocator> ranges;
   };
 
-  CUresult place(std::size_t size_bytes, bool exportable, Physical* physical);
+  CUresult place(std::size_t size_bytes, Physical* physical);
+  void leave_store(const Physical& physical);
+  bool give_own_file(PhysicalId id);
   void erase_if_unused(PhysicalId id);
   static void fill_with_poison(const Physical& physical);
 

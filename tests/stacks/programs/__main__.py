@@ -1,7 +1,7 @@
 """Runs several programs in one process: ``python tests/stacks/programs NAME...``; none runs all.
 
 Prints one JSON object a program, ``{"program": ..., "outcome": "ok", "skipped" or "failed"}``, and
-exits with 1 if any failed.
+exits with 1 if any failed. One that passed names the allocator of the device's memory, too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 import _program
+import torch
 
 
 def run(name: str) -> dict[str, object]:
@@ -27,7 +28,12 @@ def run(name: str) -> dict[str, object]:
         _program.check(module.run)
     except Exception:
         return {"program": name, "outcome": "failed", "reason": traceback.format_exc()}
-    return {"program": name, "outcome": "ok", "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        "program": name,
+        "outcome": "ok",
+        "allocator": torch.cuda.get_allocator_backend(),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def main(names: list[str]) -> int:
