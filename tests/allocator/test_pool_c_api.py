@@ -95,10 +95,12 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert library.spillover_alloc(0, 1 << 50, None, ctypes.byref(out)) == OUT_OF_MEMORY
     assert last(ctypes.byref(report)) == OK
     assert (report.requested, report.allocated, report.waiting) == (1 << 50, 16 << 20, 0)
-    assert report.limit == 2**64 - 1 and not report.is_limited
+    assert report.limit == 2**64 - 1
+    assert not report.is_limited
     assert report.reserved == report.allocated + report.cached
     assert report.total == _core.memory_info(0)[1] >= report.free
-    assert b"Tried: " in report.details and b"spillover.optim" in report.details
+    assert b"Tried: " in report.details
+    assert b"spillover.optim" in report.details
     # A failure of another kind has no such figures.
     assert library.spillover_free(4096) == INVALID_ARGUMENT
     sentence = library.spillover_last_error()
