@@ -8,6 +8,7 @@
 
 #include "allocator/arenas.hpp"
 #include "allocator/imports.hpp"
+#include "allocator/out_of_memory.hpp"
 #include "allocator/pools.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
@@ -16,13 +17,35 @@ namespace {
 
 thread_local std::string t_last_error;
 
+struct LastOutOfMemory {
+  spillover_out_of_memory_t figures{};
+  std::string details;
+  bool is_last = false;  // No other failure came after it.
+};
+thread_local LastOutOfMemory t_out_of_memory;
+
 spillover_status fail(spillover_status status, const char* message) noexcept {
+  t_out_of_memory.is_last = false;
   try {
     t_last_error = message;
   } catch (const std::exception&) {
     t_last_error.clear();  // Not even the message could be stored.
   }
   return status;
+}
+
+void keep_report(const spillover::OutOfMemoryReport& report) noexcept {
+  LastOutOfMemory& kept = t_out_of_memory;
+  try {
+    kept.details = spillover::describe_details(report);
+  } catch (const std::exception&) {
+    kept.details.clear();
+  }
+  kept.figures = {report.requested_bytes, report.free_bytes,           report.total_bytes,
+                  report.limit_bytes,     report.is_limited() ? 1 : 0, report.reserved_bytes,
+                  report.allocated_bytes, report.waiting_bytes,        report.cached_bytes,
+                  report.largest_bytes,   report.fragmentation(),      nullptr};
+  kept.is_last = true;
 }
 
 // Runs body and turns what it throws into a status and this thread's last error.
@@ -33,6 +56,10 @@ spillover_status guarded(Body body) noexcept {
     return SPILLOVER_OK;
   } catch (const spillover::ConfigError& error) {
     return fail(SPILLOVER_INVALID_ARGUMENT, error.what());
+  } catch (const spillover::PoolOutOfMemoryError& error) {
+    fail(SPILLOVER_OUT_OF_MEMORY, error.what());
+    keep_report(error.report());
+    return SPILLOVER_OUT_OF_MEMORY;
   } catch (const spillover::DeviceOutOfMemoryError& error) {
     return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
   } catch (const spillover::DriverError& error) {
@@ -56,6 +83,13 @@ int spillover_abi_version(void) {
 
 const char* spillover_last_error(void) {
   return t_last_error.c_str();
+}
+
+spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out) {
+  if (out == nullptr || !t_out_of_memory.is_last) return SPILLOVER_INVALID_ARGUMENT;
+  *out = t_out_of_memory.figures;
+  out->details = t_out_of_memory.details.c_str();
+  return SPILLOVER_OK;
 }
 
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {

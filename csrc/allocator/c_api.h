@@ -114,10 +114,32 @@ typedef struct spillover_shared_block {
 /* Called once by spillover_share, which copies nothing. */
 typedef void (*spillover_shared_visitor)(void* user, const spillover_shared_block* block);
 
+/* What was found when a request could not be served. Units: bytes. */
+typedef struct spillover_out_of_memory_t {
+  size_t requested_bytes;
+  size_t free_bytes;  /* of the device, as the driver says */
+  size_t total_bytes; /* of the device */
+  size_t limit_bytes; /* of the pool by its settings, SIZE_MAX without one */
+  int is_limited;     /* whether that limit stood in the way */
+  /* Of the pool: reserved is allocated, waiting for streams, and cached. */
+  size_t reserved_bytes;
+  size_t allocated_bytes;
+  size_t waiting_bytes;
+  size_t cached_bytes;
+  size_t largest_free_bytes;
+  double fragmentation; /* share of what is cached outside the largest free block, 0 to 1 */
+  const char* details;  /* sentences: bytes of each tag, what was tried, which setting helps */
+} spillover_out_of_memory_t;
+
 int spillover_abi_version(void);
 
 /* The reason of this thread's last failure: never NULL, valid until this thread's next call. */
 const char* spillover_last_error(void);
+
+/* More about this thread's last failure, where that was SPILLOVER_OUT_OF_MEMORY for a request's
+ * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The details are
+ * valid until this thread's next failure. */
+spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
  * 512 bytes. A size of 0 gives NULL. */

@@ -104,7 +104,9 @@ void* Pool::serve(Lock& lock, const Request& request) {
 // DeviceOutOfMemoryError.
 Block* Pool::obtain(Lock& lock, const Request& request) {
   if (Block* block = take_best_fit(request)) return block;
-  if (empty_magazines()) {
+  LadderAttempts attempts;
+  attempts.kept_bytes = empty_magazines();
+  if (attempts.kept_bytes != 0) {
     if (Block* block = take_best_fit(request)) return block;
   }
   const RelaxedCaptureScope relaxed;
@@ -114,7 +116,7 @@ Block* Pool::obtain(Lock& lock, const Request& request) {
     if (Block* block = grow(request, Source::kHeld)) return block;
   }
   if (Block* block = grow(request, Source::kNew)) return block;
-  return obtain_by_waiting(lock, request);
+  return obtain_by_waiting(lock, request, attempts);
 }
 
 Block* Pool::take_best_fit(const Request& request) {

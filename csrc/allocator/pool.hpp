@@ -33,6 +33,7 @@
 #include "allocator/c_api.h"
 #include "allocator/content_store.hpp"
 #include "allocator/magazine.hpp"
+#include "allocator/out_of_memory.hpp"
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
 #include "allocator/settings.hpp"
@@ -288,7 +289,7 @@ class Pool {
   void return_cached(const std::vector<Block*>& blocks);
   void empty_large(const StreamState& stream);
   void empty(ThreadCache& cache, MagazineSlot& slot);
-  bool empty_magazines();
+  size_t empty_magazines();
   void take_over_counters();
   void take_over(ThreadCounters& counters);
   void raise_peaks();
@@ -380,16 +381,18 @@ class Pool {
   Block* take_behind_watermark(const Request& request);
 
   // pool_ladder.cpp
-  Block* obtain_by_waiting(Lock& lock, const Request& request);
+  Block* obtain_by_waiting(Lock& lock, const Request& request, LadderAttempts& attempts);
   std::optional<Block*> poll_until_fit(Lock& lock, const Request& request);
+  size_t usable_bytes(const Request& request) const;
   bool mark_streams();
   size_t foreign_bytes() const;
   void wait_for_device(Lock& lock, const std::vector<int>& other_devices = {});
-  Block* search_again(Lock& lock, const Request& request);
-  Block* reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes);
+  Block* search_again(Lock& lock, const Request& request, LadderAttempts& attempts);
+  Block* reclaim(Lock& lock, const Request& request, LadderAttempts& attempts);
   void release_idle(Lock& lock, size_t keep_bytes);
   void return_released(Lock& lock);
-  [[noreturn]] void throw_out_of_memory(const Request& request, size_t reclaimed_bytes);
+  [[noreturn]] void throw_out_of_memory(const Request& request, const LadderAttempts& attempts);
+  std::vector<std::pair<std::string, size_t>> live_bytes_by_tag() const;
 
   size_t limit_by_settings() const;
   size_t largest_free() const;

@@ -4,6 +4,8 @@
 #include <exception>
 #include <set>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
@@ -24,59 +26,98 @@ constexpr size_t kReclaimRoundsMax = 16;
 }  // namespace
 
 // Null is never the answer: throws DeviceOutOfMemoryError.
-Block* Pool::obtain_by_waiting(Lock& lock, const Request& request) {
+Block* Pool::obtain_by_waiting(Lock& lock, const Request& request, LadderAttempts& attempts) {
   ++statistics_.alloc_retries;
-  if (Block* block = search_again(lock, request)) return block;
+  if (Block* block = search_again(lock, request, attempts)) return block;
   if (Block* block = borrow(request)) return block;
-  size_t reclaimed_bytes = 0;
-  if (request.is_captured) throw_out_of_memory(request, reclaimed_bytes);
-  if (Block* block = reclaim(lock, request, reclaimed_bytes)) return block;
+  if (request.is_captured) throw_out_of_memory(request, attempts);
+  if (Block* block = reclaim(lock, request, attempts)) return block;
   if (Block* block = take_behind_watermark(request)) return block;
-  throw_out_of_memory(request, reclaimed_bytes);
+  throw_out_of_memory(request, attempts);
 }
 
 // Looks for a fit in everything that is free or will be; null where there is none.
-Block* Pool::search_again(Lock& lock, const Request& request) {
-  empty_magazines();
+Block* Pool::search_again(Lock& lock, const Request& request, LadderAttempts& attempts) {
+  attempts.kept_bytes += empty_magazines();
   const auto try_again = [&]() -> Block* {
     if (Block* block = take_best_fit(request)) return block;
     return grow(request, Source::kNew);
   };
+  size_t usable_before = usable_bytes(request);
+  // What has become usable since this was asked last; memory that is used meanwhile is no loss.
+  const auto gained_bytes = [&] {
+    const size_t usable_now = usable_bytes(request);
+    const size_t before = std::exchange(usable_before, usable_now);
+    return usable_now - std::min(usable_now, before);
+  };
+  const auto start = Clock::now();
   const std::optional<Block*> polled = poll_until_fit(lock, request);
   if (polled.value_or(nullptr) != nullptr) return *polled;
+  attempts.waited += std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - start);
+  attempts.waited_bytes += gained_bytes();
+  attempts.has_timed_out = !polled;
   // Where streams have not come to their marks, a wait for all of the device might have no end; and
   // what gives memory at fixed addresses back waits for the device.
   const bool may_wait = !request.is_captured && !captures();
   if (polled && may_wait && (foreign_bytes() != 0 || pending_.has_unmarked())) {
     wait_for_device(lock);
+    attempts.has_waited_for_device = true;
+    attempts.device_bytes += gained_bytes();
     if (Block* block = try_again()) return block;
   }
-  if (polled || backing_.is_virtual()) release_idle(lock, 0);
+  if (polled || backing_.is_virtual()) {
+    const size_t held_before = backing_.held_bytes();
+    release_idle(lock, 0);
+    attempts.has_returned_idle = true;
+    attempts.returned_bytes += held_before - std::min(held_before, backing_.held_bytes());
+  }
   return try_again();
 }
 
 // Asks the reclaimers in turn, with the mutex released, until the request fits or none has more to
 // give; null then. See Note [Reclaimers].
-Block* Pool::reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes) {
+Block* Pool::reclaim(Lock& lock, const Request& request, LadderAttempts& attempts) {
   const auto count_frees = [&] { return totals().allocation[SPILLOVER_CLASS_ALL].freed; };
   for (size_t round = 0; round < kReclaimRoundsMax; ++round) {
     const int64_t free_count = count_frees();
     size_t round_bytes = 0;
-    for (const uint64_t number : reclaimers_.numbers()) {
+    const std::vector<uint64_t> numbers = reclaimers_.numbers();
+    attempts.reclaimer_count = std::max(attempts.reclaimer_count, numbers.size());
+    for (const uint64_t number : numbers) {
       lock.unlock();
       const size_t freed_bytes =
           reclaimers_.call(number, request.size_bytes, request.stream.handle);
       lock.lock();
       if (freed_bytes == 0) continue;
       round_bytes += freed_bytes;
-      reclaimed_bytes += freed_bytes;
-      if (Block* block = search_again(lock, request)) return block;
+      attempts.reclaimed_bytes += freed_bytes;
+      if (Block* block = search_again(lock, request, attempts)) return block;
     }
     if (round_bytes != 0) continue;
     // Another thread's call may have freed what this one's found gone.
-    return count_frees() == free_count ? nullptr : search_again(lock, request);
+    return count_frees() == free_count ? nullptr : search_again(lock, request, attempts);
   }
   return nullptr;
+}
+
+// Free memory that the request may use as far as is known, however it lies.
+size_t Pool::usable_bytes(const Request& request) const {
+  size_t sum_bytes = backing_.cached_bytes();
+  for (const auto& [key, stream] : streams_) {
+    const bool is_own = stream.key == request.stream && stream.arena == request.arena;
+    if (is_own || (!stream.is_private() && stream.completed_count == stream.freed_count)) {
+      sum_bytes += stream.free_bytes();
+    } else if (!stream.is_private()) {
+      for (const Heap& heap : stream.heaps) {
+        for (const Block* block : heap.free) {
+          for (const AddressRange& part : complete_parts(*block, stream.completed_count)) {
+            sum_bytes += part.size_bytes();
+          }
+        }
+      }
+    }
+  }
+  return sum_bytes;
 }
 
 // Waits for marks, with the mutex released, until the request fits. Null where nothing more is to

@@ -112,15 +112,17 @@ void Pool::empty(ThreadCache& cache, MagazineSlot& slot) {
   return_cached(blocks);
 }
 
-// Whether any block came back.
-bool Pool::empty_magazines() {
+// Gives the bytes of the blocks that came back.
+size_t Pool::empty_magazines() {
   std::vector<Block*> blocks;
   for (const MagazineReference& reference : magazines_) {
     const std::lock_guard lock(reference.cache->lock);
     reference.slot->magazine.empty(blocks);
   }
+  size_t size_bytes = 0;
+  for (const Block* block : blocks) size_bytes += block->size_bytes;
   return_cached(blocks);
-  return !blocks.empty();
+  return size_bytes;
 }
 
 Pool::StillMagazines::StillMagazines(Pool& pool, Contents contents) {

@@ -1,12 +1,16 @@
 // What the pool tells about itself: counters, segments, and the message of an out-of-memory error.
 #include <algorithm>
-#include <array>
-#include <cstdio>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "allocator/arenas.hpp"
+#include "allocator/out_of_memory.hpp"
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
-#include "base/error.hpp"
 #include "driver/device.hpp"
+#include "driver/virtual_memory.hpp"
 
 namespace spillover {
 
@@ -100,49 +104,64 @@ spillover_tag_stats_t Pool::arena_statistics(ArenaId arena) {
   return result;
 }
 
-void Pool::throw_out_of_memory(const Request& request, size_t reclaimed_bytes) {
+// Live bytes of each tag, the largest first; empty where nobody has set one.
+std::vector<std::pair<std::string, size_t>> Pool::live_bytes_by_tag() const {
+  std::map<ArenaId, size_t> by_arena;
+  for (const auto& [address, first] : segments_) {
+    const ArenaId arena = first->heap->stream->arena;
+    // A graph's or a MemPool's memory has no name of its own.
+    size_t& sum_bytes = by_arena[std::min(arena, kFirstPrivateArena)];
+    for (const Block* block = first; block != nullptr; block = block->next) {
+      if (block->state == BlockState::kLive) sum_bytes += block->size_bytes;
+    }
+  }
+  std::vector<std::pair<std::string, size_t>> tags;
+  for (const auto& [arena, size_bytes] : by_arena) {
+    if (size_bytes == 0) continue;
+    const std::string name = is_private_arena(arena)  ? "private pools"
+                             : arena == kDefaultArena ? "untagged"
+                                                      : "'" + arena_name(arena) + "'";
+    tags.emplace_back(name, size_bytes);
+  }
+  if (tags.size() == 1 && by_arena[kDefaultArena] != 0) return {};
+  std::stable_sort(tags.begin(), tags.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
+  return tags;
+}
+
+void Pool::throw_out_of_memory(const Request& request, const LadderAttempts& attempts) {
   ++statistics_.ooms;
   const MemoryInfo memory = memory_info(device_);
+  const bool has_virtual_memory = supports_virtual_memory(device_);
+  const StillMagazines still(*this);
   const auto current = [](const ClassCounters& counters) {
     return static_cast<size_t>(counters[SPILLOVER_CLASS_ALL].current);
   };
   const spillover_stats_t statistics = totals();
-  const size_t reserved_bytes = current(statistics.reserved_bytes);
-  const size_t allocated_bytes = current(statistics.allocated_bytes);
-  const size_t waiting_bytes = current(statistics.active_bytes) - allocated_bytes;
-  const size_t cached_bytes = reserved_bytes - allocated_bytes - waiting_bytes;
-  const size_t largest_bytes = largest_free();
-  // The share of the cached memory that even the largest request to succeed could not use.
-  const double fragmentation_percent =
-      cached_bytes == 0 ? 0.0
-                        : 100.0 * static_cast<double>(cached_bytes - largest_bytes) /
-                              static_cast<double>(cached_bytes);
-  std::array<char, 16> percent{};
-  std::snprintf(percent.data(), percent.size(), "%.1f %%", fragmentation_percent);
-
-  std::string message = "device " + std::to_string(device_) +
-                        " is out of memory: " + format_bytes(request.requested_bytes) +
-                        " requested; the device has " + format_bytes(memory.free_bytes) +
-                        " free of " + format_bytes(memory.total_bytes) + "; this pool holds " +
-                        format_bytes(reserved_bytes) + ": " + format_bytes(allocated_bytes) +
-                        " allocated, " + format_bytes(waiting_bytes) + " waiting for streams, " +
-                        format_bytes(cached_bytes) + " cached. The largest free block has " +
-                        format_bytes(largest_bytes) + "; fragmentation is " + percent.data() + ".";
-  if (reclaimed_bytes != 0) {
-    message += " Reclaimers say that they freed " + format_bytes(reclaimed_bytes) + ".";
+  OutOfMemoryReport report;
+  report.device = device_;
+  report.requested_bytes = request.requested_bytes;
+  report.free_bytes = memory.free_bytes;
+  report.total_bytes = memory.total_bytes;
+  report.reserved_bytes = current(statistics.reserved_bytes);
+  report.allocated_bytes = current(statistics.allocated_bytes);
+  report.waiting_bytes = current(statistics.active_bytes) - report.allocated_bytes;
+  report.cached_bytes = report.reserved_bytes - report.allocated_bytes - report.waiting_bytes;
+  report.largest_bytes = largest_free();
+  for (const auto& [key, stream] : streams_) {
+    if (stream.is_private() && stream.arena != request.arena) {
+      report.private_bytes += stream.free_bytes();
+    }
   }
-  const size_t limit = limit_by_settings();
-  if (limit < memory.total_bytes) {
-    const bool is_fraction = limit < settings_.limit_bytes;
-    message += std::string(is_fraction ? " The memory fraction" : " The setting 'limit'") +
-               " allows the pool " + format_bytes(limit) + "; raise it with " +
-               (is_fraction ? "torch.cuda.set_per_process_memory_fraction or " : "") +
-               "spillover.allocator.configure(" + (is_fraction ? "fraction" : "limit") + "=...).";
-  }
-  message +=
-      " Use a smaller batch, or move data off the device: spillover.offload_activations, "
-      "spillover.stream_parameters, spillover.optim.";
-  throw DeviceOutOfMemoryError(message, request.requested_bytes);
+  report.limit_bytes = limit_by_settings();
+  report.is_limit_fraction = report.limit_bytes < settings_.limit_bytes;
+  report.is_captured = request.is_captured;
+  report.is_virtual = backing_.is_virtual();
+  report.may_be_virtual = !report.is_virtual && has_virtual_memory;
+  report.wait_max = settings_.wait_max;
+  report.tags = live_bytes_by_tag();
+  report.attempts = attempts;
+  throw PoolOutOfMemoryError(std::move(report));
 }
 
 }  // namespace spillover

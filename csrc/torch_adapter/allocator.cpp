@@ -294,7 +294,7 @@ void Allocator::attachAllocatorTraceTracker(cuda_allocator::AllocatorTraceTracke
 
 #if SPILLOVER_TORCH_AT_LEAST(2, 12)
 void Allocator::attachOomRejectionObserver(cuda_allocator::OomRejectionObserver observer) {
-  // Never called: the pool has no policy that rejects a request before memory has run out.
+  attach_rejection_observer(std::move(observer));
 }
 
 std::shared_ptr<c10::GatheredContext> Allocator::getContextForPointer(const void* pointer) {

@@ -21,10 +21,13 @@ namespace {
 using c10::CachingAllocator::format_size;
 using c10::cuda::CUDACachingAllocator::OutOfMemoryObserver;
 
-struct Observers {
+template <class Observer>
+struct ObserverList {
   std::mutex mutex;
-  std::vector<OutOfMemoryObserver> list;  // guarded by mutex
+  std::vector<Observer> list;  // guarded by mutex
 };
+using Observers = ObserverList<OutOfMemoryObserver>;
+using RejectionObservers = ObserverList<RejectionObserver>;
 
 Observers& observers() {
   // Leaked on purpose: observers hold Python objects, which must not be released after Python.
@@ -32,58 +35,63 @@ Observers& observers() {
   return *instance;
 }
 
-struct DeviceMemory {
-  size_t free_bytes = 0;
-  size_t total_bytes = 0;
-};
+RejectionObservers& rejection_observers() {
+  static RejectionObservers* const instance = new RejectionObservers;
+  return *instance;
+}
 
-DeviceMemory device_memory(c10::DeviceIndex device) {
+// A copy, so that no lock is held while an observer takes the GIL.
+template <class Observers>
+auto observers_of(Observers& all) {
+  const std::lock_guard lock(all.mutex);
+  return all.list;
+}
+
+// The sizes at least, where the failure was another's than the pool's (its last error is its text).
+spillover_out_of_memory_t figures_of(c10::DeviceIndex device, size_t size_bytes,
+                                     const std::string& reason) {
+  spillover_out_of_memory_t figures{};
+  if (spillover_last_out_of_memory(&figures) == SPILLOVER_OK) return figures;
   const c10::DeviceGuard guard(cuda_device(device));
-  DeviceMemory memory;
-  if (cudaMemGetInfo(&memory.free_bytes, &memory.total_bytes) != cudaSuccess) {
+  figures.requested_bytes = size_bytes;
+  if (cudaMemGetInfo(&figures.free_bytes, &figures.total_bytes) != cudaSuccess) {
     // The report goes on without these two figures; the error must not reach the next CUDA call.
     (void)cudaGetLastError();
   }
-  return memory;
-}
-
-// The setting that would help, or "" where none would.
-std::string advice(size_t size_bytes, size_t unallocated_bytes, bool is_limited) {
-  if (is_limited) {
-    return "";  // The pool's own reason names the limit and how to raise it.
-  }
-  if (unallocated_bytes >= size_bytes) {
-    return " Enough memory is free but not in one piece: torch.cuda.empty_cache() gives unused "
-           "segments back, and allocating the largest tensors first fragments less.";
-  }
-  return " spillover.offload_activations, spillover.optim and spillover.stream_parameters move "
-         "activations, optimizer state and parameters off the device.";
-}
-
-std::string describe(c10::DeviceIndex device, size_t size_bytes, const DeviceMemory& memory,
-                     const std::string& reason) {
   const spillover_stats_t stats = pool_stats(device);
-  const size_t allowed = pool_limit_bytes(device);
-  const bool is_limited = allowed < memory.total_bytes;
-  const auto allocated = static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current);
-  const auto reserved = static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current);
-  const size_t unallocated = reserved > allocated ? reserved - allocated : 0;
-  const size_t largest = pool_largest_free_bytes(device);
+  figures.limit_bytes = pool_limit_bytes(device);
+  figures.allocated_bytes = static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current);
+  figures.reserved_bytes = static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current);
+  figures.details = reason.c_str();
+  return figures;
+}
 
+// It begins with torch's own words, which programs look for.
+std::string describe(c10::DeviceIndex device, const spillover_out_of_memory_t& figures) {
+  const size_t unallocated =
+      figures.reserved_bytes - std::min(figures.reserved_bytes, figures.allocated_bytes);
+  const size_t known = figures.free_bytes + figures.reserved_bytes;
   std::ostringstream text;
-  text << "CUDA out of memory. Tried to allocate " << format_size(size_bytes) << ". GPU "
-       << static_cast<int>(device) << " has a total capacity of " << format_size(memory.total_bytes)
-       << " of which " << format_size(memory.free_bytes) << " is free.";
-  if (is_limited) text << " This process may use " << format_size(allowed) << " of it.";
-  text << " Of the memory that spillover's pool holds, " << format_size(allocated)
+  text << "CUDA out of memory. Tried to allocate " << format_size(figures.requested_bytes)
+       << ". GPU " << static_cast<int>(device) << " has a total capacity of "
+       << format_size(figures.total_bytes) << " of which " << format_size(figures.free_bytes)
+       << " is free.";
+  if (figures.limit_bytes < figures.total_bytes) {
+    text << " This process may use " << format_size(figures.limit_bytes) << " of it.";
+  }
+  text << " Spillover's pool holds " << format_size(figures.reserved_bytes)
+       << ", other memory of this and other processes is "
+       << format_size(figures.total_bytes - std::min(figures.total_bytes, known))
+       << ". Of the pool's memory " << format_size(figures.allocated_bytes)
        << " is allocated by PyTorch, and " << format_size(unallocated)
        << " is reserved by PyTorch but unallocated";
   if (unallocated > 0) {
-    const double outside = static_cast<double>(unallocated - std::min(largest, unallocated));
-    text << "; the largest free block has " << format_size(largest) << " ("
-         << std::lround(100.0 * outside / static_cast<double>(unallocated)) << " % fragmented)";
+    text << ": " << format_size(figures.waiting_bytes) << " is freed and still used by streams, "
+         << format_size(figures.cached_bytes) << " is free; the largest free block has "
+         << format_size(figures.largest_free_bytes) << " ("
+         << std::lround(100.0 * figures.fragmentation) << " % fragmented)";
   }
-  text << ". " << reason << advice(size_bytes, unallocated, is_limited);
+  text << ". " << figures.details;
   return text.str();
 }
 
@@ -91,6 +99,12 @@ std::string describe(c10::DeviceIndex device, size_t size_bytes, const DeviceMem
 
 void attach_out_of_memory_observer(OutOfMemoryObserver observer) {
   Observers& all = observers();
+  const std::lock_guard lock(all.mutex);
+  all.list.push_back(std::move(observer));
+}
+
+void attach_rejection_observer(RejectionObserver observer) {
+  RejectionObservers& all = rejection_observers();
   const std::lock_guard lock(all.mutex);
   all.list.push_back(std::move(observer));
 }
@@ -105,23 +119,24 @@ bool run_free_memory_callbacks() {
 
 void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream) {
   const std::string reason = last_pool_error();
-  const DeviceMemory memory = device_memory(device);
-  const std::string message = describe(device, size_bytes, memory, reason);
-  const spillover_stats_t stats = pool_stats(device);
-  c10::reportOutOfMemoryToProfiler(
-      static_cast<int64_t>(size_bytes),
-      static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current),
-      static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current), cuda_device(device));
-  History::instance().on_out_of_memory(device, size_bytes, memory.free_bytes, stream);
+  // What follows may call the pool, whose details are valid until then.
+  spillover_out_of_memory_t figures = figures_of(device, size_bytes, reason);
+  const std::string details = figures.details;
+  figures.details = details.c_str();
+  const std::string message = describe(device, figures);
+  c10::reportOutOfMemoryToProfiler(static_cast<int64_t>(size_bytes), figures.allocated_bytes,
+                                   figures.reserved_bytes, cuda_device(device));
+  History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream);
 
-  std::vector<OutOfMemoryObserver> list;
-  {
-    Observers& all = observers();
-    const std::lock_guard lock(all.mutex);
-    list = all.list;
+  const size_t allowed = std::min(figures.total_bytes, figures.limit_bytes);
+  if (figures.is_limited != 0) {
+    for (const auto& observer : observers_of(rejection_observers())) {
+      observer(device, size_bytes, figures.allocated_bytes, allowed);
+    }
   }
-  const size_t allowed = std::min(memory.total_bytes, pool_limit_bytes(device));
-  for (const auto& observer : list) observer(device, size_bytes, allowed, memory.free_bytes);
+  for (const auto& observer : observers_of(observers())) {
+    observer(device, size_bytes, allowed, figures.free_bytes);
+  }
 
   TORCH_CHECK_WITH(OutOfMemoryError, false, message);
   std::abort();  // Not reached: the check always throws; it tells the compiler so.

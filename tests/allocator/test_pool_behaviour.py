@@ -6,7 +6,7 @@ import pytest
 from cuda_calls import Cuda, live_blocks
 
 import spillover
-from spillover import _core
+from spillover import _core, allocator
 
 MIB = 1 << 20
 
@@ -219,6 +219,37 @@ def test_out_of_memory_says_what_is_held_and_what_to_do(pool: _core.Pool) -> Non
         assert part in text, text
     assert pool.stats()["num_ooms"] == 1
     pool.check_invariants()
+
+
+def test_out_of_memory_says_what_was_tried(pool: _core.Pool, cuda: Cuda) -> None:
+    pool.configure(f"limit={96 * MIB},wait_max=0", "the tests")
+    try:
+        stream = cuda.create_stream()
+        kept = pool.alloc(20 * MIB)
+        pool.free(pool.alloc(16 * MIB))
+        with allocator.tag("weights"):
+            weights = pool.alloc(8 * MIB)
+        busy = pool.alloc(30 * MIB, stream)
+        cuda.fill(busy, 30 * MIB, stream)
+        pool.free(busy)
+        with pytest.raises(spillover.SpilloverError) as caught:
+            pool.alloc(80 * MIB)
+        text = str(caught.value)
+        for part in (
+            "28.00 MiB allocated",
+            "By tag: untagged 20.00 MiB, 'weights' 8.00 MiB.",
+            "Tried: blocks that threads keep",
+            "for streams (gave",
+            "returning idle memory to the driver",
+            "reclaimers (there are none)",
+            "The setting 'limit' allows the pool 96.00 MiB; raise it to at least 108.00 MiB",
+        ):
+            assert part in text, text
+        pool.free(kept)
+        pool.free(weights)
+        cuda.destroy_stream(stream)
+    finally:
+        pool.configure("limit=none,wait_max=60s", "the tests")
 
 
 def test_a_request_near_the_largest_size_is_refused(pool: _core.Pool) -> None:

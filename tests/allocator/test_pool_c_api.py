@@ -74,6 +74,41 @@ def test_failures_give_a_status_and_a_sentence(library: ctypes.CDLL) -> None:
     assert library.spillover_visit_segments(0, None, None) == INVALID_ARGUMENT
 
 
+class OutOfMemory(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("requested", "free", "total", "limit")),
+        ("is_limited", ctypes.c_int),
+        *(
+            (name, ctypes.c_size_t)
+            for name in ("reserved", "allocated", "waiting", "cached", "largest_free")
+        ),
+        ("fragmentation", ctypes.c_double),
+        ("details", ctypes.c_char_p),
+    )
+
+
+def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    held = [alloc(library, 8 << 20) for _ in range(3)]
+    pool.free(held[0])
+    report, out = OutOfMemory(), ctypes.c_void_p()
+    last = library.spillover_last_out_of_memory
+    assert library.spillover_alloc(0, 1 << 50, None, ctypes.byref(out)) == OUT_OF_MEMORY
+    assert last(ctypes.byref(report)) == OK
+    assert (report.requested, report.allocated, report.waiting) == (1 << 50, 16 << 20, 0)
+    assert report.limit == 2**64 - 1
+    assert not report.is_limited
+    assert report.reserved == report.allocated + report.cached
+    assert report.total == _core.memory_info(0)[1] >= report.free
+    assert b"Tried: " in report.details
+    assert b"spillover.optim" in report.details
+    # A failure of another kind has no such figures.
+    assert library.spillover_free(4096) == INVALID_ARGUMENT
+    sentence = library.spillover_last_error()
+    assert last(ctypes.byref(report)) == INVALID_ARGUMENT
+    assert library.spillover_last_error() == sentence
+    assert last(None) == INVALID_ARGUMENT
+
+
 def test_null_and_size_zero_are_allowed(library: ctypes.CDLL) -> None:
     assert alloc(library, 0) == 0
     assert library.spillover_free(None) == OK

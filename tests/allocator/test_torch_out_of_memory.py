@@ -90,3 +90,50 @@ def test_observers_and_absurd_sizes(torch_with_pool: TorchProcess) -> None:
         assert 0 < free <= total
         """
     )
+
+
+def test_the_text_says_what_holds_the_memory_and_what_helps(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        def failure(size):
+            try:
+                torch.empty(size, dtype=torch.uint8, device="cuda")
+            except torch.OutOfMemoryError as error:
+                return str(error)
+            raise AssertionError("no error")
+
+        allocator.configure(limit="256MiB")
+        try:
+            with allocator.tag("weights"):
+                weights = torch.empty(60 * MiB, dtype=torch.uint8, device="cuda")
+            with torch.cuda.use_mem_pool(pool := torch.cuda.MemPool()):
+                pooled = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
+            other = torch.empty(20 * MiB, dtype=torch.uint8, device="cuda")
+            text = failure(200 * MiB)
+        finally:
+            allocator.configure(limit=None)
+        for part in (
+            "CUDA out of memory. Tried to allocate 200.00 MiB. GPU 0 has a total capacity of "
+            "512.00 MiB of which",
+            "This process may use 256.00 MiB of it.",
+            "120.00 MiB is allocated by PyTorch",
+            "is reserved by PyTorch but unallocated",
+            "By tag: 'weights' 60.00 MiB, private pools 40.00 MiB, untagged 20.00 MiB.",
+            "Tried: blocks that threads keep",
+            "raise it to at least 320.00 MiB",
+            "configure(limit=...)",
+            "spillover.offload_activations",
+        ):
+            assert part in text, (part, text)
+        del weights, pooled, other, pool
+
+        # What a reclaimer gave is told, and without a limit none is recommended.
+        held = [torch.empty(100 * MiB, dtype=torch.uint8, device="cuda") for _ in range(3)]
+        def give(missing, stream):
+            return held.pop().nbytes if len(held) > 2 else 0
+        with allocator.add_reclaimer(give):
+            text = failure(400 * MiB)
+        assert "1 reclaimer (says that it freed 100.00 MiB)" in text, text
+        assert "limit" not in text, text
+        """
+    )
