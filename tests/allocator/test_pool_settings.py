@@ -102,6 +102,8 @@ def test_unmapped_max_gives_idle_memory_back(pool: _core.Pool) -> None:
         ({"limit": "1e3GiB"}, "limit=1e3GiB is not understood"),
         ({"limit": "1GiB,fraction=0.5"}, "limit='1GiB,fraction=0.5' is not understood"),
         ({"limit": ["1GiB"]}, "is not understood; a setting is a number or a text"),
+        ({"limit": 0.5}, "is less than a byte; for a share of the device write fraction"),
+        ({"limit": "0.9"}, "limit=0.9 is not understood; it is less than a byte"),
         ({"fraction": 1.5}, "from 0 to 1"),
         ({"fraction": float("nan")}, "from 0 to 1"),
         ({"fraction": -1e-30}, "from 0 to 1"),
