@@ -152,6 +152,50 @@ def test_some_settings_cannot_change_later(pool: _core.Pool, key: str) -> None:
         pool.configure(f"{key}=off", "here")
 
 
+def test_what_cannot_change_later_is_set_with_the_first_pool(
+    run_emulated: Callable[..., Any],
+) -> None:
+    run_emulated(
+        """
+        import spillover
+        from spillover import allocator
+        try:
+            allocator.Pool(0, virtual_memory="of")
+        except spillover.ConfigError as error:
+            assert "auto, on or off" in str(error), error
+        else:
+            raise AssertionError("no error")
+        settings = allocator.Pool(0, virtual_memory="off", limit="64MiB").settings()
+        assert (settings["virtual_memory"], settings["limit"]) == ("off", 64 << 20), settings
+        assert settings["wait_max"] == 5.0, settings
+        allocator.configure(device=1, thread_cache=False)
+        assert allocator.Pool(1).settings()["thread_cache"] is False
+        assert allocator.Pool(2).settings() != allocator.Pool(1).settings()
+        """,
+        devices=3,
+        env={"SPILLOVER_ALLOCATOR": "wait_max=5s"},
+    )
+
+
+def test_what_one_device_refuses_no_device_takes(run_emulated: Callable[..., Any]) -> None:
+    run_emulated(
+        """
+        import spillover
+        from spillover import allocator
+        pools = [allocator.Pool(0, thread_cache=False), allocator.Pool(1)]
+        before = [pool.settings() for pool in pools]
+        try:
+            allocator.configure(limit="64MiB", thread_cache=False)
+        except spillover.StateError as error:
+            assert "thread_cache cannot change once device 1's pool" in str(error), error
+        else:
+            raise AssertionError("no error")
+        assert [pool.settings() for pool in [*pools, allocator.Pool(2)]] == [*before, before[1]]
+        """,
+        devices=3,
+    )
+
+
 def test_the_environment_is_read_before_the_first_pool(
     run_emulated: Callable[..., Any],
 ) -> None:

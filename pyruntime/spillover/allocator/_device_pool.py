@@ -224,9 +224,9 @@ class Pool:
     """
 
     def __init__(self, device: int = 0, **settings: Unpack[_configure.Settings]) -> None:
+        if settings:  # before the pool is made, when each of them can still be chosen
+            _configure.apply(_pool.device_index(device), settings)
         self._core = _core.Pool(_pool.device_index(device))
-        if settings:
-            _configure.apply(device, settings)
 
     @property
     def device(self) -> int:
