@@ -46,6 +46,12 @@ EXPECTED = {
         "hazard_kinds_caught",
         "hazard_false_alarms",
     },
+    "sleep": {
+        "sleep_wake_gib_s.ours",
+        "sleep_wake_gib_s.raw_copy",
+        "sleep_wake_ratio.ours",
+        "sleep_freed_share.ours",
+    },
 }
 
 

@@ -51,6 +51,12 @@ std::optional<ArenaId> find_arena(std::string_view name) {
   return all.find(name);
 }
 
+std::vector<std::string> arena_names() {
+  Arenas& all = arenas();
+  const std::lock_guard lock(all.mutex);
+  return all.names;
+}
+
 std::string arena_name(ArenaId arena) {
   if (is_private_arena(arena)) return "";
   Arenas& all = arenas();

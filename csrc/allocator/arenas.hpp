@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "allocator/block.hpp"
 
@@ -23,5 +24,8 @@ std::optional<ArenaId> find_arena(std::string_view name);
 
 // Throws ConfigError for an arena that nobody has named; a private one has an empty name.
 std::string arena_name(ArenaId arena);
+
+// By ArenaId.
+std::vector<std::string> arena_names();
 
 }  // namespace spillover

@@ -134,8 +134,9 @@ void Backing::cache(PhysicalMemory memory) {
 }
 
 // Chunks of together size_bytes, or up to room_bytes where that saves making one.
+// growth_bytes decides on the size of those that are made.
 bool Backing::gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_max,
-                     std::vector<PhysicalMemory>& chunks) {
+                     size_t growth_bytes, std::vector<PhysicalMemory>& chunks) {
   size_t gathered_bytes = 0;
   while (gathered_bytes < size_bytes) {
     const size_t missing_bytes = size_bytes - gathered_bytes;
@@ -145,7 +146,7 @@ bool Backing::gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_
           missing_bytes, std::min(room_bytes - gathered_bytes, kOvershoot * missing_bytes));
     }
     if (!memory) {
-      const size_t chunk_bytes = next_chunk_bytes(size_bytes, missing_bytes, unit_bytes_);
+      const size_t chunk_bytes = next_chunk_bytes(growth_bytes, missing_bytes, unit_bytes_);
       if (missing_bytes > created_bytes_max) return false;
       memory = create(chunk_bytes);
       if (!memory) return false;
@@ -161,7 +162,7 @@ std::optional<AddressRange> Backing::map(DeviceAddress address, size_t size_byte
                                          size_t created_bytes_max) {
   std::vector<PhysicalMemory> chunks;
   try {
-    if (gather(size_bytes, space_.gap_at(address), created_bytes_max, chunks)) {
+    if (gather(size_bytes, space_.gap_at(address), created_bytes_max, size_bytes, chunks)) {
       size_t gathered_bytes = 0;
       for (const PhysicalMemory& chunk : chunks) gathered_bytes += chunk.size_bytes();
       map_chunks(address, chunks, gathered_bytes);
@@ -280,7 +281,9 @@ void Backing::add_peer(int device) {
   std::vector<int> devices = devices_;
   devices.push_back(device);
   if (is_virtual_) {
-    for (const auto& [address, chunk] : mapped_) allow_access(address, chunk.size_bytes, devices);
+    for (const auto& [address, chunk] : mapped_) {
+      if (chunk.is_mapped) allow_access(address, chunk.size_bytes, devices);
+    }
   }
   devices_ = std::move(devices);
 }
@@ -327,22 +330,33 @@ void Backing::close_files(const std::vector<AddressRange>& kept) {
 
 void Backing::check_invariants() const {
   size_t mapped_bytes = 0;
+  size_t detached_bytes = 0;
+  size_t asleep_bytes = 0;
   size_t files = 0;
   DeviceAddress end = 0;
   for (const auto& [address, chunk] : mapped_) {
     expect(address >= end, "two chunks overlap");
     expect(chunk.size_bytes > 0 && chunk.size_bytes % unit_bytes_ == 0,
            "the size of a chunk is no multiple of the unit");
-    expect(chunk.physical.has_value() == is_virtual_ && chunk.fixed.has_value() != is_virtual_,
+    expect(chunk.fixed.has_value() != is_virtual_ &&
+               (is_virtual_ ? chunk.physical.has_value() || !chunk.is_mapped
+                            : chunk.is_mapped && !chunk.physical.has_value()),
            "a chunk is of the wrong kind for the device");
     files += chunk.file.is_open() ? 1 : 0;
-    expect(!is_virtual_ || chunk.physical->size_bytes() == chunk.size_bytes,
+    expect(!chunk.physical || chunk.physical->size_bytes() == chunk.size_bytes,
            "a chunk's memory has another size than the chunk");
-    mapped_bytes += chunk.size_bytes;
+    expect(!chunk.is_mapped || !chunk.is_doubtful, "a chunk is mapped and in doubt");
+    if (chunk.is_mapped) {
+      mapped_bytes += chunk.size_bytes;
+    } else {
+      (chunk.physical ? detached_bytes : asleep_bytes) += chunk.size_bytes;
+    }
     end = address + chunk.size_bytes;
   }
   expect(files == file_count_, "the files of shared chunks do not add up");
   expect(mapped_bytes == mapped_bytes_, "the mapped chunks do not add up");
+  expect(detached_bytes == detached_bytes_, "the detached chunks do not add up");
+  expect(asleep_bytes == asleep_bytes_, "the chunks that sleep do not add up");
   size_t cached_bytes = 0;
   for (const auto& [size_bytes, memories] : cached_) {
     expect(!memories.empty(), "a list of cached chunks is empty");
@@ -354,11 +368,12 @@ void Backing::check_invariants() const {
   expect(cached_bytes == cached_bytes_, "the cached chunks do not add up");
   expect(is_virtual_ || cached_bytes == 0, "a chunk at a fixed address is cached");
   const AddressSpace::Sums addresses = space_.check_invariants();
-  expect(
-      !is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes + lost_bytes_,
-      "gaps and mapped chunks do not cover the reserved addresses");
+  expect(!is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes +
+                                                         detached_bytes + asleep_bytes +
+                                                         lost_bytes_,
+         "gaps and chunks do not cover the reserved addresses");
   for (const auto& [address, chunk] : mapped_) {
-    expect(space_.is_free_of_gaps(address, chunk.size_bytes), "a chunk is mapped in a gap");
+    expect(space_.is_free_of_gaps(address, chunk.size_bytes), "a chunk is in a gap");
   }
 }
 

@@ -6,9 +6,15 @@
 // making a chunk costs several times what mapping one costs, so an unmapped chunk is not given back
 // at once. Where the device has none, a chunk is what cuMemAlloc gives, at a fixed address.
 //
-//   held = mapped + cached;  with fixed addresses cached = 0;
-//   reserved addresses = gaps + mapped + lost (where an unmapping failed).
+//   held = mapped + detached + cached;  with fixed addresses detached = cached = asleep = 0;
+//   reserved addresses = gaps + mapped + detached + asleep + lost (where an unmapping failed).
 // Chunks do not overlap, and their sizes are multiples of the unit.
+//
+// Note [Chunks that sleep]. A chunk at an address may be without memory (*asleep*), or have memory
+// that is not mapped there (*detached*), which keeps what is in it: so a sleep that fails is undone
+// without a copy. Chunks that sleep are of one unit each; the memory that they get at last may be
+// divided in another way. An unmapping that the driver reports as failed may have done its work:
+// the chunk is *doubtful*, and is unmapped once more before anything is mapped there.
 //
 // Owned by one Pool and guarded by its mutex, under which it calls the driver. Unmapping is not
 // ordered with streams: the caller knows that the work on what it takes away is complete.
@@ -45,7 +51,10 @@ class Backing {
   size_t unit_bytes() const { return unit_bytes_; }
   size_t mapped_bytes() const { return mapped_bytes_; }
   size_t cached_bytes() const { return cached_bytes_; }
-  size_t held_bytes() const { return mapped_bytes_ + cached_bytes_; }
+  // Chunks that keep their addresses without being mapped.
+  size_t detached_bytes() const { return detached_bytes_; }
+  size_t asleep_bytes() const { return asleep_bytes_; }
+  size_t held_bytes() const { return mapped_bytes_ + detached_bytes_ + cached_bytes_; }
 
   // Addresses for size_bytes that nothing is mapped at.
   DeviceAddress find_gap(const void* owner, size_t size_bytes);
@@ -99,6 +108,25 @@ class Backing {
   // How many chunks have files.
   size_t file_count() const { return file_count_; }
 
+  // For Note [Chunks that sleep]; ranges are of whole chunks, and only with virtual memory.
+  // Unmaps chunks, which keep their memory. Throws DriverError: they are detached all the same, or
+  // where the driver could not be asked as they were.
+  void detach(const AddressRange& chunks);
+  // Maps what is detached in the range. Throws DriverError: all of that is detached still.
+  void attach(const AddressRange& range);
+  // The memory of detached chunks, which sleep from now on; it is held no longer.
+  std::vector<PhysicalMemory> take_detached(const AddressRange& chunks);
+  // Memory for chunks that sleep: cached first, then new of together at most created_bytes_max.
+  // False where that does not suffice. Throws DriverError. Either way they sleep on then.
+  bool provide(const AddressRange& chunks, size_t created_bytes_max);
+  // Undoes provide().
+  void withdraw(const AddressRange& chunks) noexcept;
+  // Gives up the addresses of chunks that sleep.
+  void forget(const AddressRange& chunks);
+  // The chunks of a range one by one, in whichever state, and what of it sleeps.
+  std::vector<AddressRange> chunks_in(const AddressRange& range) const;
+  size_t asleep_bytes_in(const AddressRange& range) const;
+
   // O(chunks). Throws StateError that says which equation does not hold.
   void check_invariants() const;
 
@@ -109,6 +137,8 @@ class Backing {
     std::optional<DeviceMemory> fixed;
     FileDescriptor file;    // Open while the chunk is shared.
     uint64_t identity = 0;  // Of the file.
+    bool is_mapped = true;
+    bool is_doubtful = false;
   };
   using Chunks = std::map<DeviceAddress, Chunk>;
 
@@ -117,8 +147,12 @@ class Backing {
   std::optional<PhysicalMemory> take_cached(size_t size_bytes_max);
   std::optional<PhysicalMemory> take_cached_larger(size_t size_bytes, size_t size_bytes_max);
   void cache(PhysicalMemory memory);
-  bool gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_max,
+  bool gather(size_t size_bytes, size_t room_bytes, size_t created_bytes_max, size_t growth_bytes,
               std::vector<PhysicalMemory>& chunks);
+  void map_provided(const AddressRange& range, std::vector<PhysicalMemory>& chunks);
+  void make_asleep(const AddressRange& range, bool is_doubtful);
+  void set_doubtful(const AddressRange& range, bool is_doubtful);
+  void clear_doubts(const AddressRange& range);
   void map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chunks, size_t size_bytes);
 
   const int device_;
@@ -126,12 +160,14 @@ class Backing {
   const size_t unit_bytes_;
   PhysicalMemory::Sharing sharing_;
   AddressSpace space_;
-  Chunks mapped_;                                         // By first address.
+  Chunks mapped_;  // By first address, those too that are not mapped now.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
   std::vector<DeviceMemory> released_;
   std::vector<int> devices_;  // That may use the memory; this one first.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;
+  size_t detached_bytes_ = 0;
+  size_t asleep_bytes_ = 0;
   size_t file_count_ = 0;
   size_t lost_bytes_ = 0;  // addresses of which nobody knows what is mapped there
 };

@@ -77,6 +77,7 @@ struct Block {
   Block* previous = nullptr;
   Block* next = nullptr;
   Block* next_cached = nullptr;  // in a magazine's list
+  bool is_shared = false;        // with other processes, while it is live
   // Of a block that is not live: number of the stream's latest free that is a part of it; 0 for
   // memory that was not used since it was mapped.
   uint64_t freed_at = 0;
@@ -152,6 +153,8 @@ struct StreamState {
   Heap& heap(SizeClass size_class) { return heaps[static_cast<size_t>(size_class)]; }
   // Of a private arena that was not released: its memory stays where it is and serves nobody else.
   bool is_private() const { return is_private_arena(arena) && !is_released; }
+  // Whether free memory may go to another heap.
+  bool serves_others() const { return !is_private() && !is_asleep; }
   size_t block_count() const { return heaps[0].block_count + heaps[1].block_count; }
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
@@ -159,6 +162,7 @@ struct StreamState {
   const ArenaId arena;
   const bool is_immortal;    // it never dies, and any thread may ask about it
   bool is_released = false;  // Of a private arena only.
+  bool is_asleep = false;    // Or on the way there or back: Note [Sleep] in pool_sleep.cpp.
   uint64_t freed_count;
   uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.

@@ -15,7 +15,7 @@
 extern "C" {
 #endif
 
-#define SPILLOVER_ABI_VERSION 3
+#define SPILLOVER_ABI_VERSION 4
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -69,6 +69,7 @@ typedef struct spillover_segment_info {
   void* stream;
   int is_small;
   uint32_t tag;
+  int is_asleep;
   size_t block_count;
 } spillover_segment_info;
 
@@ -76,8 +77,10 @@ typedef struct spillover_segment_info {
 typedef struct spillover_tag_stats_t {
   int64_t allocation;      /* live blocks */
   int64_t allocated_bytes; /* their rounded sizes */
-  int64_t reserved_bytes;  /* of segments of this tag */
+  int64_t reserved_bytes;  /* of segments of this tag, without what sleeps */
   int64_t reserved_bytes_peak;
+  int64_t asleep_bytes; /* device memory that sleeps; with private arenas made under the tag */
+  int64_t saved_bytes;  /* contents that are kept elsewhere meanwhile, likewise */
 } spillover_tag_stats_t;
 
 /* Frees memory of the pool, about missing_bytes, and returns how much it has freed; 0 when it has

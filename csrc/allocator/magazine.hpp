@@ -60,6 +60,10 @@ class Magazine {
   // What comes from now on is refused beyond that.
   void limit_large(size_t large_bytes_max) { large_bytes_max_ = large_bytes_max; }
 
+  // While it is closed whatever comes is refused.
+  void set_closed(bool is_closed) { is_closed_ = is_closed; }
+  bool is_closed() const { return is_closed_; }
+
   // Appends the large blocks, or all of them, and keeps none.
   void empty_large(std::vector<Block*>& blocks);
   void empty(std::vector<Block*>& blocks);
@@ -77,6 +81,7 @@ class Magazine {
   static void append(Block*& head, std::vector<Block*>& blocks);
 
   size_t large_bytes_max_;
+  bool is_closed_ = false;
   size_t small_bytes_ = 0;
   size_t large_bytes_ = 0;
   // Lists by Block::next_cached; one of exact sizes a bin, and one of sizes that share a hash.
@@ -183,6 +188,7 @@ inline Block* Magazine::take(size_t size_bytes) noexcept {
 
 inline bool Magazine::put(Block* block) noexcept {
   const size_t size_bytes = block->size_bytes;
+  if (is_closed_) return false;
   if (size_bytes <= kSmallRequestMax) {
     if (small_bytes_ + size_bytes > kSmallBytesMax) return false;
     const size_t bin = size_bytes / kBlockAlignment;

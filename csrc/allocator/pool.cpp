@@ -44,10 +44,13 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
       streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
           .first->second;
   state.is_released = is_private_arena(arena) && private_arenas_.count(arena) == 0;
+  state.is_asleep = is_asleep(arena);
   return state;
 }
 
+// Throws StateError for an arena that sleeps, as one may since the request began to wait.
 Heap& Pool::heap_of(const Request& request) {
+  check_awake(request.arena);
   return state_of(request.stream, request.arena).heap(request.size_class);
 }
 
@@ -59,6 +62,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
   const Request request = make_request(size_bytes, stream, ThreadCache::current_arena());
   Lock lock(mutex_);
+  check_awake(request.arena);
   return serve(lock, request);
 }
 
@@ -125,6 +129,7 @@ Block* Pool::make_block(Heap& heap, const AddressRange& range, uint64_t freed_at
   block->requested_bytes = 0;
   block->state = BlockState::kFree;
   block->previous = block->next = nullptr;
+  block->is_shared = false;
   block->freed_at = freed_at;
   ++heap.block_count;
   return block;
@@ -220,7 +225,8 @@ void Pool::free_slowly(void* pointer) {
   take_over_counters();
   count_freed(*block);
   StreamState& stream = *block->heap->stream;
-  if (may_ask(stream)) {
+  if (stream.is_asleep) give_up_contents(*block);
+  if (may_ask(stream) && !stream.is_asleep) {
     mark_if_due(stream, watermark_bytes(), StreamState::MarkKind::kWatermark);
   }
   if (block->uses.empty()) {
@@ -235,6 +241,7 @@ void Pool::free_slowly(void* pointer) {
 
 void Pool::count_freed(Block& block) {
   block.freed_at = ++block.heap->stream->freed_count;
+  block.is_shared = false;
   note_freed(*block.heap, {block.address, block.end()});
   const SizeClass size_class = block.heap->size_class;
   subtract(statistics_.allocation, size_class, 1);

@@ -31,6 +31,7 @@
 #include "allocator/block.hpp"
 #include "allocator/block_store.hpp"
 #include "allocator/c_api.h"
+#include "allocator/content_store.hpp"
 #include "allocator/magazine.hpp"
 #include "allocator/pending_uses.hpp"
 #include "allocator/reclaimers.hpp"
@@ -117,6 +118,19 @@ class Pool {
   // complete.
   void trim_arena(ArenaId arena);
 
+  // Sleep (Note [Sleep] in pool_sleep.cpp): the memory of tags goes to the driver, and comes back
+  // at the same addresses. Both give the bytes that were copied, do nothing for tags that are so
+  // already, and block until the device has done everything that was submitted, and the copies.
+  // Each is done for all tags or, where it throws, for none.
+  //
+  // A null store discards the contents. Throws StateError while a graph is being recorded, where a
+  // live block is shared with other processes or another thread does the same to one of the tags,
+  // ConfigError without virtual memory, DriverError and what the store throws.
+  size_t sleep(const std::vector<ArenaId>& tags, ContentStore* store);
+  // Throws DeviceOutOfMemoryError, StateError, DriverError and what the store throws.
+  size_t wake(const std::vector<ArenaId>& tags);
+  std::vector<ArenaId> sleeping_tags() const;
+
   // Lets another device use this one's memory.
   void add_peer(int device);
   // The devices that may; this one first.
@@ -172,8 +186,48 @@ class Pool {
   };
 
   struct ArenaUsage {
-    size_t mapped_bytes = 0;
+    size_t mapped_bytes = 0;  // Of its segments, those too that sleep.
     size_t mapped_bytes_peak = 0;
+    size_t asleep_bytes = 0;
+  };
+
+  // What is known of a tag that sleeps, or is on the way there or back.
+  struct Sleeping {
+    enum class Phase {
+      kFallingAsleep,
+      kAsleep,
+      kWaking,
+    };
+
+    Phase phase = Phase::kFallingAsleep;
+    std::vector<ContentPiece> pieces;
+    std::vector<size_t> live_bytes;           // Of each piece: what is of live blocks.
+    std::unique_ptr<SavedContents> contents;  // Null where nothing is kept elsewhere.
+    std::vector<AddressRange> provided;       // While it wakes.
+  };
+  // What is to be copied, and the chunks that are mapped before, or unmapped after, each piece.
+  struct SleepPlan {
+    std::vector<ContentPiece> pieces;
+    std::vector<std::vector<AddressRange>> chunks;  // By piece.
+    std::vector<AddressRange> empty_chunks;         // Without contents.
+  };
+  // A part of a live block and the piece that it is in.
+  struct SavedRange {
+    DeviceAddress begin;
+    DeviceAddress end;
+    size_t piece;
+  };
+
+  // Releases the mutex while it lives.
+  class Unlocked {
+   public:
+    explicit Unlocked(Lock& lock) : lock_(lock) { lock_.unlock(); }
+    ~Unlocked() { lock_.lock(); }
+    Unlocked(const Unlocked&) = delete;
+    Unlocked& operator=(const Unlocked&) = delete;
+
+   private:
+    Lock& lock_;
   };
 
   struct MagazineReference {
@@ -250,6 +304,34 @@ class Pool {
   Block* borrow(const Request& request);
   void forget_empty();
 
+  // pool_sleep.cpp
+  ArenaId tag_of(ArenaId arena) const;
+  bool is_asleep(ArenaId arena) const;
+  void check_awake(ArenaId arena) const;
+  void set_asleep(ArenaId tag, bool is_asleep);
+  std::vector<AddressRange> segments_of(ArenaId tag) const;
+  void check_not_shared(const std::vector<ArenaId>& tags) const;
+  void begin_sleep(Lock& lock, const std::vector<ArenaId>& tags);
+  size_t copy_out(Lock& lock, Sleeping& sleeping, const SleepPlan& plan, ContentStore* store);
+  std::vector<PhysicalMemory> end_sleep(ArenaId tag, const SleepPlan& plan);
+  std::vector<ArenaId> undo_sleep(Lock& lock, const std::vector<ArenaId>& tags);
+  void give_up_contents(Block& block);
+  void count_sleeping(ArenaId tag, spillover_tag_stats_t& statistics) const;
+  void count_asleep(const AddressRange& chunks, bool is_asleep);
+  // pool_wake.cpp
+  void drop_freed(ArenaId tag);
+  size_t copy_in(Lock& lock, ArenaId tag);
+  void provide(Lock& lock, ArenaId tag, const AddressRange& chunks);
+  bool provide_by_waiting(Lock& lock, const AddressRange& chunks);
+  [[noreturn]] void throw_cannot_wake(ArenaId tag);
+  void undo_wake(Lock& lock, const std::vector<ArenaId>& tags) noexcept;
+  // pool_sleep_plan.cpp
+  std::vector<AddressRange> live_ranges(ArenaId tag) const;
+  SleepPlan plan_sleep(ArenaId tag, bool is_kept) const;
+  SleepPlan plan_wake(ArenaId tag) const;
+  void assign_chunks(ArenaId tag, const std::vector<SavedRange>& saved, bool is_by_first,
+                     SleepPlan& plan) const;
+
   // pool_restore.cpp
   std::vector<Block*> live_blocks(ArenaId arena) const;
   void check_restorable(ArenaId arena, const std::vector<spillover_block_info>& blocks,
@@ -304,7 +386,7 @@ class Pool {
   std::optional<Block*> poll_until_fit(Lock& lock, const Request& request);
   bool mark_streams();
   size_t foreign_bytes() const;
-  void wait_for_device(Lock& lock);
+  void wait_for_device(Lock& lock, const std::vector<int>& other_devices = {});
   Block* search_again(Lock& lock, const Request& request);
   Block* reclaim(Lock& lock, const Request& request, size_t& reclaimed_bytes);
   void release_idle(Lock& lock, size_t keep_bytes);
@@ -348,10 +430,13 @@ class Pool {
   std::vector<MagazineReference> magazines_;
   std::vector<std::unique_ptr<ThreadCounters>> counters_;  // One a thread that has a magazine.
   std::array<size_t, 2> mapped_bytes_{};                   // By SizeClass.
+  std::array<size_t, 2> asleep_bytes_{};                   // By SizeClass; a part of the former.
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   std::map<ArenaId, ArenaUsage> arenas_;
   std::map<ArenaId, ArenaOptions> private_arenas_;  // Those in use.
   ArenaId next_private_arena_ = kFirstPrivateArena;
+  std::map<ArenaId, ArenaId> tags_;        // Of private arenas: under which they were made.
+  std::map<ArenaId, Sleeping> sleeping_;   // By tag.
   std::set<DeviceAddress> shared_blocks_;  // Those that share() has seen, some of them freed since.
   size_t files_needed_ = 0;                // Of chunks, after the last close_unneeded_files().
   size_t used_bytes_peak_ = 0;             // The most that was in use when a heap grew.

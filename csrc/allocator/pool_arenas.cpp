@@ -34,6 +34,7 @@ void* Pool::allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream) {
         request.size_bytes <= kSmallRequestMax ? SizeClass::kSmall : SizeClass::kLarge;
   }
   if (size_bytes == 0) return nullptr;
+  check_awake(arena);
   return serve(lock, request);
 }
 
@@ -41,6 +42,7 @@ ArenaId Pool::make_arena() {
   const std::lock_guard lock(mutex_);
   const ArenaId arena = next_private_arena_++;
   private_arenas_.emplace(arena, ArenaOptions{});
+  tags_.emplace(arena, ThreadCache::current_arena());
   return arena;
 }
 
@@ -79,7 +81,7 @@ void Pool::trim_arena(ArenaId arena) {
     const CountOnExit count(*this);
     size_t evicted_bytes = 0;
     for (auto& [key, stream] : streams_) {
-      if (stream.arena != arena) continue;
+      if (stream.arena != arena || stream.is_asleep) continue;
       for (Heap& heap : stream.heaps) {
         evicted_bytes += evict(heap, heap.free_bytes, AddressRange{}, Overshoot::kAny);
       }
@@ -120,6 +122,7 @@ Block* Pool::borrow(const Request& request) {
        state != streams_.end() && state->second.key == request.stream; ++state) {
     const auto options = private_arenas_.find(state->second.arena);
     if (options == private_arenas_.end() || !options->second.lends) continue;
+    if (state->second.is_asleep) continue;
     Request lent = request;
     lent.arena = state->second.arena;
     if (Block* block = take_best_fit(lent)) return block;
@@ -140,6 +143,9 @@ void Pool::forget_empty() {
   std::erase_if(arenas_, [&](const auto& entry) {
     return is_private_arena(entry.first) && entry.second.mapped_bytes == 0 &&
            private_arenas_.count(entry.first) == 0;
+  });
+  std::erase_if(tags_, [&](const auto& entry) {
+    return arenas_.count(entry.first) == 0 && private_arenas_.count(entry.first) == 0;
   });
 }
 

@@ -25,6 +25,7 @@ struct Pool::Totals {
   struct Sums {
     size_t segments = 0;
     size_t mapped_bytes = 0;
+    size_t asleep_bytes = 0;
     size_t live = 0;
     size_t live_bytes = 0;
     size_t waiting = 0;
@@ -51,6 +52,7 @@ struct Pool::Totals {
   std::array<Sums, 2> by_class;  // Indexed by SizeClass.
   std::map<const Heap*, HeapSums> by_heap;
   std::map<ArenaId, size_t> mapped_bytes_by_arena;
+  std::map<ArenaId, size_t> asleep_bytes_by_arena;
   std::map<const Block*, size_t> pending_uses;
   size_t blocks = 0;
   size_t outstanding_uses = 0;
@@ -181,6 +183,10 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
   const AddressRange range{first->address, expected};
   sums.mapped_bytes += range.size_bytes();
   totals.mapped_bytes_by_arena[heap.stream->arena] += range.size_bytes();
+  const size_t asleep_bytes = backing_.asleep_bytes_in(range);
+  sums.asleep_bytes += asleep_bytes;
+  totals.asleep_bytes_by_arena[heap.stream->arena] += asleep_bytes;
+  expect(asleep_bytes == 0 || heap.stream->is_asleep, "a chunk sleeps in an arena that does not");
   const AddressRange chunks = backing_.chunks_within(range);
   expect(chunks.begin == range.begin && chunks.end == range.end,
          "the blocks of a segment do not cover whole chunks");
@@ -217,6 +223,7 @@ void Pool::check_streams(const Totals& totals) const {
     expect(!is_private_arena(stream.arena) || stream.marks.empty(), "a private arena has marks");
     expect(stream.is_private() == (private_arenas_.count(stream.arena) != 0),
            "a private arena is in use and released");
+    expect(stream.is_asleep == is_asleep(stream.arena), "a stream sleeps and its arena does not");
     for (const Heap& heap : stream.heaps) {
       const auto walked = totals.by_heap.find(&heap);
       const bool is_empty = walked == totals.by_heap.end();
@@ -238,6 +245,8 @@ void Pool::check_magazines(const Totals& totals) const {
     expect(known != streams_.end() && &known->second == &stream && stream.is_immortal &&
                !is_private_arena(stream.arena),
            "a magazine is of a stream that may be forgotten");
+    expect(reference.slot->magazine.is_closed() == stream.is_asleep,
+           "a magazine of memory that sleeps is open, or another one closed");
     cached += reference.slot->magazine.check_invariants(stream);
   }
   expect(cached == totals.by_class[0].cached + totals.by_class[1].cached,
@@ -268,7 +277,10 @@ void Pool::check_totals(const Totals& totals) const {
            "used and free bytes do not add up to the mapped ones");
     expect(mapped_bytes_[static_cast<size_t>(size_class)] == sums.mapped_bytes,
            "the mapped bytes of a class do not add up");
+    expect(asleep_bytes_[static_cast<size_t>(size_class)] == sums.asleep_bytes,
+           "the bytes of a class that sleep do not add up");
     all.segments += sums.segments;
+    all.asleep_bytes += sums.asleep_bytes;
     all.mapped_bytes += sums.mapped_bytes;
     all.live += sums.live;
     all.live_bytes += sums.live_bytes;
@@ -278,13 +290,20 @@ void Pool::check_totals(const Totals& totals) const {
     all.inactive_split_bytes += sums.inactive_split_bytes;
     all.requested_bytes += sums.requested_bytes;
   }
-  expect(all.mapped_bytes == backing_.mapped_bytes(), "a chunk belongs to no segment");
+  expect(all.mapped_bytes ==
+                 backing_.mapped_bytes() + backing_.detached_bytes() + backing_.asleep_bytes() &&
+             all.asleep_bytes == backing_.asleep_bytes(),
+         "a chunk belongs to no segment");
   for (const auto& [arena, usage] : arenas_) {
     const auto walked = totals.mapped_bytes_by_arena.find(arena);
     const size_t walked_bytes =
         walked == totals.mapped_bytes_by_arena.end() ? size_t{0} : walked->second;
     expect(usage.mapped_bytes == walked_bytes, "the mapped bytes of an arena do not add up");
     expect(usage.mapped_bytes_peak >= walked_bytes, "the peak of an arena is low");
+    const auto asleep = totals.asleep_bytes_by_arena.find(arena);
+    expect(usage.asleep_bytes ==
+               (asleep == totals.asleep_bytes_by_arena.end() ? size_t{0} : asleep->second),
+           "the bytes of an arena that sleep do not add up");
   }
   const spillover_stats_t s = this->totals();
   const auto compare = [&s](const Totals::Sums& sums, int index) {
@@ -305,8 +324,9 @@ void Pool::check_totals(const Totals& totals) const {
   // Cached chunks count as large.
   const size_t held_bytes = backing_.held_bytes();
   expect_counter(s.reserved_bytes, SPILLOVER_CLASS_ALL, held_bytes, "reserved_bytes");
-  expect_counter(s.reserved_bytes, SPILLOVER_CLASS_SMALL, small.mapped_bytes, "reserved_bytes");
-  expect_counter(s.reserved_bytes, SPILLOVER_CLASS_LARGE, held_bytes - small.mapped_bytes,
+  const size_t small_bytes = small.mapped_bytes - small.asleep_bytes;
+  expect_counter(s.reserved_bytes, SPILLOVER_CLASS_SMALL, small_bytes, "reserved_bytes");
+  expect_counter(s.reserved_bytes, SPILLOVER_CLASS_LARGE, held_bytes - small_bytes,
                  "reserved_bytes");
 }
 

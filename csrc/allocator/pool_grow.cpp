@@ -126,11 +126,12 @@ Block* Pool::grow_fixed(const Request& request) {
   return range ? adopt(heap_of(request), *range, 0) : nullptr;
 }
 
-// What is in no heap's set, or kept for a private arena, and in no cache. Magazines are empty.
+// What is in no heap's set, or kept for a private or sleeping arena, and in no cache. Magazines are
+// empty.
 size_t Pool::used_bytes() const {
   size_t bytes = backing_.mapped_bytes();
   for (const auto& [key, stream] : streams_) {
-    if (!stream.is_private()) bytes -= stream.free_bytes();
+    if (stream.serves_others()) bytes -= stream.free_bytes();
   }
   return bytes;
 }
@@ -208,7 +209,7 @@ Block* Pool::steal(const Request& request) {
     if (Block* block = steal_from(heap, request)) return block;
   }
   for (auto& [key, stream] : streams_) {
-    if (&stream == &own || stream.is_private() || stream.free_bytes() < request.size_bytes) {
+    if (&stream == &own || !stream.serves_others() || stream.free_bytes() < request.size_bytes) {
       continue;
     }
     prove_idle(stream);
@@ -266,7 +267,7 @@ size_t Pool::gather_idle(size_t wanted_bytes, const AddressRange& kept, Overshoo
   size_t gathered_bytes = 0;
   for (auto& [key, stream] : streams_) {
     if (gathered_bytes >= wanted_bytes) break;
-    if (stream.is_private() || stream.free_bytes() < backing_.unit_bytes()) continue;
+    if (!stream.serves_others() || stream.free_bytes() < backing_.unit_bytes()) continue;
     prove_idle(stream);
     for (Heap& heap : stream.heaps) {
       if (gathered_bytes >= wanted_bytes) break;
@@ -420,7 +421,8 @@ size_t Pool::room_bytes() const {
 
 // Brings the counters of segments and reserved bytes up to date; cached chunks count as large.
 void Pool::count_memory() {
-  const size_t small_bytes = mapped_bytes_[static_cast<size_t>(SizeClass::kSmall)];
+  constexpr auto kSmall = static_cast<size_t>(SizeClass::kSmall);
+  const size_t small_bytes = mapped_bytes_[kSmall] - asleep_bytes_[kSmall];
   set_current(statistics_.reserved_bytes, small_bytes, backing_.held_bytes() - small_bytes);
   set_current(statistics_.segment, segment_counts_[static_cast<size_t>(SizeClass::kSmall)],
               segment_counts_[static_cast<size_t>(SizeClass::kLarge)]);

@@ -105,7 +105,7 @@ std::optional<Block*> Pool::poll_until_fit(Lock& lock, const Request& request) {
 bool Pool::mark_streams() {
   bool has_marks = false;
   for (auto& [key, stream] : streams_) {
-    if (stream.is_private() || stream.free_bytes() == 0 || prove_idle(stream)) continue;
+    if (!stream.serves_others() || stream.free_bytes() == 0 || prove_idle(stream)) continue;
     if (may_ask(stream)) mark(stream, StreamState::MarkKind::kTail);
     has_marks = has_marks || !stream.marks.empty();
   }
@@ -117,7 +117,8 @@ bool Pool::mark_streams() {
 size_t Pool::foreign_bytes() const {
   size_t sum_bytes = 0;
   for (const auto& [key, stream] : streams_) {
-    if (stream.is_private() || stream.completed_count == stream.freed_count || may_ask(stream)) {
+    if (!stream.serves_others() || stream.completed_count == stream.freed_count ||
+        may_ask(stream)) {
       continue;
     }
     sum_bytes += std::min(stream.free_bytes(), stream.unmarked_bytes);
@@ -126,13 +127,14 @@ size_t Pool::foreign_bytes() const {
 }
 
 // Afterwards everything that was freed before is known to be complete. Throws DriverError.
-void Pool::wait_for_device(Lock& lock) {
+void Pool::wait_for_device(Lock& lock, const std::vector<int>& other_devices) {
   empty_magazines();
   std::vector<std::pair<StreamStates::key_type, uint64_t>> freed_counts;
   for (const auto& [key, stream] : streams_) freed_counts.emplace_back(key, stream.freed_count);
   const uint64_t latest_use = pending_.latest();
   std::set<int> devices = pending_.devices();
   devices.insert(device_);
+  devices.insert(other_devices.begin(), other_devices.end());
   lock.unlock();
   for (const int device : devices) synchronize_device(device);
   lock.lock();

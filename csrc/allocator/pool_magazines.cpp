@@ -51,7 +51,7 @@ bool Pool::free_to_magazine(void* pointer) noexcept {
 
 bool Pool::free_cached(Block* block) noexcept {
   ThreadCache* cache = ThreadCache::current();
-  if (cache == nullptr || !block->uses.empty()) return false;
+  if (cache == nullptr || !block->uses.empty() || block->is_shared) return false;
   const std::lock_guard lock(cache->lock);
   MagazineSlot* slot = cache->find(block->heap->stream);
   if (slot == nullptr || !slot->magazine.put(block)) return false;
@@ -75,6 +75,7 @@ MagazineSlot* Pool::equip(StreamState& stream) {
       serves_several_streams_ ? watermark_bytes() : device_bytes_ / kLargeShare;
   auto made = std::make_unique<MagazineSlot>(this, &stream, counters, large_bytes_max);
   const std::lock_guard lock(cache->lock);
+  made->magazine.set_closed(stream.is_asleep);
   MagazineSlot* slot = cache->add(std::move(made));
   magazines_.push_back({cache, slot});
   return slot;

@@ -46,7 +46,7 @@ size_t Pool::largest_free_bytes() {
 size_t Pool::largest_free() const {
   size_t largest_bytes = 0;
   for (const auto& [key, stream] : streams_) {
-    if (stream.is_private()) continue;
+    if (!stream.serves_others()) continue;
     for (const Heap& heap : stream.heaps) {
       if (heap.free.empty()) continue;
       largest_bytes = std::max(largest_bytes, (*heap.free.rbegin())->size_bytes);
@@ -67,10 +67,14 @@ void Pool::visit_segments(spillover_segment_visitor visitor, void* user) {
                         block->requested_bytes, static_cast<int>(block->state.load())});
       last = block;
     }
-    const spillover_segment_info info{
-        reinterpret_cast<void*>(address), last->end() - address,
-        first->heap->stream->key.handle,  first->heap->size_class == SizeClass::kSmall ? 1 : 0,
-        first->heap->stream->arena,       blocks.size()};
+    const StreamState& stream = *first->heap->stream;
+    const spillover_segment_info info{reinterpret_cast<void*>(address),
+                                      last->end() - address,
+                                      stream.key.handle,
+                                      first->heap->size_class == SizeClass::kSmall ? 1 : 0,
+                                      stream.arena,
+                                      stream.is_asleep ? 1 : 0,
+                                      blocks.size()};
     visitor(user, &info, blocks.data());
   }
 }
@@ -80,9 +84,11 @@ spillover_tag_stats_t Pool::arena_statistics(ArenaId arena) {
   const StillMagazines still(*this);
   spillover_tag_stats_t result{};
   if (const auto usage = arenas_.find(arena); usage != arenas_.end()) {
-    result.reserved_bytes = static_cast<int64_t>(usage->second.mapped_bytes);
+    result.reserved_bytes =
+        static_cast<int64_t>(usage->second.mapped_bytes - usage->second.asleep_bytes);
     result.reserved_bytes_peak = static_cast<int64_t>(usage->second.mapped_bytes_peak);
   }
+  count_sleeping(arena, result);
   for (const auto& [address, first] : segments_) {
     if (first->heap->stream->arena != arena) continue;
     for (const Block* block = first; block != nullptr; block = block->next) {

@@ -16,6 +16,7 @@ namespace spillover {
 void Pool::restore_arena(ArenaId arena, std::vector<spillover_block_info> blocks) {
   const std::lock_guard lock(mutex_);
   static_cast<void>(private_arena(arena));
+  check_awake(arena);
   std::sort(blocks.begin(), blocks.end(),
             [](const auto& a, const auto& b) { return a.address < b.address; });
   const std::vector<Block*> live = live_blocks(arena);

@@ -16,11 +16,14 @@ constexpr size_t kFilesKept = 64;
 SharedBlock Pool::share(const void* pointer) {
   const std::lock_guard lock(mutex_);
   const RelaxedCaptureScope relaxed;
-  const Block* block = live_block(pointer);
+  Block* block = live_block(pointer);
+  check_awake(block->heap->stream->arena);
   // Each search costs as much as there are shared blocks, so half of the files are new by then.
   if (backing_.file_count() >= std::max(kFilesKept, 2 * files_needed_)) close_unneeded_files();
   shared_blocks_.insert(block->address);
-  return backing_.share({block->address, block->end()});
+  SharedBlock shared = backing_.share({block->address, block->end()});
+  block->is_shared = true;
+  return shared;
 }
 
 void Pool::close_unneeded_files() {

@@ -217,7 +217,7 @@ Block* Pool::take_behind_watermark(const Request& request) {
   if (is_private_arena(request.arena)) return nullptr;  // Graphs would not wait.
   Heap& heap = heap_of(request);
   for (auto& [key, stream] : streams_) {
-    if (stream.key == request.stream) continue;
+    if (stream.key == request.stream || !stream.serves_others()) continue;
     for (const StreamState::Mark& mark : stream.marks) {
       if (mark.kind != StreamState::MarkKind::kWatermark) continue;
       for (Heap& victim : stream.heaps) {

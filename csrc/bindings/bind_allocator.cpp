@@ -11,6 +11,7 @@
 #include "allocator/pools.hpp"
 #include "allocator/statistics.hpp"
 #include "bindings/bindings.hpp"
+#include "transfer/host_store.hpp"
 
 namespace py = pybind11;
 
@@ -88,6 +89,7 @@ py::list segments_of(Pool& pool) {
     segment["tag"] = arena_name(copy.info.tag);
     segment["arena"] = copy.info.tag;
     segment["is_small"] = copy.info.is_small != 0;
+    segment["is_asleep"] = copy.info.is_asleep != 0;
     segment["blocks"] = blocks;
     result.append(segment);
   }
@@ -129,6 +131,8 @@ py::dict tag_stats_of(Pool& pool, ArenaId tag) {
   result["allocated_bytes"] = statistics.allocated_bytes;
   result["reserved_bytes"] = statistics.reserved_bytes;
   result["reserved_bytes_peak"] = statistics.reserved_bytes_peak;
+  result["asleep_bytes"] = statistics.asleep_bytes;
+  result["saved_bytes"] = statistics.saved_bytes;
   return result;
 }
 
@@ -205,6 +209,29 @@ void define_arenas(PoolClass& pool_class) {
             pool.get().set_arena_options(arena, {lends, is_whole});
           },
           py::arg("arena"), py::arg("lends") = false, py::arg("is_whole") = false, ReleaseGil());
+}
+
+void define_sleep(PoolClass& pool_class) {
+  pool_class
+      .def(
+          "sleep",
+          [](const PoolReference& pool, const std::vector<ArenaId>& tags,
+             std::shared_ptr<HostPool> host) {
+            if (host == nullptr) return pool.get().sleep(tags, nullptr);
+            HostStore store(std::move(host));
+            return pool.get().sleep(tags, &store);
+          },
+          py::arg("tags"), py::arg("host"), ReleaseGil(),
+          "Put tags to sleep, with contents in host or without; gives the bytes that were copied.")
+      .def(
+          "wake",
+          [](const PoolReference& pool, const std::vector<ArenaId>& tags) {
+            return pool.get().wake(tags);
+          },
+          py::arg("tags"), ReleaseGil())
+      .def(
+          "sleeping_tags", [](const PoolReference& pool) { return pool.get().sleeping_tags(); },
+          ReleaseGil());
 }
 
 void define_memory(PoolClass& pool_class) {
@@ -332,6 +359,17 @@ void register_allocator(py::module_& module) {
         return py::int_(*arena);
       },
       py::arg("name"), "The number of a tag; None where nobody has used it.");
+  module.def("tag_names", &arena_names, ReleaseGil(), "Every tag so far, \"\" first.");
+  module.def(
+      "devices_with_pool",
+      [] {
+        std::vector<int> devices;
+        for (int device = 0; device < kDevicesMax; ++device) {
+          if (existing_pool(device) != nullptr) devices.push_back(device);
+        }
+        return devices;
+      },
+      "Devices whose pool was made.");
   module.def(
       "set_tag", [](ArenaId tag) { return ThreadCache::set_current_arena(tag); }, py::arg("tag"),
       "Tag what the calling thread allocates from now on; gives the number of the tag before.");
@@ -345,6 +383,7 @@ void register_allocator(py::module_& module) {
            py::arg("device") = 0, ReleaseGil())
       .def_readonly("device", &PoolReference::device);
   define_memory(pool_class);
+  define_sleep(pool_class);
   define_arenas(pool_class);
   define_settings(pool_class);
   define_figures(pool_class);

@@ -52,6 +52,8 @@
   X(cuMemGetInfo, 3020)                       \
   X(cuMemAlloc, 3020)                         \
   X(cuMemFree, 3020)                          \
+  X(cuMemcpyDtoHAsync, 3020)                  \
+  X(cuMemcpyHtoDAsync, 3020)                  \
   /* Virtual memory */                        \
   X(cuMemGetAllocationGranularity, 10020)     \
   X(cuMemAddressReserve, 10020)               \

@@ -40,6 +40,14 @@ void Stream::synchronize() const {
   SPILLOVER_CHECKED_CALL(cuStreamSynchronize, raw(handle_));
 }
 
+void Stream::settle() const noexcept {
+  const DriverFunctions* functions = driver_functions_if_usable();
+  if (functions == nullptr) return;
+  const ReleaseContextScope scope(device_);
+  if (functions->p_cuStreamSynchronize(raw(handle_)) == CUDA_SUCCESS) return;
+  report_failure(functions->p_cuStreamSynchronize(raw(handle_)), "cuStreamSynchronize");
+}
+
 bool Stream::is_idle() const {
   const ContextScope scope(device_);
   const CUresult result = SPILLOVER_DRIVER_CALL(cuStreamQuery, raw(handle_));

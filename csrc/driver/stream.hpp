@@ -28,6 +28,9 @@ class Stream {
 
   // Blocks the host until the stream's work is complete.
   void synchronize() const;
+  // The same for who undoes what failed: asks whatever the driver says of the context, and once
+  // more after an error, which may be of earlier work.
+  void settle() const noexcept;
   // Whether all work submitted so far is complete; does not block.
   bool is_idle() const;
   // Work submitted after this call starts after the event. Does not block the host.

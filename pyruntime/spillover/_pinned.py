@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -53,9 +54,8 @@ def host_pool() -> HostPool:
 
 
 def _current_device() -> int:
-    import torch
-
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+    torch = sys.modules.get("torch")  # without it the process computes on whichever device
+    return torch.cuda.current_device() if torch and torch.cuda.is_available() else 0
 
 
 def host_stats() -> HostStats:

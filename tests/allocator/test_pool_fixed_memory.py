@@ -278,3 +278,12 @@ def test_random_calls_on_several_streams(
         assert reserved_bytes(pool) <= limit
         if step % 10 == 0:
             pool.check_invariants()
+
+
+def test_memory_at_fixed_addresses_cannot_sleep(pool: _core.Pool) -> None:
+    with allocator.tag("weights"):
+        pool.alloc(4 * MIB)
+    with pytest.raises(spillover.ConfigError, match="no virtual memory"):
+        allocator.sleep("weights")
+    assert allocator.wake() == 0
+    pool.check_invariants()

@@ -444,6 +444,7 @@ def test_random_programs_are_free_of_hazards(
 
 
 @pytest.mark.soak
+@pytest.mark.virtual_memory
 @pytest.mark.parametrize("seed", range(100, 200))
 def test_many_random_programs_are_free_of_hazards(
     impatient: _core.Pool, cuda: Cuda, kept_streams: list[int], seed: int

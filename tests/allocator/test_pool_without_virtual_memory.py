@@ -25,6 +25,7 @@ def run_suite(*files: str, keyword: str = "") -> None:
         "SPILLOVER_TEST_VIRTUAL_MEMORY": "0",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    command += ["--timeout", "0"]  # The outer session has one.
     if keyword:
         command += ["-k", keyword]
     result = subprocess.run(

@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
+import plug_in
 import pytest
-
-SOURCE = """
-#include <cstddef>
-extern "C" {
-int cuMemAlloc_v2(unsigned long long*, size_t);
-int cuMemFree_v2(unsigned long long);
-long allocations = 0, frees = 0;
-void* test_malloc(size_t size, int, void*) {
-  unsigned long long pointer = 0;
-  if (size != 0 && cuMemAlloc_v2(&pointer, size) != 0) return nullptr;
-  ++allocations;
-  return reinterpret_cast<void*>(pointer);
-}
-void test_free(void* pointer, size_t, int, void*) {
-  if (pointer != nullptr) cuMemFree_v2(reinterpret_cast<unsigned long long>(pointer));
-  ++frees;
-}
-}
-"""
 
 PRELUDE = """
 import ctypes, sys, torch
@@ -38,11 +19,7 @@ host = torch.randn(1000)
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pluggable")
-    (folder / "alloc.cpp").write_text(SOURCE)
-    command = ["g++", "-shared", "-fPIC", "-o", "liballoc.so", "alloc.cpp"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder / "liballoc.so"
+    return plug_in.build(tmp_path_factory.mktemp("pluggable"))
 
 
 def test_as_the_current_allocator(run_emulated, library: Path) -> None:

@@ -7,6 +7,7 @@ from spillover.allocator._other_libraries import cupy_allocator, numba_memory_ma
 from spillover.allocator._pool import check_invariants, stats, trim
 from spillover.allocator._reclaim import ReclaimerHandle, add_reclaimer
 from spillover.allocator._record import TraceRecording, record_trace
+from spillover.allocator._sleep import sleep, wake
 from spillover.allocator._tags import tag, tag_stats
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "is_installed",
     "numba_memory_manager",
     "record_trace",
+    "sleep",
     "stats",
     "tag",
     "tag_stats",
     "trim",
+    "wake",
 ]

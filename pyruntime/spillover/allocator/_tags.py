@@ -55,7 +55,9 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
     -------
     dict
         ``allocation`` (live blocks), ``allocated_bytes`` (theirs, rounded to 512), and
-        ``reserved_bytes`` and ``reserved_bytes_peak`` of the memory that is mapped for the tag.
+        ``reserved_bytes`` and ``reserved_bytes_peak`` of the memory that is mapped for the tag;
+        ``asleep_bytes`` of device memory that sleeps and ``saved_bytes`` of contents that are kept
+        on the host meanwhile, private pools under the tag included.
 
     Raises
     ------
@@ -70,6 +72,8 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
             "allocated_bytes": 0,
             "reserved_bytes": 0,
             "reserved_bytes_peak": 0,
+            "asleep_bytes": 0,
+            "saved_bytes": 0,
         }
     return pool.tag_stats(number)
 

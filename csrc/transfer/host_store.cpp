@@ -1,0 +1,71 @@
+#include "transfer/host_store.hpp"
+
+#include <optional>
+
+#include "driver/copy.hpp"
+#include "driver/event.hpp"
+#include "transfer/copy_streams.hpp"
+
+namespace spillover {
+namespace {
+
+class HostContents : public SavedContents {
+ public:
+  HostContents(int device, const std::vector<ContentPiece>& pieces, std::shared_ptr<HostPool> pool)
+      : streams_(CopyStreams::of(device)), pool_(std::move(pool)) {
+    for (const ContentPiece& piece : pieces) pieces_.push_back({piece, {}, {}});
+  }
+
+  void start_save(size_t index) override {
+    Piece& piece = pieces_[index];
+    piece.buffer = pool_->allocate(piece.what.size_bytes);
+    for (const ContentPart& part : piece.what.parts) {
+      copy_to_host(piece.buffer.address() + part.offset_bytes, part.address, part.size_bytes,
+                   streams_.out());
+    }
+    piece.is_saved.emplace(streams_.out().device());
+    piece.is_saved->record(streams_.out().handle());
+  }
+
+  void finish_save(size_t index) override {
+    pieces_[index].is_saved->synchronize();
+    pieces_[index].is_saved.reset();
+  }
+
+  void start_load(size_t index, const std::vector<ContentPart>& parts) override {
+    const Piece& piece = pieces_[index];
+    for (const ContentPart& part : parts) {
+      copy_to_device(part.address, piece.buffer.address() + part.offset_bytes, part.size_bytes,
+                     streams_.in());
+    }
+  }
+
+  void finish_loads() override { streams_.in().synchronize(); }
+
+  void drop(size_t index) noexcept override { pieces_[index].buffer = HostBuffer(); }
+
+  void settle() noexcept override {
+    streams_.out().settle();
+    streams_.in().settle();
+  }
+
+ private:
+  struct Piece {
+    ContentPiece what;
+    HostBuffer buffer;
+    std::optional<Event> is_saved;
+  };
+
+  const CopyStreams& streams_;
+  const std::shared_ptr<HostPool> pool_;
+  std::vector<Piece> pieces_;
+};
+
+}  // namespace
+
+std::unique_ptr<SavedContents> HostStore::begin(int device,
+                                                const std::vector<ContentPiece>& pieces) {
+  return std::make_unique<HostContents>(device, pieces, pool_);
+}
+
+}  // namespace spillover
