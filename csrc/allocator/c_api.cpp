@@ -161,26 +161,37 @@ int spillover_device_of(const void* pointer) {
 spillover_status spillover_stats(int device, spillover_stats_t* out) {
   return guarded([&] {
     require_output(out);
-    *out = spillover::pool_of_device(device).statistics();
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    *out = pool == nullptr ? spillover_stats_t{} : pool->statistics();
   });
 }
 
 spillover_status spillover_reset_accumulated_stats(int device) {
-  return guarded([&] { spillover::pool_of_device(device).reset_accumulated_statistics(); });
+  return guarded([&] {
+    if (auto* pool = spillover::pool_if_made(device)) pool->reset_accumulated_statistics();
+  });
 }
 
 spillover_status spillover_reset_peak_stats(int device) {
-  return guarded([&] { spillover::pool_of_device(device).reset_peak_statistics(); });
+  return guarded([&] {
+    if (auto* pool = spillover::pool_if_made(device)) pool->reset_peak_statistics();
+  });
 }
 
 spillover_status spillover_trim(int device, size_t keep_bytes) {
-  return guarded([&] { spillover::pool_of_device(device).trim(keep_bytes); });
+  return guarded([&] {
+    if (auto* pool = spillover::pool_if_made(device)) pool->trim(keep_bytes);
+  });
 }
 
 spillover_status spillover_configure(int device, const char* settings) {
   return guarded([&] {
     if (settings == nullptr) throw spillover::ConfigError("the settings must not be null");
-    spillover::configure_pools(device, settings, "settings");
+    if (device == -1) {
+      spillover::configure_pools(settings, "settings");
+    } else {
+      spillover::configure_pool(device, settings, "settings");
+    }
   });
 }
 
@@ -341,7 +352,8 @@ spillover_status spillover_memory_fraction(int device, double* out) {
 spillover_status spillover_largest_free(int device, size_t* out) {
   return guarded([&] {
     require_output(out);
-    *out = spillover::pool_of_device(device).largest_free_bytes();
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    *out = pool == nullptr ? 0 : pool->largest_free_bytes();
   });
 }
 
@@ -349,12 +361,14 @@ spillover_status spillover_visit_segments(int device, spillover_segment_visitor 
                                           void* user) {
   return guarded([&] {
     if (visitor == nullptr) throw spillover::ConfigError("the visitor must not be null");
-    spillover::pool_of_device(device).visit_segments(visitor, user);
+    if (auto* pool = spillover::pool_if_made(device)) pool->visit_segments(visitor, user);
   });
 }
 
 spillover_status spillover_check_invariants(int device) {
-  return guarded([&] { spillover::pool_of_device(device).check_invariants(); });
+  return guarded([&] {
+    if (auto* pool = spillover::pool_if_made(device)) pool->check_invariants();
+  });
 }
 
 }  // extern "C"

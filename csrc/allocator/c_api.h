@@ -195,6 +195,8 @@ spillover_status spillover_base(const void* pointer, void** base, size_t* size_b
 /* Device of a live block's address, -1 where it is not ours. */
 int spillover_device_of(const void* pointer);
 
+/* This, the two below, trimming, the largest free block, the segments and the check of invariants
+ * make no context on a device that the process has not used: its pool counts as empty. */
 spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
@@ -204,9 +206,9 @@ spillover_status spillover_reset_peak_stats(int device);
 spillover_status spillover_trim(int device, size_t keep_bytes);
 
 /* Changes settings by a text such as "limit=20GiB,wait_max=30s", all of it or nothing. A device of
- * -1 means every pool, those too that are made later. docs/allocator.md has the keys; the
- * environment variable SPILLOVER_ALLOCATOR has the form of the text and is read before the first
- * pool is made. */
+ * -1 means every pool, those too that are made later; the pool of a device that has none is made
+ * with them. docs/allocator.md has the keys; the environment variable SPILLOVER_ALLOCATOR has the
+ * form of the text and is read before the first pool is made. */
 spillover_status spillover_configure(int device, const char* settings);
 
 /* What the pool may hold by its settings, SIZE_MAX without a limit. */

@@ -1,13 +1,12 @@
 #include "allocator/pool.hpp"
 
 #include <algorithm>
-#include <array>
-#include <cstdio>
 #include <iterator>
 #include <utility>
 
 #include "allocator/page_table.hpp"
 #include "allocator/statistics.hpp"
+#include "base/bytes.hpp"
 #include "base/check.hpp"
 #include "base/error.hpp"
 #include "driver/context.hpp"
@@ -22,12 +21,6 @@ constexpr size_t kRequestMax = size_t{1} << 56;
 // Freed bytes of foreign streams at which the pool waits for the device before it takes more memory
 // from the driver: a program that makes stream after stream would fill the device otherwise.
 constexpr size_t kForeignBytesMax = 256 * kMiB;
-
-std::string address_text(const void* pointer) {
-  std::array<char, 24> text{};
-  std::snprintf(text.data(), text.size(), "%p", pointer);
-  return text.data();
-}
 
 }  // namespace
 
@@ -201,12 +194,12 @@ Block* Pool::live_block(const void* pointer) const {
   Block* block = PageTable::instance().find(address);
   const Pool* owner = PageTable::instance().pool_of(address);
   if (owner != nullptr && owner != this) {
-    throw ConfigError(address_text(pointer) + " is memory of device " +
+    throw ConfigError(format_address(pointer) + " is memory of device " +
                       std::to_string(owner->device_) + ", not of device " +
                       std::to_string(device_));
   }
   if (block == nullptr || block->address != address || block->state != BlockState::kLive) {
-    throw ConfigError(address_text(pointer) + " is not the start of a live block of device " +
+    throw ConfigError(format_address(pointer) + " is not the start of a live block of device " +
                       std::to_string(device_) +
                       "'s pool: it was freed before, or comes from somewhere else");
   }
@@ -335,7 +328,7 @@ AddressRange Pool::segment_of(const void* pointer) const {
     while (last->next != nullptr) last = last->next;
     if (address < last->end()) return {begin, last->end()};
   }
-  throw ConfigError(address_text(pointer) + " is not in the memory of device " +
+  throw ConfigError(format_address(pointer) + " is not in the memory of device " +
                     std::to_string(device_) +
                     "'s pool: it was freed before, or comes from somewhere else");
 }
@@ -369,16 +362,22 @@ Settings Pool::settings() const {
   return settings_;
 }
 
-void Pool::configure(const Settings& settings) {
-  Lock lock(mutex_);
+void Pool::require_changeable(const Settings& settings) const {
+  const std::lock_guard lock(mutex_);
   const auto require_same = [&](bool is_same, const char* key) {
     if (is_same) return;
-    throw StateError(std::string(key) + " cannot change once device " + std::to_string(device_) +
-                     "'s pool is in use; set it in SPILLOVER_ALLOCATOR, or before the first "
-                     "allocation");
+    throw StateError(
+        std::string(key) + " cannot change once device " + std::to_string(device_) +
+        "'s pool is in use; set it in SPILLOVER_ALLOCATOR, in install() or configure(), "
+        "or where the first Pool of the device is made");
   };
   require_same(settings.virtual_memory == settings_.virtual_memory, "virtual_memory");
   require_same(settings.has_thread_cache == settings_.has_thread_cache, "thread_cache");
+}
+
+void Pool::configure(const Settings& settings) {
+  require_changeable(settings);
+  Lock lock(mutex_);
   settings_ = settings;
   const size_t limit = limit_by_settings();
   if (backing_.held_bytes() <= limit) return;

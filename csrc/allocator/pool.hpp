@@ -94,8 +94,10 @@ class Pool {
   // Blocks until the device's work is complete.
   void trim(size_t keep_bytes);
 
-  // Throws ConfigError for what the device has not, StateError for what cannot change any more.
-  // Idle memory above a new limit goes to the driver at once.
+  // Throws StateError for what cannot change any more.
+  void require_changeable(const Settings& settings) const;
+  // As require_changeable(), then takes the settings over. Idle memory above a new limit goes to
+  // the driver at once.
   void configure(const Settings& settings);
   Settings settings() const;
   // What the pool may hold by its settings; Settings::kNoLimit without a limit.

@@ -6,10 +6,14 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "allocator/page_table.hpp"
+#include "base/bytes.hpp"
 #include "base/error.hpp"
 #include "driver/context.hpp"
+#include "driver/device.hpp"
 #include "driver/fork_guard.hpp"
 
 namespace spillover {
@@ -43,6 +47,13 @@ Pool* existing_pool(int device) noexcept {
   return pools().by_device[static_cast<size_t>(device)].load(std::memory_order_acquire);
 }
 
+Pool* pool_if_made(int device) {
+  check_not_forked();
+  if (Pool* pool = existing_pool(device)) return pool;
+  require_device(device);
+  return nullptr;
+}
+
 Pool& pool_of_device(int device) {
   check_not_forked();
   if (Pool* pool = existing_pool(device)) return *pool;
@@ -56,21 +67,34 @@ Pool& pool_of_device(int device) {
   return *slot.load(std::memory_order_relaxed);
 }
 
-void configure_pools(int device, std::string_view settings, std::string_view source) {
-  if (device >= 0) {
-    Pool& pool = pool_of_device(device);
-    const std::lock_guard lock(pools().creation_mutex);
-    pool.configure(parse_settings(settings, source, pool.settings()));
+void configure_pool(int device, std::string_view settings, std::string_view source) {
+  check_not_forked();
+  PrimaryContext::of(device);  // Throws for a device that does not exist.
+  Pools& all = pools();
+  const std::lock_guard lock(all.creation_mutex);
+  auto& slot = all.by_device[static_cast<size_t>(device)];
+  if (Pool* pool = slot.load(std::memory_order_relaxed)) {
+    pool->configure(parse_settings(settings, source, pool->settings()));
     return;
   }
+  const Settings first = parse_settings(settings, source, settings_for_new(all));
+  slot.store(new Pool(device, first), std::memory_order_release);
+}
+
+void configure_pools(std::string_view settings, std::string_view source) {
   check_not_forked();
   Pools& all = pools();
   const std::lock_guard lock(all.creation_mutex);
   const Settings for_new = parse_settings(settings, source, settings_for_new(all));
+  std::vector<std::pair<Pool*, Settings>> changes;
   for (const auto& slot : all.by_device) {
     Pool* pool = slot.load(std::memory_order_relaxed);
-    if (pool != nullptr) pool->configure(parse_settings(settings, source, pool->settings()));
+    if (pool == nullptr) continue;
+    changes.emplace_back(pool, parse_settings(settings, source, pool->settings()));
   }
+  // Before the first change: what one device refuses, none of them takes.
+  for (const auto& [pool, changed] : changes) pool->require_changeable(changed);
+  for (const auto& [pool, changed] : changes) pool->configure(changed);
   all.settings = for_new;
 }
 
@@ -92,7 +116,7 @@ Pool* find_pool(const void* pointer) {
 
 Pool& pool_of_address(const void* pointer) {
   if (Pool* pool = find_pool(pointer)) return *pool;
-  throw ConfigError("the address " + std::to_string(reinterpret_cast<DeviceAddress>(pointer)) +
+  throw ConfigError("the address " + format_address(pointer) +
                     " is not in spillover's device memory: it was freed before, or comes from "
                     "another allocator");
 }

@@ -20,10 +20,16 @@ Pool& pool_of_device(int device);
 // The same where it was made before; null otherwise, and in a forked child.
 Pool* existing_pool(int device) noexcept;
 
-// Changes settings by a text, all of it or nothing: of one device's pool, or of every pool where
-// device is -1, those too that are made later. source is where the text comes from, for messages.
-// Throws ConfigError, and StateError for what cannot change any more.
-void configure_pools(int device, std::string_view settings, std::string_view source);
+// The same for functions that need no pool: one that is not made holds nothing, and its context
+// alone would take hundreds of MiB of a device that the process may not use at all. Throws
+// ConfigError for a device that does not exist.
+Pool* pool_if_made(int device);
+
+// Changes settings by a text, all of it or nothing: of one device's pool, which is made with them
+// where there is none, or of every pool, those too that are made later. source is where the text
+// comes from, for messages. Throws ConfigError, and StateError for what cannot change any more.
+void configure_pool(int device, std::string_view settings, std::string_view source);
+void configure_pools(std::string_view settings, std::string_view source);
 
 // Throws ConfigError outside 0 to 1.
 void set_memory_fraction(int device, double fraction);

@@ -25,8 +25,9 @@ uint64_t Reclaimers::add(Reclaim reclaim) {
 }
 
 bool Reclaimers::remove(uint64_t number) {
+  std::shared_ptr<Entry> entry;  // Ends after the lock: what it holds may call the pool, or wait.
   std::unique_lock lock(mutex_);
-  const std::shared_ptr<Entry> entry = find(number);
+  entry = find(number);
   if (entry == nullptr) return false;
   std::erase(entries_, entry);
   const size_t own_calls = t_running == entry.get() ? 1 : 0;

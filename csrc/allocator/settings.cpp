@@ -50,7 +50,12 @@ std::optional<std::pair<double, std::string_view>> read_number(std::string_view 
 
 size_t read_limit(const Entry& entry) {
   if (entry.value == "none") return Settings::kNoLimit;
-  if (const auto size_bytes = parse_bytes(entry.value)) return *size_bytes;
+  if (const auto size_bytes = parse_bytes(entry.value)) {
+    if (*size_bytes == 0 && entry.value.find_first_of("123456789") != std::string_view::npos) {
+      entry.refuse("it is less than a byte; for a share of the device write fraction");
+    }
+    return *size_bytes;
+  }
   entry.refuse("write a size with a unit, such as 20GiB or 512MB, or none");
 }
 

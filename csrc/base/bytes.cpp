@@ -24,6 +24,12 @@ std::string format_bytes(size_t size_bytes) {
   return text.data();
 }
 
+std::string format_address(const void* pointer) {
+  std::array<char, 24> text{};
+  std::snprintf(text.data(), text.size(), "%p", pointer);
+  return text.data();
+}
+
 std::optional<size_t> parse_bytes(std::string_view text) {
   static constexpr std::array<std::pair<std::string_view, double>, 10> kUnits{{
       {"", 1.0},

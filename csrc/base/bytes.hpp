@@ -24,6 +24,9 @@ constexpr size_t round_down(size_t size, size_t alignment) {
 // "512 B", "1.50 GiB": binary units, two decimals from KiB on.
 std::string format_bytes(size_t size_bytes);
 
+// "0x7f0012340000".
+std::string format_address(const void* pointer);
+
 // Bytes in a text such as "20GiB", "1.5 GB" or "4096"; GB is 10^9, GiB 2^30, and case does not
 // count. Empty where it is no such text or too large.
 std::optional<size_t> parse_bytes(std::string_view text);

@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -269,7 +270,7 @@ void define_settings(PoolClass& pool_class) {
       .def(
           "configure",
           [](const PoolReference& pool, const std::string& settings, const std::string& source) {
-            configure_pools(pool.device, settings, source);
+            configure_pool(pool.device, settings, source);
           },
           py::arg("settings"), py::arg("source"), ReleaseGil())
       .def("settings", [](const PoolReference& pool) { return settings_of(pool.get()); })
@@ -332,11 +333,15 @@ void register_allocator(py::module_& module) {
 
   module.def(
       "configure",
-      [](const std::string& settings, const std::string& source) {
-        configure_pools(-1, settings, source);
+      [](const std::string& settings, const std::string& source, std::optional<int> device) {
+        if (device) {
+          configure_pool(*device, settings, source);
+        } else {
+          configure_pools(settings, source);
+        }
       },
-      py::arg("settings"), py::arg("source"), ReleaseGil(),
-      "Change the settings of every pool, those too that are made later.");
+      py::arg("settings"), py::arg("source"), py::arg("device") = py::none(), ReleaseGil(),
+      "Change the settings of one device's pool, or of every pool, those too that are made later.");
   module.def(
       "check_settings",
       [](const std::string& settings, const std::string& source) {

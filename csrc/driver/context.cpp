@@ -5,25 +5,16 @@
 #include <exception>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <utility>
 
-#include "base/error.hpp"
 #include "driver/check_result.hpp"
 #include "driver/device.hpp"
 
 namespace spillover {
 namespace {
 
-constexpr int kDevicesMax = 64;
-
 CUdevice device_handle(int device) {
-  const int count = device_count();
-  if (device < 0 || device >= count || device >= kDevicesMax) {
-    throw ConfigError("device " + std::to_string(device) + " does not exist; there " +
-                      (count == 1 ? "is 1 device" : "are " + std::to_string(count) + " devices") +
-                      ", numbered from 0");
-  }
+  require_device(device);
   CUdevice handle = 0;
   SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
   return handle;

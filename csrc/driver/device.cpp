@@ -1,7 +1,9 @@
 #include "driver/device.hpp"
 
 #include <exception>
+#include <string>
 
+#include "base/error.hpp"
 #include "driver/check_result.hpp"
 #include "driver/context.hpp"
 
@@ -27,6 +29,14 @@ int device_count() {
   int count = 0;
   SPILLOVER_CHECKED_CALL(cuDeviceGetCount, &count);
   return count;
+}
+
+void require_device(int device) {
+  const int count = device_count();
+  if (device >= 0 && device < count && device < kDevicesMax) return;
+  throw ConfigError("device " + std::to_string(device) + " does not exist; there " +
+                    (count == 1 ? "is 1 device" : "are " + std::to_string(count) + " devices") +
+                    ", numbered from 0");
 }
 
 MemoryInfo memory_info(int device) {

@@ -16,6 +16,12 @@ int driver_version();
 
 int device_count();
 
+// What tables of devices have room for.
+inline constexpr int kDevicesMax = 64;
+
+// Throws ConfigError for a device that does not exist. Makes no context.
+void require_device(int device);
+
 struct MemoryInfo {
   size_t free_bytes;
   size_t total_bytes;

@@ -109,6 +109,19 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert last(None) == INVALID_ARGUMENT
 
 
+def test_only_minus_one_means_every_device(library: ctypes.CDLL, pool: _core.Pool) -> None:
+    before = pool.settings()
+    for device in (-2, 63):
+        assert library.spillover_configure(device, b"limit=1MiB") == INVALID_ARGUMENT
+        assert f"device {device} does not exist".encode() in library.spillover_last_error()
+    assert pool.settings() == before
+
+
+def test_an_address_is_told_as_people_write_it(library: ctypes.CDLL) -> None:
+    assert library.spillover_free(0xABC000) == INVALID_ARGUMENT
+    assert b"the address 0xabc000 is not in" in library.spillover_last_error()
+
+
 def test_null_and_size_zero_are_allowed(library: ctypes.CDLL) -> None:
     assert alloc(library, 0) == 0
     assert library.spillover_free(None) == OK

@@ -52,6 +52,32 @@ def reserved_bytes(pool: _core.Pool) -> int:
     return pool.stats()["reserved_bytes"]["all"]["current"]
 
 
+def context_is_active(device: int) -> bool:
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+    return bool(active.value)
+
+
+def no_context_for_figures() -> None:
+    library = ctypes.CDLL(str(library_path("libspillover.so")))
+    allocator.Pool(0).allocate(MIB).free()
+    library.spillover_pluggable_empty_cache()
+    allocator.trim(device=1)
+    allocator.check_invariants(1)
+    assert set(allocator.stats(1).values()) == {0}
+    assert allocator.stats(1).keys() == allocator.stats(0).keys()
+    assert [context_is_active(device) for device in range(3)] == [True, False, False]
+    for call in (allocator.trim, allocator.stats, allocator.check_invariants):
+        with pytest.raises(spillover.ConfigError, match="device 3 does not exist"):
+            call(device=3)
+
+
+def test_a_device_that_is_not_used_gets_no_context(run_on_devices: RunOnDevices) -> None:
+    """A context takes hundreds of MiB of a card, which may be another process's."""
+    run_on_devices(no_context_for_figures)
+
+
 def any_current_device() -> None:
     cudas, pools = devices()
     address = pools[1].alloc(8 * MIB)

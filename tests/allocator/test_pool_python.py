@@ -63,7 +63,18 @@ def test_streams_of_other_libraries(pool: _core.Pool, cuda: Cuda, kept_streams: 
     assert pool.stats()["active"]["all"]["current"] == 1, "the other stream still writes to it"
 
 
-@pytest.mark.parametrize("stream", ["default", -1, True, 1.5, object()])
+class BrokenStream:
+    def __cuda_stream__(self) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        *("default", -1, True, 1.5, object(), BrokenStream()),
+        *(OtherLibrarysStream(-1), OtherLibrarysStream(1 << 64)),
+    ],
+)
 def test_what_is_no_stream_is_refused(pool: _core.Pool, stream: object) -> None:
     with pytest.raises(spillover.ConfigError, match="is not a CUDA stream; give its handle"):
         allocator.Pool(0).allocate(512, stream)

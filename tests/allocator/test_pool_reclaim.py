@@ -333,3 +333,26 @@ for _ in range(8):
 entered.wait()
 """
     )
+
+
+def test_what_goes_with_a_reclaimer_may_use_reclaimers(
+    run_emulated: Callable[..., Any],
+) -> None:
+    """The end of the function's own objects, with the last reference to them."""
+    run_emulated(
+        """
+        from spillover import allocator
+
+        class Cache:
+            ended = False
+            def __call__(self, missing_bytes, stream):
+                return 0
+            def __del__(self):
+                allocator.add_reclaimer(lambda missing_bytes, stream: 0).remove()
+                Cache.ended = True
+
+        allocator.add_reclaimer(Cache()).remove()
+        assert Cache.ended
+        """,
+        timeout=30,
+    )

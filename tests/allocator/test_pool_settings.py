@@ -102,6 +102,8 @@ def test_unmapped_max_gives_idle_memory_back(pool: _core.Pool) -> None:
         ({"limit": "1e3GiB"}, "limit=1e3GiB is not understood"),
         ({"limit": "1GiB,fraction=0.5"}, "limit='1GiB,fraction=0.5' is not understood"),
         ({"limit": ["1GiB"]}, "is not understood; a setting is a number or a text"),
+        ({"limit": 0.5}, "is less than a byte; for a share of the device write fraction"),
+        ({"limit": "0.9"}, "limit=0.9 is not understood; it is less than a byte"),
         ({"fraction": 1.5}, "from 0 to 1"),
         ({"fraction": float("nan")}, "from 0 to 1"),
         ({"fraction": -1e-30}, "from 0 to 1"),
@@ -148,6 +150,50 @@ def test_blanks_and_a_last_comma_do_not_count(pool: _core.Pool) -> None:
 def test_some_settings_cannot_change_later(pool: _core.Pool, key: str) -> None:
     with pytest.raises(spillover.StateError, match=f"{key} cannot change once device 0's pool"):
         pool.configure(f"{key}=off", "here")
+
+
+def test_what_cannot_change_later_is_set_with_the_first_pool(
+    run_emulated: Callable[..., Any],
+) -> None:
+    run_emulated(
+        """
+        import spillover
+        from spillover import allocator
+        try:
+            allocator.Pool(0, virtual_memory="of")
+        except spillover.ConfigError as error:
+            assert "auto, on or off" in str(error), error
+        else:
+            raise AssertionError("no error")
+        settings = allocator.Pool(0, virtual_memory="off", limit="64MiB").settings()
+        assert (settings["virtual_memory"], settings["limit"]) == ("off", 64 << 20), settings
+        assert settings["wait_max"] == 5.0, settings
+        allocator.configure(device=1, thread_cache=False)
+        assert allocator.Pool(1).settings()["thread_cache"] is False
+        assert allocator.Pool(2).settings() != allocator.Pool(1).settings()
+        """,
+        devices=3,
+        env={"SPILLOVER_ALLOCATOR": "wait_max=5s"},
+    )
+
+
+def test_what_one_device_refuses_no_device_takes(run_emulated: Callable[..., Any]) -> None:
+    run_emulated(
+        """
+        import spillover
+        from spillover import allocator
+        pools = [allocator.Pool(0, thread_cache=False), allocator.Pool(1)]
+        before = [pool.settings() for pool in pools]
+        try:
+            allocator.configure(limit="64MiB", thread_cache=False)
+        except spillover.StateError as error:
+            assert "thread_cache cannot change once device 1's pool" in str(error), error
+        else:
+            raise AssertionError("no error")
+        assert [pool.settings() for pool in [*pools, allocator.Pool(2)]] == [*before, before[1]]
+        """,
+        devices=3,
+    )
 
 
 def test_the_environment_is_read_before_the_first_pool(

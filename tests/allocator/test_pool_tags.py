@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 from cuda_calls import Cuda, live_blocks
@@ -149,3 +150,11 @@ def test_tags_of_tensors(torch_with_pool: TorchProcess) -> None:
         assert weights.sum().item() == 40 * MiB
         """
     )
+
+
+@pytest.mark.parametrize("name", [None, 5, b"weights", "\ud800"])
+def test_what_is_no_name_is_refused(pool: _core.Pool, name: Any) -> None:
+    with pytest.raises(spillover.ConfigError, match="a tag is a text"), allocator.tag(name):
+        pass
+    with pytest.raises(spillover.ConfigError, match="a tag is a text"):
+        allocator.tag_stats(name)

@@ -20,6 +20,30 @@ def torch_with_devices() -> Iterator[TorchProcess]:
     process.close()
 
 
+def test_functions_for_all_devices_touch_none_that_is_not_used(run_emulated: RunEmulated) -> None:
+    """Each process of a node would have a context on each of its cards otherwise."""
+    run_emulated(
+        """
+        import ctypes
+        import spillover
+        spillover.allocator.install(adapter="full")
+        import torch
+        torch.cuda.memory._record_memory_history()
+        held = torch.ones(1 << 20, device="cuda:0")
+        torch.cuda.empty_cache()
+        torch.cuda.memory._snapshot()
+        torch.cuda.memory_stats(1)
+        torch.cuda.reset_peak_memory_stats(1)
+        flags, active = ctypes.c_uint(), ctypes.c_int()
+        driver = ctypes.CDLL("libcuda.so.1")
+        for device in range(3):
+            driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+            assert active.value == (device == 0), device
+        """,
+        devices=3,
+    )
+
+
 def test_devices_are_told_apart(torch_with_devices: TorchProcess) -> None:
     torch_with_devices.run(
         """

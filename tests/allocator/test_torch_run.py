@@ -106,6 +106,8 @@ assert (settings["limit"], settings["wait_max"]) == (512 << 20, 5.0), settings
     spillover_run(
         "--limit", "512MiB", "--set", "wait_max=5s", name, SPILLOVER_ALLOCATOR="limit=1GiB"
     )
+    both = ["--set", "limit=512MiB,wait_max=5s", name]
+    spillover_run(*both, SPILLOVER_ALLOCATOR="wait_max=1s,limit=1GiB")
 
 
 @pytest.mark.soak
@@ -173,6 +175,8 @@ def test_exit_codes_and_exceptions_are_the_programs(spillover_run: Run, tmp_path
         (["--limt", "1GiB", "x.py"], "there is no option '--limt'"),
         (["-m"], "-m needs the name of a module"),
         (["--set", "limits=1GiB", "x.py"], "the nearest is 'limit'"),
+        (["--record-trace", "nowhere/x.csv", "x.py"], "there is no folder"),
+        (["--record-trace", ".", "x.py"], "'.' is a folder; give the name of a file in it"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

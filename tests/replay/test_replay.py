@@ -156,6 +156,8 @@ def test_command_prints_and_writes(tmp_path: Path) -> None:
     [
         (("--on", "both"), "--on 'both' is not one of ours, native, expandable and all"),
         (("--json", "nowhere/x.json"), "there is no folder"),
+        (("--json", "."), "'.' is a folder"),
+        (("--plot", "."), "'.' is a folder"),
         (("--vram", "lots"), "vram='lots' is not a size"),
         (("--device", "0", "missing.csv"), "missing.csv: cannot be read"),
     ],

@@ -50,13 +50,13 @@ def configure(*, device: int | None = None, **settings: Unpack[Settings]) -> Non
         still use before it fails; default 60.
     virtual_memory
         ``"auto"`` maps memory where the device can, ``"on"`` demands it, ``"off"`` takes memory at
-        fixed addresses, with more fragmentation. Fixed once the device's pool is in use.
+        fixed addresses, with more fragmentation. Fixed once the device's pool is made.
     unmapped_max
         Bytes of idle memory that a pool keeps without an address, where it is quickest to use
         again; None (the default) is all of it.
     thread_cache
         Whether threads keep freed blocks for themselves, so that most allocations take no lock;
-        default True. Fixed once the device's pool is in use.
+        default True. Fixed once the device's pool is made.
     check_every
         Number of calls between two walks of :func:`check_invariants`, for debugging; 0 (the
         default) is never. A broken invariant stops the process.
@@ -78,7 +78,7 @@ def apply(device: int | None, settings: Settings) -> None:
         _core.configure(text, "spillover.allocator")
         _named.update(settings)
     else:
-        _core.Pool(_pool.device_index(device)).configure(text, "spillover.allocator")
+        _core.configure(text, "spillover.allocator", _pool.device_index(device))
 
 
 def is_named(key: str) -> bool:

@@ -31,13 +31,14 @@ def stream_handle(stream: Stream) -> int:
     """The CUDA handle of a stream."""
     if stream is None:
         return 0
-    if isinstance(stream, int) and not isinstance(stream, bool) and 0 <= stream < 1 << 64:
-        return stream
+    handle: object = stream
     if hasattr(stream, "__cuda_stream__"):
-        _version, handle = stream.__cuda_stream__()
-        return int(handle)
-    if hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it has the protocol
-        return int(stream.cuda_stream)
+        answer = stream.__cuda_stream__()
+        handle = answer[1] if isinstance(answer, tuple) and len(answer) == 2 else answer
+    elif hasattr(stream, "cuda_stream"):  # torch.cuda.Stream before it has the protocol
+        handle = stream.cuda_stream
+    if isinstance(handle, int) and not isinstance(handle, bool) and 0 <= handle < 1 << 64:
+        return handle
     raise ConfigError(
         f"stream={stream!r} is not a CUDA stream; give its handle as an int, a torch.cuda.Stream, "
         "or an object with __cuda_stream__"
@@ -223,9 +224,9 @@ class Pool:
     """
 
     def __init__(self, device: int = 0, **settings: Unpack[_configure.Settings]) -> None:
+        if settings:  # before the pool is made, when each of them can still be chosen
+            _configure.apply(_pool.device_index(device), settings)
         self._core = _core.Pool(_pool.device_index(device))
-        if settings:
-            _configure.apply(device, settings)
 
     @property
     def device(self) -> int:

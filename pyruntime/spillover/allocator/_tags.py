@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spillover import _core
+from spillover._errors import ConfigError
 from spillover.allocator import _pool
 
 if TYPE_CHECKING:
@@ -31,9 +32,9 @@ def tag(name: str) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        The name is too long, or there are too many.
+        The name is no text or too long, or there are too many.
     """
-    previous = _core.set_tag(_core.tag_number(name))
+    previous = _core.set_tag(_core.tag_number(_checked(name)))
     try:
         yield
     finally:
@@ -57,8 +58,13 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
         ``reserved_bytes`` and ``reserved_bytes_peak`` of the memory that is mapped for the tag;
         ``asleep_bytes`` of device memory that sleeps and ``saved_bytes`` of contents that are kept
         on the host meanwhile, private pools under the tag included.
+
+    Raises
+    ------
+    ConfigError
+        The name is no text, or there is no such device.
     """
-    number = _core.find_tag(name)
+    number = _core.find_tag(_checked(name))
     pool = _core.Pool(_pool.device_index(device))
     if number is None:
         return {
@@ -70,3 +76,13 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
             "saved_bytes": 0,
         }
     return pool.tag_stats(number)
+
+
+def _checked(name: str) -> str:
+    try:
+        if isinstance(name, str):
+            name.encode()
+            return name
+    except UnicodeEncodeError:
+        pass  # half of a surrogate pair, which no text in UTF-8 has
+    raise ConfigError(f"a tag is a text that can be written in UTF-8, not {name!r}")

@@ -34,6 +34,7 @@ def replay(
     of RMM. Without --vram it runs on this machine's GPU, or on an emulated device of 80 GiB.
     """
     from spillover._errors import ConfigError
+    from spillover.cli._places import require_file_place
     from spillover.replay import ALLOCATORS, ReplayOptions, read_trace
     from spillover.replay import plot as draw
     from spillover.replay import replay as run
@@ -41,8 +42,8 @@ def replay(
     if on != "all" and on not in ALLOCATORS:
         raise ConfigError(f"--on {on!r} is not one of {', '.join(ALLOCATORS)} and all")
     for path in (json_file, plot):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise ConfigError(f"there is no folder {str(path.resolve().parent)!r} to write to")
+        if path is not None:
+            require_file_place(path)
     options = ReplayOptions(vram=vram)
     chosen: Sequence[Allocator] = [name for name in ALLOCATORS if on in ("all", name)]
     read = [read_trace(path, device=device) for path in traces]

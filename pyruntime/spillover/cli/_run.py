@@ -12,6 +12,7 @@ from spillover import _core
 from spillover._children import RUN_TRACE_VARIABLE, RUN_VARIABLE, with_site
 from spillover._errors import ConfigError
 from spillover._settings import enabled
+from spillover.cli._places import require_file_place
 
 _SETTINGS_VARIABLE = "SPILLOVER_ALLOCATOR"
 
@@ -36,8 +37,8 @@ def replace_process(
     Raises
     ------
     ConfigError
-        There is no such script, what stands in its place is no option of ours, or a setting is
-        wrong.
+        There is no such script, what stands in its place is no option of ours, a setting is wrong,
+        or the trace cannot be written there.
     """
     _require_program(program)
     environment = with_site(os.environ)
@@ -45,6 +46,7 @@ def replace_process(
     if settings:
         environment[_SETTINGS_VARIABLE] = _merge(os.environ.get(_SETTINGS_VARIABLE, ""), settings)
     if record_trace is not None:
+        require_file_place(record_trace)
         environment[RUN_TRACE_VARIABLE] = str(record_trace.absolute())
     # Before the program begins, not when it imports torch after an hour.
     if enabled():
@@ -70,10 +72,10 @@ def _require_program(program: Sequence[str]) -> None:
 
 def _merge(text: str, settings: Sequence[str]) -> str:
     """The environment's settings with those of the command line in the place of the same keys."""
-    own = {_key(setting) for setting in settings}
+    own = {_key(part) for setting in settings for part in setting.split(",")}
     kept = [part for part in text.split(",") if part.strip() and _key(part) not in own]
     return ",".join([*kept, *settings])
 
 
-def _key(setting: str) -> str:
-    return setting.split("=")[0].strip()
+def _key(part: str) -> str:
+    return part.split("=")[0].strip()
