@@ -11,8 +11,6 @@
 
 namespace spillover {
 
-inline constexpr int kDevicesMax = 64;
-
 // Throws ConfigError for a device that does not exist or settings in SPILLOVER_ALLOCATOR that are
 // not understood, DriverError without a driver.
 Pool& pool_of_device(int device);

@@ -11,6 +11,7 @@
 #include "allocator/pools.hpp"
 #include "allocator/statistics.hpp"
 #include "bindings/bindings.hpp"
+#include "driver/device.hpp"
 #include "transfer/host_store.hpp"
 
 namespace py = pybind11;
