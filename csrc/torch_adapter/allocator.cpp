@@ -36,8 +36,14 @@ void report_free_failure(void* pointer, const char* reason) noexcept {
 std::atomic<bool> is_caching{true};
 
 void return_idle(int device, void* freed) noexcept {
-  const GilRelease no_gil;
-  if (spillover_trim(device, 0) != SPILLOVER_OK) report_free_failure(freed, last_pool_error());
+  if (without_gil([&] { return spillover_trim(device, 0); }) != SPILLOVER_OK) {
+    report_free_failure(freed, last_pool_error());
+  }
+  try {
+    History::instance().on_release(static_cast<c10::DeviceIndex>(device));
+  } catch (const std::exception& error) {
+    report_free_failure(freed, error.what());
+  }
 }
 
 void delete_block(void* pointer) noexcept {
@@ -214,13 +220,16 @@ void Allocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
 void Allocator::emptyCache(c10::MempoolId_t pool) {
   if (pool != kNoPool) {
     PrivatePools::instance().trim(pool);
-    return;
+  } else {
+    const GilRelease no_gil;
+    for (int device = 0; device < device_count_; ++device) {
+      check_pool(spillover_trim(device, 0), "emptying the cache");
+    }
+    PrivatePools::instance().forget_unused();
   }
-  const GilRelease no_gil;
   for (int device = 0; device < device_count_; ++device) {
-    check_pool(spillover_trim(device, 0), "emptying the cache");
+    History::instance().on_release(static_cast<c10::DeviceIndex>(device));
   }
-  PrivatePools::instance().forget_unused();
 }
 
 void Allocator::cacheInfo(c10::DeviceIndex device, size_t* largest_block) {
@@ -257,13 +266,13 @@ void Allocator::resetPeakStats(c10::DeviceIndex device) {
 }
 
 cuda_allocator::SnapshotInfo Allocator::snapshot(c10::MempoolId_t pool, bool include_traces) {
-  History::instance().on_snapshot();
   cuda_allocator::SnapshotInfo result = take_snapshot(device_count_, pool);
   if (include_traces) {
     result.device_traces = History::instance().traces();
   } else {
     result.device_traces.resize(static_cast<size_t>(device_count_.load()));
   }
+  History::instance().on_snapshot();
   return result;
 }
 
@@ -299,6 +308,32 @@ void Allocator::attachOomRejectionObserver(cuda_allocator::OomRejectionObserver 
 
 std::shared_ptr<c10::GatheredContext> Allocator::getContextForPointer(const void* pointer) {
   return History::instance().context_of(pointer);
+}
+#endif
+
+void Allocator::pushCompileContext(std::string& context) {
+  History::push_compile_context(context);
+}
+
+void Allocator::popCompileContext() {
+  History::pop_compile_context();
+}
+
+void Allocator::setUserMetadata(const std::string& metadata) {
+  History::set_metadata(metadata);
+}
+
+std::string Allocator::getUserMetadata() {
+  return History::metadata();
+}
+
+#if SPILLOVER_TORCH_AT_LEAST(2, 14)
+bool Allocator::supportsUserMetadata() {
+  return true;
+}
+
+void Allocator::annotateMemory(const void* pointer, const std::string& metadata) {
+  History::instance().annotate(pointer, metadata);
 }
 #endif
 

@@ -6,12 +6,11 @@
 // and limits all come from the pool, which other users of libspillover.so share.
 //
 // Note [Versions]: c10's class changes between torch's minor versions, hence one build for each.
-// What is new in 2.12 is behind SPILLOVER_TORCH_AT_LEAST; functions that later versions added with
-// a body of their own are inherited, so that 2.11 to 2.14 compile from this one text.
+// What is new since 2.12 is behind SPILLOVER_TORCH_AT_LEAST; functions that later versions added
+// with a body of their own are inherited, so that 2.11 to 2.14 compile from this one text.
 #pragma once
 
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <torch/version.h>
 
 #include <atomic>
 #include <functional>
@@ -20,9 +19,7 @@
 #include <unordered_set>
 #include <vector>
 
-#define SPILLOVER_TORCH_AT_LEAST(major, minor) \
-  (TORCH_VERSION_MAJOR > (major) ||            \
-   (TORCH_VERSION_MAJOR == (major) && TORCH_VERSION_MINOR >= (minor)))
+#include "torch_adapter/torch_version.hpp"
 
 namespace spillover::torch_adapter {
 
@@ -73,6 +70,14 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
 #if SPILLOVER_TORCH_AT_LEAST(2, 12)
   void attachOomRejectionObserver(cuda_allocator::OomRejectionObserver observer) override;
   std::shared_ptr<c10::GatheredContext> getContextForPointer(const void* pointer) override;
+#endif
+  void pushCompileContext(std::string& context) override;
+  void popCompileContext() override;
+  void setUserMetadata(const std::string& metadata) override;
+  std::string getUserMetadata() override;
+#if SPILLOVER_TORCH_AT_LEAST(2, 14)
+  bool supportsUserMetadata() override;
+  void annotateMemory(const void* pointer, const std::string& metadata) override;
 #endif
 
   // Private pools. One with an allocator of its own is refused.

@@ -5,8 +5,15 @@
 
 #include "torch_adapter/gil.hpp"
 #include "torch_adapter/pool.hpp"
+#include "torch_adapter/torch_version.hpp"
 
 namespace spillover::torch_adapter {
+namespace {
+
+thread_local std::string user_metadata;
+thread_local std::vector<std::string> compile_contexts;
+
+}  // namespace
 
 History& History::instance() {
   static History* const history = new History;
@@ -32,8 +39,10 @@ void History::configure(const Options& options) {
   // Dropping a stack trace takes Python's GIL, so what is cleared outlives the lock.
   std::vector<std::deque<TraceEntry>> dropped_entries;
   std::unordered_map<const void*, Live> dropped_blocks;
+  int device_count = 0;
   {
     const std::lock_guard lock(mutex_);
+    device_count = device_count_;
     skipped_ = std::move(skipped);
     entries_max_ = std::max<size_t>(options.entries_max, 1);
     if (!options.enabled || options.clear) {
@@ -44,8 +53,9 @@ void History::configure(const Options& options) {
       watching_ = false;
       live_.swap(dropped_blocks);
     }
-    enabled_ = options.enabled;
   }
+  if (options.enabled && !enabled()) segment_log_.start(device_count);
+  enabled_ = options.enabled;
   if (options.enabled) start_watching();
 }
 
@@ -121,26 +131,98 @@ History::Context History::gather(RecordContext level) const {
   return recorder != nullptr && when_.load() >= level ? recorder() : nullptr;
 }
 
-void History::record(const TraceEntry& entry) {
-  std::vector<Tracker> trackers;
+History::TraceEntry History::make_entry(TraceEntry::Action action, c10::DeviceIndex device,
+                                        size_t address, size_t size_bytes, cudaStream_t stream,
+                                        Context context) const {
+  return {action,
+          device,
+          address,
+          size_bytes,
+          stream,
+          kNoPool,
+          c10::getApproximateTime(),
+          std::move(context),
+          compile_contexts.empty() ? "N/A" : compile_contexts.back(),
+          user_metadata};
+}
+
+void History::keep(const TraceEntry& entry) {
   const TraceEntry::Action action = entry.action_;
   std::deque<TraceEntry> dropped;  // outlives the lock, like every stack trace
+  const std::lock_guard lock(mutex_);
+  const bool skip = std::find(skipped_.begin(), skipped_.end(), action) != skipped_.end();
+  const auto device = static_cast<size_t>(static_cast<unsigned char>(entry.device_));
+  if (!enabled_ || skip || device >= entries_.size()) return;
+  auto& queue = entries_[device];
+  queue.push_back(entry);
+  while (queue.size() > entries_max_) {
+    dropped.push_back(std::move(queue.front()));
+    queue.pop_front();
+  }
+}
+
+void History::record(const TraceEntry& entry) {
+  keep(entry);
+  std::vector<Tracker> trackers;
   {
     const std::lock_guard lock(mutex_);
     trackers = trackers_;
-    const bool skip = std::find(skipped_.begin(), skipped_.end(), action) != skipped_.end();
-    const auto device = static_cast<size_t>(static_cast<unsigned char>(entry.device_));
-    if (enabled_ && !skip && device < entries_.size()) {
-      auto& queue = entries_[device];
-      queue.push_back(entry);
-      while (queue.size() > entries_max_) {
-        dropped.push_back(std::move(queue.front()));
-        queue.pop_front();
-      }
-    }
   }
   for (const auto& tracker : trackers) tracker(entry);
 }
+
+void History::record_segments(c10::DeviceIndex device, RecordContext level) {
+  if (!enabled()) return;
+  const SegmentLog::Changes changes = segment_log_.changes(device);
+  if (changes.unmapped.empty() && changes.mapped.empty()) return;
+  const Context context = gather(level);
+  const auto keep_all = [&](TraceEntry::Action action,
+                            const std::vector<SegmentLog::Range>& ranges) {
+    for (const auto& range : ranges) {
+      keep(make_entry(action, device, range.begin, range.end - range.begin, range.stream, context));
+    }
+  };
+  keep_all(TraceEntry::SEGMENT_UNMAP, changes.unmapped);
+  keep_all(TraceEntry::SEGMENT_MAP, changes.mapped);
+}
+
+void History::on_release(c10::DeviceIndex device) {
+  record_segments(device, RecordContext::ALL);
+}
+
+void History::set_metadata(const std::string& metadata) {
+  user_metadata = metadata;
+}
+
+std::string History::metadata() {
+  return user_metadata;
+}
+
+void History::push_compile_context(const std::string& context) {
+  compile_contexts.push_back(context);
+}
+
+void History::pop_compile_context() {
+  if (!compile_contexts.empty()) compile_contexts.pop_back();
+}
+
+#if SPILLOVER_TORCH_AT_LEAST(2, 14)
+void History::annotate(const void* pointer, const std::string& text) {
+  if (!enabled()) return;
+  Live block;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = live_.find(pointer);
+    if (found == live_.end()) return;
+    block = found->second;
+  }
+  TraceEntry entry =
+      make_entry(TraceEntry::ANNOTATE, block.device, reinterpret_cast<size_t>(pointer),
+                 block.size_bytes, block.stream, gather(RecordContext::ALLOC));
+  entry.user_metadata_ = text;
+  record(entry);
+}
+#endif
 
 void History::tell_profiler(const Live& block, void* pointer, int64_t change_bytes) {
   const spillover_stats_t stats = pool_stats(block.device);
@@ -165,9 +247,9 @@ void History::on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes
     entry = block;
   }
   const bool with_context = when_.load() >= RecordContext::ALLOC;
-  record(TraceEntry(TraceEntry::ALLOC, device, reinterpret_cast<size_t>(pointer), size_bytes,
-                    stream, kNoPool, c10::getApproximateTime(),
-                    with_context ? block.context : nullptr));
+  record_segments(device, RecordContext::ALLOC);
+  record(make_entry(TraceEntry::ALLOC, device, reinterpret_cast<size_t>(pointer), size_bytes,
+                    stream, with_context ? block.context : nullptr));
   if (profiling) tell_profiler(block, pointer, static_cast<int64_t>(size_bytes));
 }
 
@@ -189,8 +271,8 @@ void History::on_free(void* pointer) {
   // complete when it is asked for.
   const Context context = gather(RecordContext::ALL);
   for (const auto action : {TraceEntry::FREE_REQUESTED, TraceEntry::FREE_COMPLETED}) {
-    record(TraceEntry(action, block.device, reinterpret_cast<size_t>(pointer), block.size_bytes,
-                      block.stream, kNoPool, c10::getApproximateTime(), context));
+    record(make_entry(action, block.device, reinterpret_cast<size_t>(pointer), block.size_bytes,
+                      block.stream, context));
   }
   if (profiling) tell_profiler(block, pointer, -static_cast<int64_t>(block.size_bytes));
 }
@@ -198,8 +280,9 @@ void History::on_free(void* pointer) {
 void History::on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
                                cudaStream_t stream) {
   if (!watching()) return;
-  record(TraceEntry(TraceEntry::OOM, device, free_bytes, size_bytes, stream, kNoPool,
-                    c10::getApproximateTime(), gather(RecordContext::ALLOC)));
+  record_segments(device, RecordContext::ALLOC);
+  record(make_entry(TraceEntry::OOM, device, free_bytes, size_bytes, stream,
+                    gather(RecordContext::ALLOC)));
 }
 
 void History::on_snapshot() {
@@ -210,8 +293,10 @@ void History::on_snapshot() {
     device_count = device_count_;
   }
   for (int device = 0; device < device_count; ++device) {
-    record(TraceEntry(TraceEntry::SNAPSHOT, static_cast<c10::DeviceIndex>(device), 0, 0, nullptr,
-                      kNoPool, c10::getApproximateTime()));
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    const auto active_bytes = pool_stats(index).active_bytes[SPILLOVER_CLASS_ALL].current;
+    record(make_entry(TraceEntry::SNAPSHOT, index, 0, static_cast<size_t>(active_bytes), nullptr,
+                      nullptr));
   }
 }
 

@@ -5,8 +5,9 @@
 // function. Contexts (stack traces) are gathered and dropped outside the lock, since that takes
 // Python's GIL; trackers are called outside of it too.
 //
-// The pool does not report its segments as they come and go, so traces hold allocations and frees
-// only. torch's memory viewer takes the segments from the snapshot itself.
+// Segments are looked at after an allocation and where memory is given back (segment_log.hpp);
+// their events, SEGMENT_MAP and SEGMENT_UNMAP, are for the history alone. Trackers do not get them:
+// NCCL's registers what it is told of, and would be told too late.
 //
 // Invariant: while watching, live_ has an entry for every block that torch holds. Blocks older than
 // the watch are entered when it begins, without a context.
@@ -25,6 +26,8 @@
 #include <unordered_map>
 #include <unordered_set>
 #include <vector>
+
+#include "torch_adapter/segment_log.hpp"
 
 namespace spillover::torch_adapter {
 
@@ -69,7 +72,19 @@ class History {
   void on_free(void* pointer);
   void on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
                         cudaStream_t stream);
+  // After traces(), so that a snapshot is an event of later ones.
   void on_snapshot();
+  // After calls that may have given memory back to the driver.
+  void on_release(c10::DeviceIndex device);
+
+  // A text that this thread's events carry from now on; "" for none.
+  static void set_metadata(const std::string& metadata);
+  static std::string metadata();
+  // What torch.compile says that this thread runs, innermost last.
+  static void push_compile_context(const std::string& context);
+  static void pop_compile_context();
+  // Attaches a text to a live block, as an event of its own; torch has them since 2.14.
+  void annotate(const void* pointer, const std::string& text);
 
   // Stack trace of the allocation of a live block, null where none was kept.
   Context context_of(const void* pointer) const;
@@ -90,7 +105,12 @@ class History {
   void start_watching();
   void enter_live_blocks();
   void end_walk();
+  TraceEntry make_entry(TraceEntry::Action action, c10::DeviceIndex device, size_t address,
+                        size_t size_bytes, cudaStream_t stream, Context context) const;
+  // Only the second one tells the trackers.
+  void keep(const TraceEntry& entry);
   void record(const TraceEntry& entry);
+  void record_segments(c10::DeviceIndex device, RecordContext level);
   void tell_profiler(const Live& block, void* pointer, int64_t change_bytes);
 
   std::atomic<bool> watching_{false};
@@ -98,6 +118,7 @@ class History {
   std::atomic<CreateContext> context_recorder_{nullptr};
   std::atomic<RecordContext> when_{RecordContext::NEVER};
 
+  SegmentLog segment_log_;
   std::mutex walk_mutex_;  // Held while the blocks older than a watch are entered; before mutex_.
   mutable std::mutex mutex_;
   // Guarded by mutex_.

@@ -45,11 +45,11 @@ def test_history_and_viewer(torch_with_pool: TorchProcess) -> None:
         del older
         snapshot = torch.cuda.memory._snapshot()
         trace = snapshot["device_traces"][0]
+        trace = [entry for entry in trace if entry["action"] != "segment_map"]
         actions = [(entry["action"], entry["size"]) for entry in trace]
-        assert actions[:3] == [
+        assert actions == [
             ("alloc", 3 * MiB), ("free_requested", 2 * MiB), ("free_completed", 2 * MiB)
         ], actions
-        assert actions[3][0] == "snapshot"
         assert abs(trace[0]["time_us"] / 1e6 - time.time()) < 60
         assert "allocate_here" in [frame["name"] for frame in trace[0]["frames"]]
         blocks = {
@@ -86,9 +86,113 @@ def test_out_of_memory_is_in_the_history(torch_with_pool: TorchProcess) -> None:
         except torch.OutOfMemoryError:
             pass
         trace = torch.cuda.memory._snapshot()["device_traces"][0]
-        assert [entry["action"] for entry in trace] == ["oom", "snapshot"], trace
+        assert [entry["action"] for entry in trace] == ["oom"], trace
         assert trace[0]["size"] == 1 << 40
         assert 0 < trace[0]["device_free"] <= 512 * MiB
         torch.cuda.memory._record_memory_history(enabled=None)
+        """
+    )
+
+
+def test_a_snapshot_is_an_event_of_later_ones(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        torch.cuda.memory._record_memory_history()
+        held = torch.empty(3 * MiB, dtype=torch.uint8, device="cuda")
+        last = [torch.cuda.memory._snapshot()["device_traces"][0][-1] for _ in range(2)]
+        assert [entry["action"] for entry in last] == ["alloc", "snapshot"], last
+        assert last[1]["size"] == 3 * MiB
+        torch.cuda.memory._record_memory_history(enabled=None)
+        """
+    )
+
+
+def test_segments_are_in_the_history(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        def events(*actions):
+            trace = torch.cuda.memory._snapshot()["device_traces"][0]
+            return [entry for entry in trace if entry["action"] in actions]
+
+        older = torch.empty(8 * MiB, dtype=torch.uint8, device="cuda")
+        torch.cuda.memory._record_memory_history(context="all", stacks="python")
+        x = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
+        address = x.data_ptr()
+        mapped = events("segment_map")
+        assert sum(entry["size"] for entry in mapped) == 40 * MiB, mapped
+        assert mapped[0]["addr"] <= address < mapped[0]["addr"] + mapped[0]["size"]
+        order = [entry["action"] for entry in events("segment_map", "alloc")]
+        assert order == ["segment_map"] * len(mapped) + ["alloc"], order
+        again = torch.empty(MiB, dtype=torch.uint8, device="cuda")
+        count = len(events("segment_map"))
+        del again
+        torch.empty(MiB, dtype=torch.uint8, device="cuda")
+        assert len(events("segment_map")) == count  # from what is mapped already
+        del x
+        assert events("segment_unmap") == []
+        torch.cuda.empty_cache()
+        unmapped = events("segment_unmap")
+        assert sum(entry["size"] for entry in unmapped) >= 40 * MiB, unmapped
+        assert "empty_cache" in [frame["name"] for frame in unmapped[-1]["frames"]]
+
+        torch.cuda.memory._record_memory_history(
+            skip_actions=["segment_unmap"], clear_history=True
+        )
+        y = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
+        del y
+        torch.cuda.empty_cache()
+        assert events("segment_map") and not events("segment_unmap")
+        torch.cuda.memory._record_memory_history(enabled=None)
+        """
+    )
+
+
+def test_segments_without_caching_are_in_the_history(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        torch.cuda.memory._record_memory_history()
+        with torch.cuda.memory.caching_allocator_disabled():
+            x = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
+            del x
+        trace = torch.cuda.memory._snapshot()["device_traces"][0]
+        torch.cuda.memory._record_memory_history(enabled=None)
+        assert trace[-1]["action"] == "segment_unmap", trace
+        """
+    )
+
+
+def test_texts_of_the_user_are_in_the_history(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        import threading
+        memory = torch.cuda.memory
+
+        def allocate():
+            return torch.empty(3 * MiB, dtype=torch.uint8, device="cuda")
+
+        assert memory._get_memory_metadata() == ""
+        memory._record_memory_history()
+        memory._set_memory_metadata("step 1")
+        assert memory._get_memory_metadata() == "step 1"
+        marked = allocate()
+        other = []
+        thread = threading.Thread(target=lambda: other.append(allocate()))
+        thread.start()
+        thread.join()
+        memory._set_memory_metadata("")
+        if hasattr(memory, "_annotate_tensor"):  # since torch 2.14
+            assert torch._C._cuda_memoryMetadataSupported()
+            memory._annotate_tensor(marked[MiB:], "saved for backward")
+        trace = memory._snapshot()["device_traces"][0]
+        texts = {
+            (entry["action"], entry["addr"]): entry["user_metadata"]
+            for entry in trace
+            if entry["action"] in ("alloc", "annotate")
+        }
+        expected = {("alloc", marked.data_ptr()): "step 1", ("alloc", other[0].data_ptr()): ""}
+        if hasattr(memory, "_annotate_tensor"):
+            expected["annotate", marked.data_ptr()] = "saved for backward"
+        assert texts == expected, texts
+        memory._record_memory_history(enabled=None)
         """
     )
