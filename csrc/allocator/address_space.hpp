@@ -4,8 +4,8 @@
 // reservation as large as the device, in which it can grow without meeting another heap, and a
 // reservation in which nothing is mapped any more goes to the next heap that needs one.
 //
-// A guard at the end of each, which nothing is mapped at, keeps two reservations apart that the driver
-// gives side by side: a range of mapped addresses lies in one, and is unmapped by one call.
+// A guard at the end of each, which nothing is mapped at, keeps two reservations apart that the
+// driver gives side by side: a range of mapped addresses lies in one, and is unmapped by one call.
 //
 // Between calls: gaps of one reservation do not touch, and with the mapped ranges they cover it.
 // Owned by one Backing and guarded by the pool's mutex, under which it calls the driver.

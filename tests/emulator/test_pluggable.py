@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import plug_in
 import pytest
+
+import plug_in
 
 PRELUDE = """
 import ctypes, sys, torch

@@ -25,13 +25,13 @@ _INTRODUCTION = """\
 # Parity with torch's allocator
 What of torch's memory functions works, by the allocator that torch has. Written by
 `python tools/write_parity.py`, from checks in `tests/parity` that ran on the emulated device with
-torch {torch}; `make test` compares it with a new run.
+torch {torch}.
 
 - **native**: torch's own caching allocator.
 - **ours**: `spillover.allocator.install()`.
 - **fallback**: the same on a machine without a C++ compiler.
-- **plug-in**: another library's `CUDAPluggableAllocator` with the two functions that torch asks for,
-  which call `cuMemAlloc` and `cuMemFree`.
+- **plug-in**: another library's `CUDAPluggableAllocator` with the two functions that torch asks
+  for, which call `cuMemAlloc` and `cuMemFree`.
 
 `n/a` is what has nothing to do there: nothing to change with torch's own allocator, or no
 `nvidia-ml-py` on the machine that wrote this.
