@@ -132,7 +132,7 @@ std::vector<std::pair<std::string, size_t>> Pool::live_bytes_by_tag() const {
 void Pool::throw_out_of_memory(const Request& request, const LadderAttempts& attempts) {
   ++statistics_.ooms;
   const MemoryInfo memory = memory_info(device_);
-  const bool has_virtual_memory = supports_virtual_memory(device_);
+  const bool may_be_virtual = !backing_.is_virtual() && supports_virtual_memory(device_);
   const StillMagazines still(*this);
   const auto current = [](const ClassCounters& counters) {
     return static_cast<size_t>(counters[SPILLOVER_CLASS_ALL].current);
@@ -157,7 +157,7 @@ void Pool::throw_out_of_memory(const Request& request, const LadderAttempts& att
   report.is_limit_fraction = report.limit_bytes < settings_.limit_bytes;
   report.is_captured = request.is_captured;
   report.is_virtual = backing_.is_virtual();
-  report.may_be_virtual = !report.is_virtual && has_virtual_memory;
+  report.may_be_virtual = may_be_virtual;
   report.wait_max = settings_.wait_max;
   report.tags = live_bytes_by_tag();
   report.attempts = attempts;
