@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import TypeVar
 
 _Self = TypeVar("_Self", bound="Handle")
 
 
-class Handle:
+class Handle(ABC):
     """:meth:`remove`, or the end of a ``with`` block, takes it away."""
 
     def __enter__(self: _Self) -> _Self:
@@ -22,6 +23,6 @@ class Handle:
     ) -> None:
         self.remove()
 
+    @abstractmethod
     def remove(self) -> None:
         """Take it away; further calls do nothing."""
-        raise NotImplementedError
