@@ -94,6 +94,10 @@ def _text(key: str, value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{Decimal(value):f}"  # all of it, and never with an exponent
-    if isinstance(value, int | str) and "," not in (text := str(value)):
-        return text
-    raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")
+    if not isinstance(value, int | str):
+        raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")
+    if "," in (text := str(value)):
+        raise ConfigError(
+            f"{key}={value!r} is more than one setting; give each one by its own keyword"
+        )
+    return text
