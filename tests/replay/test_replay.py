@@ -158,6 +158,7 @@ def test_command_prints_and_writes(tmp_path: Path) -> None:
         (("--json", "nowhere/x.json"), "there is no folder"),
         (("--json", "."), "'.' is a folder"),
         (("--plot", "."), "'.' is a folder"),
+        (("--plot", "x.mp3"), "'x.mp3' cannot be written: the format 'mp3' is not one of"),
         (("--vram", "lots"), "vram='lots' is not a size"),
         (("--device", "0", "missing.csv"), "missing.csv: cannot be read"),
     ],
@@ -169,6 +170,7 @@ def test_command_says_what_is_wrong(
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert result.stdout == "", "nothing was replayed"
 
 
 @pytest.mark.gpu

@@ -38,12 +38,15 @@ def replay(
     from spillover.replay import ALLOCATORS, ReplayOptions, read_trace
     from spillover.replay import plot as draw
     from spillover.replay import replay as run
+    from spillover.replay._plot import require_picture
 
     if on != "all" and on not in ALLOCATORS:
         raise ConfigError(f"--on {on!r} is not one of {', '.join(ALLOCATORS)} and all")
     for path in (json_file, plot):
         if path is not None:
             require_file_place(path)
+    if plot is not None:
+        require_picture(plot)
     options = ReplayOptions(vram=vram)
     chosen: Sequence[Allocator] = [name for name in ALLOCATORS if on in ("all", name)]
     read = [read_trace(path, device=device) for path in traces]
