@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from spillover.replay import Allocator, Replay
 
+_FAILED_EXIT_CODE = 3
+
 
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", metavar="TRACE...")],
@@ -32,6 +34,9 @@ def replay(
 
     TRACE is a csv of spillover.allocator.record_trace(), a memory snapshot of torch, or a log
     of RMM. Without --vram it runs on this machine's GPU, or on an emulated device of 80 GiB.
+
+    The exit code is 0 where every trace was replayed to its end, 3 where an allocator failed at an
+    event, for example for want of memory, and 2 for an error, such as an option that is wrong.
     """
     from spillover._errors import ConfigError
     from spillover.cli._places import require_file_place
@@ -60,6 +65,8 @@ def replay(
         json_file.write_text(json.dumps({"replays": found}, indent=1) + "\n")
     if plot is not None:
         draw(results, plot)
+    if any(one.failed_at is not None for _, replays in results for one in replays):
+        raise typer.Exit(_FAILED_EXIT_CODE)
 
 
 def _print(replays: Sequence[Replay]) -> None:
