@@ -221,9 +221,11 @@ def test_sleep_waits_for_work_on_any_stream(
 
 
 def test_host_memory_that_does_not_suffice_leaves_all_awake(
-    pool: _core.Pool, weights: Blocks
+    pool: _core.Pool, weights: Blocks, host: _core.HostPool
 ) -> None:
     fill_with(weights)
+    pool.sleep([weights.number], host)
+    pool.wake([weights.number])  # Has made the streams of the copies, which last.
     weights.add(90 * MIB - 4096)
     before = emulator.live()
     small = _core.HostPool(limit_bytes=64 * MIB)
