@@ -144,3 +144,17 @@ def test_activations_offloaded_as_well() -> None:
         loss.backward()
         resident.loss(tokens.cuda()).backward()
     assert_same(gradients_of(model), gradients_of(resident))
+
+
+def test_a_copy_that_is_dropped_on_its_way_is_waited_for() -> None:
+    """Before the host writes the weights, also where nobody has used the copy."""
+    model = make_gpt()
+    handle = stream_parameters(model)
+    copies = handle._streamer.copies
+    first = handle._streamer.blocks[0]
+    for block in (first, handle._streamer.blocks[1]):
+        copies.fetch_ahead(block)
+        copies.release(block)
+    copies.synchronize()
+    first.host.zero_()
+    handle.remove()

@@ -39,6 +39,7 @@ class DeviceCopies:
         self._blocks = blocks
         self._ahead_max = ahead_max
         self._copy_in = copy_streams(device).copy_in
+        self._latest_copy: torch.cuda.Event | None = None
         self._by_address: dict[int, StreamedBlock] = {}
         self._clock = 0
 
@@ -110,9 +111,8 @@ class DeviceCopies:
 
     def synchronize(self) -> None:
         """Block the host until no copy reads host weights."""
-        for block in self._blocks:
-            if block.buffer is not None:
-                block.ready.synchronize()
+        if self._latest_copy is not None:  # Of copies that were given up since, too.
+            self._latest_copy.synchronize()
 
     def _fetch(self, block: StreamedBlock) -> None:
         self._make_room()
@@ -123,6 +123,7 @@ class DeviceCopies:
             with torch.cuda.stream(self._copy_in):
                 buffer.copy_(block.host, non_blocking=True)
                 block.ready.record(self._copy_in)
+                self._latest_copy = block.ready
         block.buffer = buffer
         block.home = compute
         block.versions = block.current_versions()
