@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from spillover._core import DiskStore, HostPool
 from spillover._errors import HostOutOfMemory
+from spillover.hooks import _reclaim
 from spillover.hooks._activation_order import BackwardOrder
 from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._saved_storage import (
@@ -227,7 +228,20 @@ class ActivationEngine:
                 prefetch_bytes=min(_PREFETCH_BYTES, share) if prefetch is None else prefetch,
                 inflight_bytes=min(_INFLIGHT_BYTES, share) if inflight is None else inflight,
             )
+            _reclaim.offer(device, self)
         return budget
+
+    def give_back(self, missing_bytes: int, device: torch.device) -> int:
+        """See ``_reclaim.Holder``: what is leaving goes first, then what came ahead of its use."""
+        with lock:
+            freed_bytes = transfers.leaving_bytes_of(device)
+        if freed_bytes:
+            finish_departures()
+        if freed_bytes < missing_bytes:
+            with lock:
+                freed_bytes += self._order.resident_bytes(device)
+                self._order.drop_all(device=device)
+        return freed_bytes
 
     def _make_room(self, size_bytes: int, device: torch.device) -> None:
         """Block while copies under way hold more than their budget, which a lone one may."""
@@ -289,6 +303,7 @@ class ActivationEngine:
             with lock:
                 self._order.drop_all(but=packed.copy)
             finish_departures()
+            _reclaim.ask(packed.copy.device, packed.copy.extent.size_bytes)
             return self._bring_back(packed)
 
     def _bring_back(self, view: SavedView) -> torch.Tensor:
@@ -372,8 +387,9 @@ class ActivationEngine:
         return tensor.set_(storage, storage_offset, view.shape, view.stride)
 
     def _bring(self, copy: SavedCopy, compute: torch.cuda.Stream) -> None:
-        # First what can fail for want of memory, so that the block is not lost then.
-        with torch.cuda.stream(compute):
+        # First what can fail for want of memory, so that the block is not lost then. Under the lock
+        # nothing is reclaimed: unpack() does that, and what comes ahead of its use is not worth it.
+        with torch.cuda.stream(compute), _reclaim.suspended():
             flat = torch.empty(copy.extent.size_bytes, dtype=torch.uint8, device=copy.device)
         block = copy.block
         if block is None:

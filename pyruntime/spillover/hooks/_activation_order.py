@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import weakref
 
+import torch
+
 from spillover.hooks._saved_storage import SavedCopy, SavedView
 
 # Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
@@ -81,15 +83,23 @@ class BackwardOrder:
         ]
         return max(uses, default=-1)
 
-    def resident_bytes(self) -> int:
-        """Bytes on the device of copies that came back."""
-        present = (reference() for reference in self._resident)
-        return sum(copy.extent.size_bytes for copy in present if copy and copy.flat is not None)
+    def _present(self, device: torch.device | None) -> list[SavedCopy]:
+        """Copies that came back to the device, or to any."""
+        copies = (reference() for reference in self._resident)
+        return [
+            copy
+            for copy in copies
+            if copy is not None and copy.flat is not None and device in (None, copy.device)
+        ]
 
-    def drop_all(self, but: SavedCopy) -> None:
+    def resident_bytes(self, device: torch.device | None = None) -> int:
+        """Bytes on the device, or on any, of copies that came back."""
+        return sum(copy.extent.size_bytes for copy in self._present(device))
+
+    def drop_all(self, *, but: SavedCopy | None = None, device: torch.device | None = None) -> None:
         """Drop from the device whatever came back, except for one; it can come back again."""
-        for copy in (reference() for reference in self._resident):
-            if copy is not None and copy is not but:
+        for copy in self._present(device):
+            if copy is not but:
                 copy.drop_flat()
 
     def evict(self, position: int, soon: list[SavedCopy], budget_bytes: int) -> None:

@@ -12,17 +12,22 @@ other time. A copy is used only while the version counters of the host weights a
 start, and never across the beginning of the model's forward (a write through ``.data`` does not
 show in the counters).
 
-Owned by one WeightStreamer, which says what may call it and when.
+Owned by one WeightStreamer, which says what may call it and when. Copies that nobody uses are given
+back under pressure by any thread (Note [Giving back under pressure]), between the methods and the
+sections that hold ``lock``. Only where the home stream alone has used a copy: a kernel may still be
+launched on a view of it, which another stream's wait would not cover.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import torch
 
 from spillover._errors import StateError
 from spillover._streams import copy_streams
+from spillover.hooks import _reclaim
 from spillover.hooks._parameters_block import StreamedBlock
 
 
@@ -38,10 +43,29 @@ class DeviceCopies:
         self.backward_block: StreamedBlock | None = None
         self._blocks = blocks
         self._ahead_max = ahead_max
+        #: Held while a copy must stay; an allocation may be made under it.
+        self.lock = threading.RLock()
         self._copy_in = copy_streams(device).copy_in
         self._latest_copy: torch.cuda.Event | None = None
         self._by_address: dict[int, StreamedBlock] = {}
         self._clock = 0
+        _reclaim.offer(device, self)
+
+    def give_back(self, missing_bytes: int, device: torch.device) -> int:
+        """See ``_reclaim.Holder``: copies that nobody uses, the least recently used first."""
+        if not self.lock.acquire(blocking=False):
+            return 0  # Its thread waits for memory itself, and gives its own copies up.
+        try:
+            freed_bytes = 0
+            for block in sorted(self._idle(), key=lambda block: block.used_at):
+                if freed_bytes >= missing_bytes:
+                    break
+                if all(stream == block.home for stream in block.consumers):
+                    freed_bytes += block.size_bytes
+                    self.release(block)
+            return freed_bytes
+        finally:
+            self.lock.release()
 
     def over(self, tensor: torch.Tensor) -> StreamedBlock | None:
         """The block whose device copy ``tensor`` is a view of, if any."""
@@ -54,21 +78,25 @@ class DeviceCopies:
 
     def make_ready(self, block: StreamedBlock) -> None:
         """Have a fresh copy that the current stream may read."""
-        if not block.is_fresh():
-            if block.depth:
-                raise StateError(f"weights of block {block.name!r} changed while it was running")
-            self.release(block)
-            self.waits += 1
-            self._fetch(block)
-        self.use(block)
+        with self.lock:
+            if not block.is_fresh():
+                if block.depth:
+                    raise StateError(
+                        f"weights of block {block.name!r} changed while it was running"
+                    )
+                self.release(block)
+                self.waits += 1
+                self._fetch(block)
+            self.use(block)
 
     def use(self, block: StreamedBlock) -> None:
         """Make the current stream wait for the copy, and the copy wait for it before it goes."""
-        compute = torch.cuda.current_stream(self.device)
-        compute.wait_event(block.ready)
-        if compute not in block.consumers:
-            block.consumers.append(compute)
-        self._touch(block)
+        with self.lock:
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_event(block.ready)
+            if compute not in block.consumers:
+                block.consumers.append(compute)
+            self._touch(block)
 
     def install(self, block: StreamedBlock) -> None:
         """Let operators find the copy; outside of inference mode, since autograd may save it."""
@@ -77,32 +105,35 @@ class DeviceCopies:
 
     def fetch_ahead(self, block: StreamedBlock) -> None:
         """Start a block's copy unless it is there, or the blocks in use leave no room."""
-        if block.is_fresh():
-            self._touch(block)
-            return
-        if block.depth:
-            return
-        self.release(block)
-        if self._make_room():
-            try:
-                self._fetch(block)
-            except torch.OutOfMemoryError:
-                return  # It is fetched when it is needed, after others have left.
+        with self.lock:
+            if block.is_fresh():
+                self._touch(block)
+                return
+            if block.depth:
+                return
+            self.release(block)
+            if self._make_room():
+                try:
+                    with _reclaim.suspended():
+                        self._fetch(block)
+                except torch.OutOfMemoryError:
+                    return  # It is fetched when it is needed, after others have left.
 
     def release(self, block: StreamedBlock) -> None:
         """Drop an idle block's copy once everything queued has finished with it."""
-        if block.buffer is None or block.depth:
-            return
-        block.uninstall()
-        assert block.home is not None
-        block.home.wait_event(block.ready)
-        for stream in block.consumers:
-            if stream != block.home:
-                block.home.wait_stream(stream)
-        del self._by_address[block.buffer.untyped_storage().data_ptr()]
-        block.buffer = None
-        block.home = None
-        block.consumers.clear()
+        with self.lock:
+            if block.buffer is None or block.depth:
+                return
+            block.uninstall()
+            assert block.home is not None
+            block.home.wait_event(block.ready)
+            for stream in block.consumers:
+                if stream != block.home:
+                    block.home.wait_stream(stream)
+            del self._by_address[block.buffer.untyped_storage().data_ptr()]
+            block.buffer = None
+            block.home = None
+            block.consumers.clear()
 
     def release_all(self) -> None:
         """Drop the copies of all idle blocks."""

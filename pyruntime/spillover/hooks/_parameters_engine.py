@@ -170,11 +170,12 @@ class WeightStreamer:
             elif not self._model_running and not self._calls:
                 self.settle()
             block.verify()
-            self.copies.make_ready(block)
-            self.copies.install(block)
-            hooks = SavedWeightHooks(self)
-            hooks.enter()
-            block.depth += 1
+            with self.copies.lock:
+                self.copies.make_ready(block)
+                self.copies.install(block)
+                hooks = SavedWeightHooks(self)
+                hooks.enter()
+                block.depth += 1
             self._calls.append(_Call(block, hooks))
             # Only now: a block that runs is never dropped to make room for the next one.
             self._prefetch_after(block, table)
@@ -184,11 +185,12 @@ class WeightStreamer:
         if not self._calls or self._calls[-1].block is not block:
             return  # The call failed before its weights were installed.
         self._calls.pop().hooks.leave()
-        block.depth -= 1
         changed = block.changed_inside()
-        if block.depth == 0 and not self._in_backward():
-            with _disable_current_modes():
-                block.uninstall()
+        with self.copies.lock:
+            block.depth -= 1
+            if block.depth == 0 and not self._in_backward():
+                with _disable_current_modes():
+                    block.uninstall()
         if torch.is_autocast_enabled(self.device.type) and torch.is_autocast_cache_enabled():
             # The cache would keep a low-precision copy of every block's weights on the device.
             torch.clear_autocast_cache()
@@ -212,12 +214,13 @@ class WeightStreamer:
             )
         with _disable_current_modes():
             self._join_backward()
-            if block is self.copies.backward_block and block.installed and block.is_fresh():
-                self.copies.use(block)
-                return
-            self.copies.backward_block = block
-            self.copies.make_ready(block)
-            self.copies.install(block)
+            with self.copies.lock:
+                if block is self.copies.backward_block and block.installed and block.is_fresh():
+                    self.copies.use(block)
+                    return
+                self.copies.backward_block = block
+                self.copies.make_ready(block)
+                self.copies.install(block)
             self._prefetch_after(block, "backward")
 
     def reload(self, saved: SavedWeight) -> torch.Tensor:
@@ -236,11 +239,12 @@ class WeightStreamer:
         with _disable_current_modes(), torch.no_grad():
             if self._in_backward():
                 self._join_backward()
-            self.copies.make_ready(block)
-            assert block.buffer is not None
-            return block.buffer.view(saved.dtype).as_strided(
-                saved.shape, saved.stride, saved.storage_offset
-            )
+            with self.copies.lock:
+                self.copies.make_ready(block)
+                assert block.buffer is not None
+                return block.buffer.view(saved.dtype).as_strided(
+                    saved.shape, saved.stride, saved.storage_offset
+                )
 
     def _gradient_ready(
         self, block: StreamedBlock, weight: StreamedWeight, leaf: torch.Tensor
@@ -269,9 +273,10 @@ class WeightStreamer:
         with _disable_current_modes():
             self.copies.backward_block = None
             self._order.backward_ended()
-            for block in self.blocks:
-                if block.depth == 0:
-                    block.uninstall()
+            with self.copies.lock:
+                for block in self.blocks:
+                    if block.depth == 0:
+                        block.uninstall()
             self.copies.synchronize()
             self.gradients.deliver_all()
 
@@ -338,8 +343,9 @@ class WeightStreamer:
         self.copies.backward_block = None
         self._order.backward_ended()
         self.gradients.discard()
-        for block in self.blocks:
-            block.uninstall()
+        with self.copies.lock:
+            for block in self.blocks:
+                block.uninstall()
         self.copies.synchronize()
 
     def close(self) -> None:

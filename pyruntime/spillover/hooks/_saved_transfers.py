@@ -173,6 +173,11 @@ class Transfers:
             if queues.departures:
                 torch.cuda.current_stream(device).wait_event(queues.departures[-1].event)
 
+    def leaving_bytes_of(self, device: torch.device) -> int:
+        """Bytes of one device that are held only until their copy-out is complete."""
+        queues = self._devices.get(device)
+        return sum(item.source.nbytes for item in queues.departures) if queues is not None else 0
+
     def newest_departures(self) -> list[torch.cuda.Event]:
         """For each device, the event of the copy-out that started last."""
         return [item.departures[-1].event for item in self._devices.values() if item.departures]
