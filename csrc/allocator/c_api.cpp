@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "allocator/arenas.hpp"
+#include "allocator/content_store.hpp"
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
 #include "allocator/pools.hpp"
@@ -62,6 +63,8 @@ spillover_status guarded(Body body) noexcept {
     return SPILLOVER_OUT_OF_MEMORY;
   } catch (const spillover::DeviceOutOfMemoryError& error) {
     return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
+  } catch (const spillover::HostOutOfMemoryError& error) {
+    return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
   } catch (const spillover::DriverError& error) {
     return fail(SPILLOVER_DRIVER_FAILURE, error.what());
   } catch (const std::exception& error) {
@@ -71,6 +74,16 @@ spillover_status guarded(Body body) noexcept {
 
 void require_output(const void* out) {
   if (out == nullptr) throw spillover::ConfigError("the output pointer must not be null");
+}
+
+std::vector<spillover::ArenaId> read_tags(const uint32_t* tags, size_t tag_count) {
+  if (tags == nullptr && tag_count != 0) {
+    throw spillover::ConfigError("the tags must not be null");
+  }
+  for (size_t i = 0; i < tag_count; ++i) {
+    static_cast<void>(spillover::arena_name(tags[i]));  // Throws for a number that is none.
+  }
+  return {tags, tags + tag_count};
 }
 
 }  // namespace
@@ -223,6 +236,27 @@ spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_sta
     require_output(out);
     static_cast<void>(spillover::arena_name(tag));
     *out = spillover::pool_of_device(device).arena_statistics(tag);
+  });
+}
+
+spillover_status spillover_sleep(int device, const uint32_t* tags, size_t tag_count,
+                                 spillover_content_store* store, size_t* copied_bytes) {
+  return guarded([&] {
+    const std::vector<spillover::ArenaId> numbers = read_tags(tags, tag_count);
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    auto* const contents = reinterpret_cast<spillover::ContentStore*>(store);
+    const size_t bytes = pool == nullptr ? 0 : pool->sleep(numbers, contents);
+    if (copied_bytes != nullptr) *copied_bytes = bytes;
+  });
+}
+
+spillover_status spillover_wake(int device, const uint32_t* tags, size_t tag_count,
+                                size_t* copied_bytes) {
+  return guarded([&] {
+    const std::vector<spillover::ArenaId> numbers = read_tags(tags, tag_count);
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    const size_t bytes = pool == nullptr ? 0 : pool->wake(numbers);
+    if (copied_bytes != nullptr) *copied_bytes = bytes;
   });
 }
 

@@ -15,7 +15,8 @@
 extern "C" {
 #endif
 
-#define SPILLOVER_ABI_VERSION 4
+/* Rises with each change of this interface; users ask for the version that they were made with. */
+#define SPILLOVER_ABI_VERSION 5
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -88,6 +89,9 @@ typedef struct spillover_tag_stats_t {
  * of the pool, perhaps by several at once. It may call every function of this interface; its own
  * requests do not reclaim. It must not throw. */
 typedef size_t (*spillover_reclaimer)(void* user, size_t missing_bytes, void* stream);
+
+/* Where the contents of memory that sleeps are kept; transfer/c_api.h makes one. */
+typedef struct spillover_content_store spillover_content_store;
 
 /* Called for each segment, with its blocks in address order. Must not call the pool again. */
 typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
@@ -195,8 +199,9 @@ spillover_status spillover_base(const void* pointer, void** base, size_t* size_b
 /* Device of a live block's address, -1 where it is not ours. */
 int spillover_device_of(const void* pointer);
 
-/* This, the two below, trimming, the largest free block, the segments and the check of invariants
- * make no context on a device that the process has not used: its pool counts as empty. */
+/* This, the two below, trimming, sleep and wake, the largest free block, the segments and the check
+ * of invariants make no context on a device that the process has not used: its pool counts as
+ * empty. */
 spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
@@ -222,6 +227,28 @@ spillover_status spillover_tag(const char* name, uint32_t* out);
 spillover_status spillover_set_tag(uint32_t tag, uint32_t* previous);
 
 spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_stats_t* out);
+
+/* Gives the device memory of tags to the driver, that of private arenas made under them too;
+ * spillover_wake brings it back at its addresses. Live blocks are copied to the store, which may be
+ * released while they sleep; without one (NULL) what is in them after waking is not defined. Until
+ * then a use of the memory faults and a request with the tag fails; freeing is as ever.
+ *
+ * Waits until the device and its peers have done everything that was submitted, and for the copies.
+ * No thread may use or submit work on memory of the tags from the call on. Nothing happens to tags
+ * that sleep already. Either all tags sleep afterwards or, after a failure, none:
+ * SPILLOVER_OUT_OF_MEMORY where the store has no room, SPILLOVER_INVALID_ARGUMENT for a tag that
+ * spillover_tag has not given or a pool without virtual memory, SPILLOVER_BROKEN_STATE while a
+ * graph is recorded, a block is shared or another thread does the same to a tag. copied_bytes may
+ * be NULL. */
+spillover_status spillover_sleep(int device, const uint32_t* tags, size_t tag_count,
+                                 spillover_content_store* store, size_t* copied_bytes);
+
+/* Brings the memory of tags back with its contents, for use on any stream. Waits until everything
+ * is in place. Nothing happens to tags that are awake. Either all are awake afterwards or, after a
+ * failure, all sleep on with their contents, and the call can be repeated: SPILLOVER_OUT_OF_MEMORY
+ * where the device has not enough after everything that a request tries. */
+spillover_status spillover_wake(int device, const uint32_t* tags, size_t tag_count,
+                                size_t* copied_bytes);
 
 /* A private arena of one device: memory for CUDA graphs and others that need their addresses to
  * stay. Until it is released its free memory serves its own requests only, each on its own stream,

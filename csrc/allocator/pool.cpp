@@ -378,12 +378,22 @@ void Pool::require_changeable(const Settings& settings) const {
 void Pool::configure(const Settings& settings) {
   require_changeable(settings);
   Lock lock(mutex_);
-  settings_ = settings;
+  const Settings former = std::exchange(settings_, settings);
   const size_t limit = limit_by_settings();
   if (backing_.held_bytes() <= limit) return;
-  const RelaxedCaptureScope relaxed;
-  empty_magazines();
-  release_idle(lock, limit);
+  try {
+    const RelaxedCaptureScope relaxed;
+    empty_magazines();
+    release_idle(lock, limit);
+  } catch (...) {
+    settings_ = former;
+    throw;
+  }
+}
+
+void Pool::restore_settings(const Settings& settings) noexcept {
+  const std::lock_guard lock(mutex_);
+  settings_ = settings;
 }
 
 }  // namespace spillover

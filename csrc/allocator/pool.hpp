@@ -97,8 +97,11 @@ class Pool {
   // Throws StateError for what cannot change any more.
   void require_changeable(const Settings& settings) const;
   // As require_changeable(), then takes the settings over. Idle memory above a new limit goes to
-  // the driver at once.
+  // the driver at once; where that throws DriverError the former settings hold, and what went is
+  // gone.
   void configure(const Settings& settings);
+  // Takes former settings back, and gives no memory away.
+  void restore_settings(const Settings& settings) noexcept;
   Settings settings() const;
   // What the pool may hold by its settings; Settings::kNoLimit without a limit.
   size_t limit_bytes() const;

@@ -438,6 +438,12 @@ def test_by_name(pool: _core.Pool, weights: Blocks) -> None:
     weights.live.clear()
     with pytest.raises(spillover.ConfigError, match=r"tag 'wieghts'; tags so far: .*'weights'"):
         allocator.sleep("wieghts")
+    for tags in ("\ud800", b"weights", [7]):
+        with pytest.raises(spillover.ConfigError, match="a tag is a text that can be written in"):
+            allocator.sleep(tags)  # type: ignore[arg-type]
+    for action in (allocator.sleep, allocator.wake):
+        with pytest.raises(spillover.ConfigError, match="tags=7 is neither the name of a tag nor"):
+            action(7)  # type: ignore[operator]
     with pytest.raises(spillover.ConfigError, match="contents='disk' is not one of"):
         allocator.sleep("weights", contents="disk")  # type: ignore[arg-type]
 
