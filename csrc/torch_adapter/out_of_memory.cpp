@@ -47,11 +47,10 @@ auto observers_of(Observers& all) {
   return all.list;
 }
 
-// The sizes at least, where the failure was another's than the pool's (its last error is its text).
+// The sizes and the reason at least, where the failure was another's than the pool's.
 spillover_out_of_memory_t figures_of(c10::DeviceIndex device, size_t size_bytes,
-                                     const std::string& reason) {
+                                     const char* reason) {
   spillover_out_of_memory_t figures{};
-  if (spillover_last_out_of_memory(&figures) == SPILLOVER_OK) return figures;
   const c10::DeviceGuard guard(cuda_device(device));
   figures.requested_bytes = size_bytes;
   if (cudaMemGetInfo(&figures.free_bytes, &figures.total_bytes) != cudaSuccess) {
@@ -62,7 +61,7 @@ spillover_out_of_memory_t figures_of(c10::DeviceIndex device, size_t size_bytes,
   figures.limit_bytes = pool_limit_bytes(device);
   figures.allocated_bytes = static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current);
   figures.reserved_bytes = static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current);
-  figures.details = reason.c_str();
+  figures.details = reason;
   return figures;
 }
 
@@ -117,10 +116,13 @@ bool run_free_memory_callbacks() {
   return freed;
 }
 
-void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream) {
-  const std::string reason = last_pool_error();
+void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream,
+                         const std::string& reason) {
+  spillover_out_of_memory_t figures{};
+  if (!reason.empty() || spillover_last_out_of_memory(&figures) != SPILLOVER_OK) {
+    figures = figures_of(device, size_bytes, reason.empty() ? last_pool_error() : reason.c_str());
+  }
   // What follows may call the pool, whose details are valid until then.
-  spillover_out_of_memory_t figures = figures_of(device, size_bytes, reason);
   const std::string details = figures.details;
   figures.details = details.c_str();
   const std::string message = describe(device, figures);

@@ -47,7 +47,7 @@ def test_refusals_and_which_setting_comes_first(run_emulated: Callable[..., obje
         import spillover
         for text, words in {
             "backend:cudaMallocAsync": "leave 'backend' out to use the pool, or set SPILLOVER=0",
-            "per_process_memory_fraction:1.5": "per_process_memory_fraction:1.5 is not",
+            "per_process_memory_fraction:1.5": "per_process_memory_fraction is invalid: '1.5' is",
         }.items():
             os.environ["PYTORCH_ALLOC_CONF"] = text
             if text.startswith("per_process"):

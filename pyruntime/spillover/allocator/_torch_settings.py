@@ -97,7 +97,8 @@ def _honour_fraction(settings: list[tuple[str, str]], variable: str) -> None:
         _configure.apply(None, {"fraction": float(fraction)})
     except (ValueError, ConfigError) as error:
         raise ConfigError(
-            f"{variable}: per_process_memory_fraction:{fraction} is not a number from 0 to 1"
+            f"{variable}: per_process_memory_fraction is invalid: {fraction!r} is not a number "
+            "from 0 to 1"
         ) from error
 
 
