@@ -245,7 +245,9 @@ spillover_status spillover_release_arena(int device, uint32_t arena);
 spillover_status spillover_trim_arena(int device, uint32_t arena);
 
 /* lends: free blocks of the arena serve ordinary requests on their stream that would fail
- * otherwise. is_whole: each block has chunks of its own. Both are 0 at first. */
+ * otherwise. is_whole: each block is a segment of its own, with chunks of its own, and is handed out
+ * whole where it is larger than what is asked for. Both are 0 at first; is_whole cannot change once
+ * memory was asked for. */
 spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole);
 
 /* Adds a function that is asked for memory before a request fails, after those added before; out

@@ -45,7 +45,7 @@ namespace spillover {
 
 struct ArenaOptions {
   bool lends = false;     // Its free blocks serve requests that would fail otherwise.
-  bool is_whole = false;  // Each block has chunks of its own.
+  bool is_whole = false;  // Each block is a segment of its own; see Note [Whole blocks].
 };
 
 class Pool {
@@ -111,6 +111,7 @@ class Pool {
   // for an arena that is not in use, trim_arena for one that never was.
   ArenaId make_arena();
   void release_arena(ArenaId arena);
+  // Throws StateError where is_whole changes and the arena has, or had, memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
   // Frees the arena's live blocks and makes those that are given, which were live at one time in
   // this arena, live again. Throws StateError, with nothing done, where that cannot be.
@@ -163,6 +164,7 @@ class Pool {
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
+    bool is_whole = false;     // The block has chunks of its own.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
@@ -343,6 +345,7 @@ class Pool {
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
   Block* grow_virtual(const Request& request, Source source, size_t spare_bytes);
+  size_t preferred_fixed_bytes(const Request& request) const;
   Block* grow_fixed(const Request& request);
   size_t used_bytes() const;
   size_t spare_bytes(size_t used_bytes_peak) const;
