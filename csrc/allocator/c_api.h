@@ -142,7 +142,8 @@ const char* spillover_last_error(void);
 spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
- * 512 bytes. A size of 0 gives NULL. */
+ * 512 bytes. A size of 0 gives NULL. Fails on a stream that records a graph, whose memory comes from
+ * an arena (spillover_alloc_in). */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
 /* As spillover_alloc where a block that this thread has freed fits, and never waits.
