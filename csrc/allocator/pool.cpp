@@ -43,7 +43,9 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
   StreamState& state =
       streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
           .first->second;
-  state.is_released = is_private_arena(arena) && private_arenas_.count(arena) == 0;
+  const auto options = private_arenas_.find(arena);
+  state.is_released = is_private_arena(arena) && options == private_arenas_.end();
+  state.is_whole = options != private_arenas_.end() && options->second.is_whole;
   state.is_asleep = is_asleep(arena);
   return state;
 }
@@ -56,10 +58,8 @@ Heap& Pool::heap_of(const Request& request) {
 
 void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes == 0) return nullptr;
-  // Also before a look into the magazine: what its blocks were freed behind is no part of the
-  // graph.
-  check_not_capturing(device_, stream);
   if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
+  check_not_capturing(device_, stream);
   const Request request = make_request(size_bytes, stream, ThreadCache::current_arena());
   Lock lock(mutex_);
   check_awake(request.arena);
@@ -161,9 +161,10 @@ void Pool::remove_free(Block* block) {
   subtract(statistics_.inactive_split_bytes, heap.size_class, block->size_bytes);
 }
 
-// Cuts what the request does not need off a free block, to the last unit.
+// Cuts what the request does not need off a free block, to the last unit, unless the block stays
+// whole.
 void Pool::split(Block* block, const Request& request) {
-  if (block->size_bytes == request.size_bytes) return;
+  if (block->size_bytes == request.size_bytes || block->heap->stream->is_whole) return;
   const AddressRange range{block->address + request.size_bytes, block->end()};
   Block* rest = make_block(*block->heap, range, block->freed_at);
   rest->previous = block;

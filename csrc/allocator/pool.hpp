@@ -45,7 +45,7 @@ namespace spillover {
 
 struct ArenaOptions {
   bool lends = false;     // Its free blocks serve requests that would fail otherwise.
-  bool is_whole = false;  // Each block has chunks of its own.
+  bool is_whole = false;  // Each block is a segment of its own; see Note [Whole blocks].
 };
 
 class Pool {
@@ -63,7 +63,8 @@ class Pool {
   // is not in use.
   void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
-  // The same from the thread's magazine; null where that has no such block. Never blocks.
+  // The same from the thread's magazine; null where that has no such block and on a capturing
+  // stream. Never blocks.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
 
   // Throws ConfigError unless pointer is the start of a live block.
@@ -114,6 +115,7 @@ class Pool {
   // for an arena that is not in use, trim_arena for one that never was.
   ArenaId make_arena();
   void release_arena(ArenaId arena);
+  // Throws StateError where is_whole changes and the arena has, or had, memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
   // Frees the arena's live blocks and makes those that are given, which were live at one time in
   // this arena, live again. Throws StateError, with nothing done, where that cannot be.
@@ -166,6 +168,7 @@ class Pool {
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
+    bool is_whole = false;     // The block has chunks of its own.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
@@ -346,6 +349,7 @@ class Pool {
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
   Block* grow_virtual(const Request& request, Source source, size_t spare_bytes);
+  size_t preferred_fixed_bytes(const Request& request) const;
   Block* grow_fixed(const Request& request);
   size_t used_bytes() const;
   size_t spare_bytes(size_t used_bytes_peak) const;

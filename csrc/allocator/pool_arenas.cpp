@@ -12,6 +12,12 @@
 //   - a wait for the device invalidates a graph that is being recorded, so none is made then;
 //   - once the arena is *released* its free blocks, and live ones when they are freed, are ordinary
 //     memory as soon as the whole device was waited for: graphs may still run on any stream.
+//
+// Note [Whole blocks]. An arena may be one of *whole* blocks: each has chunks of its own and is a
+// segment, which stays what it is until the arena is released. A request gets a free block as it
+// is, however much larger that is, as a pool of torch's with no_split does; free blocks do not
+// merge, and what the arena grows by is what is asked for. So a block can be given to somebody
+// (a network card, a communicator) as the memory of the driver's that it is.
 #include <algorithm>
 
 #include "allocator/pool.hpp"
@@ -28,7 +34,8 @@ void* Pool::allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream) {
     request.is_captured = stream_is_capturing(stream);
   }
   Lock lock(mutex_);
-  if (private_arena(arena).is_whole && request.size_bytes <= device_bytes_) {
+  request.is_whole = private_arena(arena).is_whole;
+  if (request.is_whole && request.size_bytes <= device_bytes_) {
     request.size_bytes = round_up(request.size_bytes, backing_.unit_bytes());
     request.size_class =
         request.size_bytes <= kSmallRequestMax ? SizeClass::kSmall : SizeClass::kLarge;
@@ -48,7 +55,15 @@ ArenaId Pool::make_arena() {
 
 void Pool::set_arena_options(ArenaId arena, const ArenaOptions& options) {
   const std::lock_guard lock(mutex_);
-  private_arena(arena) = options;
+  ArenaOptions& known = private_arena(arena);
+  const bool has_memory = std::any_of(streams_.begin(), streams_.end(), [&](const auto& entry) {
+    return entry.second.arena == arena;
+  });
+  if (has_memory && options.is_whole != known.is_whole) {
+    throw StateError("whether the blocks of private arena " + std::to_string(arena) +
+                     " are split cannot change any more; set it before the first allocation");
+  }
+  known = options;
 }
 
 void Pool::release_arena(ArenaId arena) {

@@ -32,6 +32,7 @@ def library(pool: _core.Pool) -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.POINTER(ctypes.c_void_p),
     ]
+    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     for name in ("spillover_free", "spillover_device_of"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     library.spillover_record_stream.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -174,9 +175,28 @@ def test_try_free_frees(library: ctypes.CDLL, pool: _core.Pool) -> None:
     pool.check_invariants()
 
 
+def test_no_function_gives_ordinary_memory_to_a_capture(
+    library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    """Neither does the thread's magazine, which has a block of that size."""
+    stream, out = kept_streams[0], ctypes.c_void_p()
+    functions = [library.spillover_try_alloc, library.spillover_alloc]
+    address = pool.alloc(7000, stream)
+    pool.free(address)
+    with cuda.capture(stream) as nodes:
+        statuses = [function(0, 7000, stream, ctypes.byref(out)) for function in functions]
+        assert statuses == [BUSY, BROKEN_STATE]
+        assert b"recording a CUDA graph" in library.spillover_last_error()
+        assert out.value is None
+    assert nodes == [0]
+    for function in functions:
+        assert function(0, 7000, stream, ctypes.byref(out)) == OK
+        assert out.value == address
+        assert library.spillover_free(address) == OK
+
+
 def test_try_alloc_gives_what_the_thread_has_freed(library: ctypes.CDLL, pool: _core.Pool) -> None:
     out = ctypes.c_void_p()
-    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
     address = alloc(library, 7000)
     assert library.spillover_free(address) == OK

@@ -12,7 +12,16 @@ import pytest
 FOLDER = Path(__file__).parent
 #: One process each, so that they run side by side.
 GROUPS = {
-    "pool": ["fixed_memory", "behaviour", "growth", "magazines", "faults", "tags", "settings"],
+    "pool": [
+        "fixed_memory",
+        "behaviour",
+        "growth",
+        "magazines",
+        "faults",
+        "tags",
+        "settings",
+        "arenas",
+    ],
     "waiting": ["reclaim", "threads", "python", "c_api", "watermarks", "sharing"],
     "model": ["model"],
 }

@@ -48,13 +48,13 @@ def test_the_memory_of_a_pool_that_is_gone_goes_back(torch_with_pool: TorchProce
         before = torch.cuda.memory_reserved()
         pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(pool):
-            kept = torch.full((4 * MiB,), 5, dtype=torch.uint8, device="cuda")
+            kept = torch.full((12 * MiB,), 5, dtype=torch.uint8, device="cuda")
             gone = torch.empty(32 * MiB, dtype=torch.uint8, device="cuda")
         del gone
-        assert torch.cuda.memory_reserved() == before + 36 * MiB
+        assert torch.cuda.memory_reserved() == before + 44 * MiB
         del pool  # empties it
-        assert torch.cuda.memory_reserved() == before + 4 * MiB
-        assert kept.sum().item() == 5 * 4 * MiB
+        assert torch.cuda.memory_reserved() == before + 12 * MiB
+        assert kept.sum().item() == 5 * 12 * MiB
         del kept
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == before
@@ -96,7 +96,7 @@ def test_only_the_thread_that_uses_a_pool(torch_with_pool: TorchProcess) -> None
     )
 
 
-def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess) -> None:
+def test_a_pool_that_helps_out(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """
         helper = torch.cuda.MemPool(use_on_oom=True)
@@ -114,11 +114,89 @@ def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess
         finally:
             allocator.configure(limit=None, wait_max="30s")
         del saved
+        """
+    )
 
-        whole = torch.cuda.MemPool(no_split=True)
+
+def test_blocks_of_a_pool_that_does_not_split_are_segments(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        ordinary, whole = torch.cuda.MemPool(), torch.cuda.MemPool(no_split=True)
+        sizes = (4 * MiB, 40, 4 * MiB, 21 * MiB)
+
+        def allocate(pool):
+            with torch.cuda.use_mem_pool(pool):
+                return [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in sizes]
+
+        def held():
+            stats = torch.cuda.memory_stats()
+            return stats["segment.all.current"], stats["reserved_bytes.all.current"]
+
+        def events(action):
+            (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
+            return [(entry["addr"], entry["size"]) for entry in trace if entry["action"] == action]
+
+        (count, reserved) = before = held()
+        torch.cuda.memory._record_memory_history(stacks="python")
+        tensors = allocate(whole)
+        assert held() == (count + 4, reserved + 32 * MiB), held()
+
+        segments = {segment["address"]: segment for segment in whole.snapshot()}
+        ours = [segments.pop(tensor.data_ptr()) for tensor in tensors]
+        assert not segments, segments
+        assert [segment["total_size"] for segment in ours] == [size * MiB for size in (4, 2, 4, 22)]
+        for size, segment in zip(sizes, ours):
+            (block,) = segment["blocks"]
+            assert block["size"] == segment["total_size"] and block["requested_size"] == size
+            assert block["state"] == "active_allocated"
+        ranges = [(segment["address"], segment["total_size"]) for segment in ours]
+        assert events("segment_map") == ranges, events("segment_map")
+        others = allocate(ordinary)
+        assert len(whole.snapshot()) > len(ordinary.snapshot())
+        del others, ordinary  # and its memory
+
+        # A smaller request gets a free block whole.
+        address = tensors.pop().data_ptr()
         with torch.cuda.use_mem_pool(whole):
-            first, second = torch.zeros(10, device="cuda"), torch.zeros(10, device="cuda")
-        assert abs(first.data_ptr() - second.data_ptr()) >= 2 * MiB
+            tensors.append(torch.empty(5 * MiB, dtype=torch.uint8, device="cuda"))
+        assert tensors[-1].data_ptr() == address
+        assert held() == (count + 4, reserved + 32 * MiB), held()
+        now = [(segment["address"], segment["total_size"]) for segment in whole.snapshot()]
+        assert sorted(now) == sorted(ranges), now
+        del tensors, whole
+        assert held() == before, held()
+        assert set(ranges) <= set(events("segment_unmap")), events("segment_unmap")
+        torch.cuda.memory._record_memory_history(None)
+        """
+    )
+
+
+def test_a_graph_and_checkpoints_in_a_pool_that_does_not_split(
+    torch_with_pool: TorchProcess,
+) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(3 * MiB // 4, device="cuda")
+        pool = torch.cuda.MemPool(no_split=True)
+
+        def capture(function):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool.id):
+                result = function()
+            return graph, result
+
+        first, a = capture(lambda: x + 1)
+        state = torch._C._cuda_getCheckpointState(0, pool.id)
+        second, b = capture(lambda: (a * 2) + 3)
+        address = b.data_ptr()
+        torch._C._cuda_setCheckpointPoolState(0, state, [b.untyped_storage()._cdata], [])
+        del b  # its block was freed already
+        third, c = capture(lambda: (a * 2) + 4)
+        assert c.data_ptr() == address
+        first.replay()
+        third.replay()
+        assert a.eq(2).all().item() and c.eq(8).all().item()
+        assert all(len(segment["blocks"]) == 1 for segment in pool.snapshot())
         """
     )
 
