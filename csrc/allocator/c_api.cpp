@@ -275,6 +275,10 @@ spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream,
   });
 }
 
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream) {
+  return guarded([&] { spillover::pool_of_device(device).expect_stream(arena, stream); });
+}
+
 spillover_status spillover_restore_arena(int device, uint32_t arena,
                                          const spillover_block_info* blocks, size_t block_count) {
   return guarded([&] {

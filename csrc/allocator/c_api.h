@@ -261,6 +261,11 @@ spillover_status spillover_make_arena(int device, uint32_t* out);
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
 
+/* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if it
+ * is kept, records a graph, nothing waits for the device, which would end the recording. Whoever does
+ * not say so is known from the stream's first allocation on. */
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream);
+
 /* Frees every live block of an arena in use and makes those that are given live again, at their
  * addresses: blocks that spillover_visit_segments has shown as live in it. All of it or nothing. */
 spillover_status spillover_restore_arena(int device, uint32_t arena,

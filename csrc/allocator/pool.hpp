@@ -114,8 +114,10 @@ class Pool {
   // Private arenas (Note [Private arenas] in pool_arenas.cpp). All but the first throw ConfigError
   // for an arena that is not in use, trim_arena for one that never was.
   ArenaId make_arena();
+  // The stream, which lives, is going to ask for the arena's memory; see captures().
+  void expect_stream(ArenaId arena, StreamHandle stream);
   void release_arena(ArenaId arena);
-  // Throws StateError where is_whole changes and the arena has, or had, memory.
+  // Throws StateError where is_whole changes and the arena has memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
   // Frees the arena's live blocks and makes those that are given, which were live at one time in
   // this arena, live again. Throws StateError, with nothing done, where that cannot be.

@@ -9,7 +9,8 @@
 //   - what it grows by is memory whose last use is complete, whichever stream that was on: a
 //     graph's launch is not ordered with the stream that recorded it;
 //   - nothing is recorded or asked on its streams for its sake, and it has no magazines;
-//   - a wait for the device invalidates a graph that is being recorded, so none is made then;
+//   - a wait for the device invalidates a graph that is being recorded, so none is made then; the
+//     pool knows the streams that may record one from their requests, or is told before these;
 //   - once the arena is *released* its free blocks, and live ones when they are freed, are ordinary
 //     memory as soon as the whole device was waited for: graphs may still run on any stream.
 //
@@ -53,15 +54,25 @@ ArenaId Pool::make_arena() {
   return arena;
 }
 
+void Pool::expect_stream(ArenaId arena, StreamHandle stream) {
+  const StreamKey key = identify_stream(device_, stream);
+  const std::lock_guard lock(mutex_);
+  static_cast<void>(private_arena(arena));
+  state_of(key, arena);
+}
+
 void Pool::set_arena_options(ArenaId arena, const ArenaOptions& options) {
   const std::lock_guard lock(mutex_);
   ArenaOptions& known = private_arena(arena);
-  const bool has_memory = std::any_of(streams_.begin(), streams_.end(), [&](const auto& entry) {
-    return entry.second.arena == arena;
-  });
-  if (has_memory && options.is_whole != known.is_whole) {
-    throw StateError("whether the blocks of private arena " + std::to_string(arena) +
-                     " are split cannot change any more; set it before the first allocation");
+  for (auto& [key, stream] : streams_) {
+    if (stream.arena != arena) continue;
+    if (stream.block_count() != 0 && options.is_whole != known.is_whole) {
+      throw StateError("whether the blocks of private arena " + std::to_string(arena) +
+                       " are split cannot change any more; set it before the first allocation");
+    }
+  }
+  for (auto& [key, stream] : streams_) {
+    if (stream.arena == arena) stream.is_whole = options.is_whole;
   }
   known = options;
 }
@@ -120,7 +131,7 @@ bool Pool::may_ask(const StreamState& stream) const {
   return !is_private_arena(stream.arena) && may_be_asked(device_, stream.key);
 }
 
-// Whether a graph is being recorded that has memory of a private arena.
+// Whether a graph is being recorded that has, or is going to have, memory of a private arena.
 bool Pool::captures() const {
   const ContextScope scope(device_);
   return std::any_of(streams_.begin(), streams_.end(), [&](const auto& entry) {

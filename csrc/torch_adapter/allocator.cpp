@@ -345,7 +345,7 @@ void Allocator::annotateMemory(const void* pointer, const std::string& metadata)
 
 void Allocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
                                     std::function<bool(cudaStream_t)> filter) {
-  PrivatePools::instance().begin(device, pool, std::move(filter));
+  PrivatePools::instance().begin(device, pool, std::move(filter), current_stream(device));
 }
 
 void Allocator::endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) {

@@ -154,6 +154,21 @@ def test_a_capture_is_served_and_not_disturbed(
     pool.check_invariants()
 
 
+def test_a_capture_is_not_disturbed_before_it_has_memory(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream = kept_streams[0]
+    pool.expect_stream(arena, stream)
+    pool.free(pool.alloc(8 * MIB))
+    with cuda.capture(stream) as nodes:
+        pool.trim()
+    assert nodes == [0]
+    pool.set_arena_options(arena, is_whole=True)  # It has no memory.
+    pool.trim()
+    assert reserved_bytes(pool) == 0
+    pool.check_invariants()
+
+
 @pytest.mark.virtual_memory
 def test_a_capture_that_runs_out_of_memory_goes_on(
     pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
@@ -186,7 +201,24 @@ def test_a_block_used_by_two_capturing_streams_waits_for_the_captures_end(
         cuda.order(joined, stream)
     assert nodes == [1]
     cuda.synchronize()
-    assert pool.alloc_in(arena, 8 * MIB, stream) == address
+    with cuda.capture(stream):
+        # In the order of the graphs, which share the arena.
+        assert pool.alloc_in(arena, 8 * MIB, stream) == address
+
+
+def test_a_block_used_outside_of_the_capture_waits_for_that_use(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream, outside, _ = kept_streams
+    with cuda.capture(stream):
+        address = pool.alloc_in(arena, 8 * MIB, stream)
+        cuda.fill(address, 8 * MIB, outside)
+        pool.record_stream(address, outside)
+        pool.free(address)
+        assert pool.alloc_in(arena, 8 * MIB, stream) != address
+    cuda.synchronize()
+    with cuda.capture(stream):
+        assert pool.alloc_in(arena, 8 * MIB, stream) == address
 
 
 def test_an_arena_that_lends_saves_a_request(pool: _core.Pool, arena: int) -> None:
@@ -312,6 +344,8 @@ def test_unknown_arenas_are_refused(pool: _core.Pool) -> None:
     for arena in (0, 1, (1 << 32) - 1):
         with pytest.raises(spillover.ConfigError):
             pool.alloc_in(arena, MIB)
+        with pytest.raises(spillover.ConfigError):
+            pool.expect_stream(arena, 0)
         with pytest.raises(spillover.ConfigError):
             pool.release_arena(arena)
         with pytest.raises(spillover.ConfigError):

@@ -311,6 +311,62 @@ def test_a_graph_of_two_streams(torch_with_pool: TorchProcess) -> None:
     )
 
 
+def test_a_block_of_two_captured_streams_is_free_after_the_capture(
+    torch_with_pool: TorchProcess,
+) -> None:
+    """As with torch's own allocator: in the graph it could be written before it was read."""
+    torch_with_pool.run(
+        """
+        x, side = torch.ones(2 * MiB, device="cuda"), torch.cuda.Stream()
+        for is_joined_before in (False, True):
+            graph, following = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                main = torch.cuda.current_stream()
+                shared = x + 1
+                address = shared.data_ptr()
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    doubled = shared * 2
+                shared.record_stream(side)
+                del shared
+                if is_joined_before:
+                    main.wait_stream(side)
+                other = x + 3
+                assert other.data_ptr() != address
+                if not is_joined_before:
+                    main.wait_stream(side)
+                total = doubled + other
+            with torch.cuda.graph(following, pool=graph.pool()):
+                again = x + 5
+            assert again.data_ptr() == address
+            for value in (2, 6):
+                x.fill_(value)
+                graph.replay()
+                following.replay()
+                assert total.eq(2 * (value + 1) + value + 3).all().item()
+                assert again.eq(value + 5).all().item()
+            x.fill_(1)
+        """
+    )
+
+
+def test_the_cache_is_emptied_while_a_graph_is_recorded(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x, unused = (torch.ones(8 * MiB, device="cuda") for _ in range(2))
+        del unused
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.cuda.empty_cache()
+            y = x + 1
+            torch.cuda.empty_cache()
+        x.fill_(3)
+        graph.replay()
+        assert y.eq(4).all().item()
+        """
+    )
+
+
 def test_a_graphs_memory_is_not_used_while_it_runs_elsewhere(
     torch_with_pool: TorchProcess,
 ) -> None:
