@@ -106,7 +106,6 @@ spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out) {
 }
 
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {
-  if (spillover_try_alloc(device, size_bytes, stream, out) == SPILLOVER_OK) return SPILLOVER_OK;
   return guarded([&] {
     require_output(out);
     *out = spillover::pool_of_device(device).allocate(size_bytes, stream);

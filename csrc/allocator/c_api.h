@@ -146,11 +146,12 @@ const char* spillover_last_error(void);
 spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
- * 512 bytes. A size of 0 gives NULL. Fails on a stream that records a graph, whose memory comes from
- * an arena (spillover_alloc_in). */
+ * 512 bytes. A size of 0 gives NULL. Fails on a stream that records a graph, whose memory comes
+ * from an arena (spillover_alloc_in). */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
-/* As spillover_alloc where a block that this thread has freed fits, and never waits.
+/* As spillover_alloc where a block that this thread has freed fits, and never waits. For those who
+ * know that stream records no graph: it is not asked, which would cost more than the rest.
  * SPILLOVER_BUSY: nothing has happened, call spillover_alloc. */
 spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream, void** out);
 
@@ -261,9 +262,9 @@ spillover_status spillover_make_arena(int device, uint32_t* out);
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
 
-/* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if it
- * is kept, records a graph, nothing waits for the device, which would end the recording. Whoever does
- * not say so is known from the stream's first allocation on. */
+/* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if
+ * it is kept, records a graph, nothing waits for the device, which would end the recording. Whoever
+ * does not say so is known from the stream's first allocation on. */
 spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream);
 
 /* Frees every live block of an arena in use and makes those that are given live again, at their
@@ -278,9 +279,9 @@ spillover_status spillover_release_arena(int device, uint32_t arena);
 spillover_status spillover_trim_arena(int device, uint32_t arena);
 
 /* lends: free blocks of the arena serve ordinary requests on their stream that would fail
- * otherwise. is_whole: each block is a segment of its own, with chunks of its own, and is handed out
- * whole where it is larger than what is asked for. Both are 0 at first; is_whole cannot change once
- * memory was asked for. */
+ * otherwise. is_whole: each block is a segment of its own, with chunks of its own, and is handed
+ * out whole where it is larger than what is asked for. Both are 0 at first; is_whole cannot change
+ * once memory was asked for. */
 spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole);
 
 /* Adds a function that is asked for memory before a request fails, after those added before; out

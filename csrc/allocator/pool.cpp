@@ -58,8 +58,10 @@ Heap& Pool::heap_of(const Request& request) {
 
 void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
   if (size_bytes == 0) return nullptr;
-  if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
+  // Also before a look into the magazine: what its blocks were freed behind is no part of the
+  // graph.
   check_not_capturing(device_, stream);
+  if (void* pointer = allocate_cached(size_bytes, stream)) return pointer;
   const Request request = make_request(size_bytes, stream, ThreadCache::current_arena());
   Lock lock(mutex_);
   check_awake(request.arena);

@@ -63,8 +63,8 @@ class Pool {
   // is not in use.
   void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
-  // The same from the thread's magazine; null where that has no such block and on a capturing
-  // stream. Never blocks.
+  // The same from the thread's magazine; null where that has no such block. Never blocks.
+  // The caller knows that the stream records no graph.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
 
   // Throws ConfigError unless pointer is the start of a live block.

@@ -30,8 +30,6 @@ void for_each_family(spillover_stats_t& statistics, Action action) {
 void* Pool::allocate_cached(size_t size_bytes, StreamHandle stream) noexcept {
   ThreadCache* cache = ThreadCache::current();
   if (cache == nullptr || size_bytes == 0 || size_bytes > device_bytes_) return nullptr;
-  // What a kept block was freed behind is no part of a graph. Not asked under the cache's lock.
-  if (may_be_capturing(device_, stream)) return nullptr;
   const size_t rounded_bytes = round_up(size_bytes, kBlockAlignment);
   const std::lock_guard lock(cache->lock);
   MagazineSlot* slot = cache->find(this, normalize_stream(stream));

@@ -72,29 +72,14 @@ bool may_be_asked(int device, const StreamKey& key) {
   return is_immortal(device, key);
 }
 
-namespace {
-
-bool is_capturing(int device, StreamHandle stream) {
-  if (normalize_stream(stream) == nullptr) return false;
-  const ContextScope scope(device);
-  return stream_is_capturing(stream);
-}
-
-}  // namespace
-
 void check_not_capturing(int device, StreamHandle stream) {
-  if (is_capturing(device, stream)) {
+  // The legacy default stream cannot capture.
+  if (normalize_stream(stream) == nullptr) return;
+  const ContextScope scope(device);
+  if (stream_is_capturing(stream)) {
     throw StateError(
         "the stream is recording a CUDA graph, whose memory must stay where it is; allocate before "
         "the capture, or from a private arena (torch.cuda.graph and use_mem_pool do so)");
-  }
-}
-
-bool may_be_capturing(int device, StreamHandle stream) noexcept {
-  try {
-    return is_capturing(device, stream);
-  } catch (const Error&) {
-    return true;  // Whoever asks next is told.
   }
 }
 

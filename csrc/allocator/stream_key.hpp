@@ -56,8 +56,4 @@ bool may_be_asked(int device, const StreamKey& key);
 // Throws StateError for a stream, alive, that records a graph: it is served by private arenas only.
 void check_not_capturing(int device, StreamHandle stream);
 
-// The same as a question; true as well where the driver cannot be asked. Without a driver call for
-// the legacy default stream, which cannot capture.
-bool may_be_capturing(int device, StreamHandle stream) noexcept;
-
 }  // namespace spillover
