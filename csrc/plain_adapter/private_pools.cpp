@@ -43,6 +43,7 @@ void PrivatePools::add_use(int device, const PoolId& id) {
 }
 
 void PrivatePools::remove_use(int device, const PoolId& id) {
+  if (spillover_in_forked_child() != 0) return;  // It is the parent's, and its lock may be held.
   const std::lock_guard lock(mutex_);
   PrivatePool& pool = used(key_of(device, id));
   if (--pool.use_count > 0) return;
@@ -80,6 +81,7 @@ void PrivatePools::end(int device, const PoolId& id) {
 }
 
 void PrivatePools::set_options(int device, const PoolId& id, bool use_on_oom, bool no_split) {
+  if (spillover_in_forked_child() != 0) return;
   const std::lock_guard lock(mutex_);
   const PrivatePool& pool = used(key_of(device, id));
   require(spillover_set_arena_options(device, pool.arena, use_on_oom ? 1 : 0, no_split ? 1 : 0),
@@ -87,6 +89,7 @@ void PrivatePools::set_options(int device, const PoolId& id, bool use_on_oom, bo
 }
 
 void PrivatePools::trim(int device, const PoolId& id) {
+  if (spillover_in_forked_child() != 0) return;
   std::optional<uint32_t> unused;
   {
     const std::lock_guard lock(mutex_);

@@ -3,6 +3,9 @@
 // One instance lives as long as the process. Any thread may call any function, without the GIL: the
 // lock is held over calls of the pool. Order of locks: this one, then the pool's.
 //
+// What an object does when it goes (remove_use, set_options, trim) does nothing in a forked child
+// of a process that has used CUDA.
+//
 // What is kept is what torch_adapter/private_pools.hpp keeps, in the types that torch's pluggable
 // allocator is called with; that class is compiled with torch's headers, this one is without them.
 #pragma once

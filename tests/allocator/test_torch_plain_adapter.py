@@ -404,6 +404,33 @@ def test_the_end_of_a_program_under_spillover_run(spillover_run: Run, tmp_path: 
     check_end(spillover_run("program.py"))
 
 
+def test_a_forked_child_lets_go_of_pools_and_graphs(run_emulated: RunEmulated) -> None:
+    result = run_emulated(
+        """
+        import os, sys, warnings
+        import spillover
+        assert spillover.allocator.install(adapter="plain")
+        import torch
+
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pools = [torch.cuda.MemPool(), torch.cuda.MemPool(use_on_oom=True)]
+        for pool in pools:
+            with torch.cuda.use_mem_pool(pool):
+                torch.ones(1000, device="cuda")
+        sys.stderr.write("start\\n")
+        child = os.fork()
+        if child == 0:
+            del pools[:], pool
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        del pools[:], pool
+        torch.cuda.empty_cache()
+        assert torch.cuda.memory_reserved() == 0
+        """
+    )
+    assert result.stderr.partition("start\n")[2] == ""
+
+
 def test_threads_allocate_and_free_each_others_memory(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """

@@ -48,7 +48,7 @@ class MemPool:
         number = (first, second)
         _core.plain_add_pool_use(device, number)
         # Not at the end of the program: memory goes with the process.
-        weakref.finalize(self, _release, device, number, use_on_oom).atexit = False
+        weakref.finalize(self, _release, device, number, use_on_oom, no_split).atexit = False
         self._device = device
         self._id = number
         if use_on_oom or no_split:
@@ -83,9 +83,9 @@ class MemPool:
         return segments
 
 
-def _release(device: int, number: tuple[int, int], use_on_oom: bool) -> None:
+def _release(device: int, number: tuple[int, int], use_on_oom: bool, no_split: bool) -> None:
     if use_on_oom:
-        _core.plain_set_pool_options(device, number, False, False)
+        _core.plain_set_pool_options(device, number, False, no_split)
     _core.plain_remove_pool_use(device, number)
     _core.plain_trim_pool(device, number)
 
