@@ -1,6 +1,6 @@
 """The plain adapter: the pool through torch's pluggable allocator, without a compiler.
 
-torch's class for such allocators calls nine functions of ours (csrc/plain_adapter) and refuses
+torch's class for such allocators calls ten functions of ours (csrc/plain_adapter) and refuses
 everything else. What is asked for by way of Python is replaced: see ``_plain_figures`` and
 ``_plain_pools``. ``LACKS`` has the rest.
 """
