@@ -21,6 +21,7 @@ thread_local std::string t_last_error;
 struct LastOutOfMemory {
   spillover_out_of_memory_t figures{};
   std::string details;
+  std::string text;
   bool is_last = false;  // No other failure came after it.
 };
 thread_local LastOutOfMemory t_out_of_memory;
@@ -39,13 +40,24 @@ void keep_report(const spillover::OutOfMemoryReport& report) noexcept {
   LastOutOfMemory& kept = t_out_of_memory;
   try {
     kept.details = spillover::describe_details(report);
+    kept.text = spillover::describe_for_torch(report);
   } catch (const std::exception&) {
     kept.details.clear();
+    kept.text = "CUDA out of memory.";
   }
-  kept.figures = {report.requested_bytes, report.free_bytes,           report.total_bytes,
-                  report.limit_bytes,     report.is_limited() ? 1 : 0, report.reserved_bytes,
-                  report.allocated_bytes, report.waiting_bytes,        report.cached_bytes,
-                  report.largest_bytes,   report.fragmentation(),      nullptr};
+  kept.figures = {report.requested_bytes,
+                  report.free_bytes,
+                  report.total_bytes,
+                  report.limit_bytes,
+                  report.is_limited() ? 1 : 0,
+                  report.reserved_bytes,
+                  report.allocated_bytes,
+                  report.waiting_bytes,
+                  report.cached_bytes,
+                  report.largest_bytes,
+                  report.fragmentation(),
+                  nullptr,
+                  nullptr};
   kept.is_last = true;
 }
 
@@ -102,6 +114,7 @@ spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out) {
   if (out == nullptr || !t_out_of_memory.is_last) return SPILLOVER_INVALID_ARGUMENT;
   *out = t_out_of_memory.figures;
   out->details = t_out_of_memory.details.c_str();
+  out->text = t_out_of_memory.text.c_str();
   return SPILLOVER_OK;
 }
 

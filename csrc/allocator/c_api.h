@@ -133,6 +133,7 @@ typedef struct spillover_out_of_memory_t {
   size_t largest_free_bytes;
   double fragmentation; /* share of what is cached outside the largest free block, 0 to 1 */
   const char* details;  /* sentences: bytes of each tag, what was tried, which setting helps */
+  const char* text;     /* all of this in sentences that begin as torch.OutOfMemoryError's do */
 } spillover_out_of_memory_t;
 
 int spillover_abi_version(void);
@@ -141,7 +142,7 @@ int spillover_abi_version(void);
 const char* spillover_last_error(void);
 
 /* More about this thread's last failure, where that was SPILLOVER_OUT_OF_MEMORY for a request's
- * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The details are
+ * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The texts are
  * valid until this thread's next failure. */
 spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 

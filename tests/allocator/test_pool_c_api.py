@@ -90,6 +90,7 @@ class OutOfMemory(ctypes.Structure):
         ),
         ("fragmentation", ctypes.c_double),
         ("details", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
     )
 
 
@@ -107,6 +108,8 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert report.total == _core.memory_info(0)[1] >= report.free
     assert b"Tried: " in report.details
     assert b"spillover.optim" in report.details
+    assert report.text.startswith(b"CUDA out of memory. Tried to allocate 1024.00 TiB. GPU 0 has")
+    assert report.text.endswith(report.details)
     # A failure of another kind has no such figures.
     assert library.spillover_free(4096) == INVALID_ARGUMENT
     sentence = library.spillover_last_error()

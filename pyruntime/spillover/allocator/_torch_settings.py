@@ -55,13 +55,17 @@ def apply_environment() -> None:
     ConfigError
         It asks for another allocator, ``backend:cudaMallocAsync``.
     """
-    for variable in _VARIABLES:
-        if variable in os.environ:
-            settings = split(os.environ[variable])
-            _refuse_other_allocators(settings, variable)
-            _honour_fraction(settings, variable)
-            _tell(settings)
-            return
+    variable, text = environment()
+    settings = split(text)
+    _refuse_other_allocators(settings, variable)
+    _honour_fraction(settings, variable)
+    _tell(settings)
+
+
+def environment() -> tuple[str, str]:
+    """The variable that torch reads, and its text; an empty one where there is none."""
+    variable = next((name for name in _VARIABLES if name in os.environ), _VARIABLES[0])
+    return variable, os.environ.get(variable, "")
 
 
 def on_change(text: str) -> str:
