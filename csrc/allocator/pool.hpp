@@ -331,6 +331,7 @@ class Pool {
   void drop_freed(ArenaId tag);
   size_t copy_in(Lock& lock, ArenaId tag);
   void provide(Lock& lock, ArenaId tag, const AddressRange& chunks);
+  bool provide_from_idle(const AddressRange& chunks);
   bool provide_by_waiting(Lock& lock, const AddressRange& chunks);
   [[noreturn]] void throw_cannot_wake(ArenaId tag);
   void undo_wake(Lock& lock, const std::vector<ArenaId>& tags) noexcept;

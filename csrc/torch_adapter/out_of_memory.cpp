@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -112,7 +113,11 @@ void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_
   const size_t allowed = std::min(figures.total_bytes, figures.limit_bytes);
   if (figures.is_limited != 0) {
     for (const auto& observer : observers_of(rejection_observers())) {
-      observer(device, size_bytes, figures.allocated_bytes, allowed);
+      try {
+        observer(device, size_bytes, figures.allocated_bytes, figures.total_bytes);
+      } catch (const std::exception& error) {  // torch's own allocator only warns of it, too.
+        TORCH_WARN("an observer of refused requests failed: ", error.what());
+      }
     }
   }
   for (const auto& observer : observers_of(observers())) {
