@@ -1,6 +1,7 @@
 #include "allocator/c_api.h"
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <iterator>
 #include <string>
@@ -10,6 +11,7 @@
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
 #include "allocator/pools.hpp"
+#include "allocator/size_rounding.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 
@@ -192,6 +194,16 @@ spillover_status spillover_configure(int device, const char* settings) {
     } else {
       spillover::configure_pool(device, settings, "settings");
     }
+  });
+}
+
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]) {
+  return guarded([&] {
+    if (divisions == nullptr) throw spillover::ConfigError("the divisions must not be null");
+    std::array<size_t, spillover::SizeRounding::kIntervalCount> all;
+    static_assert(all.size() == SPILLOVER_ROUNDING_INTERVALS);
+    std::copy_n(divisions, all.size(), all.begin());
+    spillover::SizeRounding::set(all);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "allocator/page_table.hpp"
+#include "allocator/size_rounding.hpp"
 #include "allocator/statistics.hpp"
 #include "base/bytes.hpp"
 #include "base/check.hpp"
@@ -69,7 +70,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
 Pool::Request Pool::make_request(size_t size_bytes, StreamHandle stream, ArenaId arena) const {
   Request request{size_bytes, kRequestMax, identify_stream(device_, stream), arena,
                   SizeClass::kLarge};
-  if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
+  if (size_bytes < kRequestMax) request.size_bytes = SizeRounding::round(size_bytes);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
   return request;
 }

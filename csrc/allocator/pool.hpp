@@ -158,7 +158,7 @@ class Pool {
 
   struct Request {
     size_t requested_bytes;
-    size_t size_bytes;  // rounded to kBlockAlignment
+    size_t size_bytes;  // rounded: size_rounding.hpp
     StreamKey stream;
     ArenaId arena;
     SizeClass size_class;

@@ -165,6 +165,7 @@ def _load(path: Path) -> ModuleType:
 def _install_plain() -> None:
     import torch
 
+    _torch_settings.tell_what_plain_lacks()
     library = _pool.library()
     allocator: Any = torch.cuda.memory.CUDAPluggableAllocator(
         library._name, "spillover_pluggable_alloc", "spillover_pluggable_free"

@@ -24,7 +24,6 @@ _WITHOUT_EFFECT = {
     "not keep its rest from being used",
     "max_non_split_rounding_mb": "it goes with max_split_size_mb, which the pool does not need",
     "large_segment_size_mb": "the pool takes memory from the driver as it is needed",
-    "roundup_power2_divisions": "free blocks of any size are used for any other",
     "garbage_collection_threshold": "idle pages serve every request before new memory is taken; "
     "unmapped_max and trim() say what is kept",
     "release_lock_on_cudamalloc": "most requests take no lock, and none is held while the pool "
@@ -34,6 +33,8 @@ _WITHOUT_EFFECT = {
     "throw_on_cudamalloc_oom": "the pool's limit is limit= or fraction=, and a request above it "
     "fails before the driver is asked",
 }
+# The full adapter has torch's parser say what the divisions are.
+_FULL_ONLY = {"roundup_power2_divisions": "the plain adapter does not know the divisions"}
 _EXPANDABLE_OFF = "the pool maps memory where the device can; virtual_memory=off turns that off"
 
 _lock = threading.Lock()
@@ -61,6 +62,14 @@ def apply_environment() -> None:
             _refuse_other_allocators(settings, variable)
             _honour_fraction(settings, variable)
             _tell(settings)
+            return
+
+
+def tell_what_plain_lacks() -> None:
+    """Say which settings of the variable only the full adapter honours."""
+    for variable in _VARIABLES:
+        if variable in os.environ:
+            _tell(split(os.environ[variable]), _FULL_ONLY)
             return
 
 
@@ -102,9 +111,11 @@ def _honour_fraction(settings: list[tuple[str, str]], variable: str) -> None:
         ) from error
 
 
-def _tell(settings: list[tuple[str, str]]) -> None:
+def _tell(
+    settings: list[tuple[str, str]], without_effect: dict[str, str] = _WITHOUT_EFFECT
+) -> None:
     """Say once which keys have no effect, and why."""
-    reasons = {key: _WITHOUT_EFFECT[key] for key, _ in settings if key in _WITHOUT_EFFECT}
+    reasons = {key: without_effect[key] for key, _ in settings if key in without_effect}
     if ("expandable_segments", "False") in settings:
         reasons["expandable_segments:False"] = _EXPANDABLE_OFF
     with _lock:
