@@ -10,6 +10,7 @@
 #include "allocator/arenas.hpp"
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
+#include "allocator/pending_uses.hpp"
 #include "allocator/pools.hpp"
 #include "allocator/size_rounding.hpp"
 #include "base/error.hpp"
@@ -205,6 +206,11 @@ spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING
     std::copy_n(divisions, all.size(), all.begin());
     spillover::SizeRounding::set(all);
   });
+}
+
+spillover_status spillover_reuse_in_capture(int is_on) {
+  spillover::PendingUses::set_reuses_in_capture(is_on != 0);
+  return SPILLOVER_OK;
 }
 
 spillover_status spillover_limit(int device, size_t* out) {

@@ -218,6 +218,11 @@ spillover_status spillover_configure(int device, const char* settings);
 enum { SPILLOVER_ROUNDING_INTERVALS = 16 };
 spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]);
 
+/* Whether a block of a private arena that was allocated and freed in one capture may be allocated
+ * in that capture again, by its own stream, once this waits there for every stream that was noted
+ * by spillover_record_stream. Off at first: each such allocation then looks through the graph. */
+spillover_status spillover_reuse_in_capture(int is_on);
+
 /* What the pool may hold by its settings, SIZE_MAX without a limit. */
 spillover_status spillover_limit(int device, size_t* out);
 

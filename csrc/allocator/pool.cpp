@@ -84,6 +84,10 @@ void* Pool::serve(Lock& lock, const Request& request) {
     const RelaxedCaptureScope relaxed;
     pending_.mark({device_, request.stream});
     pending_.poll();
+    if (request.capture != 0) {
+      const ContextScope scope(device_);
+      pending_.complete_captured(request.stream);
+    }
   }
   Block* block = obtain(lock, request);
   split(block, request);
@@ -180,6 +184,7 @@ void Pool::activate(Block* block, const Request& request) {
                   "a block that is not free, or too small, was about to be handed out");
   block->state = BlockState::kLive;
   block->requested_bytes = request.requested_bytes;
+  block->capture = request.capture;
   PageTable::instance().set(block);
   const SizeClass size_class = request.size_class;
   add(statistics_.allocation, size_class, 1);

@@ -163,6 +163,7 @@ class Pool {
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
+    uint64_t capture = 0;      // Which, where graphs reuse what streams were noted on.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;

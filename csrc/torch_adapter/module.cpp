@@ -22,14 +22,16 @@ using cuda_allocator::CUDAAllocator;
 // torch ignores a registration of lower priority than the last, in silence; its own has 0 or 1.
 constexpr uint8_t kPriorityHighest = 255;
 
-// Rounds the pools' sizes as torch's setting roundup_power2_divisions says, which torch has parsed.
-void round_sizes_as_torch() {
+// Takes over the settings that torch has parsed and the pools can honour.
+void take_over_settings() {
   const std::vector<size_t> divisions =
       c10::CachingAllocator::AcceleratorAllocatorConfig::roundup_power2_divisions();
   TORCH_CHECK(divisions.size() == SPILLOVER_ROUNDING_INTERVALS,
               "torch's setting roundup_power2_divisions has ", divisions.size(), " intervals, not ",
               int{SPILLOVER_ROUNDING_INTERVALS});
   check_pool(spillover_round_sizes(divisions.data()), "roundup_power2_divisions");
+  const bool reuses = cuda_allocator::CUDAAllocatorConfig::graph_capture_record_stream_reuse();
+  check_pool(spillover_reuse_in_capture(reuses ? 1 : 0), "graph_capture_record_stream_reuse");
 }
 
 std::shared_ptr<CUDAAllocator> make_allocator() {
@@ -41,7 +43,7 @@ std::shared_ptr<CUDAAllocator> make_allocator() {
   // with its own, which it has been until now.
   c10::CachingAllocator::AcceleratorAllocatorConfig::instance();
   cuda_allocator::CUDAAllocatorConfig::instance();
-  round_sizes_as_torch();
+  take_over_settings();
   // The instance outlives every owner, so that nothing is deleted when torch lets go of it.
   return {&Allocator::instance(), [](CUDAAllocator*) {}};
 }
@@ -68,7 +70,7 @@ void watch_settings(pybind11::function watcher) {
       remaining = (*held)(settings).cast<std::string>();
     }
     if (parse && !remaining.empty()) parse(remaining);
-    round_sizes_as_torch();
+    take_over_settings();
   };
 }
 

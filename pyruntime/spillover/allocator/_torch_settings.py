@@ -29,12 +29,14 @@ _WITHOUT_EFFECT = {
     "release_lock_on_cudamalloc": "most requests take no lock, and none is held while the pool "
     "waits for the device",
     "release_lock_on_hipmalloc": "it is for ROCm",
-    "graph_capture_record_stream_reuse": "the pool does not look into the graph that is captured",
     "throw_on_cudamalloc_oom": "the pool's limit is limit= or fraction=, and a request above it "
     "fails before the driver is asked",
 }
-# The full adapter has torch's parser say what the divisions are.
-_FULL_ONLY = {"roundup_power2_divisions": "the plain adapter does not know the divisions"}
+# The full adapter asks torch's parser for their values.
+_FULL_ONLY = {
+    "roundup_power2_divisions": "the plain adapter does not know the divisions",
+    "graph_capture_record_stream_reuse": "the plain adapter does not record graphs",
+}
 _EXPANDABLE_OFF = "the pool maps memory where the device can; virtual_memory=off turns that off"
 
 _lock = threading.Lock()
