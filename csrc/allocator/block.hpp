@@ -84,6 +84,9 @@ struct Block {
   uint64_t freed_at = 0;
   // Streams other than the heap's that were noted while the block was live; no duplicates.
   std::vector<DeviceStream> uses;
+  // Of a live block: number of the capture in which it was handed out, where graphs reuse what
+  // streams were noted on (pending_uses.hpp); else 0.
+  uint64_t capture = 0;
   // Uses whose completion is not known yet; counted by PendingUses.
   size_t outstanding_uses = 0;
 

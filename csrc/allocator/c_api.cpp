@@ -1,6 +1,7 @@
 #include "allocator/c_api.h"
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <iterator>
 #include <string>
@@ -10,7 +11,9 @@
 #include "allocator/content_store.hpp"
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
+#include "allocator/pending_uses.hpp"
 #include "allocator/pools.hpp"
+#include "allocator/size_rounding.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 
@@ -218,6 +221,21 @@ spillover_status spillover_configure(int device, const char* settings) {
       spillover::configure_pool(device, settings, "settings");
     }
   });
+}
+
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]) {
+  return guarded([&] {
+    if (divisions == nullptr) throw spillover::ConfigError("the divisions must not be null");
+    std::array<size_t, spillover::SizeRounding::kIntervalCount> all;
+    static_assert(all.size() == SPILLOVER_ROUNDING_INTERVALS);
+    std::copy_n(divisions, all.size(), all.begin());
+    spillover::SizeRounding::set(all);
+  });
+}
+
+spillover_status spillover_reuse_in_capture(int is_on) {
+  spillover::PendingUses::set_reuses_in_capture(is_on != 0);
+  return SPILLOVER_OK;
 }
 
 spillover_status spillover_limit(int device, size_t* out) {

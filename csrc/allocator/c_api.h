@@ -219,6 +219,18 @@ spillover_status spillover_trim(int device, size_t keep_bytes);
  * form of the text and is read before the first pool is made. */
 spillover_status spillover_configure(int device, const char* settings);
 
+/* Rounds the sizes of every pool's blocks up from now on: between a power of two and the next one
+ * they are so many divisions apart, a power of two up to 32768, or 0 for the 512 bytes that sizes
+ * are rounded to anyway. The first number is for sizes below 2 MiB, each further one for the next
+ * power of two, the last for what is larger. Statistics have both sizes. */
+enum { SPILLOVER_ROUNDING_INTERVALS = 16 };
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]);
+
+/* Whether a block of a private arena that was allocated and freed in one capture may be allocated
+ * in that capture again, by its own stream, once this waits there for every stream that was noted
+ * by spillover_record_stream. Off at first: each such allocation then looks through the graph. */
+spillover_status spillover_reuse_in_capture(int is_on);
+
 /* What the pool may hold by its settings, SIZE_MAX without a limit. */
 spillover_status spillover_limit(int device, size_t* out);
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "allocator/page_table.hpp"
+#include "allocator/size_rounding.hpp"
 #include "allocator/statistics.hpp"
 #include "base/bytes.hpp"
 #include "base/check.hpp"
@@ -71,7 +72,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
 Pool::Request Pool::make_request(size_t size_bytes, StreamHandle stream, ArenaId arena) const {
   Request request{size_bytes, kRequestMax, identify_stream(device_, stream), arena,
                   SizeClass::kLarge};
-  if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
+  if (size_bytes < kRequestMax) request.size_bytes = SizeRounding::round(size_bytes);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
   return request;
 }
@@ -85,6 +86,10 @@ void* Pool::serve(Lock& lock, const Request& request) {
     const RelaxedCaptureScope relaxed;
     pending_.mark({device_, request.stream});
     pending_.poll();
+    if (request.capture != 0) {
+      const ContextScope scope(device_);
+      pending_.complete_captured(request.stream);
+    }
   }
   Block* block = obtain(lock, request);
   split(block, request);
@@ -182,6 +187,7 @@ void Pool::activate(Block* block, const Request& request) {
                   "a block that is not free, or too small, was about to be handed out");
   block->state = BlockState::kLive;
   block->requested_bytes = request.requested_bytes;
+  block->capture = request.capture;
   PageTable::instance().set(block);
   const SizeClass size_class = request.size_class;
   add(statistics_.allocation, size_class, 1);

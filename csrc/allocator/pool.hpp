@@ -165,12 +165,13 @@ class Pool {
 
   struct Request {
     size_t requested_bytes;
-    size_t size_bytes;  // rounded to kBlockAlignment
+    size_t size_bytes;  // rounded: size_rounding.hpp
     StreamKey stream;
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
     bool is_whole = false;     // The block has chunks of its own.
+    uint64_t capture = 0;      // Which, where graphs reuse what streams were noted on.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;

@@ -8,7 +8,8 @@
 //     unmapped or trimmed, and do not change heaps;
 //   - what it grows by is memory whose last use is complete, whichever stream that was on: a
 //     graph's launch is not ordered with the stream that recorded it;
-//   - nothing is recorded or asked on its streams for its sake, and it has no magazines;
+//   - nothing is recorded or asked on its streams for its sake, but for Note [Reuse in a capture]
+//     in pending_uses.hpp, and it has no magazines;
 //   - a wait for the device invalidates a graph that is being recorded, so none is made then; the
 //     pool knows the streams that may record one from their requests, or is told before these;
 //   - once the arena is *released* its free blocks, and live ones when they are freed, are ordinary
@@ -33,6 +34,10 @@ void* Pool::allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream) {
   if (request.stream.handle != nullptr) {
     const ContextScope scope(device_);
     request.is_captured = stream_is_capturing(stream);
+    if (request.is_captured && PendingUses::reuses_in_capture()) {
+      const auto position = capture_position(stream);
+      request.capture = position ? position->capture : 0;
+    }
   }
   Lock lock(mutex_);
   request.is_whole = private_arena(arena).is_whole;

@@ -80,6 +80,36 @@ def test_failures_give_a_status_and_a_sentence(library: ctypes.CDLL) -> None:
     assert library.spillover_visit_segments(0, None, None) == INVALID_ARGUMENT
 
 
+def test_sizes_are_rounded_to_divisions_of_powers_of_two(
+    library: ctypes.CDLL, pool: _core.Pool
+) -> None:
+    def divisions(*values: int) -> ctypes.Array[ctypes.c_size_t]:
+        return (ctypes.c_size_t * 16)(*values)
+
+    def allocated(size_bytes: int) -> int:
+        before = pool.stats()["allocated_bytes"]["all"]["current"]
+        pointer = alloc(library, size_bytes)
+        after = pool.stats()["allocated_bytes"]["all"]["current"]
+        pool.free(pointer)
+        return int(after - before)
+
+    try:
+        assert library.spillover_round_sizes(divisions(0, 8, 0, 2)) == OK
+        assert allocated((3 << 20) + 1) == (3 << 20) + (256 << 10)
+        assert allocated((9 << 20) + 1) == 12 << 20
+        assert allocated(1_300_000) == 1_300_480
+        assert library.spillover_round_sizes(divisions(1 << 15, *[1 << 15] * 15)) == OK
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+        for wrong in (3, 1 << 16):
+            assert library.spillover_round_sizes(divisions(2, wrong)) == INVALID_ARGUMENT
+            assert f"to {wrong} divisions".encode() in library.spillover_last_error()
+        assert library.spillover_round_sizes(None) == INVALID_ARGUMENT
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+    finally:
+        assert library.spillover_round_sizes(divisions()) == OK
+    assert allocated((3 << 20) + 1) == (3 << 20) + 512
+
+
 class OutOfMemory(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("requested", "free", "total", "limit")),

@@ -486,3 +486,107 @@ def test_a_checkpoint_brings_back_what_was_freed(torch_with_pool: TorchProcess) 
         assert check(0, pool, set())
         """
     )
+
+
+CAPTURE_ON_TWO_STREAMS = """
+def setting(value):
+    torch._C._accelerator_setAllocatorSettings(f"graph_capture_record_stream_reuse:{value}")
+
+def capture(join):
+    '''Where a tensor lay that others use, and where later ones lie: before and after the join.'''
+    own, others = torch.cuda.Stream(), [torch.cuda.Stream() for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    source = torch.ones(MiB, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=own):
+        used = source * 2
+        results = []
+        for other in others:
+            other.wait_stream(own)
+            with torch.cuda.stream(other):
+                results.append(used + 1)
+                used.record_stream(other)
+        places = [used.data_ptr()]
+        del used
+        before = source * 5
+        join(own, others)
+        after = source * 7
+        places += [before.data_ptr(), after.data_ptr()]
+        for other in others:
+            own.wait_stream(other)
+        results.append(before + after)
+    for value in (1.0, 3.0):
+        source.fill_(value)
+        graph.replay()
+        assert all(result.eq(value * 2 + 1).all().item() for result in results[:2])
+        assert results[2].eq(value * 12).all().item()
+    return places
+"""
+
+
+def test_a_capture_reuses_what_it_has_waited_for(torch_with_pool: TorchProcess) -> None:
+    """With torch's setting graph_capture_record_stream_reuse; the emulator sees every overlap."""
+    torch_with_pool.run(
+        CAPTURE_ON_TWO_STREAMS
+        + """
+def both(own, others):
+    for other in others:
+        own.wait_stream(other)
+
+def through_each_other(own, others):
+    others[1].wait_stream(others[0])
+    own.wait_stream(others[1])
+
+def one(own, others):
+    own.wait_stream(others[0])
+
+setting(True)
+try:
+    for join in (both, through_each_other):
+        used, before, after = capture(join)
+        assert used != before, "the others still use it"
+        assert used == after, join
+    used, before, after = capture(one)
+    assert used not in (before, after), "one of the others still uses it"
+finally:
+    setting(False)
+used, before, after = capture(both)
+assert used not in (before, after), "it is off"
+"""
+    )
+
+
+def test_a_capture_leaves_alone_what_was_used_before_it(torch_with_pool: TorchProcess) -> None:
+    """What streams did before the capture is no part of the graph and may not be done yet."""
+    torch_with_pool.run(
+        CAPTURE_ON_TWO_STREAMS
+        + """
+pool = torch.cuda.MemPool()
+own, other = torch.cuda.Stream(), torch.cuda.Stream()
+with torch.cuda.stream(own), torch.cuda.use_mem_pool(pool):
+    early = torch.ones(MiB, device="cuda")
+source = torch.ones(MiB, device="cuda")
+other.wait_stream(own)
+other.wait_stream(torch.cuda.current_stream())
+setting(True)
+try:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(other):
+        total = early.sum()
+    early.record_stream(other)
+    place = early.data_ptr()
+    with torch.cuda.graph(graph, pool=pool.id, stream=own):
+        other.wait_stream(own)
+        with torch.cuda.stream(other):
+            source.mul_(1)
+        del early
+        own.wait_stream(other)
+        result = source * 2
+    assert result.data_ptr() != place
+finally:
+    setting(False)
+graph.replay()
+assert total.item() == MiB
+assert result.eq(2).all().item()
+"""
+    )

@@ -56,6 +56,7 @@ def make_allocator() -> Any:
     # torch reads its settings at first use and compares "backend" with the allocator's name then:
     # with its own, which it has been until now.
     if text := _torch_settings.environment()[1]:
+        _torch_settings.tell_what_plain_lacks(text)
         torch._C._accelerator_setAllocatorSettings(text)
     library = _pool.library()
     allocator: Any = torch.cuda.memory.CUDAPluggableAllocator(
@@ -123,6 +124,7 @@ def _watched(set_settings: Callable[[str], None]) -> Callable[[str], None]:
     """The function of torch that changes its allocators' settings, with the pool's say first."""
 
     def set_allocator_settings(env: str) -> None:
+        _torch_settings.tell_what_plain_lacks(env)
         set_settings(_torch_settings.on_change(env))
 
     return set_allocator_settings
