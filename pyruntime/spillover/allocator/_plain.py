@@ -19,9 +19,9 @@ from spillover.allocator import _plain_figures, _plain_pools, _pool, _torch_sett
 #: What the full adapter has and this one cannot have.
 LACKS = (
     "With it memory histories, sharing tensors with other processes, torch.compile's mode "
-    "'reduce-overhead', torch.backends.cudnn.benchmark, torch.cuda.MemPool with an allocator of its "
-    "own and emptying the cache within a graph's capture raise errors, and threads that allocate at "
-    "the same time wait for each other"
+    "'reduce-overhead', torch.backends.cudnn.benchmark, torch.cuda.MemPool with an allocator of "
+    "its own and emptying the cache within a graph's capture raise errors, and threads that "
+    "allocate at the same time wait for each other"
 )
 
 # What the adapter calls of torch; see Note [torch's functions] in

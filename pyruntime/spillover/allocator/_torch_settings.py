@@ -35,7 +35,7 @@ _WITHOUT_EFFECT = {
 # The full adapter asks torch's parser for their values.
 _FULL_ONLY = {
     "roundup_power2_divisions": "the plain adapter does not know the divisions",
-    "graph_capture_record_stream_reuse": "the plain adapter does not know what a graph has recorded",
+    "graph_capture_record_stream_reuse": "the plain adapter does not see what graphs record",
 }
 _EXPANDABLE_OFF = "the pool maps memory where the device can; virtual_memory=off turns that off"
 
