@@ -41,7 +41,8 @@ FULL_ONLY = {
     # memory from the driver for each tensor; caching off keeps nothing idle here
     "test_out_of_memory_without_caching",
     "test_without_caching_each_tensor_has_memory_of_its_own",
-    # the stream that begins a capture
+    # what a graph records, and the stream that begins it
+    "test_a_capture_reuses_what_it_has_waited_for",
     "test_the_cache_is_emptied_while_a_graph_is_recorded",
     # checkpoints of private pools
     "test_a_graph_and_checkpoints_in_a_pool_that_does_not_split",
