@@ -41,6 +41,9 @@ FULL_ONLY = {
     # memory from the driver for each tensor; caching off keeps nothing idle here
     "test_out_of_memory_without_caching",
     "test_without_caching_each_tensor_has_memory_of_its_own",
+    # settings whose values only torch's parser knows
+    "test_settings_of_torch",
+    "test_sizes_are_rounded_as_torch_is_told",
     # what a graph records, and the stream that begins it
     "test_a_capture_reuses_what_it_has_waited_for",
     "test_the_cache_is_emptied_while_a_graph_is_recorded",
