@@ -1,6 +1,7 @@
 #include "allocator/c_api.h"
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <iterator>
 #include <string>
@@ -10,7 +11,9 @@
 #include "allocator/content_store.hpp"
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
+#include "allocator/pending_uses.hpp"
 #include "allocator/pools.hpp"
+#include "allocator/size_rounding.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 
@@ -21,6 +24,7 @@ thread_local std::string t_last_error;
 struct LastOutOfMemory {
   spillover_out_of_memory_t figures{};
   std::string details;
+  std::string text;
   bool is_last = false;  // No other failure came after it.
 };
 thread_local LastOutOfMemory t_out_of_memory;
@@ -39,13 +43,24 @@ void keep_report(const spillover::OutOfMemoryReport& report) noexcept {
   LastOutOfMemory& kept = t_out_of_memory;
   try {
     kept.details = spillover::describe_details(report);
+    kept.text = spillover::describe_for_torch(report);
   } catch (const std::exception&) {
     kept.details.clear();
+    kept.text = "CUDA out of memory.";
   }
-  kept.figures = {report.requested_bytes, report.free_bytes,           report.total_bytes,
-                  report.limit_bytes,     report.is_limited() ? 1 : 0, report.reserved_bytes,
-                  report.allocated_bytes, report.waiting_bytes,        report.cached_bytes,
-                  report.largest_bytes,   report.fragmentation(),      nullptr};
+  kept.figures = {report.requested_bytes,
+                  report.free_bytes,
+                  report.total_bytes,
+                  report.limit_bytes,
+                  report.is_limited() ? 1 : 0,
+                  report.reserved_bytes,
+                  report.allocated_bytes,
+                  report.waiting_bytes,
+                  report.cached_bytes,
+                  report.largest_bytes,
+                  report.fragmentation(),
+                  nullptr,
+                  nullptr};
   kept.is_last = true;
 }
 
@@ -102,11 +117,11 @@ spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out) {
   if (out == nullptr || !t_out_of_memory.is_last) return SPILLOVER_INVALID_ARGUMENT;
   *out = t_out_of_memory.figures;
   out->details = t_out_of_memory.details.c_str();
+  out->text = t_out_of_memory.text.c_str();
   return SPILLOVER_OK;
 }
 
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {
-  if (spillover_try_alloc(device, size_bytes, stream, out) == SPILLOVER_OK) return SPILLOVER_OK;
   return guarded([&] {
     require_output(out);
     *out = spillover::pool_of_device(device).allocate(size_bytes, stream);
@@ -208,6 +223,21 @@ spillover_status spillover_configure(int device, const char* settings) {
   });
 }
 
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]) {
+  return guarded([&] {
+    if (divisions == nullptr) throw spillover::ConfigError("the divisions must not be null");
+    std::array<size_t, spillover::SizeRounding::kIntervalCount> all;
+    static_assert(all.size() == SPILLOVER_ROUNDING_INTERVALS);
+    std::copy_n(divisions, all.size(), all.begin());
+    spillover::SizeRounding::set(all);
+  });
+}
+
+spillover_status spillover_reuse_in_capture(int is_on) {
+  spillover::PendingUses::set_reuses_in_capture(is_on != 0);
+  return SPILLOVER_OK;
+}
+
 spillover_status spillover_limit(int device, size_t* out) {
   return guarded([&] {
     require_output(out);
@@ -273,6 +303,10 @@ spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream,
     require_output(out);
     *out = spillover::pool_of_device(device).allocate_in(arena, size_bytes, stream);
   });
+}
+
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream) {
+  return guarded([&] { spillover::pool_of_device(device).expect_stream(arena, stream); });
 }
 
 spillover_status spillover_restore_arena(int device, uint32_t arena,

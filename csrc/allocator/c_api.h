@@ -133,6 +133,7 @@ typedef struct spillover_out_of_memory_t {
   size_t largest_free_bytes;
   double fragmentation; /* share of what is cached outside the largest free block, 0 to 1 */
   const char* details;  /* sentences: bytes of each tag, what was tried, which setting helps */
+  const char* text;     /* all of this in sentences that begin as torch.OutOfMemoryError's do */
 } spillover_out_of_memory_t;
 
 int spillover_abi_version(void);
@@ -141,15 +142,17 @@ int spillover_abi_version(void);
 const char* spillover_last_error(void);
 
 /* More about this thread's last failure, where that was SPILLOVER_OUT_OF_MEMORY for a request's
- * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The details are
+ * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The texts are
  * valid until this thread's next failure. */
 spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
- * 512 bytes. A size of 0 gives NULL. */
+ * 512 bytes. A size of 0 gives NULL. Fails on a stream that records a graph, whose memory comes
+ * from an arena (spillover_alloc_in). */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
-/* As spillover_alloc where a block that this thread has freed fits, and never waits.
+/* As spillover_alloc where a block that this thread has freed fits, and never waits. For those who
+ * know that stream records no graph: it is not asked, which would cost more than the rest.
  * SPILLOVER_BUSY: nothing has happened, call spillover_alloc. */
 spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream, void** out);
 
@@ -216,6 +219,18 @@ spillover_status spillover_trim(int device, size_t keep_bytes);
  * form of the text and is read before the first pool is made. */
 spillover_status spillover_configure(int device, const char* settings);
 
+/* Rounds the sizes of every pool's blocks up from now on: between a power of two and the next one
+ * they are so many divisions apart, a power of two up to 32768, or 0 for the 512 bytes that sizes
+ * are rounded to anyway. The first number is for sizes below 2 MiB, each further one for the next
+ * power of two, the last for what is larger. Statistics have both sizes. */
+enum { SPILLOVER_ROUNDING_INTERVALS = 16 };
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]);
+
+/* Whether a block of a private arena that was allocated and freed in one capture may be allocated
+ * in that capture again, by its own stream, once this waits there for every stream that was noted
+ * by spillover_record_stream. Off at first: each such allocation then looks through the graph. */
+spillover_status spillover_reuse_in_capture(int is_on);
+
 /* What the pool may hold by its settings, SIZE_MAX without a limit. */
 spillover_status spillover_limit(int device, size_t* out);
 
@@ -260,6 +275,11 @@ spillover_status spillover_make_arena(int device, uint32_t* out);
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
 
+/* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if
+ * it is kept, records a graph, nothing waits for the device, which would end the recording. Whoever
+ * does not say so is known from the stream's first allocation on. */
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream);
+
 /* Frees every live block of an arena in use and makes those that are given live again, at their
  * addresses: blocks that spillover_visit_segments has shown as live in it. All of it or nothing. */
 spillover_status spillover_restore_arena(int device, uint32_t arena,
@@ -272,7 +292,9 @@ spillover_status spillover_release_arena(int device, uint32_t arena);
 spillover_status spillover_trim_arena(int device, uint32_t arena);
 
 /* lends: free blocks of the arena serve ordinary requests on their stream that would fail
- * otherwise. is_whole: each block has chunks of its own. Both are 0 at first. */
+ * otherwise. is_whole: each block is a segment of its own, with chunks of its own, and is handed
+ * out whole where it is larger than what is asked for. Both are 0 at first; is_whole cannot change
+ * once memory was asked for. */
 spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole);
 
 /* Adds a function that is asked for memory before a request fails, after those added before; out

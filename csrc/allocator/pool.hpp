@@ -45,7 +45,7 @@ namespace spillover {
 
 struct ArenaOptions {
   bool lends = false;     // Its free blocks serve requests that would fail otherwise.
-  bool is_whole = false;  // Each block has chunks of its own.
+  bool is_whole = false;  // Each block is a segment of its own; see Note [Whole blocks].
 };
 
 class Pool {
@@ -64,6 +64,7 @@ class Pool {
   void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
   // The same from the thread's magazine; null where that has no such block. Never blocks.
+  // The caller knows that the stream records no graph.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
 
   // Throws ConfigError unless pointer is the start of a live block.
@@ -113,7 +114,10 @@ class Pool {
   // Private arenas (Note [Private arenas] in pool_arenas.cpp). All but the first throw ConfigError
   // for an arena that is not in use, trim_arena for one that never was.
   ArenaId make_arena();
+  // The stream, which lives, is going to ask for the arena's memory; see captures().
+  void expect_stream(ArenaId arena, StreamHandle stream);
   void release_arena(ArenaId arena);
+  // Throws StateError where is_whole changes and the arena has memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
   // Frees the arena's live blocks and makes those that are given, which were live at one time in
   // this arena, live again. Throws StateError, with nothing done, where that cannot be.
@@ -161,11 +165,13 @@ class Pool {
 
   struct Request {
     size_t requested_bytes;
-    size_t size_bytes;  // rounded to kBlockAlignment
+    size_t size_bytes;  // rounded: size_rounding.hpp
     StreamKey stream;
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
+    bool is_whole = false;     // The block has chunks of its own.
+    uint64_t capture = 0;      // Which, where graphs reuse what streams were noted on.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
@@ -347,6 +353,7 @@ class Pool {
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
   Block* grow_virtual(const Request& request, Source source, size_t spare_bytes);
+  size_t preferred_fixed_bytes(const Request& request) const;
   Block* grow_fixed(const Request& request);
   size_t used_bytes() const;
   size_t spare_bytes(size_t used_bytes_peak) const;

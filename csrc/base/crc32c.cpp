@@ -27,7 +27,32 @@ struct Tables {
 };
 constexpr Tables kTables;
 
-uint32_t crc32c_portable(const unsigned char* data, size_t size, uint32_t crc) {
+// What a number of zero bytes does to a sum's register: a linear map, the images of its 32 bits.
+using Shift = std::array<uint32_t, 32>;
+
+constexpr uint32_t apply(const Shift& shift, uint32_t crc) {
+  uint32_t result = 0;
+  for (size_t bit = 0; crc != 0; ++bit, crc >>= 1)
+    if ((crc & 1) != 0) result ^= shift[bit];
+  return result;
+}
+
+constexpr Shift twice(const Shift& shift) {
+  Shift result{};
+  for (size_t bit = 0; bit < 32; ++bit) result[bit] = apply(shift, shift[bit]);
+  return result;
+}
+
+constexpr Shift one_byte() {
+  Shift result{};
+  for (size_t bit = 0; bit < 32; ++bit) {
+    const uint32_t crc = uint32_t{1} << bit;
+    result[bit] = (crc >> 8) ^ kTables.t[0][crc & 0xff];
+  }
+  return result;
+}
+
+uint32_t run_portable(const unsigned char* data, size_t size, uint32_t crc) {
   const auto& t = kTables.t;
   for (; size >= 8; data += 8, size -= 8) {
     uint32_t low = 0;
@@ -44,29 +69,81 @@ uint32_t crc32c_portable(const unsigned char* data, size_t size, uint32_t crc) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("sse4.2"))) uint32_t crc32c_sse42(const unsigned char* data, size_t size,
-                                                        uint32_t crc) {
-  uint64_t wide = crc;
-  for (; size >= 8; data += 8, size -= 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, data, 8);
-    wide = _mm_crc32_u64(wide, word);
+
+// A Shift by kBytes, a table a byte of the register.
+template <size_t kBytes>
+struct ShiftTables {
+  static_assert((kBytes & (kBytes - 1)) == 0);
+  std::array<std::array<uint32_t, 256>, 4> t{};
+  constexpr ShiftTables() {
+    Shift shift = one_byte();
+    for (size_t bytes = 1; bytes < kBytes; bytes *= 2) shift = twice(shift);
+    for (size_t byte = 0; byte < 4; ++byte)
+      for (uint32_t i = 0; i < 256; ++i) t[byte][i] = apply(shift, i << (8 * byte));
   }
+  uint32_t operator()(uint32_t crc) const {
+    return t[0][crc & 0xff] ^ t[1][(crc >> 8) & 0xff] ^ t[2][(crc >> 16) & 0xff] ^ t[3][crc >> 24];
+  }
+};
+
+__attribute__((target("sse4.2"))) inline uint64_t step(uint64_t crc, const unsigned char* data) {
+  uint64_t word = 0;
+  std::memcpy(&word, data, 8);
+  return _mm_crc32_u64(crc, word);
+}
+
+// Runs three lanes of kBytes each as long as there are three.
+template <size_t kBytes>
+__attribute__((target("sse4.2"))) uint32_t run_lanes(const unsigned char*& data, size_t& size,
+                                                     uint32_t crc) {
+  static constexpr ShiftTables<kBytes> kShift;
+  for (; size >= 3 * kBytes; data += 3 * kBytes, size -= 3 * kBytes) {
+    uint64_t first = crc;
+    uint64_t second = 0;
+    uint64_t third = 0;
+    for (size_t at = 0; at < kBytes; at += 8) {
+      first = step(first, data + at);
+      second = step(second, data + kBytes + at);
+      third = step(third, data + 2 * kBytes + at);
+    }
+    crc = kShift(static_cast<uint32_t>(first)) ^ static_cast<uint32_t>(second);
+    crc = kShift(crc) ^ static_cast<uint32_t>(third);
+  }
+  return crc;
+}
+
+__attribute__((target("sse4.2"))) uint32_t run_sse42(const unsigned char* data, size_t size,
+                                                     uint32_t crc) {
+  crc = run_lanes<4096>(data, size, crc);
+  crc = run_lanes<256>(data, size, crc);
+  uint64_t wide = crc;
+  for (; size >= 8; data += 8, size -= 8) wide = step(wide, data);
   crc = static_cast<uint32_t>(wide);
   for (; size > 0; ++data, --size) crc = _mm_crc32_u8(crc, *data);
   return crc;
 }
+
 #endif
 
 }  // namespace
 
 uint32_t crc32c(const void* data, size_t size_bytes, uint32_t seed) {
-  const auto* bytes = static_cast<const unsigned char*>(data);
 #if defined(__x86_64__)
   static const bool has_sse42 = __builtin_cpu_supports("sse4.2");
-  if (has_sse42) return ~crc32c_sse42(bytes, size_bytes, ~seed);
+  if (has_sse42) return ~run_sse42(static_cast<const unsigned char*>(data), size_bytes, ~seed);
 #endif
-  return ~crc32c_portable(bytes, size_bytes, ~seed);
+  return crc32c_portable(data, size_bytes, seed);
+}
+
+uint32_t crc32c_portable(const void* data, size_t size_bytes, uint32_t seed) {
+  return ~run_portable(static_cast<const unsigned char*>(data), size_bytes, ~seed);
+}
+
+uint32_t join_crc32c(uint32_t first, uint32_t second, uint64_t second_size_bytes) {
+  Shift shift = one_byte();
+  for (; second_size_bytes != 0; second_size_bytes >>= 1, shift = twice(shift))
+    if ((second_size_bytes & 1) != 0) first = apply(shift, first);
+  return first ^ second;
 }
 
 }  // namespace spillover

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "bindings/bindings.hpp"
 #include "driver/event.hpp"
@@ -77,7 +78,7 @@ py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable) {
   for (py::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
     const auto index = static_cast<size_t>(axis);
     if (info.shape[index] != 1 && info.strides[index] != stride) {
-      throw ConfigError("the disk store takes contiguous buffers only");
+      throw ConfigError("only contiguous buffers can be read and written");
     }
     stride *= info.shape[index];
   }
@@ -224,11 +225,29 @@ void register_disk_store(py::module_& module) {
       .def("_descriptor", &DiskStore::descriptor, py::arg("folder") = 0);
 }
 
+using Crc = uint32_t (*)(const void*, size_t, uint32_t);
+
+template <Crc kCrc>
+uint32_t checksum(const py::buffer& data, uint32_t seed) {
+  const py::buffer_info info = contiguous_memory(data, false);
+  const GilRelease release;
+  return kCrc(info.ptr, size_of(info), seed);
+}
+
+void register_crc(py::module_& module) {
+  module.def("crc32c", &checksum<crc32c>, py::arg("data"), py::arg("seed") = 0,
+             "CRC-32C of the bytes of a contiguous buffer; seed is the sum of what came before.");
+  module.def("_crc32c_portable", &checksum<crc32c_portable>, py::arg("data"), py::arg("seed") = 0);
+  module.def("join_crc32c", &join_crc32c, py::arg("first"), py::arg("second"),
+             py::arg("second_size_bytes"), "The sum of two pieces, from the sum of each.");
+}
+
 }  // namespace
 
 void register_tiers(py::module_& module) {
   register_host_pool(module);
   register_disk_store(module);
+  register_crc(module);
 }
 
 }  // namespace spillover

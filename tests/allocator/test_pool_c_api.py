@@ -32,6 +32,7 @@ def library(pool: _core.Pool) -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.POINTER(ctypes.c_void_p),
     ]
+    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     for name in ("spillover_free", "spillover_device_of"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     library.spillover_record_stream.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -79,6 +80,36 @@ def test_failures_give_a_status_and_a_sentence(library: ctypes.CDLL) -> None:
     assert library.spillover_visit_segments(0, None, None) == INVALID_ARGUMENT
 
 
+def test_sizes_are_rounded_to_divisions_of_powers_of_two(
+    library: ctypes.CDLL, pool: _core.Pool
+) -> None:
+    def divisions(*values: int) -> ctypes.Array[ctypes.c_size_t]:
+        return (ctypes.c_size_t * 16)(*values)
+
+    def allocated(size_bytes: int) -> int:
+        before = pool.stats()["allocated_bytes"]["all"]["current"]
+        pointer = alloc(library, size_bytes)
+        after = pool.stats()["allocated_bytes"]["all"]["current"]
+        pool.free(pointer)
+        return int(after - before)
+
+    try:
+        assert library.spillover_round_sizes(divisions(0, 8, 0, 2)) == OK
+        assert allocated((3 << 20) + 1) == (3 << 20) + (256 << 10)
+        assert allocated((9 << 20) + 1) == 12 << 20
+        assert allocated(1_300_000) == 1_300_480
+        assert library.spillover_round_sizes(divisions(1 << 15, *[1 << 15] * 15)) == OK
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+        for wrong in (3, 1 << 16):
+            assert library.spillover_round_sizes(divisions(2, wrong)) == INVALID_ARGUMENT
+            assert f"to {wrong} divisions".encode() in library.spillover_last_error()
+        assert library.spillover_round_sizes(None) == INVALID_ARGUMENT
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+    finally:
+        assert library.spillover_round_sizes(divisions()) == OK
+    assert allocated((3 << 20) + 1) == (3 << 20) + 512
+
+
 class OutOfMemory(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("requested", "free", "total", "limit")),
@@ -89,6 +120,7 @@ class OutOfMemory(ctypes.Structure):
         ),
         ("fragmentation", ctypes.c_double),
         ("details", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
     )
 
 
@@ -106,6 +138,8 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert report.total == _core.memory_info(0)[1] >= report.free
     assert b"Tried: " in report.details
     assert b"spillover.optim" in report.details
+    assert report.text.startswith(b"CUDA out of memory. Tried to allocate 1024.00 TiB. GPU 0 has")
+    assert report.text.endswith(report.details)
     # A failure of another kind has no such figures.
     assert library.spillover_free(4096) == INVALID_ARGUMENT
     sentence = library.spillover_last_error()
@@ -174,9 +208,25 @@ def test_try_free_frees(library: ctypes.CDLL, pool: _core.Pool) -> None:
     pool.check_invariants()
 
 
+def test_a_capture_gets_no_ordinary_memory(
+    library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    """Not from the thread's magazine either, which has a block of that size."""
+    stream, out = kept_streams[0], ctypes.c_void_p()
+    address = pool.alloc(7000, stream)
+    pool.free(address)
+    with cuda.capture(stream) as nodes:
+        assert library.spillover_alloc(0, 7000, stream, ctypes.byref(out)) == BROKEN_STATE
+        assert b"recording a CUDA graph" in library.spillover_last_error()
+        assert out.value is None
+    assert nodes == [0]
+    assert library.spillover_alloc(0, 7000, stream, ctypes.byref(out)) == OK
+    assert out.value == address
+    assert library.spillover_free(address) == OK
+
+
 def test_try_alloc_gives_what_the_thread_has_freed(library: ctypes.CDLL, pool: _core.Pool) -> None:
     out = ctypes.c_void_p()
-    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
     address = alloc(library, 7000)
     assert library.spillover_free(address) == OK

@@ -44,7 +44,7 @@ def test_the_device_has_no_virtual_memory(pool: _core.Pool, cuda: Cuda) -> None:
         pool.trim()
         calls = emulator.calls()
     assert calls["cuMemAlloc"] == calls["cuMemFree"] == 1
-    assert not [name for name in calls if "Map" in name or "Create" in name or "Reserve" in name]
+    assert not [name for name in calls if "Map" in name or "MemCreate" in name or "Reserve" in name]
 
 
 @pytest.mark.parametrize(

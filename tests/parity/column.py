@@ -45,7 +45,9 @@ def reason(error: BaseException) -> str:
     """Why a check failed, in one short sentence that is the same in every run."""
     lines = str(error).splitlines() or [type(error).__name__]
     text = re.sub(r"0x[0-9a-f]+", "an address", lines[0])
-    text = re.split(r"[.;:](?: |$)", text)[0].replace("|", "/")
+    text = re.sub(r"\b(?:spillover|CUDA error): ", "", text)
+    text = re.sub(r"<\w+\.(\w+): \d+>.*", r"\1", text)
+    text = re.split(r"[.;](?: |$)", text)[0].replace("|", "/")
     return text if len(text) <= 90 else text[:87] + "..."
 
 

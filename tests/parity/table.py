@@ -33,8 +33,8 @@ torch {torch}.
 - **plug-in**: another library's `CUDAPluggableAllocator` with the two functions that torch asks
   for, which call `cuMemAlloc` and `cuMemFree`.
 
-`n/a` is what has nothing to do there: nothing to change with torch's own allocator, or no
-`nvidia-ml-py` on the machine that wrote this.
+`n/a` is what has nothing to do there. A "no" of every column is what the emulated device or the
+packages beside torch lack.
 
 """
 
