@@ -117,7 +117,8 @@ bool run_free_memory_callbacks() {
   return freed;
 }
 
-void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream) {
+void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream,
+                         c10::MempoolId_t pool) {
   const std::string reason = last_pool_error();
   // What follows may call the pool, whose details are valid until then.
   spillover_out_of_memory_t figures = figures_of(device, size_bytes, reason);
@@ -126,7 +127,7 @@ void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_
   const std::string message = describe(device, figures);
   c10::reportOutOfMemoryToProfiler(static_cast<int64_t>(size_bytes), figures.allocated_bytes,
                                    figures.reserved_bytes, cuda_device(device));
-  History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream);
+  History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream, pool);
 
   const size_t allowed = std::min(figures.total_bytes, figures.limit_bytes);
   if (figures.is_limited != 0) {

@@ -29,6 +29,6 @@ bool run_free_memory_callbacks();
 // pool knows: the sizes, the largest free block, how fragmented the rest is, the bytes of each tag,
 // what was tried, and which setting would help.
 [[noreturn]] void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes,
-                                      cudaStream_t stream);
+                                      cudaStream_t stream, c10::MempoolId_t pool);
 
 }  // namespace spillover::torch_adapter

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cuda_calls import Cuda, live_blocks
+from upstream import Upstream
 
 from spillover import SpilloverError, _core, emulator
 
@@ -32,6 +33,8 @@ BURST_SIZES = (1, 512, 700, 40 * KIB, MIB // 3, MIB + 1, 2 * MIB + 7, 9 * MIB)
 #: What one magazine may hold: 8 MiB of small blocks and a 64th of the device in large ones.
 MAGAZINE_BYTES = 8 * MIB + _core.memory_info(0)[1] // 64
 PER_THREAD_HANDLE = 2
+#: Numbers of private arenas begin here; in place of a tag they say where to allocate.
+FIRST_PRIVATE_ARENA = 1 << 31
 #: Pinned memory for what a worker reads back: so many pieces.
 SLOT_BYTES, SLOTS = 64, 4096
 
@@ -180,6 +183,12 @@ class ModelledPool:
         self._dead: list[ModelStream] = []
         self._value = 0
         self.tags = [0, _core.tag_number("one"), _core.tag_number("another")]
+        self.upstreams = [Upstream(cuda)]
+
+    @property
+    def places(self) -> list[int]:
+        """Tags, and the arena with an upstream that is in use."""
+        return [*self.tags, self.upstreams[-1].arena]
 
     def streams_of(self, worker: Worker) -> list[ModelStream]:
         """The streams that the worker may use."""
@@ -248,18 +257,27 @@ class ModelledPool:
         self.limit_bytes = self.device_bytes if size_bytes is None else size_bytes
         self.pool.set_memory_fraction(self.limit_bytes / self.device_bytes)
 
+    def renew_upstream(self) -> None:
+        """Release the arena with an upstream, whatever lives in it, and make another one."""
+        self.pool.release_arena(self.upstreams[-1].arena)
+        self.upstreams.append(Upstream(self.cuda))
+
     def trim(self) -> None:
         self.pool.trim()
         stats = self.pool.stats()
         reserved_bytes = stats["reserved_bytes"]["all"]["current"]
         segments = self.pool.segments()
         assert reserved_bytes == sum(segment["size_bytes"] for segment in segments)
+        given_bytes = self._check_upstreams(segments)
         if self.cuda.has_virtual_memory:
             chunks = set()
             for block in self.live.values():
-                chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
-            assert reserved_bytes == CHUNK_BYTES * len(chunks)
+                if block.tag < FIRST_PRIVATE_ARENA:
+                    chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
+            assert reserved_bytes == CHUNK_BYTES * len(chunks) + given_bytes
         for segment in segments:
+            if segment["arena"] == self.upstreams[-1].arena:
+                continue
             assert any(block["state"] == "live" for block in segment["blocks"])
         assert stats["active"]["all"]["current"] == len(self.live), "a block still waits"
 
@@ -297,8 +315,11 @@ class ModelledPool:
             worker.end()
             worker.close()
         self.pool.check_invariants()
+        self.pool.release_arena(self.upstreams[-1].arena)
         self.pool.trim()
         assert self.pool.segments() == []
+        for upstream in self.upstreams:
+            upstream.check_ended()
         self.pool.set_memory_fraction(1.0)
         self.pool.configure("check_every=64", "the model")
 
@@ -343,7 +364,7 @@ class ModelledPool:
         for call in generator.choices(calls, weights, k=steps):
             if call == "alloc":
                 size_bytes, stream = generator.choice(BURST_SIZES), generator.choice(streams)
-                block = self._alloc(size_bytes, stream, generator.choice(self.tags), [])
+                block = self._alloc(size_bytes, stream, generator.choice(self.places), [])
                 if block is None:
                     done.refused_count += 1
                     continue
@@ -374,9 +395,14 @@ class ModelledPool:
         gates: list[tuple[ModelBlock, list[tuple[ModelStream, int]]]],
     ) -> ModelBlock | None:
         """Gives None where the pool refuses."""
-        _core.set_tag(tag)
+        is_private = tag >= FIRST_PRIVATE_ARENA
+        _core.set_tag(0 if is_private else tag)
         try:
-            address = self.pool.alloc(size_bytes, stream.handle)
+            address = (
+                self.pool.alloc_in(tag, size_bytes, stream.handle)
+                if is_private
+                else self.pool.alloc(size_bytes, stream.handle)
+            )
         except SpilloverError as error:
             if "out of memory" not in str(error):
                 raise
@@ -449,9 +475,8 @@ class ModelledPool:
         for segment in self.pool.segments():
             for found in segment["blocks"]:
                 if found["state"] == "live":
-                    tag = self.live[found["address"]].tag
-                    assert _core.tag_number(segment["tag"]) == tag
-        for tag in self.tags:
+                    assert segment["arena"] == self.live[found["address"]].tag
+        for tag in self.places:
             sizes_of_tag = [block.size_bytes for block in self.live.values() if block.tag == tag]
             of_tag = self.pool.tag_stats(tag)
             assert of_tag["allocation"] == len(sizes_of_tag)
@@ -479,6 +504,22 @@ class ModelledPool:
                 for key in ("current", "allocated", "freed"):
                     parts = counters["small_pool"][key] + counters["large_pool"][key]
                     assert counters["all"][key] == parts
+
+    def _check_upstreams(self, segments: list[Any]) -> int:
+        """Each has what its arena shows, the idle part too where it is in use; gives the sum."""
+        given_bytes = 0
+        for upstream in self.upstreams:
+            assert upstream.failures == []
+            sizes = {
+                segment["address"]: segment["size_bytes"]
+                for segment in segments
+                if segment["arena"] == upstream.arena
+            }
+            assert sizes == upstream.live
+            is_ended = upstream is not self.upstreams[-1] and not sizes
+            assert upstream.done_count == is_ended
+            given_bytes += sum(sizes.values())
+        return given_bytes
 
     def _note_peak(self, least_bytes: int, most_bytes: int) -> None:
         self.peak_bytes_least = max(self.peak_bytes_least, least_bytes)

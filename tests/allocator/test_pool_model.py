@@ -61,11 +61,11 @@ class PoolModel(RuleBasedStateMachine):
         streams = self.model.streams_of(worker)
         return streams[pick % len(streams)]
 
-    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, tag=st.sampled_from([0, 0, 1, 2]))
+    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, tag=st.sampled_from([0, 0, 1, 2, 3]))
     def alloc(self, worker: int, size_bytes: int, stream: int, tag: int) -> None:
         thread = self._worker(worker)
         of_thread = self._stream(thread, stream)
-        self.model.alloc(thread, size_bytes, of_thread, self.model.tags[tag])
+        self.model.alloc(thread, size_bytes, of_thread, self.model.places[tag])
 
     @rule(worker=PICKS, block=PICKS)
     def free(self, worker: int, block: int) -> None:
@@ -105,6 +105,10 @@ class PoolModel(RuleBasedStateMachine):
     @rule(limit_mib=st.sampled_from([None, 8, 24, 40, 64]))
     def limit(self, limit_mib: int | None) -> None:
         self.model.set_limit(None if limit_mib is None else limit_mib * MIB)
+
+    @rule()
+    def renew_upstream(self) -> None:
+        self.model.renew_upstream()
 
     @rule()
     def trim(self) -> None:

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 #: One process each, so that they run side by side.
 GROUPS = {
     "pool": ["fixed_memory", "behaviour", "growth", "magazines", "faults", "tags", "settings"],
-    "waiting": ["reclaim", "threads", "python", "c_api", "watermarks", "sharing"],
+    "waiting": ["reclaim", "threads", "python", "c_api", "upstream", "watermarks", "sharing"],
     "model": ["model"],
 }
 

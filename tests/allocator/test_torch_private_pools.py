@@ -123,15 +123,163 @@ def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess
     )
 
 
-def test_a_pool_with_its_own_allocator_is_refused(torch_with_pool: TorchProcess) -> None:
+OWN_ALLOCATOR = """
+import ctypes
+
+class OwnAllocator:
+    # Of torch's pluggable kind; counts what it has given and what came back.
+    def __init__(self, limit=1 << 60):
+        cudart = ctypes.CDLL("libcudart.so.13")
+        cudart.cudaFree.argtypes = [ctypes.c_void_p]
+        self.live, self.sizes, self.streams, self.limit = {}, [], [], limit
+
+        @ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+        def allocate(size, device, stream):
+            pointer = ctypes.c_void_p()
+            if sum(self.live.values()) + size > self.limit:
+                return None
+            if cudart.cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(size)) != 0:
+                cudart.cudaGetLastError()
+                return None
+            self.live[pointer.value] = size
+            self.sizes.append(size)
+            self.streams.append(stream or 0)
+            return pointer.value
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+        def free(pointer, size, device, stream):
+            assert self.live.pop(pointer) == size
+            assert cudart.cudaFree(pointer) == 0
+
+        self.functions = allocate, free
+        self.allocator = torch._C._cuda_customAllocator(
+            *(ctypes.cast(function, ctypes.c_void_p).value for function in self.functions)
+        )
+"""
+
+
+def test_a_pool_with_its_own_allocator(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        OWN_ALLOCATOR
+        + """
+own = OwnAllocator()
+pool = torch.cuda.MemPool(own.allocator)
+outside = torch.ones(4 * MiB, dtype=torch.uint8, device="cuda")
+assert own.sizes == []
+reserved = torch.cuda.memory_reserved()
+with torch.cuda.use_mem_pool(pool):
+    small = [torch.full((1000,), i, device="cuda") for i in range(3)]
+    medium = torch.ones(5 * MiB, dtype=torch.uint8, device="cuda")
+    large = torch.ones(31 * MiB, dtype=torch.uint8, device="cuda")
+# Segments of the sizes that torch's own allocator asks for.
+assert own.sizes == [2 * MiB, 20 * MiB, 32 * MiB], own.sizes
+def inside(tensor):
+    return any(a <= tensor.data_ptr() < a + size for a, size in own.live.items())
+assert all(inside(tensor) for tensor in (*small, medium, large)) and not inside(outside)
+assert [tensor[5].item() for tensor in small] == [0, 1, 2] and large[-1].item() == 1
+stats = torch.cuda.memory_stats()
+assert stats["allocated_bytes.all.current"] == 40 * MiB + 3 * 8192, stats
+assert torch.cuda.memory_reserved() == reserved + 54 * MiB
+assert sorted(s["total_size"] for s in pool.snapshot()) == sorted(own.sizes)
+allocator.check_invariants()
+
+# What is freed serves the pool again, and nobody else; a busy stream is waited for.
+address = large.data_ptr()
+side = torch.cuda.Stream()
+side.wait_stream(torch.cuda.current_stream())
+with torch.cuda.stream(side):
+    sum_on_side = large.sum()
+large.record_stream(side)
+del large
+other = torch.ones(31 * MiB, dtype=torch.uint8, device="cuda")
+assert not inside(other)
+torch.cuda.synchronize()
+with torch.cuda.use_mem_pool(pool):
+    large = torch.ones(31 * MiB, dtype=torch.uint8, device="cuda")
+assert large.data_ptr() == address and len(own.sizes) == 3
+torch.cuda.empty_cache()
+assert len(own.live) == 3
+
+# The pool's end gives back what is idle; the rest follows.
+del small, medium
+assert len(own.live) == 3
+del pool
+assert list(own.live.values()) == [32 * MiB], own.live
+later = torch.ones(30 * MiB, dtype=torch.uint8, device="cuda")
+assert not inside(later)
+del large, other
+torch.cuda.empty_cache()
+assert own.live == {}
+allocator.check_invariants()
+"""
+    )
+
+
+def test_the_allocator_of_a_pool_has_no_memory(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        OWN_ALLOCATOR
+        + """
+own = OwnAllocator(limit=22 * MiB)
+pool = torch.cuda.MemPool(own.allocator)
+with torch.cuda.use_mem_pool(pool):
+    first = torch.ones(1000, device="cuda")
+    # 20 MiB would be shared by others of this size; where there is no more, 6 MiB do.
+    second = torch.ones(6 * MiB, dtype=torch.uint8, device="cuda")
+    third = torch.ones(9 * MiB, dtype=torch.uint8, device="cuda")
+    try:
+        torch.ones(16 * MiB, dtype=torch.uint8, device="cuda")
+    except torch.OutOfMemoryError as error:
+        assert "(torch.cuda.MemPool) gave no memory" in str(error), error
+    else:
+        raise AssertionError("no error")
+    # Idle memory of the ordinary kind does not serve the pool.
+    assert own.sizes == [2 * MiB, 20 * MiB], own.sizes
+outside = torch.ones(16 * MiB, dtype=torch.uint8, device="cuda")
+del pool, first, second, third
+torch.cuda.empty_cache()
+assert own.live == {}
+
+# The driver's last memory is what the pool keeps idle.
+filler = torch.empty(450 * MiB, dtype=torch.uint8, device="cuda")
+del filler
+own = OwnAllocator()
+pool = torch.cuda.MemPool(own.allocator)
+with torch.cuda.use_mem_pool(pool):
+    large = torch.ones(300 * MiB, dtype=torch.uint8, device="cuda")
+assert large[-1].item() == 1
+del large, pool
+torch.cuda.empty_cache()
+assert own.live == {}
+"""
+    )
+
+
+def test_spillovers_pool_as_the_allocator_of_a_pool(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """
-        try:
-            torch.cuda.MemPool(torch._C._cuda_getAllocator())
-        except NotImplementedError as error:
-            assert "allocator of its own" in str(error)
-        else:
-            raise AssertionError
+        from spillover._paths import library_path
+        pool = torch.cuda.MemPool(torch._C._cuda_getAllocator())
+        with torch.cuda.use_mem_pool(pool):
+            x = torch.ones(3 * MiB, dtype=torch.uint8, device="cuda")
+        assert len(pool.snapshot()) == 1
+        assert x[-1].item() == 1
+        del x, pool
+
+        # By another name it would hold the same memory twice.
+        names = "spillover_pluggable_alloc", "spillover_pluggable_free"
+        ours = torch.cuda.memory.CUDAPluggableAllocator(
+            str(library_path("libspillover.so")), *names
+        )
+        pool = torch.cuda.MemPool(ours.allocator())
+        with torch.cuda.use_mem_pool(pool):
+            try:
+                torch.ones(1, device="cuda")
+            except RuntimeError as error:
+                assert "holds already" in str(error), error
+            else:
+                raise AssertionError("no error")
+        del pool
+        assert torch.cuda.memory_allocated() == 0
         """
     )
 
