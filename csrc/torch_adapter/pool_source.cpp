@@ -3,8 +3,10 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/util/Exception.h>
 
+#include <array>
 #include <cstdio>
 #include <exception>
+#include <mutex>
 #include <utility>
 
 #include "torch_adapter/pool.hpp"
@@ -17,12 +19,21 @@ struct Source {
   PoolAllocator allocator;
 };
 
+// torch's own allocator holds its lock over these calls, so there are allocators that count on
+// being called once at a time on a device. Recursive like that one: they may allocate memory
+// themselves. Nobody who waits for it has the GIL or another lock. Leaked, as Sources may be.
+std::recursive_mutex& mutex_of(c10::DeviceIndex device) {
+  static auto& mutexes = *new std::array<std::recursive_mutex, C10_COMPILE_TIME_MAX_GPUS>;
+  return mutexes.at(static_cast<size_t>(device));
+}
+
 // The pool's C interface takes no exceptions, so they wait here for the request to come back.
 thread_local std::exception_ptr t_failure;
 
 void* allocate_from(void* user, size_t size_bytes, void* stream) {
   const Source& source = *static_cast<Source*>(user);
   try {
+    const std::lock_guard lock(mutex_of(source.device));
     const c10::cuda::CUDAGuard guard(source.device);
     return source.allocator->raw_alloc_with_stream(size_bytes, static_cast<cudaStream_t>(stream));
   } catch (const c10::OutOfMemoryError&) {
@@ -36,6 +47,7 @@ void* allocate_from(void* user, size_t size_bytes, void* stream) {
 void free_to(void* user, void* pointer, size_t size_bytes) {
   const Source& source = *static_cast<Source*>(user);
   try {
+    const std::lock_guard lock(mutex_of(source.device));
     const c10::cuda::CUDAGuard guard(source.device);
     source.allocator->raw_delete(pointer);
   } catch (const std::exception& error) {

@@ -3,6 +3,8 @@
 //
 // Such an allocator is asked for segments, as torch's own allocator does, on the stream that they
 // are for, and gets them back when the pool is gone and the cache is emptied. It lives until then.
+// Its functions are called once at a time on each device, without the GIL.
+//
 // Any thread may call these functions.
 #pragma once
 

@@ -20,19 +20,22 @@ _kept: list[Upstream] = []
 class Upstream:
     """Gives device memory to one arena of device 0 and counts it.
 
-    What it gives begins ``offset`` bytes into an allocation. ``before_alloc`` is called with the
-    size before each answer, which is "no memory" where it gives False; ``before_free`` before
-    memory goes back.
+    ``source`` is a function that gives memory and one that takes it, cuMemAlloc and cuMemFree
+    without it. What is given begins ``offset`` bytes into an allocation. ``before_alloc`` is called
+    with the size before each answer, which is "no memory" where it gives False; ``before_free``
+    before memory goes back.
     """
 
     def __init__(
         self,
         cuda: Cuda,
         *,
+        source: tuple[Callable[[int], int], Callable[[int], None]] | None = None,
         offset: int = 0,
         before_alloc: Callable[[int], bool] = lambda _: True,
         before_free: Callable[[], object] = lambda: None,
     ) -> None:
+        give, take = source or (cuda.malloc, cuda.free)
         self.live: dict[int, int] = {}
         self.asked: list[tuple[int, int]] = []
         self.done_count = 0
@@ -44,7 +47,7 @@ class Upstream:
                 if not before_alloc(size_bytes):
                     return None
                 cuda.use_device()
-                address = cuda.malloc(size_bytes + offset) + offset
+                address = give(size_bytes + offset) + offset
             except BaseException as error:
                 self.failures.append(error)
                 return None
@@ -56,7 +59,7 @@ class Upstream:
                 assert self.live.pop(pointer) == size_bytes
                 before_free()
                 cuda.use_device()
-                cuda.free(pointer - offset)
+                take(pointer - offset)
             except BaseException as error:
                 self.failures.append(error)
 
