@@ -201,7 +201,7 @@ void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chu
   space_.take(address, size_bytes);
   for (PhysicalMemory& chunk : chunks) {
     const size_t chunk_bytes = chunk.size_bytes();
-    mapped_.emplace(address, Chunk{chunk_bytes, std::move(chunk), std::nullopt, {}});
+    mapped_.emplace(address, Chunk{.size_bytes = chunk_bytes, .physical = std::move(chunk)});
     address += chunk_bytes;
   }
   chunks.clear();
@@ -212,9 +212,18 @@ std::optional<AddressRange> Backing::allocate(size_t size_bytes) {
   auto memory = DeviceMemory::try_allocate(device_, size_bytes);
   if (!memory) return std::nullopt;
   const DeviceAddress address = memory->address();
-  mapped_.emplace(address, Chunk{size_bytes, std::nullopt, std::move(*memory), {}});
+  mapped_.emplace(address, Chunk{.size_bytes = size_bytes, .fixed = std::move(*memory)});
   mapped_bytes_ += size_bytes;
   return AddressRange{address, address + size_bytes};
+}
+
+AddressRange Backing::take_over(UpstreamMemory memory) {
+  const DeviceAddress address = memory.address();
+  const size_t size_bytes = memory.size_bytes();
+  mapped_.emplace(address, Chunk{.size_bytes = size_bytes, .upstream = std::move(memory)});
+  mapped_bytes_ += size_bytes;
+  upstream_bytes_ += size_bytes;
+  return {address, address + size_bytes};
 }
 
 AddressRange Backing::chunks_within(const AddressRange& range) const {
@@ -246,6 +255,12 @@ void Backing::unmap(const AddressRange& chunks) {
   }
   mapped_.erase(begin, end);
   mapped_bytes_ -= chunks.size_bytes();
+  // All are of one heap, hence of one kind.
+  if (!taken.empty() && taken.front().upstream) {
+    upstream_bytes_ -= chunks.size_bytes();
+    for (Chunk& chunk : taken) returned_.push_back(std::move(*chunk.upstream));
+    return;
+  }
   if (!is_virtual_) {
     for (Chunk& chunk : taken) released_.push_back(std::move(*chunk.fixed));
     return;
@@ -262,6 +277,10 @@ void Backing::unmap(const AddressRange& chunks) {
 
 std::vector<DeviceMemory> Backing::take_released() {
   return std::exchange(released_, {});
+}
+
+std::vector<UpstreamMemory> Backing::take_returned() {
+  return std::exchange(returned_, {});
 }
 
 void Backing::release_cached(size_t size_bytes) {
@@ -285,7 +304,7 @@ void Backing::add_peer(int device) {
   devices.push_back(device);
   if (is_virtual_) {
     for (const auto& [address, chunk] : mapped_) {
-      if (chunk.is_mapped) allow_access(address, chunk.size_bytes, devices);
+      if (chunk.is_mapped && chunk.physical) allow_access(address, chunk.size_bytes, devices);
     }
   }
   devices_ = std::move(devices);
@@ -296,6 +315,7 @@ SharedBlock Backing::share(const AddressRange& range) {
   shared.process = getpid();
   auto chunk = std::prev(mapped_.upper_bound(range.begin));
   shared.offset_bytes = range.begin - chunk->first;
+  if (chunk->second.upstream) return share_upstream(range);
   if (!is_virtual_) {
     shared.handle = interprocess_handle(device_, chunk->first);
     return shared;
@@ -317,6 +337,22 @@ SharedBlock Backing::share(const AddressRange& range) {
   return shared;
 }
 
+// An upstream may give parts of an allocation, and what is opened elsewhere is all of that.
+SharedBlock Backing::share_upstream(const AddressRange& range) const {
+  try {
+    const DeviceAddress begin = allocation_start(device_, range.begin);
+    return {.offset_bytes = range.begin - begin,
+            .process = getpid(),
+            .chunks = {},
+            .handle = interprocess_handle(device_, begin)};
+  } catch (const DriverError& error) {
+    throw StateError(
+        "memory from a private pool's own allocator can be shared with other "
+        "processes where that takes it from cudaMalloc, and this is not such memory (" +
+        std::string(error.what()) + "); send a copy that is not in that pool");
+  }
+}
+
 void Backing::close_file(Chunk& chunk) {
   if (!chunk.file.is_open()) return;
   chunk.file.reset();
@@ -335,16 +371,23 @@ void Backing::check_invariants() const {
   size_t mapped_bytes = 0;
   size_t detached_bytes = 0;
   size_t asleep_bytes = 0;
+  size_t upstream_bytes = 0;
   size_t files = 0;
   DeviceAddress end = 0;
   for (const auto& [address, chunk] : mapped_) {
     expect(address >= end, "two chunks overlap");
     expect(chunk.size_bytes > 0 && chunk.size_bytes % unit_bytes_ == 0,
            "the size of a chunk is no multiple of the unit");
-    expect(chunk.fixed.has_value() != is_virtual_ &&
-               (is_virtual_ ? chunk.physical.has_value() || !chunk.is_mapped
-                            : chunk.is_mapped && !chunk.physical.has_value()),
-           "a chunk is of the wrong kind for the device");
+    if (chunk.upstream) {
+      expect(chunk.is_mapped && !chunk.physical && !chunk.fixed && !chunk.file.is_open(),
+             "an upstream's chunk is of another kind, too");
+      upstream_bytes += chunk.size_bytes;
+    } else {
+      expect(chunk.fixed.has_value() != is_virtual_ &&
+                 (is_virtual_ ? chunk.physical.has_value() || !chunk.is_mapped
+                              : chunk.is_mapped && !chunk.physical.has_value()),
+             "a chunk is of the wrong kind for the device");
+    }
     files += chunk.file.is_open() ? 1 : 0;
     expect(!chunk.physical || chunk.physical->size_bytes() == chunk.size_bytes,
            "a chunk's memory has another size than the chunk");
@@ -360,6 +403,7 @@ void Backing::check_invariants() const {
   expect(mapped_bytes == mapped_bytes_, "the mapped chunks do not add up");
   expect(detached_bytes == detached_bytes_, "the detached chunks do not add up");
   expect(asleep_bytes == asleep_bytes_, "the chunks that sleep do not add up");
+  expect(upstream_bytes == upstream_bytes_, "the chunks of upstreams do not add up");
   size_t cached_bytes = 0;
   for (const auto& [size_bytes, memories] : cached_) {
     expect(!memories.empty(), "a list of cached chunks is empty");
@@ -371,9 +415,9 @@ void Backing::check_invariants() const {
   expect(cached_bytes == cached_bytes_, "the cached chunks do not add up");
   expect(is_virtual_ || cached_bytes == 0, "a chunk at a fixed address is cached");
   const AddressSpace::Sums addresses = space_.check_invariants();
-  expect(!is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes +
-                                                         detached_bytes + asleep_bytes +
-                                                         addresses.lost_bytes,
+  expect(!is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes -
+                                                         upstream_bytes + detached_bytes +
+                                                         asleep_bytes + addresses.lost_bytes,
          "gaps and chunks do not cover the reserved addresses");
   for (const auto& [address, chunk] : mapped_) {
     expect(space_.is_free_of_gaps(address, chunk.size_bytes), "a chunk is in a gap");

@@ -4,10 +4,13 @@
 // very large blocks.
 // A chunk is mapped at an address of the pool's choice or kept in a cache without an address:
 // making a chunk costs several times what mapping one costs, so an unmapped chunk is not given back
-// at once. Where the device has none, a chunk is what cuMemAlloc gives, at a fixed address.
+// at once. Where the device has none, a chunk is what cuMemAlloc gives, at a fixed address. On
+// either kind of device a chunk may come from an *upstream* (upstream.hpp), at a fixed address,
+// too.
 //
 //   held = mapped + detached + cached;  with fixed addresses detached = cached = asleep = 0;
-//   reserved addresses = gaps + mapped + detached + asleep + lost (where an unmapping failed).
+//   reserved addresses = gaps + mapped - upstreams' + detached + asleep + lost (where an unmapping
+//   failed).
 // Chunks do not overlap, and their sizes are multiples of the unit.
 //
 // Note [Chunks that sleep]. A chunk at an address may be without memory (*asleep*), or have memory
@@ -28,6 +31,7 @@
 #include "allocator/address_space.hpp"
 #include "allocator/settings.hpp"
 #include "allocator/shared_memory.hpp"
+#include "allocator/upstream.hpp"
 #include "base/file_descriptor.hpp"
 #include "driver/device_memory.hpp"
 #include "driver/virtual_memory.hpp"
@@ -55,6 +59,8 @@ class Backing {
   size_t detached_bytes() const { return detached_bytes_; }
   size_t asleep_bytes() const { return asleep_bytes_; }
   size_t held_bytes() const { return mapped_bytes_ + detached_bytes_ + cached_bytes_; }
+  // What of the mapped chunks came from upstreams.
+  size_t upstream_bytes() const { return upstream_bytes_; }
 
   // Addresses for size_bytes that nothing is mapped at.
   DeviceAddress find_gap(const void* owner, size_t size_bytes);
@@ -71,8 +77,15 @@ class Backing {
   // One chunk at a fixed address; empty when the device has not that much left.
   std::optional<AddressRange> allocate(size_t size_bytes);
 
+  // A chunk of an upstream's memory, whose size is a multiple of the unit.
+  AddressRange take_over(UpstreamMemory memory);
+
   // Whether a chunk starts at the address.
   bool is_mapped(DeviceAddress address) const { return mapped_.count(address) != 0; }
+  // Whether that chunk came from an upstream.
+  bool is_from_upstream(DeviceAddress address) const {
+    return mapped_.at(address).upstream.has_value();
+  }
 
   // The chunks that lie wholly within a mapped range: they are neighbours. Empty where there are
   // none.
@@ -81,14 +94,17 @@ class Backing {
   AddressRange first_chunks(const AddressRange& chunks, size_t size_bytes) const;
 
   // Takes whole chunks away from their addresses: into the cache, or where addresses are fixed, to
-  // what take_released() gives. Throws DriverError: while the driver could not be asked nothing has
-  // changed, and after a call that failed the memory is held no longer and its addresses are never
-  // used again.
+  // what take_released() or take_returned() gives. Throws DriverError: while the driver could not
+  // be asked nothing has changed, and after a call that failed the memory is held no longer and its
+  // addresses are never used again.
   void unmap(const AddressRange& chunks);
 
   // Fixed chunks that are held no longer. The caller gives them to the driver without the mutex:
   // cuMemFree waits for all of the device's work.
   std::vector<DeviceMemory> take_released();
+
+  // The same of upstreams' chunks.
+  std::vector<UpstreamMemory> take_returned();
 
   // Gives cached chunks to the driver, at least size_bytes together where there are as many, and
   // unused reservations. Throws the first DriverError when all of them had their turn.
@@ -135,6 +151,7 @@ class Backing {
     size_t size_bytes;
     std::optional<PhysicalMemory> physical;
     std::optional<DeviceMemory> fixed;
+    std::optional<UpstreamMemory> upstream;
     FileDescriptor file;    // Open while the chunk is shared.
     uint64_t identity = 0;  // Of the file.
     bool is_mapped = true;
@@ -142,6 +159,7 @@ class Backing {
   };
   using Chunks = std::map<DeviceAddress, Chunk>;
 
+  SharedBlock share_upstream(const AddressRange& range) const;
   std::optional<PhysicalMemory> create(size_t size_bytes);
   void close_file(Chunk& chunk);
   std::optional<PhysicalMemory> take_cached(size_t size_bytes_max);
@@ -163,11 +181,13 @@ class Backing {
   Chunks mapped_;  // By first address, those too that are not mapped now.
   std::map<size_t, std::vector<PhysicalMemory>> cached_;  // By size; no list is empty.
   std::vector<DeviceMemory> released_;
+  std::vector<UpstreamMemory> returned_;
   std::vector<int> devices_;  // That may use the memory; this one first.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;
   size_t detached_bytes_ = 0;
   size_t asleep_bytes_ = 0;
+  size_t upstream_bytes_ = 0;  // Of what is mapped.
   size_t file_count_ = 0;
 };
 

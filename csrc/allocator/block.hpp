@@ -157,17 +157,20 @@ struct StreamState {
   Heap& heap(SizeClass size_class) { return heaps[static_cast<size_t>(size_class)]; }
   // Of a private arena that was not released: its memory stays where it is and serves nobody else.
   bool is_private() const { return is_private_arena(arena) && !is_released; }
+  // Whether free memory may be taken away once the work on it is complete.
+  bool is_evictable() const { return !is_private() && !is_asleep; }
   // Whether free memory may go to another heap.
-  bool serves_others() const { return !is_private() && !is_asleep; }
+  bool serves_others() const { return is_evictable() && !has_upstream; }
   size_t block_count() const { return heaps[0].block_count + heaps[1].block_count; }
   size_t free_bytes() const { return heaps[0].free_bytes + heaps[1].free_bytes; }
 
   const StreamKey key;
   const ArenaId arena;
-  const bool is_immortal;    // it never dies, and any thread may ask about it
-  bool is_released = false;  // Of a private arena only.
-  bool is_whole = false;     // Of a private arena only: each block is a segment.
-  bool is_asleep = false;    // Or on the way there or back: Note [Sleep] in pool_sleep.cpp.
+  const bool is_immortal;     // it never dies, and any thread may ask about it
+  bool is_released = false;   // Of a private arena only.
+  bool is_whole = false;      // Of a private arena only: each block is a segment.
+  bool is_asleep = false;     // Or on the way there or back: Note [Sleep] in pool_sleep.cpp.
+  bool has_upstream = false;  // Of a private arena only: Note [Upstreams] in pool_upstream.cpp.
   uint64_t freed_count;
   uint64_t completed_count;
   std::deque<Mark> marks;     // Oldest first.

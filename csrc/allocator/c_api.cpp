@@ -4,6 +4,7 @@
 #include <array>
 #include <exception>
 #include <iterator>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -294,6 +295,27 @@ spillover_status spillover_make_arena(int device, uint32_t* out) {
   return guarded([&] {
     require_output(out);
     *out = spillover::pool_of_device(device).make_arena();
+  });
+}
+
+spillover_status spillover_make_arena_from(int device, spillover_upstream_alloc alloc,
+                                           spillover_upstream_free free, void (*done)(void* user),
+                                           void* user, uint32_t* out) {
+  return guarded([&] {
+    if (alloc == nullptr || free == nullptr) {
+      throw spillover::ConfigError("the functions of an arena's allocator must not be null");
+    }
+    require_output(out);
+    spillover::Pool& pool = spillover::pool_of_device(device);
+    const auto upstream = std::make_shared<spillover::Upstream>();
+    upstream->allocate = [alloc, user](size_t size_bytes, spillover::StreamHandle stream) {
+      return alloc(user, size_bytes, stream);
+    };
+    upstream->free = [free, user](void* pointer, size_t size_bytes) {
+      free(user, pointer, size_bytes);
+    };
+    *out = pool.make_arena(upstream);
+    if (done != nullptr) upstream->done = [done, user] { done(user); };
   });
 }
 

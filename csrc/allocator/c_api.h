@@ -270,6 +270,23 @@ spillover_status spillover_wake(int device, const uint32_t* tags, size_t tag_cou
  * and is not unmapped. */
 spillover_status spillover_make_arena(int device, uint32_t* out);
 
+/* Memory for a private arena from another allocator: device memory of size_bytes, for use on
+ * stream; NULL where there is none. The size is a multiple of 2 MiB, or 512 bytes more once an
+ * address was no multiple of 512. */
+typedef void* (*spillover_upstream_alloc)(void* user, size_t size_bytes, void* stream);
+/* Takes such memory back; the work on it is complete. */
+typedef void (*spillover_upstream_free)(void* user, void* pointer, size_t size_bytes);
+
+/* As spillover_make_arena with memory from elsewhere, of which nothing serves others and nothing
+ * sleeps. The functions must not throw, are called by any thread with whatever device is current
+ * there and without locks of the pool, and may call the pool. done, which may be NULL, is called
+ * when neither will be called again: after the release, when the last memory has gone back, which
+ * spillover_trim and spillover_trim_arena do, and the pool by itself when memory has run out. Where
+ * this fails it is not called. */
+spillover_status spillover_make_arena_from(int device, spillover_upstream_alloc alloc,
+                                           spillover_upstream_free free, void (*done)(void* user),
+                                           void* user, uint32_t* out);
+
 /* As spillover_alloc from a private arena in use, also on a stream that records a graph. The block
  * is freed like any other. */
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,

@@ -59,12 +59,18 @@ std::string describe_attempts(const OutOfMemoryReport& report) {
                                            : " reclaimers (say that they freed ") +
             format_bytes(attempts.reclaimed_bytes) + ")";
   }
+  if (report.has_upstream) return text + ". ";
   return text + ", blocks that their stream still uses (none fits). ";
 }
 
 // The settings that would help, most likely first.
 std::string describe_settings(const OutOfMemoryReport& report) {
   std::string text;
+  if (report.has_upstream && !report.is_limited()) {
+    text +=
+        "The allocator of this private pool (torch.cuda.MemPool) gave no memory, and other memory "
+        "does not serve the pool. ";
+  }
   if (report.is_limited()) {
     const size_t needed_bytes =
         round_up(report.reserved_bytes - report.cached_bytes, kMiB) +

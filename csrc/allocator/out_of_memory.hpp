@@ -45,6 +45,7 @@ struct OutOfMemoryReport {
   size_t limit_bytes = Settings::kNoLimit;
   bool is_limit_fraction = false;  // It comes from the setting 'fraction', not 'limit'.
   bool is_captured = false;
+  bool has_upstream = false;    // The request is for an arena with an allocator of its own.
   bool is_virtual = true;       // The pool maps memory.
   bool may_be_virtual = false;  // The device has virtual memory, and settings keep it off.
   std::chrono::milliseconds wait_max{0};

@@ -48,6 +48,7 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
   state.is_released = is_private_arena(arena) && options == private_arenas_.end();
   state.is_whole = options != private_arenas_.end() && options->second.is_whole;
   state.is_asleep = is_asleep(arena);
+  state.has_upstream = upstreams_.count(arena) != 0;
   return state;
 }
 
@@ -104,6 +105,7 @@ void* Pool::serve(Lock& lock, const Request& request) {
 // DeviceOutOfMemoryError.
 Block* Pool::obtain(Lock& lock, const Request& request) {
   if (Block* block = take_best_fit(request)) return block;
+  if (heap_of(request).stream->has_upstream) return obtain_from_upstream(lock, request);
   LadderAttempts attempts;
   attempts.kept_bytes = empty_magazines();
   if (attempts.kept_bytes != 0) {

@@ -39,6 +39,7 @@
 #include "allocator/settings.hpp"
 #include "allocator/shared_memory.hpp"
 #include "allocator/spare_events.hpp"
+#include "allocator/upstream.hpp"
 #include "base/annotated_mutex.hpp"
 
 namespace spillover {
@@ -116,6 +117,8 @@ class Pool {
   ArenaId make_arena();
   // The stream, which lives, is going to ask for the arena's memory; see captures().
   void expect_stream(ArenaId arena, StreamHandle stream);
+  // One whose memory comes from elsewhere (Note [Upstreams] in pool_upstream.cpp).
+  ArenaId make_arena(std::shared_ptr<const Upstream> upstream);
   void release_arena(ArenaId arena);
   // Throws StateError where is_whole changes and the arena has memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
@@ -314,6 +317,13 @@ class Pool {
   Block* borrow(const Request& request);
   void forget_empty();
 
+  // pool_upstream.cpp
+  Block* obtain_from_upstream(Lock& lock, const Request& request);
+  Block* take_from_upstream(Lock& lock, const Request& request, size_t size_bytes);
+  bool holds_any_of(DeviceAddress begin, size_t size_bytes) const;
+  void evict_upstreams();
+  void return_to_upstreams(Lock& lock);
+
   // pool_sleep.cpp
   ArenaId tag_of(ArenaId arena) const;
   bool is_asleep(ArenaId arena) const;
@@ -448,8 +458,13 @@ class Pool {
   std::array<size_t, 2> segment_counts_{};                 // By SizeClass.
   std::map<ArenaId, ArenaUsage> arenas_;
   std::map<ArenaId, ArenaOptions> private_arenas_;  // Those in use.
+  // Of private arenas that have one, in use or not empty.
+  std::map<ArenaId, std::shared_ptr<const Upstream>> upstreams_;
+  std::vector<std::shared_ptr<const Upstream>> unused_upstreams_;  // To be let go of unlocked.
+  size_t asked_of_upstreams_bytes_ = 0;                            // By calls that are under way.
   ArenaId next_private_arena_ = kFirstPrivateArena;
-  std::map<ArenaId, ArenaId> tags_;        // Of private arenas: under which they were made.
+  // Of private arenas: under which they were made; with an upstream their own number.
+  std::map<ArenaId, ArenaId> tags_;
   std::map<ArenaId, Sleeping> sleeping_;   // By tag.
   std::set<DeviceAddress> shared_blocks_;  // Those that share() has seen, some of them freed since.
   size_t files_needed_ = 0;                // Of chunks, after the last close_unneeded_files().

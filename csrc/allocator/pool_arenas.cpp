@@ -21,6 +21,7 @@
 // merge, and what the arena grows by is what is asked for. So a block can be given to somebody
 // (a network card, a communicator) as the memory of the driver's that it is.
 #include <algorithm>
+#include <utility>
 
 #include "allocator/pool.hpp"
 #include "base/error.hpp"
@@ -114,7 +115,8 @@ void Pool::trim_arena(ArenaId arena) {
     for (auto& [key, stream] : streams_) {
       if (stream.arena != arena || stream.is_asleep) continue;
       for (Heap& heap : stream.heaps) {
-        evicted_bytes += evict(heap, heap.free_bytes, AddressRange{}, Overshoot::kAny);
+        const size_t size_bytes = evict(heap, heap.free_bytes, AddressRange{}, Overshoot::kAny);
+        if (!stream.has_upstream) evicted_bytes += size_bytes;
       }
     }
     forget_empty();
@@ -174,6 +176,11 @@ void Pool::forget_empty() {
   std::erase_if(arenas_, [&](const auto& entry) {
     return is_private_arena(entry.first) && entry.second.mapped_bytes == 0 &&
            private_arenas_.count(entry.first) == 0;
+  });
+  std::erase_if(upstreams_, [&](auto& entry) {
+    if (arenas_.count(entry.first) != 0 || private_arenas_.count(entry.first) != 0) return false;
+    unused_upstreams_.push_back(std::move(entry.second));
+    return true;
   });
   std::erase_if(tags_, [&](const auto& entry) {
     return arenas_.count(entry.first) == 0 && private_arenas_.count(entry.first) == 0;

@@ -192,7 +192,11 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
   const AddressRange chunks = backing_.chunks_within(range);
   expect(chunks.begin == range.begin && chunks.end == range.end,
          "the blocks of a segment do not cover whole chunks");
-  expect(backing_.is_virtual() || backing_.first_chunks(chunks, 1).end == chunks.end,
+  const bool has_upstream = heap.stream->has_upstream;
+  expect(backing_.is_from_upstream(range.begin) == has_upstream,
+         "a chunk is of an upstream that is not its arena's");
+  expect((backing_.is_virtual() && !has_upstream) ||
+             backing_.first_chunks(chunks, 1).end == chunks.end,
          "a segment spans chunks that the driver takes back one by one");
   check_pages(range, used_count, totals);
   return previous;
@@ -226,6 +230,9 @@ void Pool::check_streams(const Totals& totals) const {
     expect(stream.is_private() == (private_arenas_.count(stream.arena) != 0),
            "a private arena is in use and released");
     expect(stream.is_asleep == is_asleep(stream.arena), "a stream sleeps and its arena does not");
+    expect(stream.has_upstream == (upstreams_.count(stream.arena) != 0) &&
+               !(stream.has_upstream && stream.is_asleep),
+           "a stream has no upstream and its arena has one, or it sleeps");
     for (const Heap& heap : stream.heaps) {
       const auto walked = totals.by_heap.find(&heap);
       const bool is_empty = walked == totals.by_heap.end();

@@ -60,6 +60,7 @@ size_t Pool::preferred_fixed_bytes(const Request& request) const {
 
 // Null when the source has not enough. Gives a block that is in no heap's set.
 Block* Pool::grow(const Request& request, Source source) {
+  if (heap_of(request).stream->has_upstream) return nullptr;
   const CountOnExit count(*this);
   Block* block = nullptr;
   if (backing_.is_virtual()) {
@@ -130,9 +131,9 @@ Block* Pool::grow_fixed(const Request& request) {
 }
 
 // What is in no heap's set, or kept for a private or sleeping arena, and in no cache. Magazines are
-// empty.
+// empty. Upstreams' memory is not counted here: no chunks are moved for it.
 size_t Pool::used_bytes() const {
-  size_t bytes = backing_.mapped_bytes();
+  size_t bytes = backing_.mapped_bytes() - backing_.upstream_bytes();
   for (const auto& [key, stream] : streams_) {
     if (stream.serves_others()) bytes -= stream.free_bytes();
   }
@@ -142,7 +143,8 @@ size_t Pool::used_bytes() const {
 // What may be taken from the driver so that idle chunks stay where they are.
 size_t Pool::spare_bytes(size_t used_bytes_peak) const {
   const size_t held_max = used_bytes_peak + used_bytes_peak / kSpareShare;
-  const size_t spare_bytes = held_max - std::min(held_max, backing_.held_bytes());
+  const size_t held_bytes = backing_.held_bytes() - backing_.upstream_bytes();
+  const size_t spare_bytes = held_max - std::min(held_max, held_bytes);
   return std::min(spare_bytes, room_bytes()) / backing_.unit_bytes() * backing_.unit_bytes();
 }
 
@@ -385,13 +387,14 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   usage.mapped_bytes_peak = std::max(usage.mapped_bytes_peak, usage.mapped_bytes);
   if (freed_at > heap.stream->completed_count) note_freed(heap, range);
   // Chunks at fixed addresses may share a page.
-  const bool is_sparse = heap.size_class == SizeClass::kLarge && backing_.is_virtual();
+  const bool is_mapped = backing_.is_virtual() && !heap.stream->has_upstream;
+  const bool is_sparse = heap.size_class == SizeClass::kLarge && is_mapped;
   PageTable::instance().insert(range.begin, range.end, this,
                                is_sparse ? PageKind::kSparse : PageKind::kDense);
   ++segment_counts_[size_class];
   segments_.emplace(range.begin, block);
   // Fixed chunks stay apart: each is an allocation of its own for the driver.
-  if (backing_.is_virtual() && !heap.stream->is_whole) {
+  if (is_mapped && !heap.stream->is_whole) {
     if (Block* previous = last_block_before(heap, range.begin)) {
       if (previous->state == BlockState::kFree) remove_free(previous);
       segments_.erase(range.begin);
@@ -421,7 +424,7 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
 // What the pool may still take from the driver.
 size_t Pool::room_bytes() const {
   const size_t limit = limit_by_settings();
-  return limit - std::min(limit, backing_.held_bytes());
+  return limit - std::min(limit, backing_.held_bytes() + asked_of_upstreams_bytes_);
 }
 
 // Brings the counters of segments and reserved bytes up to date; cached chunks count as large.

@@ -105,9 +105,9 @@ size_t Pool::usable_bytes(const Request& request) const {
   size_t sum_bytes = backing_.cached_bytes();
   for (const auto& [key, stream] : streams_) {
     const bool is_own = stream.key == request.stream && stream.arena == request.arena;
-    if (is_own || (!stream.is_private() && stream.completed_count == stream.freed_count)) {
+    if (is_own || (stream.serves_others() && stream.completed_count == stream.freed_count)) {
       sum_bytes += stream.free_bytes();
-    } else if (!stream.is_private()) {
+    } else if (stream.serves_others()) {
       for (const Heap& heap : stream.heaps) {
         for (const Block* block : heap.free) {
           for (const AddressRange& part : complete_parts(*block, stream.completed_count)) {
@@ -158,8 +158,7 @@ bool Pool::mark_streams() {
 size_t Pool::foreign_bytes() const {
   size_t sum_bytes = 0;
   for (const auto& [key, stream] : streams_) {
-    if (!stream.serves_others() || stream.completed_count == stream.freed_count ||
-        may_ask(stream)) {
+    if (!stream.is_evictable() || stream.completed_count == stream.freed_count || may_ask(stream)) {
       continue;
     }
     sum_bytes += std::min(stream.free_bytes(), stream.unmarked_bytes);
@@ -188,11 +187,12 @@ void Pool::wait_for_device(Lock& lock, const std::vector<int>& other_devices) {
   }
 }
 
-// Gives idle chunks to the driver until at most keep_bytes are held, and forgets streams that have
-// nothing any more. May release the mutex in between.
+// Gives idle chunks to where they came from until at most keep_bytes are held, and forgets streams
+// that have nothing any more. May release the mutex in between.
 void Pool::release_idle(Lock& lock, size_t keep_bytes) {
   {
     const CountOnExit count(*this);
+    if (backing_.held_bytes() > keep_bytes) evict_upstreams();  // What serves nobody goes first.
     const size_t surplus_bytes =
         backing_.held_bytes() - std::min(backing_.held_bytes(), keep_bytes);
     if (backing_.cached_bytes() < surplus_bytes) {
@@ -201,15 +201,18 @@ void Pool::release_idle(Lock& lock, size_t keep_bytes) {
     forget_empty();
     backing_.release_cached(surplus_bytes);
     // What was held for a peak of the past is not taken again without need.
-    used_bytes_peak_ = std::min(used_bytes_peak_, backing_.held_bytes());
+    used_bytes_peak_ =
+        std::min(used_bytes_peak_, backing_.held_bytes() - backing_.upstream_bytes());
   }
   return_released(lock);
 }
 
 // cuMemFree waits for all of the device's work, which may wait in turn for a thread that needs the
 // mutex. Afterwards the driver has what this thread has released and, unless that takes too long,
-// what others have. Throws the first DriverError when all chunks had their turn.
+// what others have; upstreams likewise. Throws the first DriverError when all chunks had their
+// turn.
 void Pool::return_released(Lock& lock) {
+  return_to_upstreams(lock);
   std::vector<DeviceMemory> released = backing_.take_released();
   std::exception_ptr failure;
   if (!released.empty()) {
@@ -227,7 +230,10 @@ void Pool::return_released(Lock& lock) {
     --releases_in_flight_;
     release_ended_.notify_all();
   }
-  release_ended_.wait_for(lock, settings_.wait_max, [this] { return releases_in_flight_ == 0; });
+  // An upstream's function that calls the pool is a release in flight itself.
+  if (!Upstream::is_running()) {
+    release_ended_.wait_for(lock, settings_.wait_max, [this] { return releases_in_flight_ == 0; });
+  }
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -153,6 +153,7 @@ void Pool::throw_out_of_memory(const Request& request, const LadderAttempts& att
       report.private_bytes += stream.free_bytes();
     }
   }
+  report.has_upstream = upstreams_.count(request.arena) != 0;
   report.limit_bytes = limit_by_settings();
   report.is_limit_fraction = report.limit_bytes < settings_.limit_bytes;
   report.is_captured = request.is_captured;

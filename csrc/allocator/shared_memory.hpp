@@ -12,6 +12,8 @@
 // so that a block that is sent many times looks the same each time, and is closed when the chunk is
 // unmapped, or by a later share() that finds no live block of those that were shared over it.
 // A child of fork() has a copy of it, which keeps the memory for as long as the child lives.
+//
+// Memory of an upstream is shared by the handle of the driver's allocation that it is a part of.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +39,7 @@ struct SharedBlock {
   size_t offset_bytes = 0;          // of the block in the memory below
   int process = 0;                  // whose files they are
   std::vector<SharedChunk> chunks;  // neighbours, in the order of addresses; or none and
-  InterprocessHandle handle{};      // the handle of a chunk at a fixed address
+  InterprocessHandle handle{};      // the handle of memory at a fixed address
 };
 
 }  // namespace spillover

@@ -54,6 +54,7 @@
   X(cuMemGetInfo, 3020)                       \
   X(cuMemAlloc, 3020)                         \
   X(cuMemFree, 3020)                          \
+  X(cuMemGetAddressRange, 3020)               \
   X(cuMemcpyDtoHAsync, 3020)                  \
   X(cuMemcpyHtoDAsync, 3020)                  \
   /* Virtual memory */                        \

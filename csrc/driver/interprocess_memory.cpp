@@ -19,6 +19,13 @@ InterprocessHandle interprocess_handle(int device, DeviceAddress address) {
   return bytes;
 }
 
+DeviceAddress allocation_start(int device, DeviceAddress address) {
+  const ContextScope scope(device);
+  CUdeviceptr begin = 0;
+  SPILLOVER_CHECKED_CALL(cuMemGetAddressRange, &begin, nullptr, static_cast<CUdeviceptr>(address));
+  return static_cast<DeviceAddress>(begin);
+}
+
 InterprocessMemory::InterprocessMemory(int device, const InterprocessHandle& handle)
     : device_(device) {
   const ContextScope scope(device);

@@ -16,6 +16,9 @@ using InterprocessHandle = std::array<unsigned char, 64>;
 // The handle of memory from cuMemAlloc that begins at the address. Throws DriverError.
 InterprocessHandle interprocess_handle(int device, DeviceAddress address);
 
+// Where the allocation that the address lies in begins. Throws DriverError.
+DeviceAddress allocation_start(int device, DeviceAddress address);
+
 // Memory of another process. Move-only; the memory must not be in use when the object ends.
 class InterprocessMemory {
  public:

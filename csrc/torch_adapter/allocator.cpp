@@ -17,6 +17,7 @@
 #include "torch_adapter/history.hpp"
 #include "torch_adapter/out_of_memory.hpp"
 #include "torch_adapter/pool.hpp"
+#include "torch_adapter/pool_source.hpp"
 #include "torch_adapter/private_pools.hpp"
 #include "torch_adapter/snapshot.hpp"
 #include "torch_adapter/uncached.hpp"
@@ -99,6 +100,10 @@ cudaStream_t current_stream(c10::DeviceIndex device) {
   return handle_of(c10::cuda::getCurrentCUDAStream(device));
 }
 
+c10::MempoolId_t pool_of(c10::DeviceIndex device, const std::optional<uint32_t>& arena) {
+  return arena ? PrivatePools::instance().id_of(device, *arena) : kNoPool;
+}
+
 // delete_block as a plain function pointer: deleters are compared to tell whose block it is.
 void raw_delete_block(void* pointer) {
   delete_block(pointer);
@@ -126,6 +131,7 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
   spillover_status status =
       arena ? SPILLOVER_BUSY : spillover_try_alloc(device, size_bytes, stream, &pointer);
   if (status == SPILLOVER_BUSY) {
+    if (arena) forget_source_failure();
     const GilRelease no_gil;
     const auto allocate = [&] {
       return arena ? spillover_alloc_in(device, size_bytes, stream, *arena, &pointer)
@@ -135,11 +141,12 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
     if (status == SPILLOVER_OUT_OF_MEMORY && run_free_memory_callbacks()) status = allocate();
   }
   if (C10_UNLIKELY(status == SPILLOVER_OUT_OF_MEMORY)) {
-    throw_out_of_memory(device, size_bytes, stream);
+    if (arena) rethrow_source_failure();
+    throw_out_of_memory(device, size_bytes, stream, pool_of(device, arena));
   }
   check_pool(status, "allocating device memory");
   if (C10_UNLIKELY(History::instance().watching())) {
-    History::instance().on_alloc(device, pointer, size_bytes, stream);
+    History::instance().on_alloc(device, pointer, size_bytes, stream, pool_of(device, arena));
   }
   if (const auto* trace = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(trace != nullptr)) {
     (*trace)->trace_gpu_memory_allocation(c10::DeviceType::CUDA,
@@ -275,6 +282,7 @@ cuda_allocator::SnapshotInfo Allocator::snapshot(c10::MempoolId_t pool, bool inc
   cuda_allocator::SnapshotInfo result = take_snapshot(device_count_, pool);
   if (include_traces) {
     result.device_traces = History::instance().traces();
+    result.external_annotations = History::instance().annotations();
   } else {
     result.device_traces.resize(static_cast<size_t>(device_count_.load()));
   }
@@ -297,6 +305,11 @@ void Allocator::recordHistory(bool enabled, cuda_allocator::CreateContextFn cont
   options.clear = clear_history;
   options.skip_actions = skip_actions;
   History::instance().configure(options);
+}
+
+void Allocator::recordAnnotation(const std::vector<std::pair<std::string, std::string>>& fields) {
+  if (!History::instance().enabled()) return;
+  History::instance().annotate_region(c10::cuda::current_device(), fields);
 }
 
 void Allocator::attachOutOfMemoryObserver(cuda_allocator::OutOfMemoryObserver observer) {
@@ -362,11 +375,9 @@ int Allocator::getPoolUseCount(c10::DeviceIndex device, c10::MempoolId_t pool) {
 
 void Allocator::createOrIncrefPool(c10::DeviceIndex device, c10::MempoolId_t pool,
                                    std::shared_ptr<CUDAAllocator> allocator) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      allocator == nullptr,
-      "spillover's allocator does not support torch.cuda.MemPool with an allocator of its own; "
-      "make the pool without one, or run without spillover.allocator.install()");
-  PrivatePools::instance().add_use(device, pool);
+  // This allocator as a pool's own is what a pool without one has.
+  if (allocator.get() == this) allocator = nullptr;
+  PrivatePools::instance().add_use(device, pool, std::move(allocator));
 }
 
 void Allocator::setUseOnOOM(c10::DeviceIndex device, c10::MempoolId_t pool, bool use_on_oom) {

@@ -17,6 +17,7 @@
 #include <memory>
 #include <string>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "torch_adapter/torch_version.hpp"
@@ -65,6 +66,7 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
   void recordHistory(bool enabled, cuda_allocator::CreateContextFn context_recorder,
                      size_t entries_max, cuda_allocator::RecordContext when, bool clear_history,
                      const std::vector<std::string>& skip_actions) override;
+  void recordAnnotation(const std::vector<std::pair<std::string, std::string>>& fields) override;
   void attachOutOfMemoryObserver(cuda_allocator::OutOfMemoryObserver observer) override;
   void attachAllocatorTraceTracker(cuda_allocator::AllocatorTraceTracker tracker) override;
 #if SPILLOVER_TORCH_AT_LEAST(2, 12)
@@ -80,7 +82,7 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
   void annotateMemory(const void* pointer, const std::string& metadata) override;
 #endif
 
-  // Private pools. One with an allocator of its own is refused.
+  // Private pools.
   void beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
                            std::function<bool(cudaStream_t)> filter) override;
   void endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) override;

@@ -55,7 +55,8 @@ cuda_allocator::CheckpointDelta Allocator::setCheckpointPoolState(
   for (const LiveBlock& block : checkpoint->blocks) {
     void* pointer = block.info.address;
     if (history.watching()) {
-      history.on_alloc(device, pointer, block.info.requested_bytes, block.stream);
+      history.on_alloc(device, pointer, block.info.requested_bytes, block.stream,
+                       PrivatePools::instance().id_of(device, checkpoint->arena));
     }
     delta.dataptrs_allocd.emplace_back(pointer, pointer, raw_deleter(), cuda_device(device));
   }

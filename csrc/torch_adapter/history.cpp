@@ -1,10 +1,12 @@
 #include "torch_adapter/history.hpp"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "torch_adapter/gil.hpp"
 #include "torch_adapter/pool.hpp"
+#include "torch_adapter/private_pools.hpp"
 #include "torch_adapter/torch_version.hpp"
 
 namespace spillover::torch_adapter {
@@ -46,6 +48,7 @@ void History::configure(const Options& options) {
     skipped_ = std::move(skipped);
     entries_max_ = std::max<size_t>(options.entries_max, 1);
     if (!options.enabled || options.clear) {
+      annotations_.clear();
       dropped_entries.resize(entries_.size());
       entries_.swap(dropped_entries);
     }
@@ -99,6 +102,7 @@ void History::enter_live_blocks() {
   struct Walk {
     c10::DeviceIndex device;
     std::vector<std::pair<const void*, Live>> found;
+    std::vector<uint32_t> arenas;  // of what was found
   };
   int device_count = 0;
   {
@@ -106,19 +110,28 @@ void History::enter_live_blocks() {
     device_count = device_count_;
   }
   for (int device = 0; device < device_count; ++device) {
-    Walk walk{static_cast<c10::DeviceIndex>(device), {}};
+    Walk walk{static_cast<c10::DeviceIndex>(device), {}, {}};
     const auto visit = [](void* user, const spillover_segment_info* segment,
                           const spillover_block_info* blocks) {
       auto& found = *static_cast<Walk*>(user);
       for (size_t i = 0; i < segment->block_count; ++i) {
         if (blocks[i].state != 1) continue;
         found.found.emplace_back(blocks[i].address,
-                                 Live{found.device, blocks[i].requested_bytes,
-                                      static_cast<cudaStream_t>(segment->stream), nullptr});
+                                 Live{.device = found.device,
+                                      .size_bytes = blocks[i].requested_bytes,
+                                      .stream = static_cast<cudaStream_t>(segment->stream)});
+        found.arenas.push_back(segment->tag);
       }
     };
     check_pool(without_gil([&] { return spillover_visit_segments(device, visit, &walk); }),
                "listing the live blocks");
+    // The pool is unlocked again, so that private pools may be asked for.
+    std::map<uint32_t, c10::MempoolId_t> ids;
+    for (size_t i = 0; i < walk.found.size(); ++i) {
+      const auto [id, is_new] = ids.try_emplace(walk.arenas[i], kNoPool);
+      if (is_new) id->second = PrivatePools::instance().id_of(walk.device, walk.arenas[i]);
+      walk.found[i].second.pool = id->second;
+    }
     const std::lock_guard lock(mutex_);
     for (auto& [pointer, block] : walk.found) {
       if (!freed_in_walk_.contains(pointer)) live_.try_emplace(pointer, std::move(block));
@@ -133,13 +146,13 @@ History::Context History::gather(RecordContext level) const {
 
 History::TraceEntry History::make_entry(TraceEntry::Action action, c10::DeviceIndex device,
                                         size_t address, size_t size_bytes, cudaStream_t stream,
-                                        Context context) const {
+                                        c10::MempoolId_t pool, Context context) const {
   return {action,
           device,
           address,
           size_bytes,
           stream,
-          kNoPool,
+          pool,
           c10::getApproximateTime(),
           std::move(context),
           compile_contexts.empty() ? "N/A" : compile_contexts.back(),
@@ -179,7 +192,9 @@ void History::record_segments(c10::DeviceIndex device, RecordContext level) {
   const auto keep_all = [&](TraceEntry::Action action,
                             const std::vector<SegmentLog::Range>& ranges) {
     for (const auto& range : ranges) {
-      keep(make_entry(action, device, range.begin, range.end - range.begin, range.stream, context));
+      const c10::MempoolId_t pool = PrivatePools::instance().id_of(device, range.arena);
+      keep(make_entry(action, device, range.begin, range.end - range.begin, range.stream, pool,
+                      context));
     }
   };
   keep_all(TraceEntry::SEGMENT_UNMAP, changes.unmapped);
@@ -218,11 +233,21 @@ void History::annotate(const void* pointer, const std::string& text) {
   }
   TraceEntry entry =
       make_entry(TraceEntry::ANNOTATE, block.device, reinterpret_cast<size_t>(pointer),
-                 block.size_bytes, block.stream, gather(RecordContext::ALLOC));
+                 block.size_bytes, block.stream, block.pool, gather(RecordContext::ALLOC));
   entry.user_metadata_ = text;
   record(entry);
 }
 #endif
+
+void History::annotate_region(c10::DeviceIndex device,
+                              const std::vector<std::pair<std::string, std::string>>& fields) {
+  AnnotationEntry entry(device, c10::getApproximateTime());
+  for (const auto& [name, value] : fields) entry.recordUserMetadata(name, value);
+  const std::lock_guard lock(mutex_);
+  if (!enabled_) return;
+  annotations_.push_back(std::move(entry));
+  while (annotations_.size() > entries_max_) annotations_.pop_front();
+}
 
 void History::tell_profiler(const Live& block, void* pointer, int64_t change_bytes) {
   const spillover_stats_t stats = pool_stats(block.device);
@@ -234,10 +259,10 @@ void History::tell_profiler(const Live& block, void* pointer, int64_t change_byt
 }
 
 void History::on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes,
-                       cudaStream_t stream) {
+                       cudaStream_t stream, c10::MempoolId_t pool) {
   const bool profiling = c10::memoryProfilingEnabled();
   if (profiling) start_watching();
-  Live block{device, size_bytes, stream, gather(RecordContext::STATE)};
+  Live block{device, size_bytes, stream, pool, gather(RecordContext::STATE)};
   Context replaced;
   {
     const std::lock_guard lock(mutex_);
@@ -249,7 +274,7 @@ void History::on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes
   const bool with_context = when_.load() >= RecordContext::ALLOC;
   record_segments(device, RecordContext::ALLOC);
   record(make_entry(TraceEntry::ALLOC, device, reinterpret_cast<size_t>(pointer), size_bytes,
-                    stream, with_context ? block.context : nullptr));
+                    stream, pool, with_context ? block.context : nullptr));
   if (profiling) tell_profiler(block, pointer, static_cast<int64_t>(size_bytes));
 }
 
@@ -272,16 +297,16 @@ void History::on_free(void* pointer) {
   const Context context = gather(RecordContext::ALL);
   for (const auto action : {TraceEntry::FREE_REQUESTED, TraceEntry::FREE_COMPLETED}) {
     record(make_entry(action, block.device, reinterpret_cast<size_t>(pointer), block.size_bytes,
-                      block.stream, context));
+                      block.stream, block.pool, context));
   }
   if (profiling) tell_profiler(block, pointer, -static_cast<int64_t>(block.size_bytes));
 }
 
 void History::on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
-                               cudaStream_t stream) {
+                               cudaStream_t stream, c10::MempoolId_t pool) {
   if (!watching()) return;
   record_segments(device, RecordContext::ALLOC);
-  record(make_entry(TraceEntry::OOM, device, free_bytes, size_bytes, stream,
+  record(make_entry(TraceEntry::OOM, device, free_bytes, size_bytes, stream, pool,
                     gather(RecordContext::ALLOC)));
 }
 
@@ -296,7 +321,7 @@ void History::on_snapshot() {
     const auto index = static_cast<c10::DeviceIndex>(device);
     const auto active_bytes = pool_stats(index).active_bytes[SPILLOVER_CLASS_ALL].current;
     record(make_entry(TraceEntry::SNAPSHOT, index, 0, static_cast<size_t>(active_bytes), nullptr,
-                      nullptr));
+                      kNoPool, nullptr));
   }
 }
 
@@ -318,6 +343,17 @@ std::vector<std::vector<History::TraceEntry>> History::traces() {
       entry.time_.t_ = to_nanoseconds(entry.time_.approx_t_) / 1000;
     }
   }
+  return result;
+}
+
+std::vector<History::AnnotationEntry> History::annotations() {
+  std::vector<AnnotationEntry> result;
+  {
+    const std::lock_guard lock(mutex_);
+    result.assign(annotations_.begin(), annotations_.end());
+  }
+  const auto to_nanoseconds = clock_.makeConverter();
+  for (auto& entry : result) entry.time_.t_ = to_nanoseconds(entry.time_.approx_t_) / 1000;
   return result;
 }
 

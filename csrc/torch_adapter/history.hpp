@@ -25,6 +25,7 @@
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "torch_adapter/segment_log.hpp"
@@ -40,6 +41,7 @@ class History {
   using CreateContext = c10::CachingDeviceAllocator::CreateContextFn;
   using RecordContext = c10::CachingDeviceAllocator::RecordContext;
   using TraceEntry = c10::CachingDeviceAllocator::TraceEntry;
+  using AnnotationEntry = c10::CachingDeviceAllocator::AnnotationEntry;
   using Tracker = c10::CachingDeviceAllocator::AllocatorTraceTracker;
 
   struct Options {
@@ -68,10 +70,11 @@ class History {
 
   // After the pool has handed a block out, and before it takes the block back, so that another
   // thread's allocation of the same address comes after the free.
-  void on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes, cudaStream_t stream);
+  void on_alloc(c10::DeviceIndex device, void* pointer, size_t size_bytes, cudaStream_t stream,
+                c10::MempoolId_t pool);
   void on_free(void* pointer);
   void on_out_of_memory(c10::DeviceIndex device, size_t size_bytes, size_t free_bytes,
-                        cudaStream_t stream);
+                        cudaStream_t stream, c10::MempoolId_t pool);
   // After traces(), so that a snapshot is an event of later ones.
   void on_snapshot();
   // After calls that may have given memory back to the driver.
@@ -83,6 +86,9 @@ class History {
   // What torch.compile says that this thread runs, innermost last.
   static void push_compile_context(const std::string& context);
   static void pop_compile_context();
+  // What record_function says of the program's regions; kept while history is enabled.
+  void annotate_region(c10::DeviceIndex device,
+                       const std::vector<std::pair<std::string, std::string>>& fields);
   // Attaches a text to a live block, as an event of its own; torch has them since 2.14.
   void annotate(const void* pointer, const std::string& text);
 
@@ -91,12 +97,15 @@ class History {
 
   // The entries of each device, oldest first, with their times in microseconds since 1970.
   std::vector<std::vector<TraceEntry>> traces();
+  // The regions likewise.
+  std::vector<AnnotationEntry> annotations();
 
  private:
   struct Live {
     c10::DeviceIndex device = 0;
     size_t size_bytes = 0;
     cudaStream_t stream = nullptr;
+    c10::MempoolId_t pool = kNoPool;
     Context context;
   };
 
@@ -106,7 +115,8 @@ class History {
   void enter_live_blocks();
   void end_walk();
   TraceEntry make_entry(TraceEntry::Action action, c10::DeviceIndex device, size_t address,
-                        size_t size_bytes, cudaStream_t stream, Context context) const;
+                        size_t size_bytes, cudaStream_t stream, c10::MempoolId_t pool,
+                        Context context) const;
   // Only the second one tells the trackers.
   void keep(const TraceEntry& entry);
   void record(const TraceEntry& entry);
@@ -128,6 +138,7 @@ class History {
   size_t entries_max_ = 0;
   std::vector<TraceEntry::Action> skipped_;
   std::vector<std::deque<TraceEntry>> entries_;  // one queue a device
+  std::deque<AnnotationEntry> annotations_;      // at most entries_max_
   std::vector<Tracker> trackers_;
   bool profiled_ = false;  // once a profiler wanted sizes, they are kept for the next one
   std::unordered_map<const void*, Live> live_;

@@ -102,13 +102,13 @@ bool run_free_memory_callbacks() {
 }
 
 void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream,
-                         const std::string& reason) {
+                         c10::MempoolId_t pool, const std::string& reason) {
   // What follows may call the pool, whose texts are valid until then.
   const Failure failure = describe_failure(device, size_bytes, reason);
   const spillover_out_of_memory_t& figures = failure.figures;
   c10::reportOutOfMemoryToProfiler(static_cast<int64_t>(size_bytes), figures.allocated_bytes,
                                    figures.reserved_bytes, cuda_device(device));
-  History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream);
+  History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream, pool);
 
   const size_t allowed = std::min(figures.total_bytes, figures.limit_bytes);
   if (figures.is_limited != 0) {

@@ -31,6 +31,7 @@ bool run_free_memory_callbacks();
 // what was tried, and which setting would help. A reason is given where it was not the pool that
 // failed.
 [[noreturn]] void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes,
-                                      cudaStream_t stream, const std::string& reason = {});
+                                      cudaStream_t stream, c10::MempoolId_t pool,
+                                      const std::string& reason = {});
 
 }  // namespace spillover::torch_adapter

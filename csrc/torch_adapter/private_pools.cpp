@@ -29,23 +29,25 @@ void PrivatePools::apply_options(const Key& key, const PrivatePool& pool) {
              "setting the options of a private memory pool");
 }
 
-uint32_t PrivatePools::add_use_of(const Key& key) {
+uint32_t PrivatePools::add_use_of(const Key& key, PoolAllocator allocator) {
   PrivatePool pool;
   const auto known = pools_.find(key);
   if (known != pools_.end() && known->second.use_count > 0) {
     pool = known->second;
   } else {
-    check_pool(spillover_make_arena(std::get<0>(key), &pool.arena), "making a private memory pool");
+    pool.arena = allocator == nullptr
+                     ? make_private_arena(std::get<0>(key))
+                     : make_private_arena_from(std::get<0>(key), std::move(allocator));
   }
   ++pool.use_count;
   pools_[key] = pool;
   return pool.arena;
 }
 
-void PrivatePools::add_use(c10::DeviceIndex device, c10::MempoolId_t id) {
+void PrivatePools::add_use(c10::DeviceIndex device, c10::MempoolId_t id, PoolAllocator allocator) {
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
-  add_use_of(key_of(device, id));
+  add_use_of(key_of(device, id), std::move(allocator));
 }
 
 void PrivatePools::remove_use(c10::DeviceIndex device, c10::MempoolId_t id) {
@@ -76,7 +78,7 @@ void PrivatePools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter fi
   for (const Route& route : routes_) {
     TORCH_CHECK(route.key != key, "beginAllocateToPool: already recording to mempool_id");
   }
-  const uint32_t arena = add_use_of(key);
+  const uint32_t arena = add_use_of(key, nullptr);
   try {
     check_pool(spillover_expect_stream(device, arena, current), "beginning to use a memory pool");
   } catch (...) {

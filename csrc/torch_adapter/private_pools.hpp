@@ -22,6 +22,8 @@
 #include <tuple>
 #include <vector>
 
+#include "torch_adapter/pool_source.hpp"
+
 namespace spillover::torch_adapter {
 
 class PrivatePools {
@@ -31,7 +33,8 @@ class PrivatePools {
   // Leaked on purpose: graphs and pools are let go of until the very end of a process.
   static PrivatePools& instance();
 
-  void add_use(c10::DeviceIndex device, c10::MempoolId_t id);
+  // The memory of a pool that is made by this comes from the allocator, where one is given.
+  void add_use(c10::DeviceIndex device, c10::MempoolId_t id, PoolAllocator allocator = nullptr);
   void remove_use(c10::DeviceIndex device, c10::MempoolId_t id);
   int use_count(c10::DeviceIndex device, c10::MempoolId_t id);
 
@@ -79,7 +82,7 @@ class PrivatePools {
   }
   // Need the lock.
   PrivatePool& used(const Key& key);
-  uint32_t add_use_of(const Key& key);
+  uint32_t add_use_of(const Key& key, PoolAllocator allocator);
   void remove_use_of(const Key& key);
   static void apply_options(const Key& key, const PrivatePool& pool);
 

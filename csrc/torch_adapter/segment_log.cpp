@@ -14,8 +14,9 @@ using Range = SegmentLog::Range;
 void collect_range(void* user, const spillover_segment_info* segment,
                    const spillover_block_info* /*blocks*/) {
   const auto begin = reinterpret_cast<uintptr_t>(segment->address);
-  static_cast<std::vector<Range>*>(user)->push_back(
-      {begin, begin + segment->size_bytes, static_cast<cudaStream_t>(segment->stream)});
+  static_cast<std::vector<Range>*>(user)->push_back({begin, begin + segment->size_bytes,
+                                                     static_cast<cudaStream_t>(segment->stream),
+                                                     segment->tag});
 }
 
 // The parts of ranges that no range of others covers. Both are sorted and disjoint.
@@ -26,7 +27,8 @@ std::vector<Range> ranges_without(const std::vector<Range>& ranges,
   for (Range range : ranges) {
     while (other != others.end() && other->end <= range.begin) ++other;
     for (auto next = other; next != others.end() && next->begin < range.end; ++next) {
-      if (range.begin < next->begin) rest.push_back({range.begin, next->begin, range.stream});
+      if (range.begin < next->begin)
+        rest.push_back({range.begin, next->begin, range.stream, range.arena});
       range.begin = std::max(range.begin, next->end);
     }
     if (range.begin < range.end) rest.push_back(range);

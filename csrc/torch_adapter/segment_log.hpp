@@ -25,6 +25,7 @@ class SegmentLog {
     uintptr_t begin = 0;
     uintptr_t end = 0;
     cudaStream_t stream = nullptr;
+    uint32_t arena = 0;
   };
   struct Changes {
     std::vector<Range> unmapped;

@@ -59,7 +59,7 @@ void* allocate_uncached(c10::DeviceIndex device, size_t size_bytes, cudaStream_t
     pointer = try_cuda_malloc(device, size_bytes);
   }
   if (pointer == nullptr) {
-    throw_out_of_memory(device, size_bytes, stream,
+    throw_out_of_memory(device, size_bytes, stream, {},
                         "The driver has no memory left, and torch's caching is switched off "
                         "(caching_allocator_enable, PYTORCH_NO_CUDA_MEMORY_CACHING), which keeps "
                         "the pool from serving the request.");

@@ -93,6 +93,25 @@ class Cuda:
             ctypes.c_void_p(stream),
         )
 
+    def malloc(self, size_bytes: int) -> int:
+        """Give device memory that the pool knows nothing of."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        return address.value
+
+    def free(self, address: int) -> None:
+        """Take what malloc() gave; waits for the device."""
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def malloc_ordered(self, size_bytes: int) -> int:
+        """Give memory of the driver's own pool, which other processes cannot open."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAllocAsync", ctypes.byref(address), ctypes.c_size_t(size_bytes), None)
+        return address.value
+
+    def free_ordered(self, address: int) -> None:
+        self._call("cuMemFreeAsync", ctypes.c_uint64(address), None)
+
     def pin(self, size_bytes: int) -> int:
         """Give pinned host memory."""
         pointer = ctypes.c_void_p()

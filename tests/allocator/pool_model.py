@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import pytest
 from cuda_calls import Cuda, live_blocks
+from upstream import Upstream
 
 from spillover import HostOutOfMemory, SpilloverError, StateError, _core, emulator
 
@@ -34,6 +35,8 @@ BURST_SIZES = (1, 512, 700, 40 * KIB, MIB // 3, MIB + 1, 2 * MIB + 7, 9 * MIB)
 #: What one magazine may hold: 8 MiB of small blocks and a 64th of the device in large ones.
 MAGAZINE_BYTES = 8 * MIB + _core.memory_info(0)[1] // 64
 PER_THREAD_HANDLE = 2
+#: Numbers of private arenas begin here; in place of a tag they say where to allocate.
+FIRST_PRIVATE_ARENA = 1 << 31
 #: Pinned memory for what a worker reads back: so many pieces.
 SLOT_BYTES, SLOTS = 64, 4096
 
@@ -185,6 +188,12 @@ class ModelledPool:
         self.tags = [0, _core.tag_number("one"), _core.tag_number("another")]
         self.asleep: set[int] = set()
         self._discarded: set[int] = set()  # Of those: what is in them is not defined any more.
+        self.upstreams = [Upstream(cuda)]
+
+    @property
+    def places(self) -> list[int]:
+        """Tags, and the arena with an upstream that is in use."""
+        return [*self.tags, self.upstreams[-1].arena]
 
     def streams_of(self, worker: Worker) -> list[ModelStream]:
         """The streams that the worker may use."""
@@ -315,16 +324,24 @@ class ModelledPool:
             chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
         return CHUNK_BYTES * len(chunks)
 
+    def renew_upstream(self) -> None:
+        """Release the arena with an upstream, whatever lives in it, and make another one."""
+        self.pool.release_arena(self.upstreams[-1].arena)
+        self.upstreams.append(Upstream(self.cuda))
+
     def trim(self) -> None:
         self.pool.trim()
         stats = self.pool.stats()
         reserved_bytes = stats["reserved_bytes"]["all"]["current"]
         segments = [segment for segment in self.pool.segments() if not segment["is_asleep"]]
         assert reserved_bytes == sum(segment["size_bytes"] for segment in segments)
+        given_bytes = self._check_upstreams(segments)
         if self.cuda.has_virtual_memory:
             awake = self._blocks_of(set(self.tags) - self.asleep)
-            assert reserved_bytes == self._chunk_bytes(awake)
+            assert reserved_bytes == self._chunk_bytes(awake) + given_bytes
         for segment in segments:
+            if segment["arena"] == self.upstreams[-1].arena:
+                continue
             assert any(block["state"] == "live" for block in segment["blocks"])
         assert stats["active"]["all"]["current"] == len(self.live), "a block still waits"
 
@@ -363,8 +380,11 @@ class ModelledPool:
             worker.end()
             worker.close()
         self.pool.check_invariants()
+        self.pool.release_arena(self.upstreams[-1].arena)
         self.pool.trim()
         assert self.pool.segments() == []
+        for upstream in self.upstreams:
+            upstream.check_ended()
         self.pool.set_memory_fraction(1.0)
         self.pool.configure("check_every=64", "the model")
 
@@ -408,9 +428,10 @@ class ModelledPool:
         # The second kind has threads wait for the device while others free what streams use.
         weights = generator.choice([(50, 40, 6, 2, 2), (35, 30, 20, 1, 14)])
         for call in generator.choices(calls, weights, k=steps):
-            if call == "alloc" and awake:
+            if call == "alloc":
                 size_bytes, stream = generator.choice(BURST_SIZES), generator.choice(streams)
-                block = self._alloc(size_bytes, stream, generator.choice(awake), [])
+                place = generator.choice([*awake, self.upstreams[-1].arena])
+                block = self._alloc(size_bytes, stream, place, [])
                 if block is None:
                     done.refused_count += 1
                     continue
@@ -441,9 +462,14 @@ class ModelledPool:
         gates: list[tuple[ModelBlock, list[tuple[ModelStream, int]]]],
     ) -> ModelBlock | None:
         """Gives None where the pool refuses."""
-        _core.set_tag(tag)
+        is_private = tag >= FIRST_PRIVATE_ARENA
+        _core.set_tag(0 if is_private else tag)
         try:
-            address = self.pool.alloc(size_bytes, stream.handle)
+            address = (
+                self.pool.alloc_in(tag, size_bytes, stream.handle)
+                if is_private
+                else self.pool.alloc(size_bytes, stream.handle)
+            )
         except SpilloverError as error:
             if "out of memory" not in str(error):
                 raise
@@ -523,9 +549,8 @@ class ModelledPool:
         for segment in self.pool.segments():
             for found in segment["blocks"]:
                 if found["state"] == "live":
-                    tag = self.live[found["address"]].tag
-                    assert _core.tag_number(segment["tag"]) == tag
-        for tag in self.tags:
+                    assert segment["arena"] == self.live[found["address"]].tag
+        for tag in self.places:
             sizes_of_tag = [block.size_bytes for block in self.live.values() if block.tag == tag]
             of_tag = self.pool.tag_stats(tag)
             assert of_tag["allocation"] == len(sizes_of_tag)
@@ -561,6 +586,22 @@ class ModelledPool:
                 for key in ("current", "allocated", "freed"):
                     parts = counters["small_pool"][key] + counters["large_pool"][key]
                     assert counters["all"][key] == parts
+
+    def _check_upstreams(self, segments: list[Any]) -> int:
+        """Each has what its arena shows, the idle part too where it is in use; gives the sum."""
+        given_bytes = 0
+        for upstream in self.upstreams:
+            assert upstream.failures == []
+            sizes = {
+                segment["address"]: segment["size_bytes"]
+                for segment in segments
+                if segment["arena"] == upstream.arena
+            }
+            assert sizes == upstream.live
+            is_ended = upstream is not self.upstreams[-1] and not sizes
+            assert upstream.done_count == is_ended
+            given_bytes += sum(sizes.values())
+        return given_bytes
 
     def _note_peak(self, least_bytes: int, most_bytes: int) -> None:
         self.peak_bytes_least = max(self.peak_bytes_least, least_bytes)

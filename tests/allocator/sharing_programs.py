@@ -32,6 +32,7 @@ if not IS_NATIVE:
 
 import torch  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+from own_allocator import OwnAllocator  # noqa: E402
 
 HELD: dict[str, Any] = {}
 
@@ -232,6 +233,36 @@ def lifetimes() -> None:
         torch.cuda.ipc_collect()
         assert torch.cuda.memory_allocated() == 0
         assert len(os.listdir("/proc/self/fd")) < 300
+
+
+def own_allocator() -> None:
+    """Memory of a pool's own allocator, which gives parts of what it has; it may sleep no more."""
+    with receiver() as other:
+        own = OwnAllocator(offset=4096)
+        with allocator.tag("weights"):
+            pool = torch.cuda.MemPool(own.allocator)
+            with torch.cuda.use_mem_pool(pool):
+                sizes = {"small": 100, "more": 100, "large": 7 * MIB}
+                blocks = {name: torch.empty(size, device="cuda") for name, size in sizes.items()}
+        for index, (name, block) in enumerate(blocks.items()):
+            assert own.holds(block)
+            block.fill_(index)
+            other.ask(keep, name, block)
+            assert other.ask(add, name, 5) == [index, index]
+            assert [block[0].item(), block[-1].item()] == [index + 5] * 2
+        if os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY") == "1":
+            assert allocator.sleep("weights") == 0
+            assert other.ask(add, "large", 1) == [7, 7]
+            assert allocator.wake() == 0
+        del block, pool
+        blocks.clear()
+        torch.cuda.empty_cache()
+        assert sum(segment.size for segment in own.live.values()) == 30 * MIB
+        for name in sizes:
+            other.ask(drop, name)
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+        own.check_ended()
 
 
 def events() -> None:

@@ -62,11 +62,11 @@ class PoolModel(RuleBasedStateMachine):
         streams = self.model.streams_of(worker)
         return streams[pick % len(streams)]
 
-    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, tag=st.sampled_from([0, 0, 1, 2]))
+    @rule(worker=PICKS, size_bytes=SIZES, stream=PICKS, tag=st.sampled_from([0, 0, 1, 2, 3]))
     def alloc(self, worker: int, size_bytes: int, stream: int, tag: int) -> None:
         thread = self._worker(worker)
         of_thread = self._stream(thread, stream)
-        self.model.alloc(thread, size_bytes, of_thread, self.model.tags[tag])
+        self.model.alloc(thread, size_bytes, of_thread, self.model.places[tag])
 
     @rule(worker=PICKS, block=PICKS)
     def free(self, worker: int, block: int) -> None:
@@ -118,6 +118,10 @@ class PoolModel(RuleBasedStateMachine):
     @rule(worker=PICKS, tags=TAGS)
     def wake(self, worker: int, tags: list[int]) -> None:
         self.model.wake(self._worker(worker), [self.model.tags[tag] for tag in tags])
+
+    @rule()
+    def renew_upstream(self) -> None:
+        self.model.renew_upstream()
 
     @rule()
     def trim(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from cuda_calls import Cuda
+from upstream import Upstream
 
 from spillover import SpilloverError, _core, emulator
 from spillover._paths import library_path
@@ -124,6 +125,29 @@ def test_what_is_opened_is_the_blocks_memory(
     assert sharing.close(base) == OK
     assert pool.stats()["allocation"]["all"]["current"] == 2
     pool.free(before)
+
+
+def test_memory_of_an_upstream(pool: _core.Pool, cuda: Cuda, sharing: Sharing) -> None:
+    """By the handle of what the driver gave, whatever part of it the upstream gives."""
+    upstream = Upstream(cuda, offset=4096)
+    first, second = (pool.alloc_in(upstream.arena, 1000) for _ in range(2))
+    one, other = sharing.share(first), sharing.share(second)
+    assert (one.offset_bytes, other.offset_bytes) == (4096, 4096 + second - first)
+    assert one.chunk_count == other.chunk_count == 0
+    assert bytes(one.handle) == bytes(other.handle) != bytes(64)
+    unable = Upstream(cuda, source=(cuda.malloc_ordered, cuda.free_ordered))
+    address = pool.alloc_in(unable.arena, 1000)
+    status, _ = sharing.try_share(address)
+    assert status == BROKEN_STATE
+    assert "takes it from cudaMalloc" in sharing.error()
+    pool.check_invariants()
+    for each, addresses in ((upstream, (first, second)), (unable, (address,))):
+        for address in addresses:
+            pool.free(address)
+        pool.release_arena(each.arena)
+    pool.trim()
+    upstream.check_ended()
+    unable.check_ended()
 
 
 @pytest.mark.virtual_memory

@@ -22,7 +22,7 @@ GROUPS = {
         "settings",
         "arenas",
     ],
-    "waiting": ["reclaim", "threads", "python", "c_api", "watermarks", "sharing"],
+    "waiting": ["reclaim", "threads", "python", "c_api", "upstream", "watermarks", "sharing"],
     "model": ["model"],
 }
 

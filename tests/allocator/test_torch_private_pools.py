@@ -201,19 +201,6 @@ def test_a_graph_and_checkpoints_in_a_pool_that_does_not_split(
     )
 
 
-def test_a_pool_with_its_own_allocator_is_refused(torch_with_pool: TorchProcess) -> None:
-    torch_with_pool.run(
-        """
-        try:
-            torch.cuda.MemPool(torch._C._cuda_getAllocator())
-        except NotImplementedError as error:
-            assert "allocator of its own" in str(error)
-        else:
-            raise AssertionError
-        """
-    )
-
-
 def test_a_graph_replays_on_its_memory(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """

@@ -52,6 +52,14 @@ def test_one_side_has_torchs_own_allocator(native: str, variables: dict[str, str
     run("tensors", {**variables, "SPILLOVER_TEST_NATIVE": native})
 
 
+@pytest.mark.parametrize(
+    "variables", [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak)], ids=["mapped", "fixed"]
+)
+@pytest.mark.parametrize("native", ["", "receiver"])
+def test_memory_of_a_pools_own_allocator(native: str, variables: dict[str, str]) -> None:
+    run("own_allocator", {**variables, "SPILLOVER_TEST_NATIVE": native})
+
+
 @pytest.mark.parametrize("native", ["", "receiver"])
 def test_chunks_of_several_sizes(native: str) -> None:
     """Torch's own allocator cannot open them, and says so."""

@@ -197,3 +197,62 @@ def test_texts_of_the_user_are_in_the_history(torch_with_pool: TorchProcess) -> 
         memory._record_memory_history(enabled=None)
         """
     )
+
+
+def test_private_pools_are_in_the_history(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        pool = torch.cuda.MemPool()
+        with torch.cuda.use_mem_pool(pool):
+            older = torch.empty(2 * MiB, dtype=torch.uint8, device="cuda")
+        torch.cuda.memory._record_memory_history(stacks="python")
+        try:
+            kept = torch.empty(3 * MiB, dtype=torch.uint8, device="cuda")
+            with torch.cuda.use_mem_pool(pool):
+                pooled = torch.empty(25 * MiB, dtype=torch.uint8, device="cuda")
+                try:
+                    torch.empty(1 << 40, dtype=torch.uint8, device="cuda")
+                except torch.OutOfMemoryError:
+                    pass
+            del older, pooled, kept
+            trace = torch.cuda.memory._snapshot()["device_traces"][0]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        found = {(e["action"], e["size"] // MiB, tuple(e["pool_id"])) for e in trace}
+        own = tuple(pool.id)
+        expected = {
+            ("alloc", 3, (0, 0)), ("alloc", 25, own), ("oom", 1 << 20, own),
+            ("free_requested", 2, own), ("free_requested", 25, own), ("free_requested", 3, (0, 0)),
+        }
+        assert expected <= found, found
+        assert {e[2] for e in found if e[0] == "segment_map"} == {(0, 0), own}, found
+        """
+    )
+
+
+def test_regions_are_in_the_history(torch_with_pool: TorchProcess) -> None:
+    """As many of them, the latest, as are kept."""
+    torch_with_pool.run(
+        """
+        memory = torch.cuda.memory
+        torch.ones(1, device="cuda")
+        with torch.profiler.record_function("before"):
+            pass
+        memory._record_memory_history(max_entries=4, global_record_annotations=True)
+        try:
+            for i in range(10):
+                with torch.profiler.record_function(f"region {i}"):
+                    torch.empty(1, device="cuda")
+            annotations = memory._snapshot()["external_annotations"]
+        finally:
+            memory._record_memory_history(enabled=None)
+        assert [(a["name"], a["stage"]) for a in annotations] == [
+            ("region 8", "START"), ("region 8", "END"), ("region 9", "START"), ("region 9", "END")
+        ], annotations
+        assert all(a["device"] == 0 for a in annotations)
+        assert annotations[0]["time_us"] <= annotations[3]["time_us"]
+        with torch.profiler.record_function("after"):
+            pass
+        assert memory._snapshot()["external_annotations"] == []
+        """
+    )
