@@ -94,10 +94,15 @@ def test_a_smaller_chunk_where_there_is_no_larger_one(pool: _core.Pool, cuda: Cu
     upstream = Upstream(cuda, before_alloc=lambda size_bytes: size_bytes < 20 * MIB)
     pool.alloc_in(upstream.arena, 5 * MIB)
     assert upstream.sizes() == [6 * MIB]
+    pool.release_arena(upstream.arena)
+
+
+def test_whole_blocks_have_chunks_of_their_own(pool: _core.Pool, cuda: Cuda) -> None:
+    upstream = Upstream(cuda)
     pool.set_arena_options(upstream.arena, is_whole=True)
     pool.alloc_in(upstream.arena, 1000)
     pool.alloc_in(upstream.arena, 1000)
-    assert upstream.sizes() == [2 * MIB, 2 * MIB, 6 * MIB]
+    assert upstream.sizes() == [2 * MIB, 2 * MIB]
     pool.release_arena(upstream.arena)
 
 

@@ -34,6 +34,8 @@ FULL_ONLY = {
     "test_functions_for_all_devices_touch_none_that_is_not_used",
     "test_history_and_viewer",
     "test_out_of_memory_is_in_the_history",
+    "test_private_pools_are_in_the_history",
+    "test_regions_are_in_the_history",
     "test_segments_are_in_the_history",
     "test_segments_without_caching_are_in_the_history",
     "test_texts_of_the_user_are_in_the_history",
