@@ -135,12 +135,21 @@ std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int 
   return HostPool::create(options);
 }
 
+DiskEngineKind engine_named(const std::string& name) {
+  if (name == "auto") return DiskEngineKind::kAuto;
+  if (name == "io_uring") return DiskEngineKind::kIoUring;
+  if (name == "threads") return DiskEngineKind::kThreads;
+  throw ConfigError("engine='" + name + "' is not known; choose auto, io_uring or threads");
+}
+
 std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
+                                           const std::string& engine,
                                            std::optional<uint64_t> write_limit_bytes,
                                            size_t threads_per_folder, size_t queue_length_max,
                                            size_t extent_bytes_max, bool preallocate) {
   DiskStoreOptions options;
   options.folders = std::move(folders);
+  options.engine = engine_named(engine);
   if (write_limit_bytes) options.write_limit_bytes = *write_limit_bytes;
   options.threads_per_folder = threads_per_folder;
   options.queue_length_max = queue_length_max;
@@ -189,13 +198,25 @@ void register_host_pool(py::module_& module) {
 }
 
 void register_disk_store(py::module_& module) {
+  py::class_<DiskFolderStats>(module, "DiskFolderStats", "One folder of a DiskStore.")
+      .def_readonly("folder", &DiskFolderStats::folder)
+      .def_readonly("is_direct", &DiskFolderStats::is_direct)
+      .def_readonly("used_bytes", &DiskFolderStats::used_bytes)
+      .def_readonly("file_bytes", &DiskFolderStats::file_bytes);
   py::class_<DiskStats>(module, "DiskStats", "Counters of a DiskStore at one moment.")
       .def_readonly("written_bytes", &DiskStats::written_bytes)
       .def_readonly("read_bytes", &DiskStats::read_bytes)
       .def_readonly("used_bytes", &DiskStats::used_bytes)
       .def_readonly("file_bytes", &DiskStats::file_bytes)
       .def_readonly("pending_extents", &DiskStats::pending_extents)
-      .def_readonly("is_direct", &DiskStats::is_direct);
+      .def_readonly("is_direct", &DiskStats::is_direct)
+      .def_property_readonly("engine",
+                             [](const DiskStats& stats) {
+                               return stats.engine == DiskEngineKind::kIoUring ? "io_uring"
+                                                                               : "threads";
+                             })
+      .def_readonly("engine_notes", &DiskStats::engine_notes)
+      .def_readonly("folders", &DiskStats::folders);
   py::class_<PythonTicket>(module, "Ticket", "Completion of a disk request.")
       .def("is_done", &PythonTicket::is_done)
       .def("wait", &PythonTicket::wait);
@@ -215,9 +236,9 @@ void register_disk_store(py::module_& module) {
       });
   py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
       .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
-           py::arg("write_limit_bytes") = py::none(), py::arg("threads_per_folder") = 4,
-           py::arg("queue_length_max") = 64, py::arg("extent_bytes_max") = size_t{8} << 20,
-           py::arg("preallocate") = true)
+           py::arg("engine") = "auto", py::arg("write_limit_bytes") = py::none(),
+           py::arg("threads_per_folder") = 4, py::arg("queue_length_max") = 64,
+           py::arg("extent_bytes_max") = size_t{8} << 20, py::arg("preallocate") = true)
       .def("write", &write, py::arg("buffer"), py::kw_only(), py::arg("after") = py::none())
       .def("read", &read, py::arg("payload"), py::arg("buffer"))
       .def("close", &DiskStore::close, ReleaseGil())

@@ -2,8 +2,8 @@
 //
 // A payload is stored once, read any number of times and gives its space back when the last holder
 // drops it. It is cut into extents of at most extent_bytes_max, which go to the folders round
-// robin, so that one large payload uses every disk. Each folder has a bounded queue and a few
-// threads.
+// robin, so that one large payload uses every disk. Each folder has a bounded queue and an engine:
+// io_uring where the kernel has it and allows it, else a few threads that block.
 //
 // Every method may be called from any thread. write() and read() block only while a folder's queue
 // is full; close() and the destructor block until every request is over. The memory of a request
@@ -23,13 +23,27 @@
 
 namespace spillover {
 
+enum class DiskEngineKind {
+  kAuto,  // io_uring where it works, else threads.
+  kIoUring,
+  kThreads,
+};
+
 struct DiskStoreOptions {
   std::vector<std::string> folders;
+  DiskEngineKind engine = DiskEngineKind::kAuto;
   uint64_t write_limit_bytes = UINT64_MAX;  // On bytes ever written, to spare flash memory.
-  size_t threads_per_folder = 4;
-  size_t queue_length_max = 64;  // Extents waiting, a folder.
+  size_t threads_per_folder = 4;            // Of the engine that has threads.
+  size_t queue_length_max = 64;             // Extents waiting, a folder.
   size_t extent_bytes_max = size_t{8} << 20;
   Preallocation preallocation = Preallocation::kReserve;
+};
+
+struct DiskFolderStats {
+  std::string folder;
+  bool is_direct;       // The file system takes O_DIRECT.
+  uint64_t used_bytes;  // Taken by payloads, whole blocks.
+  uint64_t file_bytes;  // Up to the last extent.
 };
 
 struct DiskStats {
@@ -39,6 +53,9 @@ struct DiskStats {
   uint64_t file_bytes;       // Up to the last extent, all folders.
   uint64_t pending_extents;  // Queued or moving.
   bool is_direct;            // Every folder takes O_DIRECT.
+  DiskEngineKind engine;     // The one in use, never kAuto.
+  std::string engine_notes;  // Why it is not io_uring, or what that lacks; empty where all is well.
+  std::vector<DiskFolderStats> folders;
 };
 
 class DiskStoreCore;
@@ -64,14 +81,15 @@ class DiskPayload {
 
   const std::shared_ptr<DiskStoreCore> core_;
   const size_t size_bytes_;
-  // While writing, each I/O thread touches the extent of its own piece only.
+  // While writing, whoever finishes a piece touches its extent only.
   std::vector<Extent> extents_;
   std::atomic<size_t> extents_left_;  // To be written.
   std::atomic<bool> has_failed_{false};
   std::atomic<State> state_{State::kWriting};
 };
 
-// Runs on the I/O thread before it touches the memory of a write: waits until a copy has arrived.
+// Waits until a copy has arrived in the memory of a write, which nobody touches before. Runs on a
+// thread of its own, see Note [Gates]; more than once.
 using WriteGate = std::function<void()>;
 
 struct WriteRequest {
@@ -81,7 +99,8 @@ struct WriteRequest {
 
 class DiskStore {
  public:
-  // Throws ConfigError, or StorageError when a folder cannot be used.
+  // Throws ConfigError, or StorageError when a folder, or the engine that is asked for, cannot be
+  // used.
   explicit DiskStore(const DiskStoreOptions& options);
   ~DiskStore();
   DiskStore(const DiskStore&) = delete;

@@ -1,6 +1,5 @@
 #include "tiers/disk_store_core.hpp"
 
-#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -11,6 +10,8 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "tiers/thread_engine.hpp"
+#include "tiers/uring_engine.hpp"
 
 namespace spillover {
 namespace {
@@ -24,24 +25,54 @@ void check_options(const DiskStoreOptions& options) {
     throw ConfigError("extent_bytes_max must be a multiple of " + std::to_string(kDiskBlockBytes));
 }
 
+std::exception_ptr closed_meanwhile() {
+  return std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
+}
+
 }  // namespace
 
 DiskStoreCore::DiskStoreCore(const DiskStoreOptions& options)
     : options_(options), owner_(getpid()) {
   check_options(options);
   for (const std::string& name : options.folders) {
-    folders_.push_back(std::make_unique<Folder>(ScratchFile(name, options.preallocation),
-                                                options.queue_length_max));
+    folders_.push_back(std::make_unique<Folder>(ScratchFile(name, options.preallocation)));
   }
+  gates_ = std::make_unique<WriteGates>(options.queue_length_max,
+                                        [this](DiskPiece&& piece, std::exception_ptr error) {
+                                          hand_over(std::move(piece), std::move(error));
+                                        });
   try {
-    for (const auto& folder : folders_) {
-      for (size_t i = 0; i < options.threads_per_folder; ++i) {
-        folder->threads.emplace_back([this, raw = folder.get()] { serve(*raw); });
-      }
-    }
+    make_engines();
   } catch (...) {
     close();
     throw;
+  }
+}
+
+void DiskStoreCore::make_engines() {
+  if (options_.engine == DiskEngineKind::kThreads) return make_thread_engines();
+  try {
+    make_uring_engines();
+  } catch (const StorageError& error) {
+    if (options_.engine == DiskEngineKind::kIoUring) throw;
+    engine_notes_ = error.what();
+    make_thread_engines();
+  }
+}
+
+void DiskStoreCore::make_uring_engines() {
+  for (const auto& folder : folders_) {
+    auto engine = std::make_unique<UringEngine>(folder->file, *this, options_.queue_length_max);
+    engine_notes_ = engine->notes();
+    folder->engine = std::move(engine);
+  }
+  engine_ = DiskEngineKind::kIoUring;
+}
+
+void DiskStoreCore::make_thread_engines() {
+  for (const auto& folder : folders_) {
+    folder->engine = std::make_unique<ThreadEngine>(
+        folder->file, *this, options_.threads_per_folder, options_.queue_length_max);
   }
 }
 
@@ -56,10 +87,10 @@ void DiskStoreCore::close() noexcept {
   if (getpid() != owner_) return;
   const std::lock_guard lock(close_mutex_);
   is_closed_ = true;
-  for (const auto& folder : folders_) folder->queue.close();
+  // Writes at their gates go to the engines yet.
+  gates_->close();
   for (const auto& folder : folders_) {
-    for (std::thread& thread : folder->threads) thread.join();
-    folder->threads.clear();
+    if (folder->engine != nullptr) folder->engine->close();
   }
 }
 
@@ -130,58 +161,53 @@ void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
   }
 }
 
-void DiskStoreCore::submit(Piece piece, size_t folder) noexcept {
-  ++pending_extents_;
-  piece.work = annotate_work_submit(piece.direction == Direction::kRead ? kDiskRead : kDiskWrite,
-                                    piece.size_bytes);
-  piece.ticket->add_work(piece.work);
-  std::exception_ptr error;
-  try {
-    // A piece that is not taken is left as it was, also where this throws.
-    if (folders_[folder]->queue.push(std::move(piece))) return;
-    error = std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
-  } catch (...) {
-    error = std::current_exception();
+void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
+  for (DiskPiece& piece : pieces) {
+    ++pending_extents_;
+    piece.work =
+        annotate_work_submit(piece.direction == TransferDirection::kRead ? kDiskRead : kDiskWrite,
+                             piece.extent.size_bytes);
+    piece.ticket->add_work(piece.work);
   }
-  {
-    const WorkScope nothing(piece.work);
+  std::exception_ptr error;
+  if (gate) {
+    WriteGates::Write write{std::move(gate), std::move(pieces)};
+    try {
+      if (gates_->add(std::move(write))) return;
+      error = closed_meanwhile();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    pieces = std::move(write.pieces);
+  }
+  for (DiskPiece& piece : pieces) hand_over(std::move(piece), error);
+}
+
+// To the engine, unless there is an error already.
+void DiskStoreCore::hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept {
+  if (!error) {
+    try {
+      // A piece that is not taken is left as it was, also where this throws.
+      if (folders_[piece.extent.folder]->engine->submit(std::move(piece))) return;
+      error = closed_meanwhile();
+    } catch (...) {
+      error = std::current_exception();
+    }
   }
   finish(piece, std::move(error));
 }
 
-void DiskStoreCore::serve(Folder& folder) noexcept {
-  pthread_setname_np(pthread_self(), "spillover-disk");
-  ExtentIo io;
-  while (auto piece = folder.queue.pop()) {
-    std::exception_ptr error;
-    try {
-      run(folder, *piece, io);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    finish(*piece, std::move(error));
-  }
-}
-
-void DiskStoreCore::run(Folder& folder, Piece& piece, ExtentIo& io) {
-  const WorkScope work(piece.work);
-  Extent& extent = piece.payload->extents_[piece.extent];
-  if (piece.direction == Direction::kRead) {
-    io.read(folder.file, extent, piece.data);
-    read_bytes_ += extent.size_bytes;
-    return;
-  }
-  if (piece.gate) (*piece.gate)();
-  extent.crc32c = io.write(folder.file, extent, piece.data);
-}
-
 // The payload is settled, and this thread's hold on it gone, before anybody who waits for the
 // ticket can look.
-void DiskStoreCore::finish(Piece& piece, std::exception_ptr error) noexcept {
+void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept {
+  annotate_work_done(piece.work);
   --pending_extents_;
-  if (piece.direction == Direction::kWrite) {
+  if (piece.direction == TransferDirection::kRead) {
+    if (!error) read_bytes_ += piece.extent.size_bytes;
+  } else {
     DiskPayload& payload = *piece.payload;
     if (error) payload.has_failed_ = true;
+    payload.extents_[piece.index].crc32c = piece.extent.crc32c;
     if (payload.extents_left_.fetch_sub(1) == 1) {
       const bool failed = payload.has_failed_;
       if (failed) {
@@ -196,12 +222,16 @@ void DiskStoreCore::finish(Piece& piece, std::exception_ptr error) noexcept {
 }
 
 DiskStats DiskStoreCore::stats() const {
-  DiskStats stats{written_bytes_, read_bytes_, 0, 0, pending_extents_, true};
+  DiskStats stats{written_bytes_, read_bytes_,   0, 0, pending_extents_, true,
+                  engine_,        engine_notes_, {}};
   for (const auto& folder : folders_) {
     const std::lock_guard lock(folder->mutex);
-    stats.used_bytes += folder->space.used_bytes();
-    stats.file_bytes += folder->space.end();
-    stats.is_direct = stats.is_direct && folder->file.is_direct();
+    const DiskFolderStats one{folder->file.folder(), folder->file.is_direct(),
+                              folder->space.used_bytes(), folder->space.end()};
+    stats.used_bytes += one.used_bytes;
+    stats.file_bytes += one.file_bytes;
+    stats.is_direct = stats.is_direct && one.is_direct;
+    stats.folders.push_back(one);
   }
   return stats;
 }

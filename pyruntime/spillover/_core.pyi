@@ -1,7 +1,7 @@
 """Types of the compiled module. Addresses and stream handles are ints; sizes are bytes."""
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from torch.cuda import Event
 from typing_extensions import Buffer, CapsuleType
@@ -154,6 +154,16 @@ class HostPool:
     def trim(self) -> int: ...
     def stats(self) -> HostStats: ...
 
+class DiskFolderStats:
+    @property
+    def folder(self) -> str: ...
+    @property
+    def is_direct(self) -> bool: ...
+    @property
+    def used_bytes(self) -> int: ...
+    @property
+    def file_bytes(self) -> int: ...
+
 class DiskStats:
     @property
     def written_bytes(self) -> int: ...
@@ -167,6 +177,12 @@ class DiskStats:
     def pending_extents(self) -> int: ...
     @property
     def is_direct(self) -> bool: ...
+    @property
+    def engine(self) -> Literal["io_uring", "threads"]: ...
+    @property
+    def engine_notes(self) -> str: ...
+    @property
+    def folders(self) -> list[DiskFolderStats]: ...
 
 class Ticket:
     def is_done(self) -> bool: ...
@@ -188,6 +204,7 @@ class DiskStore:
         self,
         folders: list[str],
         *,
+        engine: str = "auto",
         write_limit_bytes: int | None = None,
         threads_per_folder: int = 4,
         queue_length_max: int = 64,
