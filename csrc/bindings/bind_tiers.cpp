@@ -144,12 +144,14 @@ DiskEngineKind engine_named(const std::string& name) {
 
 std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
                                            const std::string& engine,
+                                           std::optional<uint64_t> limit_bytes,
                                            std::optional<uint64_t> write_limit_bytes,
                                            size_t threads_per_folder, size_t queue_length_max,
                                            size_t extent_bytes_max, bool preallocate) {
   DiskStoreOptions options;
   options.folders = std::move(folders);
   options.engine = engine_named(engine);
+  if (limit_bytes) options.limit_bytes = *limit_bytes;
   if (write_limit_bytes) options.write_limit_bytes = *write_limit_bytes;
   options.threads_per_folder = threads_per_folder;
   options.queue_length_max = queue_length_max;
@@ -202,7 +204,8 @@ void register_disk_store(py::module_& module) {
       .def_readonly("folder", &DiskFolderStats::folder)
       .def_readonly("is_direct", &DiskFolderStats::is_direct)
       .def_readonly("used_bytes", &DiskFolderStats::used_bytes)
-      .def_readonly("file_bytes", &DiskFolderStats::file_bytes);
+      .def_readonly("file_bytes", &DiskFolderStats::file_bytes)
+      .def_readonly("bandwidth_bytes_s", &DiskFolderStats::bandwidth_bytes_s);
   py::class_<DiskStats>(module, "DiskStats", "Counters of a DiskStore at one moment.")
       .def_readonly("written_bytes", &DiskStats::written_bytes)
       .def_readonly("read_bytes", &DiskStats::read_bytes)
@@ -236,9 +239,10 @@ void register_disk_store(py::module_& module) {
       });
   py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
       .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
-           py::arg("engine") = "auto", py::arg("write_limit_bytes") = py::none(),
-           py::arg("threads_per_folder") = 4, py::arg("queue_length_max") = 64,
-           py::arg("extent_bytes_max") = size_t{8} << 20, py::arg("preallocate") = true)
+           py::arg("engine") = "auto", py::arg("limit_bytes") = py::none(),
+           py::arg("write_limit_bytes") = py::none(), py::arg("threads_per_folder") = 4,
+           py::arg("queue_length_max") = 64, py::arg("extent_bytes_max") = size_t{8} << 20,
+           py::arg("preallocate") = true)
       .def("write", &write, py::arg("buffer"), py::kw_only(), py::arg("after") = py::none())
       .def("read", &read, py::arg("payload"), py::arg("buffer"))
       .def("close", &DiskStore::close, ReleaseGil())

@@ -1,9 +1,10 @@
 // Scratch storage in one or more folders, written and read asynchronously.
 //
 // A payload is stored once, read any number of times and gives its space back when the last holder
-// drops it. It is cut into extents of at most extent_bytes_max, which go to the folders round
-// robin, so that one large payload uses every disk. Each folder has a bounded queue and an engine:
-// io_uring where the kernel has it and allows it, else a few threads that block.
+// drops it. It is cut into extents of at most extent_bytes_max, which go to the folders by
+// turns, the faster ones more often, so that one large payload uses every disk. Each folder has a
+// bounded queue and an engine: io_uring where the kernel has it and allows it, else a few threads
+// that block.
 //
 // Every method may be called from any thread. write() and read() block only while a folder's queue
 // is full; close() and the destructor block until every request is over. The memory of a request
@@ -32,6 +33,7 @@ enum class DiskEngineKind {
 struct DiskStoreOptions {
   std::vector<std::string> folders;
   DiskEngineKind engine = DiskEngineKind::kAuto;
+  uint64_t limit_bytes = UINT64_MAX;        // On the space of all files together.
   uint64_t write_limit_bytes = UINT64_MAX;  // On bytes ever written, to spare flash memory.
   size_t threads_per_folder = 4;            // Of the engine that has threads.
   size_t queue_length_max = 64;             // Extents waiting, a folder.
@@ -41,9 +43,10 @@ struct DiskStoreOptions {
 
 struct DiskFolderStats {
   std::string folder;
-  bool is_direct;       // The file system takes O_DIRECT.
-  uint64_t used_bytes;  // Taken by payloads, whole blocks.
-  uint64_t file_bytes;  // Up to the last extent.
+  bool is_direct;            // The file system takes O_DIRECT.
+  uint64_t used_bytes;       // Taken by payloads, whole blocks.
+  uint64_t file_bytes;       // Up to the last extent.
+  double bandwidth_bytes_s;  // Measured, of both directions; 0 before anything was moved.
 };
 
 struct DiskStats {
@@ -106,7 +109,7 @@ class DiskStore {
   DiskStore(const DiskStore&) = delete;
   DiskStore& operator=(const DiskStore&) = delete;
 
-  // Throws DiskFullError when no folder has room or the write limit is reached, StateError when
+  // Throws DiskFullError when no folder has room or a limit is reached, StateError when
   // closed. Later errors are the ticket's; the payload's space is then free again.
   WriteRequest write(const void* data, size_t size_bytes, WriteGate gate = nullptr);
 

@@ -23,6 +23,8 @@ void check_options(const DiskStoreOptions& options) {
   if (options.queue_length_max < 1) throw ConfigError("queue_length_max must be at least 1");
   if (options.extent_bytes_max < kDiskBlockBytes || options.extent_bytes_max % kDiskBlockBytes != 0)
     throw ConfigError("extent_bytes_max must be a multiple of " + std::to_string(kDiskBlockBytes));
+  if (options.limit_bytes < kDiskBlockBytes)
+    throw ConfigError("limit must be at least " + std::to_string(kDiskBlockBytes) + " bytes");
 }
 
 std::exception_ptr closed_meanwhile() {
@@ -37,6 +39,10 @@ DiskStoreCore::DiskStoreCore(const DiskStoreOptions& options)
   for (const std::string& name : options.folders) {
     folders_.push_back(std::make_unique<Folder>(ScratchFile(name, options.preallocation)));
   }
+  std::vector<ScratchFile*> files;
+  for (const auto& folder : folders_) files.push_back(&folder->file);
+  placement_ = std::make_unique<ExtentPlacement>(std::move(files), options.extent_bytes_max,
+                                                 options.limit_bytes);
   gates_ = std::make_unique<WriteGates>(options.queue_length_max,
                                         [this](DiskPiece&& piece, std::exception_ptr error) {
                                           hand_over(std::move(piece), std::move(error));
@@ -81,6 +87,7 @@ DiskStoreCore::~DiskStoreCore() {
   // In a forked child the threads are not there; joining or ending them would stop the process.
   if (getpid() == owner_) return;
   for (auto& folder : folders_) static_cast<void>(folder.release());
+  static_cast<void>(gates_.release());
 }
 
 void DiskStoreCore::close() noexcept {
@@ -114,51 +121,8 @@ void DiskStoreCore::account_write(size_t size_bytes) {
   } while (!written_bytes_.compare_exchange_weak(before, before + size_bytes));
 }
 
-std::vector<Extent> DiskStoreCore::allocate(size_t size_bytes) {
-  std::vector<Extent> extents;
-  extents.reserve(size_bytes / options_.extent_bytes_max + 1);
-  try {
-    for (size_t left = size_bytes; left > 0; left -= extents.back().size_bytes) {
-      extents.push_back(allocate_extent(std::min(left, options_.extent_bytes_max)));
-    }
-  } catch (...) {
-    release(extents);
-    throw;
-  }
-  return extents;
-}
-
-// A folder without room is passed over as long as another one has some.
-Extent DiskStoreCore::allocate_extent(size_t size_bytes) {
-  const size_t stored_bytes = round_up(size_bytes, kDiskBlockBytes);
-  const size_t first = next_folder_++;
-  std::exception_ptr full;
-  for (size_t i = 0; i < folders_.size(); ++i) {
-    const size_t index = (first + i) % folders_.size();
-    Folder& folder = *folders_[index];
-    const std::lock_guard lock(folder.mutex);
-    const uint64_t offset = folder.space.allocate(stored_bytes);
-    try {
-      folder.file.reserve(folder.space.end());
-      return {index, offset, size_bytes, 0};
-    } catch (const DiskFullError&) {
-      folder.space.release(offset, stored_bytes);
-      full = std::current_exception();
-    } catch (...) {
-      folder.space.release(offset, stored_bytes);
-      throw;
-    }
-  }
-  std::rethrow_exception(full);
-}
-
 void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
-  if (getpid() != owner_) return;
-  for (const Extent& extent : extents) {
-    Folder& folder = *folders_[extent.folder];
-    const std::lock_guard lock(folder.mutex);
-    folder.space.release(extent.offset, round_up(extent.size_bytes, kDiskBlockBytes));
-  }
+  if (getpid() == owner_) placement_->release(extents);
 }
 
 void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
@@ -185,6 +149,8 @@ void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexce
 
 // To the engine, unless there is an error already.
 void DiskStoreCore::hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept {
+  // Where it cannot be handed over the folder seems busy for no time.
+  placement_->rates().begin(piece.extent.folder, FolderRates::Clock::now());
   if (!error) {
     try {
       // A piece that is not taken is left as it was, also where this throws.
@@ -201,6 +167,8 @@ void DiskStoreCore::hand_over(DiskPiece&& piece, std::exception_ptr error) noexc
 // ticket can look.
 void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept {
   annotate_work_done(piece.work);
+  placement_->rates().end(piece.extent.folder, error ? 0 : piece.extent.size_bytes,
+                          FolderRates::Clock::now());
   --pending_extents_;
   if (piece.direction == TransferDirection::kRead) {
     if (!error) read_bytes_ += piece.extent.size_bytes;
@@ -224,14 +192,15 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
 DiskStats DiskStoreCore::stats() const {
   DiskStats stats{written_bytes_, read_bytes_,   0, 0, pending_extents_, true,
                   engine_,        engine_notes_, {}};
-  for (const auto& folder : folders_) {
-    const std::lock_guard lock(folder->mutex);
-    const DiskFolderStats one{folder->file.folder(), folder->file.is_direct(),
-                              folder->space.used_bytes(), folder->space.end()};
-    stats.used_bytes += one.used_bytes;
-    stats.file_bytes += one.file_bytes;
-    stats.is_direct = stats.is_direct && one.is_direct;
-    stats.folders.push_back(one);
+  const std::vector<ExtentPlacement::FolderUse> use = placement_->use();
+  const std::vector<double> bandwidths = placement_->rates().bandwidths();
+  for (size_t i = 0; i < folders_.size(); ++i) {
+    const ScratchFile& file = folders_[i]->file;
+    stats.used_bytes += use[i].used_bytes;
+    stats.file_bytes += use[i].file_bytes;
+    stats.is_direct = stats.is_direct && file.is_direct();
+    stats.folders.push_back(
+        {file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes, bandwidths[i]});
   }
   return stats;
 }

@@ -15,7 +15,7 @@
 
 #include "tiers/disk_engine.hpp"
 #include "tiers/disk_store.hpp"
-#include "tiers/extent_space.hpp"
+#include "tiers/extent_placement.hpp"
 #include "tiers/write_gates.hpp"
 
 namespace spillover {
@@ -30,7 +30,7 @@ class DiskStoreCore final : public DiskPieceOwner {
   // Counts size_bytes as written; throws DiskFullError past the limit.
   void account_write(size_t size_bytes);
   void cancel_write(size_t size_bytes) { written_bytes_ -= size_bytes; }
-  std::vector<Extent> allocate(size_t size_bytes);
+  std::vector<Extent> allocate(size_t size_bytes) { return placement_->allocate(size_bytes); }
   void release(const std::vector<Extent>& extents) noexcept;
   // Blocks while a queue is full. A piece that cannot be queued fails, which its ticket tells:
   // others of its request may be under way, so the caller's memory must be held all the same.
@@ -43,28 +43,25 @@ class DiskStoreCore final : public DiskPieceOwner {
  private:
   struct Folder {
     explicit Folder(ScratchFile&& opened) : file(std::move(opened)) {}
-    std::mutex mutex;  // Guards space and file.reserve(), which is a system call.
     ScratchFile file;
-    ExtentSpace space;
-    std::unique_ptr<DiskEngine> engine;  // Constant after construction.
+    std::unique_ptr<DiskEngine> engine;
   };
 
   void make_engines();
   void make_uring_engines();
   void make_thread_engines();
-  Extent allocate_extent(size_t size_bytes);
   void hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept;
   void finish(DiskPiece& piece, std::exception_ptr error) noexcept override;
 
   const DiskStoreOptions options_;
   const pid_t owner_;                                 // Threads do not survive a fork.
   std::vector<std::unique_ptr<Folder>> folders_;      // Constant after construction.
+  std::unique_ptr<ExtentPlacement> placement_;        // Constant after construction.
   DiskEngineKind engine_ = DiskEngineKind::kThreads;  // Constant after construction.
   std::string engine_notes_;                          // Constant after construction.
   std::unique_ptr<WriteGates> gates_;                 // Constant after construction.
   std::mutex close_mutex_;                            // Guards the threads' joining.
   std::atomic<bool> is_closed_{false};
-  std::atomic<size_t> next_folder_{0};
   std::atomic<uint64_t> written_bytes_{0};
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};

@@ -33,14 +33,18 @@ int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {
   return fallocate(file, 0, static_cast<off_t>(offset), static_cast<off_t>(size_bytes));
 }
 
-std::unique_ptr<TransferPlan> FileOperations::plan(TransferDirection /*direction*/,
+int FileOperations::truncate(int file, uint64_t size_bytes) {
+  return ftruncate(file, static_cast<off_t>(size_bytes));
+}
+
+std::unique_ptr<TransferPlan> FileOperations::plan(int /*file*/, TransferDirection /*direction*/,
                                                    std::byte* /*data*/, size_t /*size_bytes*/) {
   return nullptr;
 }
 
 ssize_t FileOperations::transfer(int file, TransferDirection direction, std::byte* data,
                                  size_t size_bytes, uint64_t offset) {
-  const std::unique_ptr<TransferPlan> planned = plan(direction, data, size_bytes);
+  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes);
   if (planned != nullptr) {
     std::this_thread::sleep_for(std::chrono::microseconds(planned->delay_us));
     if (planned->native_error != 0) return -planned->native_error;

@@ -50,10 +50,12 @@ class FileOperations {
   virtual int unlink(int folder, const char* name);
   // Takes space for [offset, offset + size_bytes) of the file.
   virtual int allocate(int file, uint64_t offset, uint64_t size_bytes);
+  // Gives back the space behind.
+  virtual int truncate(int file, uint64_t size_bytes);
 
   // Asked once for each attempt of a transfer, whichever way it is made. Null: it goes ahead as it
   // is. data is only read from in a write.
-  virtual std::unique_ptr<TransferPlan> plan(TransferDirection direction, std::byte* data,
+  virtual std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
                                              size_t size_bytes);
 
   // One attempt by the calling thread, as planned. Bytes moved, or an errno below zero.

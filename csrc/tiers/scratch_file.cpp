@@ -127,11 +127,15 @@ ScratchFile& ScratchFile::operator=(ScratchFile&& other) noexcept {
   return *this;
 }
 
-void ScratchFile::reserve(uint64_t end) {
-  if (!is_preallocated_ || end <= reserved_end_) return;
+void ScratchFile::reserve(uint64_t end, uint64_t end_max) {
+  if (end <= reserved_end_) return;
+  if (!is_preallocated_) {
+    reserved_end_ = end;
+    return;
+  }
   // A step past the need may find the disk full when the need itself still fits.
   const uint64_t step = std::clamp<uint64_t>(end / 8, kGrowthBytesMin, kGrowthBytesMax);
-  for (const uint64_t target : {round_up(end + step, kMiB), end}) {
+  for (const uint64_t target : {std::min(round_up(end + step, kMiB), end_max), end}) {
     int native_error = EINTR;
     while (native_error == EINTR) {
       const uint64_t missing_bytes = target - reserved_end_;
@@ -144,12 +148,19 @@ void ScratchFile::reserve(uint64_t end) {
     }
     if (native_error == EOPNOTSUPP || native_error == ENOSYS || native_error == EINVAL) {
       is_preallocated_ = false;
+      reserved_end_ = end;
       return;
     }
     if (target == end || !(means_full(native_error) || native_error == EFBIG)) {
       throw_error("reserving", reserved_end_, end - reserved_end_, native_error);
     }
   }
+}
+
+void ScratchFile::give_back(uint64_t end) noexcept {
+  // Where it fails the space stays reserved, and may be given back another time.
+  if (reserved_end_ <= end || file_operations().truncate(descriptor_, end) != 0) return;
+  reserved_end_ = end;
 }
 
 void ScratchFile::transfer(TransferDirection direction, std::byte* data, size_t size_bytes,

@@ -1,5 +1,7 @@
 #include "tiers/storage_faults.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -18,8 +20,8 @@
 namespace spillover {
 namespace {
 
-constexpr std::array<std::string_view, 6> kOperations = {"make_folder", "open", "unlink",
-                                                         "allocate",    "read", "write"};
+constexpr std::array<std::string_view, 7> kOperations = {
+    "make_folder", "open", "unlink", "allocate", "truncate", "read", "write"};
 
 // Short transfers end on a sector of the disk, which need not be a block of ours.
 constexpr size_t kSectorBytes = 512;
@@ -65,6 +67,10 @@ void check(const StorageFault& fault) {
                     fault.kind == StorageFaultKind::kDelay ||
                     (fault.kind == StorageFaultKind::kTorn ? is_write : is_transfer);
   if (!fits) throw ConfigError(fault.operation + " cannot have the fault " + describe(fault));
+  if (!fault.folder.empty() && !is_transfer && fault.operation != "allocate" &&
+      fault.operation != "truncate") {
+    throw ConfigError(fault.operation + " has no file, so folder cannot choose among its calls");
+  }
   if (fault.kind == StorageFaultKind::kError && fault.native_error <= 0) {
     throw ConfigError("an error has an errno above 0, not " + std::to_string(fault.native_error));
   }
@@ -74,6 +80,15 @@ void check(const StorageFault& fault) {
 size_t shortened(size_t size_bytes) {
   const size_t half = round_down(size_bytes / 2 + kSectorBytes, kSectorBytes);
   return std::min(std::max(half, kSectorBytes), size_bytes);
+}
+
+// By the name that the file had; one without a name is shown in its folder all the same.
+bool is_in(const std::string& folder, int file) {
+  std::array<char, 4096> path{};
+  const std::string link = "/proc/self/fd/" + std::to_string(file);
+  const ssize_t length = readlink(link.c_str(), path.data(), path.size());
+  const std::string_view found(path.data(), length > 0 ? static_cast<size_t>(length) : 0);
+  return found.substr(0, found.rfind('/')) == folder;
 }
 
 void flip_bit(std::byte* data, size_t size_bytes, uint64_t random) {
@@ -175,7 +190,7 @@ std::vector<std::string> StorageFaults::fired() const {
   return fired_;
 }
 
-StorageFaultOutcome StorageFaults::next_call(const char* operation) {
+StorageFaultOutcome StorageFaults::next_call(const char* operation, int file) {
   StorageFaultOutcome outcome;
   const std::lock_guard lock(mutex_);
   if (!is_active_) return outcome;
@@ -184,6 +199,7 @@ StorageFaultOutcome StorageFaults::next_call(const char* operation) {
     Rule& rule = rules_[i];
     const StorageFault& fault = rule.fault;
     if (fault.operation != operation || call < fault.first_call) continue;
+    if (!fault.folder.empty() && !is_in(fault.folder, file)) continue;
     if (fault.times != 0 && rule.fired >= fault.times) continue;
     const uint64_t random = mix(seed_, i, call);
     if (static_cast<double>(random >> 11U) * 0x1.0p-53 >= fault.probability) continue;
@@ -202,8 +218,8 @@ StorageFaultOutcome StorageFaults::next_call(const char* operation) {
 }
 
 template <typename Body>
-int StorageFaults::run(const char* operation, Body&& body) {
-  const StorageFaultOutcome outcome = next_call(operation);
+int StorageFaults::run(const char* operation, int file, Body&& body) {
+  const StorageFaultOutcome outcome = next_call(operation, file);
   std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
   if (outcome.native_error == 0) return body();
   errno = outcome.native_error;
@@ -211,25 +227,29 @@ int StorageFaults::run(const char* operation, Body&& body) {
 }
 
 int StorageFaults::make_folder(const char* path, mode_t mode) {
-  return run("make_folder", [&] { return FileOperations::make_folder(path, mode); });
+  return run("make_folder", -1, [&] { return FileOperations::make_folder(path, mode); });
 }
 
 int StorageFaults::open(int folder, const char* name, int flags, mode_t mode) {
-  return run("open", [&] { return FileOperations::open(folder, name, flags, mode); });
+  return run("open", -1, [&] { return FileOperations::open(folder, name, flags, mode); });
 }
 
 int StorageFaults::unlink(int folder, const char* name) {
-  return run("unlink", [&] { return FileOperations::unlink(folder, name); });
+  return run("unlink", -1, [&] { return FileOperations::unlink(folder, name); });
 }
 
 int StorageFaults::allocate(int file, uint64_t offset, uint64_t size_bytes) {
-  return run("allocate", [&] { return FileOperations::allocate(file, offset, size_bytes); });
+  return run("allocate", file, [&] { return FileOperations::allocate(file, offset, size_bytes); });
 }
 
-std::unique_ptr<TransferPlan> StorageFaults::plan(TransferDirection direction, std::byte* data,
-                                                  size_t size_bytes) {
+int StorageFaults::truncate(int file, uint64_t size_bytes) {
+  return run("truncate", file, [&] { return FileOperations::truncate(file, size_bytes); });
+}
+
+std::unique_ptr<TransferPlan> StorageFaults::plan(int file, TransferDirection direction,
+                                                  std::byte* data, size_t size_bytes) {
   const bool is_write = direction == TransferDirection::kWrite;
-  const StorageFaultOutcome outcome = next_call(is_write ? "write" : "read");
+  const StorageFaultOutcome outcome = next_call(is_write ? "write" : "read", file);
   std::unique_ptr<TransferPlan> plan;
   if (is_write) {
     plan = std::make_unique<FaultyWrite>(outcome, data, size_bytes);

@@ -31,6 +31,9 @@ struct StorageFault {
   uint64_t times = 1;       // How many calls fail at most; 0: without end.
   double probability = 1;   // Of each call from first_call on.
   uint64_t delay_us = 0;
+  // Strikes files in this folder only, which must be an absolute path without links; empty: all
+  // files. For operations that have a file.
+  std::string folder;
 };
 
 // What happens to one call; more than one fault can.
@@ -61,7 +64,8 @@ class StorageFaults : public FileOperations {
   int open(int folder, const char* name, int flags, mode_t mode) override;
   int unlink(int folder, const char* name) override;
   int allocate(int file, uint64_t offset, uint64_t size_bytes) override;
-  std::unique_ptr<TransferPlan> plan(TransferDirection direction, std::byte* data,
+  int truncate(int file, uint64_t size_bytes) override;
+  std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
                                      size_t size_bytes) override;
 
  private:
@@ -69,10 +73,10 @@ class StorageFaults : public FileOperations {
     StorageFault fault;
     uint64_t fired = 0;
   };
-  StorageFaultOutcome next_call(const char* operation);
+  StorageFaultOutcome next_call(const char* operation, int file = -1);
   // Runs body unless the call fails; for operations that transfer nothing.
   template <typename Body>
-  int run(const char* operation, Body&& body);
+  int run(const char* operation, int file, Body&& body);
 
   mutable std::mutex mutex_;
   bool is_active_ = false;

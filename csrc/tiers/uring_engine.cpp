@@ -253,8 +253,8 @@ void UringEngine::issue(Chunk& chunk) noexcept {
   do {
     const size_t done_bytes = chunk.progress.done_bytes();
     try {
-      chunk.plan = file_operations().plan(chunk.progress.direction(), chunk.memory + done_bytes,
-                                          chunk.progress.left_bytes());
+      chunk.plan = file_operations().plan(file_.descriptor(), chunk.progress.direction(),
+                                          chunk.memory + done_bytes, chunk.progress.left_bytes());
     } catch (...) {
       end_chunk(chunk, std::current_exception());
       return;

@@ -131,6 +131,20 @@ def test_close_waits_for_gates(make_store: Make, tmp_path: Path) -> None:
     assert all(payload.is_stored for payload, _ in requests)
 
 
+def test_forked_child_may_drop_a_store_that_has_every_thread(store: DiskStore) -> None:
+    event = torch.cuda.Event()
+    event.record()
+    payload, ticket = store.write(b"abc", after=event)
+    ticket.wait()
+    child = os.fork()
+    if child == 0:
+        del payload, ticket, store
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    round_trip(store, b"abc")
+
+
 def test_unknown_engine_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="engine='aio' is not known; choose auto"):
         DiskStore([str(tmp_path)], engine="aio")
