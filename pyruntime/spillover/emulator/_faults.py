@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Timing = Literal["before", "after"]
-StorageOperation = Literal[
-    "make_folder", "open", "unlink", "allocate", "truncate", "read", "write"
-]
+StorageOperation = Literal["make_folder", "open", "unlink", "allocate", "truncate", "read", "write"]
 StorageFaultKind = Literal["error", "short", "flip", "torn", "delay"]
 
 _TIMINGS = {None: 0, "before": 1, "after": 2}
