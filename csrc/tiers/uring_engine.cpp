@@ -165,7 +165,6 @@ void UringEngine::register_bounces() {
 void UringEngine::run() {
   while (broken_error_ == 0 && take_pieces()) {
     start_chunks();
-    finish_requests();
     sleep();
     handle_results();
     finish_requests();
@@ -372,11 +371,16 @@ void UringEngine::sleep() noexcept {
 
 // What fails here is tried again by sleep().
 void UringEngine::submit_batch() noexcept {
-  if (ring_->submit(IoUring::Wait::kNot) == 0) handle_results();
+  static_cast<void>(ring_->submit(IoUring::Wait::kNot));
 }
 
+// In between the device gets new chunks: a result takes the time of a checksum.
 void UringEngine::handle_results() noexcept {
-  while (const auto result = ring_->next_result()) handle(*result);
+  size_t handled = 0;
+  while (const auto result = ring_->next_result()) {
+    handle(*result);
+    if (++handled % kBatch == 0) start_chunks();
+  }
 }
 
 void UringEngine::handle(const IoUring::Result& result) noexcept {
