@@ -112,6 +112,7 @@ class _Ours:
         self._store = DiskStore(folder, engine=engine)  # type: ignore[arg-type]
         self._count = size_bytes // _PAYLOAD_BYTES
         self._payloads: list[Any] = []
+        self._registrations = [self._store.register(half) for half in _halves()]
         self.notes = [self._store.stats().engine_notes] if self._store.stats().engine_notes else []
 
     def seconds(self, direction: str) -> float:
@@ -146,14 +147,21 @@ class _Ours:
 
     def close(self) -> None:
         self._payloads.clear()
+        for registration in self._registrations:
+            registration.remove()
         self._store.close()
+
+
+@functools.lru_cache(maxsize=1)
+def _halves() -> list[memoryview]:
+    pool = HostPool(pinned=False)
+    return [memoryview(pool.allocate(_BUFFER_BYTES)) for _ in range(2)]
 
 
 @functools.lru_cache(maxsize=1)
 def _buffers() -> tuple[list[memoryview], list[memoryview]]:
     """Page-aligned memory of payloads: random numbers, and as much to read into."""
-    pool = HostPool(pinned=False)
-    halves = [memoryview(pool.allocate(_BUFFER_BYTES)) for _ in range(2)]
+    halves = _halves()
     np.frombuffer(halves[0], dtype=np.uint64)[:] = np.random.default_rng(0).integers(
         0, 2**64, _BUFFER_BYTES // 8, dtype=np.uint64
     )

@@ -72,6 +72,42 @@ class PythonTicket {
   py::object gate_event_;
 };
 
+py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable);
+size_t size_of(const py::buffer_info& info);
+
+// Memory that a store's engines have prepared; holds both until it is removed. Every method is
+// called with the GIL held.
+class MemoryRegistration {
+ public:
+  MemoryRegistration(py::object store, const py::buffer& buffer)
+      : store_(std::move(store)),
+        memory_(std::make_unique<py::buffer_info>(contiguous_memory(buffer, true))) {
+    auto& store_of_it = store_.cast<DiskStore&>();
+    const size_t size_bytes = size_of(*memory_);
+    const GilRelease released;
+    registered_bytes_ = store_of_it.register_memory(memory_->ptr, size_bytes);
+  }
+  MemoryRegistration(const MemoryRegistration&) = delete;
+  MemoryRegistration& operator=(const MemoryRegistration&) = delete;
+  ~MemoryRegistration() { remove(); }
+
+  size_t registered_bytes() const { return registered_bytes_; }
+
+  void remove() {
+    if (memory_ == nullptr) return;
+    const std::unique_ptr<py::buffer_info> memory = std::move(memory_);
+    auto& store = store_.cast<DiskStore&>();
+    registered_bytes_ = 0;
+    const GilRelease released;
+    store.unregister_memory(memory->ptr);
+  }
+
+ private:
+  py::object store_;
+  std::unique_ptr<py::buffer_info> memory_;
+  size_t registered_bytes_ = 0;
+};
+
 py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable) {
   py::buffer_info info = buffer.request(writable);
   py::ssize_t stride = info.itemsize;
@@ -237,6 +273,10 @@ void register_disk_store(py::module_& module) {
         }
         return extents;
       });
+  py::class_<MemoryRegistration>(module, "MemoryRegistration",
+                                 "Memory that a DiskStore has prepared for many requests.")
+      .def_property_readonly("registered_bytes", &MemoryRegistration::registered_bytes)
+      .def("remove", &MemoryRegistration::remove);
   py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
       .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
            py::arg("engine") = "auto", py::arg("limit_bytes") = py::none(),
@@ -245,6 +285,12 @@ void register_disk_store(py::module_& module) {
            py::arg("preallocate") = true)
       .def("write", &write, py::arg("buffer"), py::kw_only(), py::arg("after") = py::none())
       .def("read", &read, py::arg("payload"), py::arg("buffer"))
+      .def(
+          "register",
+          [](py::object store, const py::buffer& buffer) {
+            return std::make_unique<MemoryRegistration>(std::move(store), buffer);
+          },
+          py::arg("buffer"))
       .def("close", &DiskStore::close, ReleaseGil())
       .def("stats", &DiskStore::stats, ReleaseGil())
       .def("_descriptor", &DiskStore::descriptor, py::arg("folder") = 0);

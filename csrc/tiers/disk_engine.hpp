@@ -50,6 +50,11 @@ class DiskEngine {
   // Blocks while the queue is full. False, and the piece untouched, once the engine is closed.
   virtual bool submit(DiskPiece&& piece) = 0;
 
+  // Tells of memory that many requests will use, until it is told that none will: an engine may
+  // prepare it. The bytes that it did, 0 for none. Any thread; blocks until it is done.
+  virtual size_t register_memory(std::byte* /*address*/, size_t /*size_bytes*/) { return 0; }
+  virtual void unregister_memory(std::byte* /*address*/) noexcept {}
+
   // Refuses new pieces, finishes those it has, and ends its threads. May be called again.
   virtual void close() noexcept = 0;
 };

@@ -117,6 +117,15 @@ class DiskStore {
   // failed, or is another store's. The ticket's errors: StorageError, CorruptDataError.
   std::shared_ptr<Ticket> read(std::shared_ptr<DiskPayload> payload, void* data);
 
+  // Tells of memory that many requests will use, such as a pool's: with io_uring the kernel need
+  // not look up its pages for each transfer. It must stay mapped until it is unregistered, or the
+  // store is closed; no request may use it while it is unregistered. The bytes that could be
+  // registered, in the folder with the fewest: 0 with threads, and less than all where the limit on
+  // locked memory is small; all of the memory can be used all the same. Blocks. Throws ConfigError
+  // where it overlaps with memory that is registered already.
+  size_t register_memory(void* address, size_t size_bytes);
+  void unregister_memory(void* address) noexcept;
+
   // Refuses new requests, waits for the pending ones, ends the threads. The files, and with them
   // all payloads, go when the last payload is dropped. May be called twice.
   void close();

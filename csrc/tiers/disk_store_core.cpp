@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <iterator>
 #include <string>
 #include <utility>
 
@@ -69,7 +70,7 @@ void DiskStoreCore::make_engines() {
 void DiskStoreCore::make_uring_engines() {
   for (const auto& folder : folders_) {
     auto engine = std::make_unique<UringEngine>(folder->file, *this, options_.queue_length_max);
-    engine_notes_ = engine->notes();
+    if (!engine->notes().empty()) engine_notes_ = folder->file.folder() + ": " + engine->notes();
     folder->engine = std::move(engine);
   }
   engine_ = DiskEngineKind::kIoUring;
@@ -99,6 +100,38 @@ void DiskStoreCore::close() noexcept {
   for (const auto& folder : folders_) {
     if (folder->engine != nullptr) folder->engine->close();
   }
+}
+
+size_t DiskStoreCore::register_memory(std::byte* address, size_t size_bytes) {
+  const std::lock_guard lock(memory_mutex_);
+  const auto next = registered_memory_.lower_bound(address);
+  const bool runs_into_next =
+      next != registered_memory_.end() && next->first < address + size_bytes;
+  const bool is_in_before = next != registered_memory_.begin() &&
+                            std::prev(next)->first + std::prev(next)->second > address;
+  if (runs_into_next || is_in_before) {
+    throw ConfigError(
+        "a part of this memory is registered already; remove that registration first");
+  }
+  registered_memory_.emplace(address, size_bytes);
+  size_t least_bytes = size_bytes;
+  try {
+    for (const auto& folder : folders_) {
+      least_bytes = std::min(least_bytes, folder->engine->register_memory(address, size_bytes));
+    }
+  } catch (...) {
+    registered_memory_.erase(address);
+    for (const auto& folder : folders_) folder->engine->unregister_memory(address);
+    throw;
+  }
+  return least_bytes;
+}
+
+void DiskStoreCore::unregister_memory(std::byte* address) noexcept {
+  if (getpid() != owner_) return;
+  const std::lock_guard lock(memory_mutex_);
+  if (registered_memory_.erase(address) == 0) return;
+  for (const auto& folder : folders_) folder->engine->unregister_memory(address);
 }
 
 void DiskStoreCore::check_open() const {

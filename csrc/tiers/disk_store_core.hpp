@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -35,6 +36,8 @@ class DiskStoreCore final : public DiskPieceOwner {
   // Blocks while a queue is full. A piece that cannot be queued fails, which its ticket tells:
   // others of its request may be under way, so the caller's memory must be held all the same.
   void submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept;
+  size_t register_memory(std::byte* address, size_t size_bytes);
+  void unregister_memory(std::byte* address) noexcept;
   void close() noexcept;
   void check_open() const;
   DiskStats stats() const;
@@ -60,7 +63,9 @@ class DiskStoreCore final : public DiskPieceOwner {
   DiskEngineKind engine_ = DiskEngineKind::kThreads;  // Constant after construction.
   std::string engine_notes_;                          // Constant after construction.
   std::unique_ptr<WriteGates> gates_;                 // Constant after construction.
-  std::mutex close_mutex_;                            // Guards the threads' joining.
+  std::mutex memory_mutex_;
+  std::map<std::byte*, size_t> registered_memory_;  // Guarded by memory_mutex_. None overlap.
+  std::mutex close_mutex_;                          // Guards the threads' joining.
   std::atomic<bool> is_closed_{false};
   std::atomic<uint64_t> written_bytes_{0};
   std::atomic<uint64_t> read_bytes_{0};

@@ -160,6 +160,24 @@ int IoUring::register_buffers(std::span<const iovec> buffers) noexcept {
   return result == 0 ? 0 : errno;
 }
 
+bool IoUring::make_buffer_table(uint32_t count) noexcept {
+  uring_abi::BufferTable table{};
+  table.count = count;
+  table.flags = uring_abi::kRegisterSparse;
+  return do_register(uring_abi::kRegisterBuffers2, &table, sizeof table) == 0;
+}
+
+int IoUring::set_buffer(uint32_t index, iovec buffer) noexcept {
+  uint64_t tag = 0;
+  uring_abi::BufferUpdate update{};
+  update.first = index;
+  update.buffers = reinterpret_cast<uintptr_t>(&buffer);
+  update.tags = reinterpret_cast<uintptr_t>(&tag);
+  update.count = 1;
+  const long done = do_register(uring_abi::kRegisterBuffersUpdate, &update, sizeof update);
+  return done == 1 ? 0 : errno;
+}
+
 SubmissionEntry& IoUring::next_entry(uint8_t opcode, int file, Tag tag) {
   SPILLOVER_CHECK(queued() < memory_->sq_count, "more requests than the ring has room for");
   SubmissionEntry& entry = memory_->entries[memory_->sq_tail & (memory_->sq_count - 1)];

@@ -50,8 +50,14 @@ class IoUring {
 
   // From then on every transfer is of this file. False where the kernel refuses.
   bool register_file(int file) noexcept;
-  // Zero or an errno; with ENOMEM the limit on locked memory is too small for all of them.
+  // All buffers at once, for good. Zero or an errno; with ENOMEM the limit on locked memory is too
+  // small for all of them.
   int register_buffers(std::span<const iovec> buffers) noexcept;
+  // A table of buffers which set_buffer() fills, of at most 1 GiB each. False before Linux 5.19.
+  bool make_buffer_table(uint32_t count) noexcept;
+  // Zero or an errno as above. An empty buffer takes back the one that is there; transfers of it
+  // that are under way go on.
+  int set_buffer(uint32_t index, iovec buffer) noexcept;
 
   // These queue a request; submit() hands it to the kernel.
   void add_transfer(const Transfer& transfer, Tag tag);

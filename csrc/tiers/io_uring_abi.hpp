@@ -31,6 +31,10 @@ inline constexpr uint32_t kEnterGetEvents = 1U << 0U;
 
 inline constexpr uint32_t kRegisterBuffers = 0;
 inline constexpr uint32_t kRegisterFiles = 2;
+inline constexpr uint32_t kRegisterBuffers2 = 15;       // 5.13
+inline constexpr uint32_t kRegisterBuffersUpdate = 16;  // 5.13
+
+inline constexpr uint32_t kRegisterSparse = 1U << 0U;  // A flag of kRegisterBuffers2; 5.19
 
 inline constexpr uint8_t kReadFixed = 4;
 inline constexpr uint8_t kWriteFixed = 5;
@@ -83,6 +87,25 @@ struct CompletionEntry {
   uint32_t flags;
 };
 
+// Argument of kRegisterBuffers2.
+struct BufferTable {
+  uint32_t count;
+  uint32_t flags;
+  uint64_t reserved;
+  uint64_t buffers;
+  uint64_t tags;
+};
+
+// Argument of kRegisterBuffersUpdate.
+struct BufferUpdate {
+  uint32_t first;
+  uint32_t reserved1;
+  uint64_t buffers;
+  uint64_t tags;
+  uint32_t count;
+  uint32_t reserved2;
+};
+
 struct Timespec {
   int64_t seconds;
   int64_t nanoseconds;
@@ -92,5 +115,7 @@ static_assert(sizeof(Parameters) == 120);
 static_assert(sizeof(SubmissionEntry) == 64);
 static_assert(offsetof(SubmissionEntry, user_data) == 32);
 static_assert(sizeof(CompletionEntry) == 16);
+static_assert(sizeof(BufferTable) == 32);
+static_assert(sizeof(BufferUpdate) == 32);
 
 }  // namespace spillover::uring_abi

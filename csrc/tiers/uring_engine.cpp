@@ -147,14 +147,25 @@ void UringEngine::set_up() {
 
 // As many as the limit on locked memory allows; the others work without.
 void UringEngine::register_bounces() {
-  int native_error = ENOMEM;
-  for (size_t count = kBouncesMax; count > 0 && native_error == ENOMEM; count /= 2) {
-    std::vector<iovec> buffers;
-    for (size_t i = 0; i < count; ++i) {
-      buffers.push_back({bounces_.get() + i * kChunkBytes, kChunkBytes});
+  const auto bounce = [&](size_t i) {
+    return iovec{bounces_.get() + i * kChunkBytes, kChunkBytes};
+  };
+  has_table_ = ring_->make_buffer_table(kBouncesMax + kRegionsMax);
+  if (has_table_) {
+    while (registered_bounces_ < kBouncesMax &&
+           ring_->set_buffer(static_cast<uint32_t>(registered_bounces_),
+                             bounce(registered_bounces_)) == 0) {
+      ++registered_bounces_;
     }
-    native_error = ring_->register_buffers(buffers);
-    if (native_error == 0) registered_bounces_ = count;
+    for (size_t i = kRegionsMax; i-- > 0;) {
+      free_regions_.push_back(static_cast<uint32_t>(kBouncesMax + i));
+    }
+  } else {
+    for (size_t count = kBouncesMax; count > 0 && registered_bounces_ == 0; count /= 2) {
+      std::vector<iovec> buffers;
+      for (size_t i = 0; i < count; ++i) buffers.push_back(bounce(i));
+      if (ring_->register_buffers(buffers) == 0) registered_bounces_ = count;
+    }
   }
   if (registered_bounces_ == kBouncesMax) return;
   if (!notes_.empty()) notes_ += "; ";
@@ -162,13 +173,98 @@ void UringEngine::register_bounces() {
             " of " + std::to_string(kBouncesMax) + " registered buffers";
 }
 
+size_t UringEngine::register_memory(std::byte* address, size_t size_bytes) {
+  return command([=, this] { return add_regions(address, size_bytes); });
+}
+
+void UringEngine::unregister_memory(std::byte* address) noexcept {
+  command([=, this] {
+    remove_regions(address);
+    return size_t{0};
+  });
+}
+
+// Has the ring thread do it, and waits. Nothing is done, and 0 the answer, once that has ended.
+size_t UringEngine::command(std::function<size_t()> what) {
+  std::future<size_t> answer;
+  {
+    const std::lock_guard lock(commands_mutex_);
+    if (!takes_commands_) return 0;
+    commands_.emplace_back(std::move(what));
+    answer = commands_.back().get_future();
+  }
+  wake();
+  return answer.get();
+}
+
+void UringEngine::obey() noexcept {
+  submit_batch();  // What is queued may name a buffer that a command takes back.
+  for (;;) {
+    Command command;
+    {
+      const std::lock_guard lock(commands_mutex_);
+      if (commands_.empty()) return;
+      command = std::move(commands_.front());
+      commands_.pop_front();
+    }
+    command();
+  }
+}
+
+// As much from the beginning as the limit on locked memory and the table allow.
+size_t UringEngine::add_regions(std::byte* address, size_t size_bytes) {
+  size_t done = 0;
+  size_t step = kRegionBytesMax;
+  while (done < size_bytes && step >= kChunkBytes && !free_regions_.empty()) {
+    const size_t part_bytes = std::min(step, size_bytes - done);
+    const uint32_t index = free_regions_.back();
+    const int native_error = ring_->set_buffer(index, {address + done, part_bytes});
+    if (native_error == ENOMEM) {
+      step = part_bytes / 2;
+      continue;
+    }
+    if (native_error != 0) break;
+    free_regions_.pop_back();
+    regions_[address + done] = {address, part_bytes, index};
+    done += part_bytes;
+  }
+  return done;
+}
+
+void UringEngine::remove_regions(std::byte* owner) noexcept {
+  for (auto region = regions_.lower_bound(owner);
+       region != regions_.end() && region->second.owner == owner;) {
+    // Where the kernel refuses, the table keeps the pages and the index is not used again.
+    if (ring_->set_buffer(region->second.index, {}) == 0) {
+      free_regions_.push_back(region->second.index);
+    }
+    region = regions_.erase(region);
+  }
+}
+
+// Below zero where the memory is not registered, or not in one part.
+int UringEngine::buffer_of(const std::byte* data, size_t size_bytes) const noexcept {
+  auto region = regions_.upper_bound(const_cast<std::byte*>(data));
+  if (region == regions_.begin()) return -1;
+  --region;
+  const auto into = static_cast<size_t>(data - region->first);
+  if (into + size_bytes > region->second.size_bytes) return -1;
+  return static_cast<int>(region->second.index);
+}
+
 void UringEngine::run() {
   while (broken_error_ == 0 && take_pieces()) {
+    obey();
     start_chunks();
     sleep();
     handle_results();
     finish_requests();
   }
+  {
+    const std::lock_guard lock(commands_mutex_);
+    takes_commands_ = false;
+  }
+  obey();
   // Without a ring every piece fails, until the engine is closed.
   while (auto piece = queue_.pop()) {
     begin(*piece);
@@ -276,7 +372,11 @@ void UringEngine::hand_over(Chunk& chunk) noexcept {
   IoUring::Transfer transfer{
       chunk.progress.direction(), file_.descriptor(), chunk.memory + done_bytes,
       static_cast<uint32_t>(chunk.progress.left_bytes()), chunk.offset + done_bytes};
-  if (chunk.bounce < registered_bounces_) transfer.buffer = static_cast<int>(chunk.bounce);
+  if (chunk.bounce == kNoBounce) {
+    transfer.buffer = buffer_of(transfer.data, transfer.size_bytes);
+  } else if (chunk.bounce < registered_bounces_) {
+    transfer.buffer = static_cast<int>(chunk.bounce);
+  }
   if (chunk.plan != nullptr) {
     if (chunk.plan->data != transfer.data) transfer.buffer = -1;
     transfer.data = chunk.plan->data;

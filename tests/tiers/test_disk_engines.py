@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spillover import ConfigError, StorageError
+from spillover import ConfigError, StateError, StorageError
 from spillover._core import DiskStore, HostPool, Ticket
 from spillover.emulator import StorageFault, calls, faults, stuck
 
@@ -229,6 +229,14 @@ def test_small_limit_on_locked_memory(tmp_path: Path, make_store: Make) -> None:
         store.read(payload, target).wait()
         assert target == data
         print(store.stats().engine_notes)
+        # What the limit leaves is shared with other memory, and all of it works.
+        buffer = bytearray((8 << 20) + 4096)
+        registration = store.register(buffer)
+        assert registration.registered_bytes <= limit
+        payload, ticket = store.write(buffer)
+        ticket.wait()
+        store.read(payload, buffer).wait()
+        assert buffer == bytearray((8 << 20) + 4096)
     """
     # Not below pytest's folders, which are closed to other users.
     with tempfile.TemporaryDirectory() as folder:
@@ -236,6 +244,40 @@ def test_small_limit_on_locked_memory(tmp_path: Path, make_store: Make) -> None:
         for limit, registered in ((64 << 10, 0), (3 << 19, 2)):
             notes = run_python(code, folder, str(limit))
             assert f"leaves {registered} of 8 registered buffers" in notes
+
+
+def test_registered_memory(store: DiskStore, tmp_path: Path) -> None:
+    pool = HostPool(pinned=False)
+    buffer = pool.allocate(24 * MIB)
+    registration = store.register(buffer)
+    uring = store.stats().engine == "io_uring"
+    assert registration.registered_bytes in ([24 * MIB, 0] if uring else [0])
+    view = memoryview(buffer)
+    data = random_bytes(24 * MIB)
+    for start, size in ((0, 24 * MIB), (BLOCK, 3 * MIB + 5), (7, MIB), (20 * MIB, 4 * MIB)):
+        view[start : start + size] = data[:size]
+        payload, ticket = store.write(view[start : start + size])
+        ticket.wait()
+        view[start : start + size] = bytes(size)
+        store.read(payload, view[start : start + size]).wait()
+        assert view[start : start + size] == data[:size]
+    with pytest.raises(ConfigError, match="registered already"):
+        store.register(view[MIB : 2 * MIB])
+    payload, ticket = store.write(view)
+    registration.remove()
+    registration.remove()
+    ticket.wait()
+    round_trip(store, data)
+    # The address is free for other memory then.
+    again = store.register(view[MIB : 2 * MIB])
+    store.read(payload, view).wait()
+    store.close()
+    again.remove()
+    with pytest.raises(StateError, match="closed"):
+        store.register(view)
+    # What a registration holds, it lets go of.
+    del registration, again, view, buffer
+    assert pool.stats().buffer_count == 0
 
 
 def test_process_may_end_with_transfers_under_way(make_store: Make, tmp_path: Path) -> None:
