@@ -83,7 +83,29 @@ void AddressSpace::give(DeviceAddress address, size_t size_bytes) {
   gaps_.emplace(address, size_bytes);
 }
 
+void AddressSpace::lose(DeviceAddress address, size_t size_bytes) {
+  reservations_.at(reservation_of(address)->first).lost_bytes += size_bytes;
+}
+
+void AddressSpace::abandon_lost() {
+  for (auto position = reservations_.begin(); position != reservations_.end();) {
+    Reservation& reservation = position->second;
+    const auto first = gaps_.lower_bound(position->first);
+    const auto behind = gaps_.lower_bound(reservation.end());
+    size_t idle_bytes = reservation.lost_bytes;
+    for (auto gap = first; gap != behind; ++gap) idle_bytes += gap->second;
+    if (reservation.lost_bytes == 0 || idle_bytes != reservation.size_bytes) {
+      ++position;
+      continue;
+    }
+    gaps_.erase(first, behind);
+    abandoned_.push_back(std::move(reservation.range));
+    position = reservations_.erase(position);
+  }
+}
+
 void AddressSpace::release_unused() {
+  abandon_lost();
   for (auto position = reservations_.begin(); position != reservations_.end();) {
     if (!is_unused(position->second)) {
       ++position;
@@ -101,6 +123,7 @@ AddressSpace::Sums AddressSpace::check_invariants() const {
     expect(start == reservation.range.address() && start >= end, "two reservations overlap");
     end = reservation.end();
     sums.reserved_bytes += reservation.size_bytes;
+    sums.lost_bytes += reservation.lost_bytes;
   }
   DeviceAddress gap_end = 0;
   for (const auto& [address, size_bytes] : gaps_) {

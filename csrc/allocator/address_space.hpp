@@ -7,12 +7,18 @@
 // A guard at the end of each, which nothing is mapped at, keeps two reservations apart that the
 // driver gives side by side: a range of mapped addresses lies in one, and is unmapped by one call.
 //
-// Between calls: gaps of one reservation do not touch, and with the mapped ranges they cover it.
+// Addresses at which an unmapping failed are *lost*: nobody knows what is mapped there. They would
+// be a hole for ever, so a reservation that has nothing else in use is abandoned, and its heap
+// begins anew in a whole one.
+//
+// Between calls: gaps of one reservation do not touch, and with the mapped and lost ranges they
+// cover it.
 // Owned by one Backing and guarded by the pool's mutex, under which it calls the driver.
 #pragma once
 
 #include <cstddef>
 #include <map>
+#include <vector>
 
 #include "driver/virtual_memory.hpp"
 
@@ -34,14 +40,20 @@ class AddressSpace {
   void take(DeviceAddress address, size_t size_bytes);
   void give(DeviceAddress address, size_t size_bytes);
 
-  // Gives the reservations without a mapping back to the driver.
+  // Gives up a range that was taken.
+  void lose(DeviceAddress address, size_t size_bytes);
+
+  // Gives the reservations without a mapping back to the driver, but for those with lost addresses,
+  // which are abandoned.
   void release_unused();
 
   struct Sums {
     size_t reserved_bytes = 0;
     size_t gap_bytes = 0;
+    size_t lost_bytes = 0;
   };
-  // O(gaps). Throws StateError that says which equation does not hold.
+  // Of the reservations that are not abandoned. O(gaps). Throws StateError that says which equation
+  // does not hold.
   Sums check_invariants() const;
   bool is_free_of_gaps(DeviceAddress address, size_t size_bytes) const;
 
@@ -50,6 +62,7 @@ class AddressSpace {
     AddressReservation range;  // With the guard.
     size_t size_bytes;         // Without it.
     const void* owner;
+    size_t lost_bytes = 0;
 
     DeviceAddress end() const { return range.address() + size_bytes; }
   };
@@ -57,6 +70,7 @@ class AddressSpace {
 
   Reservations::const_iterator reservation_of(DeviceAddress address) const;
   bool is_unused(const Reservation& reservation) const;
+  void abandon_lost();
   DeviceAddress reserve(const void* owner, size_t size_bytes);
 
   const int device_;
@@ -64,6 +78,7 @@ class AddressSpace {
   const size_t guard_bytes_;
   Reservations reservations_;             // By first address.
   std::map<DeviceAddress, size_t> gaps_;  // Address to size.
+  std::vector<AddressReservation> abandoned_;
 };
 
 }  // namespace spillover

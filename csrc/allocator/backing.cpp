@@ -193,7 +193,7 @@ void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chu
     } catch (const Error&) {
       // Nobody knows what is mapped there now: neither the addresses nor the chunks are used again.
       space_.take(address, size_bytes);
-      lost_bytes_ += size_bytes;
+      space_.lose(address, size_bytes);
       chunks.clear();
     }
     throw;
@@ -250,9 +250,12 @@ void Backing::unmap(const AddressRange& chunks) {
     for (Chunk& chunk : taken) released_.push_back(std::move(*chunk.fixed));
     return;
   }
-  lost_bytes_ += chunks.size_bytes();
-  unmap_memory(device_, chunks.begin, chunks.size_bytes());
-  lost_bytes_ -= chunks.size_bytes();
+  try {
+    unmap_memory(device_, chunks.begin, chunks.size_bytes());
+  } catch (const Error&) {
+    space_.lose(chunks.begin, chunks.size_bytes());
+    throw;
+  }
   space_.give(chunks.begin, chunks.size_bytes());
   for (Chunk& chunk : taken) cache(std::move(*chunk.physical));
 }
@@ -370,7 +373,7 @@ void Backing::check_invariants() const {
   const AddressSpace::Sums addresses = space_.check_invariants();
   expect(!is_virtual_ || addresses.reserved_bytes == addresses.gap_bytes + mapped_bytes +
                                                          detached_bytes + asleep_bytes +
-                                                         lost_bytes_,
+                                                         addresses.lost_bytes,
          "gaps and chunks do not cover the reserved addresses");
   for (const auto& [address, chunk] : mapped_) {
     expect(space_.is_free_of_gaps(address, chunk.size_bytes), "a chunk is in a gap");

@@ -169,7 +169,6 @@ class Backing {
   size_t detached_bytes_ = 0;
   size_t asleep_bytes_ = 0;
   size_t file_count_ = 0;
-  size_t lost_bytes_ = 0;  // addresses of which nobody knows what is mapped there
 };
 
 }  // namespace spillover

@@ -163,7 +163,7 @@ void Backing::forget(const AddressRange& chunks) {
   while (chunk != mapped_.end() && chunk->first < chunks.end) {
     const auto& [address, sleeper] = *chunk;
     if (sleeper.is_doubtful) {
-      lost_bytes_ += sleeper.size_bytes;
+      space_.lose(address, sleeper.size_bytes);
     } else {
       space_.give(address, sleeper.size_bytes);
     }

@@ -1,8 +1,9 @@
 // The structures of the pool: blocks, and the heaps that free ones belong to.
 //
 // Owned by one Pool and guarded by its mutex. A *segment* is a maximal run of neighbouring blocks
-// of one heap over mapped addresses; it grows, shrinks and splits as chunks come and go. What holds
-// between calls:
+// of one heap over mapped addresses; it grows, shrinks and splits as chunks come and go. In a heap
+// of whole blocks (Note [Whole blocks] in pool_arenas.cpp) it is one block. What holds between
+// calls:
 //   - a segment's blocks, followed by `next` from the first, cover it without gap or overlap, and
 //     its bounds are bounds of chunks: a chunk belongs to one heap;
 //   - no two neighbours are both free;
@@ -83,6 +84,9 @@ struct Block {
   uint64_t freed_at = 0;
   // Streams other than the heap's that were noted while the block was live; no duplicates.
   std::vector<DeviceStream> uses;
+  // Of a live block: number of the capture in which it was handed out, where graphs reuse what
+  // streams were noted on (pending_uses.hpp); else 0.
+  uint64_t capture = 0;
   // Uses whose completion is not known yet; counted by PendingUses.
   size_t outstanding_uses = 0;
 
@@ -162,6 +166,7 @@ struct StreamState {
   const ArenaId arena;
   const bool is_immortal;    // it never dies, and any thread may ask about it
   bool is_released = false;  // Of a private arena only.
+  bool is_whole = false;     // Of a private arena only: each block is a segment.
   bool is_asleep = false;    // Or on the way there or back: Note [Sleep] in pool_sleep.cpp.
   uint64_t freed_count;
   uint64_t completed_count;

@@ -1,15 +1,19 @@
 #include "allocator/c_api.h"
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <iterator>
 #include <string>
 #include <vector>
 
 #include "allocator/arenas.hpp"
+#include "allocator/content_store.hpp"
 #include "allocator/imports.hpp"
 #include "allocator/out_of_memory.hpp"
+#include "allocator/pending_uses.hpp"
 #include "allocator/pools.hpp"
+#include "allocator/size_rounding.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 
@@ -20,6 +24,7 @@ thread_local std::string t_last_error;
 struct LastOutOfMemory {
   spillover_out_of_memory_t figures{};
   std::string details;
+  std::string text;
   bool is_last = false;  // No other failure came after it.
 };
 thread_local LastOutOfMemory t_out_of_memory;
@@ -38,13 +43,24 @@ void keep_report(const spillover::OutOfMemoryReport& report) noexcept {
   LastOutOfMemory& kept = t_out_of_memory;
   try {
     kept.details = spillover::describe_details(report);
+    kept.text = spillover::describe_for_torch(report);
   } catch (const std::exception&) {
     kept.details.clear();
+    kept.text = "CUDA out of memory.";
   }
-  kept.figures = {report.requested_bytes, report.free_bytes,           report.total_bytes,
-                  report.limit_bytes,     report.is_limited() ? 1 : 0, report.reserved_bytes,
-                  report.allocated_bytes, report.waiting_bytes,        report.cached_bytes,
-                  report.largest_bytes,   report.fragmentation(),      nullptr};
+  kept.figures = {report.requested_bytes,
+                  report.free_bytes,
+                  report.total_bytes,
+                  report.limit_bytes,
+                  report.is_limited() ? 1 : 0,
+                  report.reserved_bytes,
+                  report.allocated_bytes,
+                  report.waiting_bytes,
+                  report.cached_bytes,
+                  report.largest_bytes,
+                  report.fragmentation(),
+                  nullptr,
+                  nullptr};
   kept.is_last = true;
 }
 
@@ -62,6 +78,8 @@ spillover_status guarded(Body body) noexcept {
     return SPILLOVER_OUT_OF_MEMORY;
   } catch (const spillover::DeviceOutOfMemoryError& error) {
     return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
+  } catch (const spillover::HostOutOfMemoryError& error) {
+    return fail(SPILLOVER_OUT_OF_MEMORY, error.what());
   } catch (const spillover::DriverError& error) {
     return fail(SPILLOVER_DRIVER_FAILURE, error.what());
   } catch (const std::exception& error) {
@@ -71,6 +89,16 @@ spillover_status guarded(Body body) noexcept {
 
 void require_output(const void* out) {
   if (out == nullptr) throw spillover::ConfigError("the output pointer must not be null");
+}
+
+std::vector<spillover::ArenaId> read_tags(const uint32_t* tags, size_t tag_count) {
+  if (tags == nullptr && tag_count != 0) {
+    throw spillover::ConfigError("the tags must not be null");
+  }
+  for (size_t i = 0; i < tag_count; ++i) {
+    static_cast<void>(spillover::arena_name(tags[i]));  // Throws for a number that is none.
+  }
+  return {tags, tags + tag_count};
 }
 
 }  // namespace
@@ -89,11 +117,11 @@ spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out) {
   if (out == nullptr || !t_out_of_memory.is_last) return SPILLOVER_INVALID_ARGUMENT;
   *out = t_out_of_memory.figures;
   out->details = t_out_of_memory.details.c_str();
+  out->text = t_out_of_memory.text.c_str();
   return SPILLOVER_OK;
 }
 
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out) {
-  if (spillover_try_alloc(device, size_bytes, stream, out) == SPILLOVER_OK) return SPILLOVER_OK;
   return guarded([&] {
     require_output(out);
     *out = spillover::pool_of_device(device).allocate(size_bytes, stream);
@@ -195,6 +223,21 @@ spillover_status spillover_configure(int device, const char* settings) {
   });
 }
 
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]) {
+  return guarded([&] {
+    if (divisions == nullptr) throw spillover::ConfigError("the divisions must not be null");
+    std::array<size_t, spillover::SizeRounding::kIntervalCount> all;
+    static_assert(all.size() == SPILLOVER_ROUNDING_INTERVALS);
+    std::copy_n(divisions, all.size(), all.begin());
+    spillover::SizeRounding::set(all);
+  });
+}
+
+spillover_status spillover_reuse_in_capture(int is_on) {
+  spillover::PendingUses::set_reuses_in_capture(is_on != 0);
+  return SPILLOVER_OK;
+}
+
 spillover_status spillover_limit(int device, size_t* out) {
   return guarded([&] {
     require_output(out);
@@ -226,6 +269,27 @@ spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_sta
   });
 }
 
+spillover_status spillover_sleep(int device, const uint32_t* tags, size_t tag_count,
+                                 spillover_content_store* store, size_t* copied_bytes) {
+  return guarded([&] {
+    const std::vector<spillover::ArenaId> numbers = read_tags(tags, tag_count);
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    auto* const contents = reinterpret_cast<spillover::ContentStore*>(store);
+    const size_t bytes = pool == nullptr ? 0 : pool->sleep(numbers, contents);
+    if (copied_bytes != nullptr) *copied_bytes = bytes;
+  });
+}
+
+spillover_status spillover_wake(int device, const uint32_t* tags, size_t tag_count,
+                                size_t* copied_bytes) {
+  return guarded([&] {
+    const std::vector<spillover::ArenaId> numbers = read_tags(tags, tag_count);
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    const size_t bytes = pool == nullptr ? 0 : pool->wake(numbers);
+    if (copied_bytes != nullptr) *copied_bytes = bytes;
+  });
+}
+
 spillover_status spillover_make_arena(int device, uint32_t* out) {
   return guarded([&] {
     require_output(out);
@@ -239,6 +303,10 @@ spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream,
     require_output(out);
     *out = spillover::pool_of_device(device).allocate_in(arena, size_bytes, stream);
   });
+}
+
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream) {
+  return guarded([&] { spillover::pool_of_device(device).expect_stream(arena, stream); });
 }
 
 spillover_status spillover_restore_arena(int device, uint32_t arena,

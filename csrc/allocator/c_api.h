@@ -15,7 +15,8 @@
 extern "C" {
 #endif
 
-#define SPILLOVER_ABI_VERSION 4
+/* Rises with each change of this interface; users ask for the version that they were made with. */
+#define SPILLOVER_ABI_VERSION 5
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -89,6 +90,9 @@ typedef struct spillover_tag_stats_t {
  * requests do not reclaim. It must not throw. */
 typedef size_t (*spillover_reclaimer)(void* user, size_t missing_bytes, void* stream);
 
+/* Where the contents of memory that sleeps are kept; transfer/c_api.h makes one. */
+typedef struct spillover_content_store spillover_content_store;
+
 /* Called for each segment, with its blocks in address order. Must not call the pool again. */
 typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
                                           const spillover_block_info* blocks);
@@ -129,6 +133,7 @@ typedef struct spillover_out_of_memory_t {
   size_t largest_free_bytes;
   double fragmentation; /* share of what is cached outside the largest free block, 0 to 1 */
   const char* details;  /* sentences: bytes of each tag, what was tried, which setting helps */
+  const char* text;     /* all of this in sentences that begin as torch.OutOfMemoryError's do */
 } spillover_out_of_memory_t;
 
 int spillover_abi_version(void);
@@ -137,15 +142,17 @@ int spillover_abi_version(void);
 const char* spillover_last_error(void);
 
 /* More about this thread's last failure, where that was SPILLOVER_OUT_OF_MEMORY for a request's
- * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The details are
+ * sake; SPILLOVER_INVALID_ARGUMENT, without a new sentence, where it was another. The texts are
  * valid until this thread's next failure. */
 spillover_status spillover_last_out_of_memory(spillover_out_of_memory_t* out);
 
 /* Memory of size_bytes on the device's current primary context, ready for use on stream. Aligned to
- * 512 bytes. A size of 0 gives NULL. */
+ * 512 bytes. A size of 0 gives NULL. Fails on a stream that records a graph, whose memory comes
+ * from an arena (spillover_alloc_in). */
 spillover_status spillover_alloc(int device, size_t size_bytes, void* stream, void** out);
 
-/* As spillover_alloc where a block that this thread has freed fits, and never waits.
+/* As spillover_alloc where a block that this thread has freed fits, and never waits. For those who
+ * know that stream records no graph: it is not asked, which would cost more than the rest.
  * SPILLOVER_BUSY: nothing has happened, call spillover_alloc. */
 spillover_status spillover_try_alloc(int device, size_t size_bytes, void* stream, void** out);
 
@@ -195,8 +202,9 @@ spillover_status spillover_base(const void* pointer, void** base, size_t* size_b
 /* Device of a live block's address, -1 where it is not ours. */
 int spillover_device_of(const void* pointer);
 
-/* This, the two below, trimming, the largest free block, the segments and the check of invariants
- * make no context on a device that the process has not used: its pool counts as empty. */
+/* This, the two below, trimming, sleep and wake, the largest free block, the segments and the check
+ * of invariants make no context on a device that the process has not used: its pool counts as
+ * empty. */
 spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
@@ -211,6 +219,18 @@ spillover_status spillover_trim(int device, size_t keep_bytes);
  * form of the text and is read before the first pool is made. */
 spillover_status spillover_configure(int device, const char* settings);
 
+/* Rounds the sizes of every pool's blocks up from now on: between a power of two and the next one
+ * they are so many divisions apart, a power of two up to 32768, or 0 for the 512 bytes that sizes
+ * are rounded to anyway. The first number is for sizes below 2 MiB, each further one for the next
+ * power of two, the last for what is larger. Statistics have both sizes. */
+enum { SPILLOVER_ROUNDING_INTERVALS = 16 };
+spillover_status spillover_round_sizes(const size_t divisions[SPILLOVER_ROUNDING_INTERVALS]);
+
+/* Whether a block of a private arena that was allocated and freed in one capture may be allocated
+ * in that capture again, by its own stream, once this waits there for every stream that was noted
+ * by spillover_record_stream. Off at first: each such allocation then looks through the graph. */
+spillover_status spillover_reuse_in_capture(int is_on);
+
 /* What the pool may hold by its settings, SIZE_MAX without a limit. */
 spillover_status spillover_limit(int device, size_t* out);
 
@@ -223,6 +243,28 @@ spillover_status spillover_set_tag(uint32_t tag, uint32_t* previous);
 
 spillover_status spillover_tag_stats(int device, uint32_t tag, spillover_tag_stats_t* out);
 
+/* Gives the device memory of tags to the driver, that of private arenas made under them too;
+ * spillover_wake brings it back at its addresses. Live blocks are copied to the store, which may be
+ * released while they sleep; without one (NULL) what is in them after waking is not defined. Until
+ * then a use of the memory faults and a request with the tag fails; freeing is as ever.
+ *
+ * Waits until the device and its peers have done everything that was submitted, and for the copies.
+ * No thread may use or submit work on memory of the tags from the call on. Nothing happens to tags
+ * that sleep already. Either all tags sleep afterwards or, after a failure, none:
+ * SPILLOVER_OUT_OF_MEMORY where the store has no room, SPILLOVER_INVALID_ARGUMENT for a tag that
+ * spillover_tag has not given or a pool without virtual memory, SPILLOVER_BROKEN_STATE while a
+ * graph is recorded, a block is shared or another thread does the same to a tag. copied_bytes may
+ * be NULL. */
+spillover_status spillover_sleep(int device, const uint32_t* tags, size_t tag_count,
+                                 spillover_content_store* store, size_t* copied_bytes);
+
+/* Brings the memory of tags back with its contents, for use on any stream. Waits until everything
+ * is in place. Nothing happens to tags that are awake. Either all are awake afterwards or, after a
+ * failure, all sleep on with their contents, and the call can be repeated: SPILLOVER_OUT_OF_MEMORY
+ * where the device has not enough after everything that a request tries. */
+spillover_status spillover_wake(int device, const uint32_t* tags, size_t tag_count,
+                                size_t* copied_bytes);
+
 /* A private arena of one device: memory for CUDA graphs and others that need their addresses to
  * stay. Until it is released its free memory serves its own requests only, each on its own stream,
  * and is not unmapped. */
@@ -232,6 +274,11 @@ spillover_status spillover_make_arena(int device, uint32_t* out);
  * is freed like any other. */
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
+
+/* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if
+ * it is kept, records a graph, nothing waits for the device, which would end the recording. Whoever
+ * does not say so is known from the stream's first allocation on. */
+spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream);
 
 /* Frees every live block of an arena in use and makes those that are given live again, at their
  * addresses: blocks that spillover_visit_segments has shown as live in it. All of it or nothing. */
@@ -245,7 +292,9 @@ spillover_status spillover_release_arena(int device, uint32_t arena);
 spillover_status spillover_trim_arena(int device, uint32_t arena);
 
 /* lends: free blocks of the arena serve ordinary requests on their stream that would fail
- * otherwise. is_whole: each block has chunks of its own. Both are 0 at first. */
+ * otherwise. is_whole: each block is a segment of its own, with chunks of its own, and is handed
+ * out whole where it is larger than what is asked for. Both are 0 at first; is_whole cannot change
+ * once memory was asked for. */
 spillover_status spillover_set_arena_options(int device, uint32_t arena, int lends, int is_whole);
 
 /* Adds a function that is asked for memory before a request fails, after those added before; out

@@ -133,6 +133,32 @@ std::string describe_figures(const OutOfMemoryReport& report) {
          format_bytes(report.largest_bytes) + "; fragmentation is " + percent.data() + ".";
 }
 
+std::string describe_for_torch(const OutOfMemoryReport& report) {
+  std::string text = "CUDA out of memory. Tried to allocate " +
+                     format_bytes(report.requested_bytes) + ". GPU " +
+                     std::to_string(report.device) + " has a total capacity of " +
+                     format_bytes(report.total_bytes) + " of which " +
+                     format_bytes(report.free_bytes) + " is free.";
+  if (report.limit_bytes < report.total_bytes) {
+    text += " This process may use " + format_bytes(report.limit_bytes) + " of it.";
+  }
+  const size_t unallocated_bytes = report.waiting_bytes + report.cached_bytes;
+  text += " Spillover's pool holds " + format_bytes(report.reserved_bytes) +
+          ", other memory of this and other processes is " + format_bytes(report.others_bytes()) +
+          ". Of the pool's memory " + format_bytes(report.allocated_bytes) +
+          " is allocated by PyTorch, and " + format_bytes(unallocated_bytes) +
+          " is reserved by PyTorch but unallocated";
+  if (unallocated_bytes > 0) {
+    std::array<char, 32> percent{};
+    std::snprintf(percent.data(), percent.size(), " (%.0f %% fragmented)",
+                  100.0 * report.fragmentation());
+    text += ": " + format_bytes(report.waiting_bytes) + " is freed and still used by streams, " +
+            format_bytes(report.cached_bytes) + " is free; the largest free block has " +
+            format_bytes(report.largest_bytes) + percent.data();
+  }
+  return text + ". " + describe_details(report);
+}
+
 std::string describe_details(const OutOfMemoryReport& report) {
   return describe_tags(report) + describe_attempts(report) + describe_settings(report) +
          "Use a smaller batch, or move data off the device: spillover.offload_activations, "

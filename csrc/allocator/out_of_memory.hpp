@@ -64,6 +64,9 @@ std::string describe_figures(const OutOfMemoryReport& report);
 // What goes with any figures: what has which tag, what was tried, and what would help.
 std::string describe_details(const OutOfMemoryReport& report);
 
+// All of it as torch.OutOfMemoryError says it: programs look for the words that it begins with.
+std::string describe_for_torch(const OutOfMemoryReport& report);
+
 class PoolOutOfMemoryError : public DeviceOutOfMemoryError {
  public:
   explicit PoolOutOfMemoryError(OutOfMemoryReport report)

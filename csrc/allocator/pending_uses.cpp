@@ -1,12 +1,40 @@
 #include "allocator/pending_uses.hpp"
 
 #include <algorithm>
+#include <atomic>
 
 #include "allocator/expect.hpp"
 #include "base/error.hpp"
+#include "driver/context.hpp"
 #include "driver/stream.hpp"
 
 namespace spillover {
+namespace {
+
+std::atomic<bool> reuses{false};
+
+// Where a stream on which a block is used is in the block's own capture, if it is there.
+std::optional<CapturePosition> position_of(const DeviceStream& stream, const Block& block) {
+  if (block.capture == 0) return std::nullopt;
+  try {
+    const ContextScope scope(stream.device);
+    auto position = capture_position(stream.key.handle);
+    if (position && position->capture == block.capture) return position;
+  } catch (const Error&) {
+    // No context: the use waits like any other that has no mark.
+  }
+  return std::nullopt;
+}
+
+}  // namespace
+
+void PendingUses::set_reuses_in_capture(bool value) {
+  reuses = value;
+}
+
+bool PendingUses::reuses_in_capture() {
+  return reuses.load(std::memory_order_relaxed);
+}
 
 bool PendingUses::try_mark(const DeviceStream& stream, const Use& use) {
   try {
@@ -30,15 +58,37 @@ void PendingUses::add(Block* block) {
   block->outstanding_uses = uses.size();
   for (const DeviceStream& stream : uses) {
     const Use use{block, ++latest_};
-    if (!may_be_asked(stream.device, stream.key) || !try_mark(stream, use)) {
-      unmarked_.emplace_back(stream, use);
+    if (!may_be_asked(stream.device, stream.key)) {
+      unmarked_.push_back({stream, use, std::nullopt});
+    } else if (!try_mark(stream, use)) {
+      unmarked_.push_back({stream, use, position_of(stream, *block)});
     }
   }
 }
 
 void PendingUses::mark(const DeviceStream& stream) {
-  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
-    return entry.first == stream && try_mark(stream, entry.second);
+  std::erase_if(unmarked_, [&](const UnmarkedUse& entry) {
+    return entry.stream == stream && try_mark(stream, entry.use);
+  });
+}
+
+void PendingUses::complete_captured(const StreamKey& stream) {
+  const auto is_candidate = [&](const UnmarkedUse& entry) {
+    return entry.position && entry.use.block->heap->stream->key == stream;
+  };
+  if (std::none_of(unmarked_.begin(), unmarked_.end(), is_candidate)) return;
+  const auto position = capture_position(stream.handle);
+  if (!position) return;
+  const std::set<GraphNode> before = nodes_before(*position);
+  std::erase_if(unmarked_, [&](const UnmarkedUse& entry) {
+    if (!is_candidate(entry) || entry.position->capture != position->capture) return false;
+    const auto& nodes = entry.position->nodes;
+    if (!std::all_of(nodes.begin(), nodes.end(),
+                     [&](GraphNode node) { return before.count(node) != 0; })) {
+      return false;
+    }
+    finish(entry.use.block);
+    return true;
   });
 }
 
@@ -54,8 +104,8 @@ void PendingUses::finish_front(std::deque<MarkedUse>& queue) {
 }
 
 void PendingUses::poll() {
-  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
-    return may_be_asked(entry.first.device, entry.first.key) && try_mark(entry.first, entry.second);
+  std::erase_if(unmarked_, [&](const UnmarkedUse& entry) {
+    return may_be_asked(entry.stream.device, entry.stream.key) && try_mark(entry.stream, entry.use);
   });
   for (auto position = queues_.begin(); position != queues_.end();) {
     auto& queue = position->second;
@@ -65,9 +115,9 @@ void PendingUses::poll() {
 }
 
 void PendingUses::complete(uint64_t number) {
-  std::erase_if(unmarked_, [&](const std::pair<DeviceStream, Use>& entry) {
-    if (entry.second.number > number) return false;
-    finish(entry.second.block);
+  std::erase_if(unmarked_, [&](const UnmarkedUse& entry) {
+    if (entry.use.number > number) return false;
+    finish(entry.use.block);
     return true;
   });
 }
@@ -75,13 +125,13 @@ void PendingUses::complete(uint64_t number) {
 std::set<int> PendingUses::devices() const {
   std::set<int> devices;
   for (const auto& [stream, queue] : queues_) devices.insert(stream.device);
-  for (const auto& [stream, use] : unmarked_) devices.insert(stream.device);
+  for (const UnmarkedUse& entry : unmarked_) devices.insert(entry.stream.device);
   return devices;
 }
 
 std::map<const Block*, size_t> PendingUses::count_by_block() const {
   std::map<const Block*, size_t> counts;
-  for (const auto& [stream, use] : unmarked_) ++counts[use.block];
+  for (const UnmarkedUse& entry : unmarked_) ++counts[entry.use.block];
   for (const auto& [stream, queue] : queues_) {
     expect(!queue.empty(), "a stream's queue of pending uses is empty");
     for (const MarkedUse& marked : queue) ++counts[marked.use.block];

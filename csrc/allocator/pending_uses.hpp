@@ -10,6 +10,12 @@
 //   - A capturing stream must not get an event of ours (it would become a part of the graph): the
 //     use stays unmarked, and is tried again at each poll.
 //
+// Note [Reuse in a capture]. Where the user wants it (torch's graph_capture_record_stream_reuse),
+// the graph that is recorded tells of such a use: at the free it is known which nodes the noted
+// stream has recorded, and once the block's own stream waits for all of them, work that it records
+// from then on is ordered behind the use at each launch. Only blocks that were handed out in this
+// very capture: others may have uses that are no part of the graph.
+//
 // Owned by one Pool and guarded by its mutex, under which it calls the driver.
 #pragma once
 
@@ -17,12 +23,14 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "allocator/block.hpp"
 #include "allocator/spare_events.hpp"
+#include "driver/capture.hpp"
 #include "driver/event.hpp"
 
 namespace spillover {
@@ -40,6 +48,13 @@ class PendingUses {
 
   // Marks the uses on a stream that is alive.
   void mark(const DeviceStream& stream);
+
+  // Hands over the blocks of a stream that records a graph and waits in it for all of their uses.
+  // O(the graph) where there are such blocks. The device's context must be current.
+  void complete_captured(const StreamKey& stream);
+  // Whether graphs reuse memory so; one value for every pool, which any thread may change.
+  static void set_reuses_in_capture(bool value);
+  static bool reuses_in_capture();
 
   // Hands over the blocks that are known to be complete. Does not block. Throws DriverError when
   // the device has failed; what was handed over stays so.
@@ -70,6 +85,12 @@ class PendingUses {
     Use use;
   };
 
+  struct UnmarkedUse {
+    DeviceStream stream;
+    Use use;
+    std::optional<CapturePosition> position;  // Of the stream, at the free.
+  };
+
   // False when the use must be tried again later.
   bool try_mark(const DeviceStream& stream, const Use& use);
   void finish(Block* block);
@@ -79,7 +100,7 @@ class PendingUses {
   const OnComplete on_complete_;
   uint64_t latest_ = 0;
   std::map<DeviceStream, std::deque<MarkedUse>> queues_;  // No queue is empty between calls.
-  std::vector<std::pair<DeviceStream, Use>> unmarked_;
+  std::vector<UnmarkedUse> unmarked_;
 };
 
 }  // namespace spillover

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "allocator/page_table.hpp"
+#include "allocator/size_rounding.hpp"
 #include "allocator/statistics.hpp"
 #include "base/bytes.hpp"
 #include "base/check.hpp"
@@ -43,7 +44,9 @@ StreamState& Pool::state_of(const StreamKey& key, ArenaId arena) {
   StreamState& state =
       streams_.try_emplace({key, arena}, key, arena, is_immortal(device_, key), forgotten_count_)
           .first->second;
-  state.is_released = is_private_arena(arena) && private_arenas_.count(arena) == 0;
+  const auto options = private_arenas_.find(arena);
+  state.is_released = is_private_arena(arena) && options == private_arenas_.end();
+  state.is_whole = options != private_arenas_.end() && options->second.is_whole;
   state.is_asleep = is_asleep(arena);
   return state;
 }
@@ -69,7 +72,7 @@ void* Pool::allocate(size_t size_bytes, StreamHandle stream) {
 Pool::Request Pool::make_request(size_t size_bytes, StreamHandle stream, ArenaId arena) const {
   Request request{size_bytes, kRequestMax, identify_stream(device_, stream), arena,
                   SizeClass::kLarge};
-  if (size_bytes < kRequestMax) request.size_bytes = round_up(size_bytes, kBlockAlignment);
+  if (size_bytes < kRequestMax) request.size_bytes = SizeRounding::round(size_bytes);
   if (request.size_bytes <= kSmallRequestMax) request.size_class = SizeClass::kSmall;
   return request;
 }
@@ -83,6 +86,10 @@ void* Pool::serve(Lock& lock, const Request& request) {
     const RelaxedCaptureScope relaxed;
     pending_.mark({device_, request.stream});
     pending_.poll();
+    if (request.capture != 0) {
+      const ContextScope scope(device_);
+      pending_.complete_captured(request.stream);
+    }
   }
   Block* block = obtain(lock, request);
   split(block, request);
@@ -161,9 +168,10 @@ void Pool::remove_free(Block* block) {
   subtract(statistics_.inactive_split_bytes, heap.size_class, block->size_bytes);
 }
 
-// Cuts what the request does not need off a free block, to the last unit.
+// Cuts what the request does not need off a free block, to the last unit, unless the block stays
+// whole.
 void Pool::split(Block* block, const Request& request) {
-  if (block->size_bytes == request.size_bytes) return;
+  if (block->size_bytes == request.size_bytes || block->heap->stream->is_whole) return;
   const AddressRange range{block->address + request.size_bytes, block->end()};
   Block* rest = make_block(*block->heap, range, block->freed_at);
   rest->previous = block;
@@ -179,6 +187,7 @@ void Pool::activate(Block* block, const Request& request) {
                   "a block that is not free, or too small, was about to be handed out");
   block->state = BlockState::kLive;
   block->requested_bytes = request.requested_bytes;
+  block->capture = request.capture;
   PageTable::instance().set(block);
   const SizeClass size_class = request.size_class;
   add(statistics_.allocation, size_class, 1);
@@ -378,12 +387,22 @@ void Pool::require_changeable(const Settings& settings) const {
 void Pool::configure(const Settings& settings) {
   require_changeable(settings);
   Lock lock(mutex_);
-  settings_ = settings;
+  const Settings former = std::exchange(settings_, settings);
   const size_t limit = limit_by_settings();
   if (backing_.held_bytes() <= limit) return;
-  const RelaxedCaptureScope relaxed;
-  empty_magazines();
-  release_idle(lock, limit);
+  try {
+    const RelaxedCaptureScope relaxed;
+    empty_magazines();
+    release_idle(lock, limit);
+  } catch (...) {
+    settings_ = former;
+    throw;
+  }
+}
+
+void Pool::restore_settings(const Settings& settings) noexcept {
+  const std::lock_guard lock(mutex_);
+  settings_ = settings;
 }
 
 }  // namespace spillover

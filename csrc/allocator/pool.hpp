@@ -45,7 +45,7 @@ namespace spillover {
 
 struct ArenaOptions {
   bool lends = false;     // Its free blocks serve requests that would fail otherwise.
-  bool is_whole = false;  // Each block has chunks of its own.
+  bool is_whole = false;  // Each block is a segment of its own; see Note [Whole blocks].
 };
 
 class Pool {
@@ -64,6 +64,7 @@ class Pool {
   void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
   // The same from the thread's magazine; null where that has no such block. Never blocks.
+  // The caller knows that the stream records no graph.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
 
   // Throws ConfigError unless pointer is the start of a live block.
@@ -97,8 +98,11 @@ class Pool {
   // Throws StateError for what cannot change any more.
   void require_changeable(const Settings& settings) const;
   // As require_changeable(), then takes the settings over. Idle memory above a new limit goes to
-  // the driver at once.
+  // the driver at once; where that throws DriverError the former settings hold, and what went is
+  // gone.
   void configure(const Settings& settings);
+  // Takes former settings back, and gives no memory away.
+  void restore_settings(const Settings& settings) noexcept;
   Settings settings() const;
   // What the pool may hold by its settings; Settings::kNoLimit without a limit.
   size_t limit_bytes() const;
@@ -110,7 +114,10 @@ class Pool {
   // Private arenas (Note [Private arenas] in pool_arenas.cpp). All but the first throw ConfigError
   // for an arena that is not in use, trim_arena for one that never was.
   ArenaId make_arena();
+  // The stream, which lives, is going to ask for the arena's memory; see captures().
+  void expect_stream(ArenaId arena, StreamHandle stream);
   void release_arena(ArenaId arena);
+  // Throws StateError where is_whole changes and the arena has memory.
   void set_arena_options(ArenaId arena, const ArenaOptions& options);
   // Frees the arena's live blocks and makes those that are given, which were live at one time in
   // this arena, live again. Throws StateError, with nothing done, where that cannot be.
@@ -158,11 +165,13 @@ class Pool {
 
   struct Request {
     size_t requested_bytes;
-    size_t size_bytes;  // rounded to kBlockAlignment
+    size_t size_bytes;  // rounded: size_rounding.hpp
     StreamKey stream;
     ArenaId arena;
     SizeClass size_class;
     bool is_captured = false;  // The stream records a graph.
+    bool is_whole = false;     // The block has chunks of its own.
+    uint64_t capture = 0;      // Which, where graphs reuse what streams were noted on.
   };
   // The arenas of one stream are neighbours.
   using StreamStates = std::map<std::pair<StreamKey, ArenaId>, StreamState>;
@@ -323,6 +332,7 @@ class Pool {
   void drop_freed(ArenaId tag);
   size_t copy_in(Lock& lock, ArenaId tag);
   void provide(Lock& lock, ArenaId tag, const AddressRange& chunks);
+  bool provide_from_idle(const AddressRange& chunks);
   bool provide_by_waiting(Lock& lock, const AddressRange& chunks);
   [[noreturn]] void throw_cannot_wake(ArenaId tag);
   void undo_wake(Lock& lock, const std::vector<ArenaId>& tags) noexcept;
@@ -343,6 +353,7 @@ class Pool {
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
   Block* grow_virtual(const Request& request, Source source, size_t spare_bytes);
+  size_t preferred_fixed_bytes(const Request& request) const;
   Block* grow_fixed(const Request& request);
   size_t used_bytes() const;
   size_t spare_bytes(size_t used_bytes_peak) const;

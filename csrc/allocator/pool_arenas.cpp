@@ -8,10 +8,18 @@
 //     unmapped or trimmed, and do not change heaps;
 //   - what it grows by is memory whose last use is complete, whichever stream that was on: a
 //     graph's launch is not ordered with the stream that recorded it;
-//   - nothing is recorded or asked on its streams for its sake, and it has no magazines;
-//   - a wait for the device invalidates a graph that is being recorded, so none is made then;
+//   - nothing is recorded or asked on its streams for its sake, but for Note [Reuse in a capture]
+//     in pending_uses.hpp, and it has no magazines;
+//   - a wait for the device invalidates a graph that is being recorded, so none is made then; the
+//     pool knows the streams that may record one from their requests, or is told before these;
 //   - once the arena is *released* its free blocks, and live ones when they are freed, are ordinary
 //     memory as soon as the whole device was waited for: graphs may still run on any stream.
+//
+// Note [Whole blocks]. An arena may be one of *whole* blocks: each has chunks of its own and is a
+// segment, which stays what it is until the arena is released. A request gets a free block as it
+// is, however much larger that is, as a pool of torch's with no_split does; free blocks do not
+// merge, and what the arena grows by is what is asked for. So a block can be given to somebody
+// (a network card, a communicator) as the memory of the driver's that it is.
 #include <algorithm>
 
 #include "allocator/pool.hpp"
@@ -26,9 +34,14 @@ void* Pool::allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream) {
   if (request.stream.handle != nullptr) {
     const ContextScope scope(device_);
     request.is_captured = stream_is_capturing(stream);
+    if (request.is_captured && PendingUses::reuses_in_capture()) {
+      const auto position = capture_position(stream);
+      request.capture = position ? position->capture : 0;
+    }
   }
   Lock lock(mutex_);
-  if (private_arena(arena).is_whole && request.size_bytes <= device_bytes_) {
+  request.is_whole = private_arena(arena).is_whole;
+  if (request.is_whole && request.size_bytes <= device_bytes_) {
     request.size_bytes = round_up(request.size_bytes, backing_.unit_bytes());
     request.size_class =
         request.size_bytes <= kSmallRequestMax ? SizeClass::kSmall : SizeClass::kLarge;
@@ -46,9 +59,27 @@ ArenaId Pool::make_arena() {
   return arena;
 }
 
+void Pool::expect_stream(ArenaId arena, StreamHandle stream) {
+  const StreamKey key = identify_stream(device_, stream);
+  const std::lock_guard lock(mutex_);
+  static_cast<void>(private_arena(arena));
+  state_of(key, arena);
+}
+
 void Pool::set_arena_options(ArenaId arena, const ArenaOptions& options) {
   const std::lock_guard lock(mutex_);
-  private_arena(arena) = options;
+  ArenaOptions& known = private_arena(arena);
+  for (auto& [key, stream] : streams_) {
+    if (stream.arena != arena) continue;
+    if (stream.block_count() != 0 && options.is_whole != known.is_whole) {
+      throw StateError("whether the blocks of private arena " + std::to_string(arena) +
+                       " are split cannot change any more; set it before the first allocation");
+    }
+  }
+  for (auto& [key, stream] : streams_) {
+    if (stream.arena == arena) stream.is_whole = options.is_whole;
+  }
+  known = options;
 }
 
 void Pool::release_arena(ArenaId arena) {
@@ -105,7 +136,7 @@ bool Pool::may_ask(const StreamState& stream) const {
   return !is_private_arena(stream.arena) && may_be_asked(device_, stream.key);
 }
 
-// Whether a graph is being recorded that has memory of a private arena.
+// Whether a graph is being recorded that has, or is going to have, memory of a private arena.
 bool Pool::captures() const {
   const ContextScope scope(device_);
   return std::any_of(streams_.begin(), streams_.end(), [&](const auto& entry) {

@@ -180,6 +180,8 @@ const Block* Pool::check_segment(const Block* first, Totals& totals) const {
     expected += block->size_bytes;
     previous = block;
   }
+  expect_of(*first, first->next == nullptr || !heap.stream->is_whole,
+            "shares its segment, in a heap of whole blocks");
   const AddressRange range{first->address, expected};
   sums.mapped_bytes += range.size_bytes();
   totals.mapped_bytes_by_arena[heap.stream->arena] += range.size_bytes();

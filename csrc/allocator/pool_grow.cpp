@@ -47,13 +47,16 @@ constexpr uint64_t kEveryFree = std::numeric_limits<uint64_t>::max();
 // Chunks that are this many times larger than what is asked for are not taken.
 constexpr size_t kOvershootMax = 4;
 
-size_t preferred_fixed_bytes(size_t block_bytes, size_t unit_bytes) {
-  if (block_bytes <= kSmallRequestMax) return kFixedSmall;
-  if (block_bytes < kMediumRequestMax) return kFixedMedium;
-  return round_up(block_bytes, unit_bytes);
-}
-
 }  // namespace
+
+// The size of the chunk that is made for a request where addresses are fixed.
+size_t Pool::preferred_fixed_bytes(const Request& request) const {
+  if (!request.is_whole) {
+    if (request.size_bytes <= kSmallRequestMax) return kFixedSmall;
+    if (request.size_bytes < kMediumRequestMax) return kFixedMedium;
+  }
+  return round_up(request.size_bytes, backing_.unit_bytes());
+}
 
 // Null when the source has not enough. Gives a block that is in no heap's set.
 Block* Pool::grow(const Request& request, Source source) {
@@ -116,7 +119,7 @@ Block* Pool::map_behind(Heap& heap, DeviceAddress address, size_t size_bytes, si
 }
 
 Block* Pool::grow_fixed(const Request& request) {
-  const size_t preferred_bytes = preferred_fixed_bytes(request.size_bytes, backing_.unit_bytes());
+  const size_t preferred_bytes = preferred_fixed_bytes(request);
   const size_t least_bytes = round_up(request.size_bytes, backing_.unit_bytes());
   std::optional<AddressRange> range;
   if (preferred_bytes <= room_bytes()) range = backing_.allocate(preferred_bytes);
@@ -144,9 +147,10 @@ size_t Pool::spare_bytes(size_t used_bytes_peak) const {
 }
 
 // What a large heap that needs new chunks grows by. Small heaps grow by what is needed: a chunk
-// there is rarely idle again.
+// there is rarely idle again. So do those of whole blocks, where the rest would be a block.
 size_t Pool::generous_growth(const Heap& heap, size_t missing_bytes) const {
-  if (heap.size_class == SizeClass::kSmall || backing_.cached_bytes() >= missing_bytes) {
+  if (heap.size_class == SizeClass::kSmall || heap.stream->is_whole ||
+      backing_.cached_bytes() >= missing_bytes) {
     return missing_bytes;
   }
   const size_t unit_bytes = backing_.unit_bytes();
@@ -155,10 +159,11 @@ size_t Pool::generous_growth(const Heap& heap, size_t missing_bytes) const {
 }
 
 // Where the least has to be mapped. Small blocks are not worth the search: a chunk holds several.
+// Whole blocks do not grow.
 Pool::Window Pool::find_window(const Heap& heap, size_t size_bytes) const {
   Window best;
   best.missing_bytes = round_up(size_bytes, backing_.unit_bytes());
-  if (heap.size_class == SizeClass::kSmall) return best;
+  if (heap.size_class == SizeClass::kSmall || heap.stream->is_whole) return best;
   for (Block* block : heap.free) {
     const size_t missing_bytes = missing_behind(*block, size_bytes);
     if (missing_bytes >= best.missing_bytes) continue;
@@ -245,9 +250,8 @@ std::optional<Pool::Run> Pool::find_run(const Heap& victim, const Request& reque
   Block wanted;
   wanted.size_bytes = request.size_bytes;
   const size_t unit_bytes = backing_.unit_bytes();
-  const size_t needed_bytes = backing_.is_virtual()
-                                  ? round_up(request.size_bytes, unit_bytes)
-                                  : preferred_fixed_bytes(request.size_bytes, unit_bytes);
+  const size_t needed_bytes = backing_.is_virtual() ? round_up(request.size_bytes, unit_bytes)
+                                                    : preferred_fixed_bytes(request);
   for (auto position = victim.free.lower_bound(&wanted); position != victim.free.end();
        ++position) {
     for (const AddressRange& part : complete_parts(**position, completed_count)) {
@@ -370,7 +374,8 @@ Block* Pool::last_block_before(const Heap& heap, DeviceAddress address) const {
   return block->end() == address ? block : nullptr;
 }
 
-// Makes a range of whole chunks a free block of the heap, merged with its neighbours.
+// Makes a range of whole chunks a free block of the heap, merged with its neighbours unless its
+// blocks stay whole.
 Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   const auto size_class = static_cast<size_t>(heap.size_class);
   Block* block = make_block(heap, range, freed_at);
@@ -386,7 +391,7 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
   ++segment_counts_[size_class];
   segments_.emplace(range.begin, block);
   // Fixed chunks stay apart: each is an allocation of its own for the driver.
-  if (backing_.is_virtual()) {
+  if (backing_.is_virtual() && !heap.stream->is_whole) {
     if (Block* previous = last_block_before(heap, range.begin)) {
       if (previous->state == BlockState::kFree) remove_free(previous);
       segments_.erase(range.begin);

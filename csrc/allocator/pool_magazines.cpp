@@ -4,6 +4,7 @@
 
 #include "allocator/page_table.hpp"
 #include "allocator/pool.hpp"
+#include "allocator/size_rounding.hpp"
 #include "allocator/statistics.hpp"
 #include "base/check.hpp"
 #include "driver/stream.hpp"
@@ -30,7 +31,7 @@ void for_each_family(spillover_stats_t& statistics, Action action) {
 void* Pool::allocate_cached(size_t size_bytes, StreamHandle stream) noexcept {
   ThreadCache* cache = ThreadCache::current();
   if (cache == nullptr || size_bytes == 0 || size_bytes > device_bytes_) return nullptr;
-  const size_t rounded_bytes = round_up(size_bytes, kBlockAlignment);
+  const size_t rounded_bytes = SizeRounding::round(size_bytes);
   const std::lock_guard lock(cache->lock);
   MagazineSlot* slot = cache->find(this, normalize_stream(stream));
   if (slot == nullptr) return nullptr;

@@ -66,6 +66,9 @@ void Pool::check_restorable(ArenaId arena, const std::vector<spillover_block_inf
                 (block->heap->size_class == SizeClass::kSmall) ==
                     (wanted.size_bytes <= kSmallRequestMax),
             "a block to restore is not in its memory");
+    require(!block->heap->stream->is_whole ||
+                (block->address == begin && block->size_bytes == wanted.size_bytes),
+            "a block to restore is not one of its blocks, which are not split");
     for (; block != nullptr && block->address < end; block = block->next) {
       require(block->state != BlockState::kWaiting,
               "another stream may still use memory of a block to restore");

@@ -102,23 +102,26 @@ size_t Pool::copy_in(Lock& lock, ArenaId tag) {
 // Memory for chunks that sleep, from wherever a request would get it. Throws
 // DeviceOutOfMemoryError.
 void Pool::provide(Lock& lock, ArenaId tag, const AddressRange& chunks) {
-  bool is_enough = backing_.provide(chunks, room_bytes());
-  if (!is_enough) {
-    const size_t missing_bytes =
-        chunks.size_bytes() - std::min(chunks.size_bytes(), backing_.cached_bytes());
-    gather_idle(missing_bytes, AddressRange{}, Overshoot::kBounded);
-    is_enough = backing_.provide(chunks, room_bytes()) || provide_by_waiting(lock, chunks);
-  }
-  if (!is_enough) throw_cannot_wake(tag);
+  if (!provide_from_idle(chunks) && !provide_by_waiting(lock, chunks)) throw_cannot_wake(tag);
   count_asleep(chunks, false);
   count_memory();  // The mutex is released between pieces.
   sleeping_.at(tag).provided.push_back(chunks);
+}
+
+bool Pool::provide_from_idle(const AddressRange& chunks) {
+  const CountOnExit count(*this);
+  if (backing_.provide(chunks, room_bytes())) return true;
+  const size_t missing_bytes =
+      chunks.size_bytes() - std::min(chunks.size_bytes(), backing_.cached_bytes());
+  gather_idle(missing_bytes, AddressRange{}, Overshoot::kBounded);
+  return backing_.provide(chunks, room_bytes());
 }
 
 bool Pool::provide_by_waiting(Lock& lock, const AddressRange& chunks) {
   const auto try_again = [&] {
     wait_for_device(lock);
     release_idle(lock, 0);
+    const CountOnExit count(*this);
     return backing_.provide(chunks, room_bytes());
   };
   if (try_again()) return true;

@@ -94,7 +94,14 @@ void configure_pools(std::string_view settings, std::string_view source) {
   }
   // Before the first change: what one device refuses, none of them takes.
   for (const auto& [pool, changed] : changes) pool->require_changeable(changed);
-  for (const auto& [pool, changed] : changes) pool->configure(changed);
+  std::vector<std::pair<Pool*, Settings>> former;
+  for (const auto& [pool, changed] : changes) former.emplace_back(pool, pool->settings());
+  try {
+    for (const auto& [pool, changed] : changes) pool->configure(changed);
+  } catch (...) {
+    for (const auto& [pool, settings] : former) pool->restore_settings(settings);
+    throw;
+  }
   all.settings = for_new;
 }
 

@@ -25,7 +25,8 @@ Pool* pool_if_made(int device);
 
 // Changes settings by a text, all of it or nothing: of one device's pool, which is made with them
 // where there is none, or of every pool, those too that are made later. source is where the text
-// comes from, for messages. Throws ConfigError, and StateError for what cannot change any more.
+// comes from, for messages. Throws ConfigError, StateError for what cannot change any more, and
+// DriverError where memory above a new limit could not be given back.
 void configure_pool(int device, std::string_view settings, std::string_view source);
 void configure_pools(std::string_view settings, std::string_view source);
 

@@ -184,6 +184,12 @@ void define_arenas(PoolClass& pool_class) {
           },
           py::arg("arena"), py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
       .def(
+          "expect_stream",
+          [](const PoolReference& pool, ArenaId arena, uintptr_t stream) {
+            pool.get().expect_stream(arena, pointer_of(stream));
+          },
+          py::arg("arena"), py::arg("stream"), ReleaseGil())
+      .def(
           "restore_arena",
           [](const PoolReference& pool, ArenaId arena,
              const std::vector<std::pair<uintptr_t, size_t>>& blocks) {

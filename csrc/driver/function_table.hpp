@@ -42,6 +42,8 @@
   X(cuStreamGetId, 12000)                     \
   X(cuStreamGetCtx, 9020)                     \
   X(cuStreamGetDevice, 12080)                 \
+  X(cuStreamGetCaptureInfo, 12030)            \
+  X(cuGraphNodeGetDependencies, 12030)        \
   X(cuThreadExchangeStreamCaptureMode, 10010) \
   X(cuEventCreate, 2000)                      \
   X(cuEventDestroy, 4000)                     \

@@ -19,6 +19,7 @@
 #include "torch_adapter/pool.hpp"
 #include "torch_adapter/private_pools.hpp"
 #include "torch_adapter/snapshot.hpp"
+#include "torch_adapter/uncached.hpp"
 
 namespace spillover::torch_adapter {
 namespace {
@@ -31,8 +32,9 @@ void report_free_failure(void* pointer, const char* reason) noexcept {
   std::fprintf(stderr, "spillover: freeing device memory at %p failed: %s\n", pointer, reason);
 }
 
-// Without caching nothing idle is kept: each free gives the driver whatever pages have no live
-// block any more, and waits for the device as cudaFree does.
+// Without caching a block is memory of its own from the driver (uncached.hpp), but for private
+// pools. Of blocks that the pool has handed out before nothing idle is kept: each free gives the
+// driver whatever pages have no live block any more, and waits for the device as cudaFree does.
 std::atomic<bool> is_caching{true};
 
 void return_idle(int device, void* freed) noexcept {
@@ -47,7 +49,7 @@ void return_idle(int device, void* freed) noexcept {
 }
 
 void delete_block(void* pointer) noexcept {
-  if (pointer == nullptr) return;
+  if (pointer == nullptr || free_uncached(pointer)) return;
   const bool keeps_idle = is_caching.load(std::memory_order_relaxed);
   // Only live blocks have a device; in a forked child none has.
   const int trimmed_device = C10_LIKELY(keeps_idle) ? -1 : spillover_device_of(pointer);
@@ -118,6 +120,9 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
   if (C10_UNLIKELY(PrivatePools::is_routing())) {
     arena = PrivatePools::instance().arena_for(device, stream);
   }
+  if (C10_UNLIKELY(!is_caching.load(std::memory_order_relaxed)) && !arena) {
+    return allocate_uncached(device, size_bytes, stream);
+  }
   spillover_status status =
       arena ? SPILLOVER_BUSY : spillover_try_alloc(device, size_bytes, stream, &pointer);
   if (status == SPILLOVER_BUSY) {
@@ -173,7 +178,8 @@ void Allocator::copy_data(void* destination, const void* source, size_t size_byt
 
 void Allocator::recordStream(const c10::DataPtr& data, c10::cuda::CUDAStream stream) {
   // Empty tensors, and storages that another allocator or an IPC handle made, are not ours to hold.
-  if (!data.get() || data.get_deleter() != &raw_delete_block) return;
+  // Freeing one that has memory of its own waits for all streams.
+  if (!data.get() || data.get_deleter() != &raw_delete_block || is_uncached(data.get())) return;
   const cudaStream_t handle = handle_of(stream);
   const int device = stream.device_index();
   check_pool(without_gil([&] { return spillover_record_stream_of(data.get(), device, handle); }),
@@ -339,7 +345,7 @@ void Allocator::annotateMemory(const void* pointer, const std::string& metadata)
 
 void Allocator::beginAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool,
                                     std::function<bool(cudaStream_t)> filter) {
-  PrivatePools::instance().begin(device, pool, std::move(filter));
+  PrivatePools::instance().begin(device, pool, std::move(filter), current_stream(device));
 }
 
 void Allocator::endAllocateToPool(c10::DeviceIndex device, c10::MempoolId_t pool) {

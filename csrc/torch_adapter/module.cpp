@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "torch_adapter/allocator.hpp"
 #include "torch_adapter/pool.hpp"
@@ -21,6 +22,18 @@ using cuda_allocator::CUDAAllocator;
 // torch ignores a registration of lower priority than the last, in silence; its own has 0 or 1.
 constexpr uint8_t kPriorityHighest = 255;
 
+// Takes over the settings that torch has parsed and the pools can honour.
+void take_over_settings() {
+  const std::vector<size_t> divisions =
+      c10::CachingAllocator::AcceleratorAllocatorConfig::roundup_power2_divisions();
+  TORCH_CHECK(divisions.size() == SPILLOVER_ROUNDING_INTERVALS,
+              "torch's setting roundup_power2_divisions has ", divisions.size(), " intervals, not ",
+              int{SPILLOVER_ROUNDING_INTERVALS});
+  check_pool(spillover_round_sizes(divisions.data()), "roundup_power2_divisions");
+  const bool reuses = cuda_allocator::CUDAAllocatorConfig::graph_capture_record_stream_reuse();
+  check_pool(spillover_reuse_in_capture(reuses ? 1 : 0), "graph_capture_record_stream_reuse");
+}
+
 std::shared_ptr<CUDAAllocator> make_allocator() {
   TORCH_CHECK(spillover_abi_version() == SPILLOVER_ABI_VERSION,
               "spillover's PyTorch part was compiled for version ", SPILLOVER_ABI_VERSION,
@@ -30,6 +43,7 @@ std::shared_ptr<CUDAAllocator> make_allocator() {
   // with its own, which it has been until now.
   c10::CachingAllocator::AcceleratorAllocatorConfig::instance();
   cuda_allocator::CUDAAllocatorConfig::instance();
+  take_over_settings();
   // The instance outlives every owner, so that nothing is deleted when torch lets go of it.
   return {&Allocator::instance(), [](CUDAAllocator*) {}};
 }
@@ -43,7 +57,8 @@ void register_for_accelerator() {
 }
 
 // Has a Python function see each text that torch's settings are changed by, before torch's parser
-// for CUDA does; that gets what the function returns.
+// for CUDA does; that gets what the function returns. Both come after the parser of what all of
+// torch's allocators have in common.
 void watch_settings(pybind11::function watcher) {
   auto& hook = c10::CachingAllocator::AcceleratorAllocatorConfig::getConfigParserHook();
   // Leaked: the hook outlives the interpreter.
@@ -55,6 +70,7 @@ void watch_settings(pybind11::function watcher) {
       remaining = (*held)(settings).cast<std::string>();
     }
     if (parse && !remaining.empty()) parse(remaining);
+    take_over_settings();
   };
 }
 

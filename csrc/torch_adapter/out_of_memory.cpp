@@ -4,10 +4,9 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
-#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -47,13 +46,24 @@ auto observers_of(Observers& all) {
   return all.list;
 }
 
-// The sizes at least, where the failure was another's than the pool's (its last error is its text).
-spillover_out_of_memory_t figures_of(c10::DeviceIndex device, size_t size_bytes,
-                                     const std::string& reason) {
+struct Failure {
   spillover_out_of_memory_t figures{};
-  if (spillover_last_out_of_memory(&figures) == SPILLOVER_OK) return figures;
+  std::string message;
+};
+
+// With a reason, and where the failure was another's than the pool's (its last error is its text),
+// the sizes at least.
+Failure describe_failure(c10::DeviceIndex device, size_t size_bytes, std::string reason) {
+  Failure failure;
+  spillover_out_of_memory_t& figures = failure.figures;
+  if (reason.empty()) {
+    reason = last_pool_error();
+    if (spillover_last_out_of_memory(&figures) == SPILLOVER_OK) {
+      failure.message = figures.text;
+      return failure;
+    }
+  }
   const c10::DeviceGuard guard(cuda_device(device));
-  figures.requested_bytes = size_bytes;
   if (cudaMemGetInfo(&figures.free_bytes, &figures.total_bytes) != cudaSuccess) {
     // The report goes on without these two figures; the error must not reach the next CUDA call.
     (void)cudaGetLastError();
@@ -62,37 +72,11 @@ spillover_out_of_memory_t figures_of(c10::DeviceIndex device, size_t size_bytes,
   figures.limit_bytes = pool_limit_bytes(device);
   figures.allocated_bytes = static_cast<size_t>(stats.allocated_bytes[SPILLOVER_CLASS_ALL].current);
   figures.reserved_bytes = static_cast<size_t>(stats.reserved_bytes[SPILLOVER_CLASS_ALL].current);
-  figures.details = reason.c_str();
-  return figures;
-}
-
-// It begins with torch's own words, which programs look for.
-std::string describe(c10::DeviceIndex device, const spillover_out_of_memory_t& figures) {
-  const size_t unallocated =
-      figures.reserved_bytes - std::min(figures.reserved_bytes, figures.allocated_bytes);
-  const size_t known = figures.free_bytes + figures.reserved_bytes;
-  std::ostringstream text;
-  text << "CUDA out of memory. Tried to allocate " << format_size(figures.requested_bytes)
-       << ". GPU " << static_cast<int>(device) << " has a total capacity of "
-       << format_size(figures.total_bytes) << " of which " << format_size(figures.free_bytes)
-       << " is free.";
-  if (figures.limit_bytes < figures.total_bytes) {
-    text << " This process may use " << format_size(figures.limit_bytes) << " of it.";
-  }
-  text << " Spillover's pool holds " << format_size(figures.reserved_bytes)
-       << ", other memory of this and other processes is "
-       << format_size(figures.total_bytes - std::min(figures.total_bytes, known))
-       << ". Of the pool's memory " << format_size(figures.allocated_bytes)
-       << " is allocated by PyTorch, and " << format_size(unallocated)
-       << " is reserved by PyTorch but unallocated";
-  if (unallocated > 0) {
-    text << ": " << format_size(figures.waiting_bytes) << " is freed and still used by streams, "
-         << format_size(figures.cached_bytes) << " is free; the largest free block has "
-         << format_size(figures.largest_free_bytes) << " ("
-         << std::lround(100.0 * figures.fragmentation) << " % fragmented)";
-  }
-  text << ". " << figures.details;
-  return text.str();
+  failure.message = "CUDA out of memory. Tried to allocate " + format_size(size_bytes) + ". GPU " +
+                    std::to_string(static_cast<int>(device)) + " has a total capacity of " +
+                    format_size(figures.total_bytes) + " of which " +
+                    format_size(figures.free_bytes) + " is free. " + reason;
+  return failure;
 }
 
 }  // namespace
@@ -117,13 +101,11 @@ bool run_free_memory_callbacks() {
   return freed;
 }
 
-void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream) {
-  const std::string reason = last_pool_error();
-  // What follows may call the pool, whose details are valid until then.
-  spillover_out_of_memory_t figures = figures_of(device, size_bytes, reason);
-  const std::string details = figures.details;
-  figures.details = details.c_str();
-  const std::string message = describe(device, figures);
+void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_t stream,
+                         const std::string& reason) {
+  // What follows may call the pool, whose texts are valid until then.
+  const Failure failure = describe_failure(device, size_bytes, reason);
+  const spillover_out_of_memory_t& figures = failure.figures;
   c10::reportOutOfMemoryToProfiler(static_cast<int64_t>(size_bytes), figures.allocated_bytes,
                                    figures.reserved_bytes, cuda_device(device));
   History::instance().on_out_of_memory(device, size_bytes, figures.free_bytes, stream);
@@ -131,14 +113,18 @@ void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes, cudaStream_
   const size_t allowed = std::min(figures.total_bytes, figures.limit_bytes);
   if (figures.is_limited != 0) {
     for (const auto& observer : observers_of(rejection_observers())) {
-      observer(device, size_bytes, figures.allocated_bytes, allowed);
+      try {
+        observer(device, size_bytes, figures.allocated_bytes, figures.total_bytes);
+      } catch (const std::exception& error) {  // torch's own allocator only warns of it, too.
+        TORCH_WARN("an observer of refused requests failed: ", error.what());
+      }
     }
   }
   for (const auto& observer : observers_of(observers())) {
     observer(device, size_bytes, allowed, figures.free_bytes);
   }
 
-  TORCH_CHECK_WITH(OutOfMemoryError, false, message);
+  TORCH_CHECK_WITH(OutOfMemoryError, false, failure.message);
   std::abort();  // Not reached: the check always throws; it tells the compiler so.
 }
 

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace spillover::torch_adapter {
 
@@ -27,8 +28,9 @@ bool run_free_memory_callbacks();
 
 // Throws c10::OutOfMemoryError. The message begins like PyTorch's own and goes on with what the
 // pool knows: the sizes, the largest free block, how fragmented the rest is, the bytes of each tag,
-// what was tried, and which setting would help.
+// what was tried, and which setting would help. A reason is given where it was not the pool that
+// failed.
 [[noreturn]] void throw_out_of_memory(c10::DeviceIndex device, size_t size_bytes,
-                                      cudaStream_t stream);
+                                      cudaStream_t stream, const std::string& reason = {});
 
 }  // namespace spillover::torch_adapter

@@ -51,9 +51,14 @@ void PrivatePools::add_use(c10::DeviceIndex device, c10::MempoolId_t id) {
 void PrivatePools::remove_use(c10::DeviceIndex device, c10::MempoolId_t id) {
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
-  PrivatePool& pool = used(key_of(device, id));
+  remove_use_of(key_of(device, id));
+}
+
+void PrivatePools::remove_use_of(const Key& key) {
+  PrivatePool& pool = used(key);
   if (--pool.use_count > 0) return;
-  check_pool(spillover_release_arena(device, pool.arena), "releasing a private memory pool");
+  check_pool(spillover_release_arena(std::get<0>(key), pool.arena),
+             "releasing a private memory pool");
 }
 
 int PrivatePools::use_count(c10::DeviceIndex device, c10::MempoolId_t id) {
@@ -63,14 +68,22 @@ int PrivatePools::use_count(c10::DeviceIndex device, c10::MempoolId_t id) {
   return found == pools_.end() ? 0 : found->second.use_count;
 }
 
-void PrivatePools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter) {
+void PrivatePools::begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter,
+                         cudaStream_t current) {
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
   const Key key = key_of(device, id);
   for (const Route& route : routes_) {
     TORCH_CHECK(route.key != key, "beginAllocateToPool: already recording to mempool_id");
   }
-  routes_.push_back({key, add_use_of(key), std::move(filter)});
+  const uint32_t arena = add_use_of(key);
+  try {
+    check_pool(spillover_expect_stream(device, arena, current), "beginning to use a memory pool");
+  } catch (...) {
+    remove_use_of(key);
+    throw;
+  }
+  routes_.push_back({key, arena, std::move(filter)});
   route_count.fetch_add(1, std::memory_order_relaxed);
 }
 

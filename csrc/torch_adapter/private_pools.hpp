@@ -36,8 +36,9 @@ class PrivatePools {
   int use_count(c10::DeviceIndex device, c10::MempoolId_t id);
 
   // From now on what is allocated on streams that the filter accepts comes from the pool, which
-  // gets one more use. Of several such pools the one that began last is asked first.
-  void begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter);
+  // gets one more use. Of several such pools the one that began last is asked first. The thread's
+  // current stream is the one that a graph is recorded on, if it is for one.
+  void begin(c10::DeviceIndex device, c10::MempoolId_t id, Filter filter, cudaStream_t current);
   void end(c10::DeviceIndex device, c10::MempoolId_t id);
 
   void set_use_on_oom(c10::DeviceIndex device, c10::MempoolId_t id, bool use_on_oom);
@@ -79,6 +80,7 @@ class PrivatePools {
   // Need the lock.
   PrivatePool& used(const Key& key);
   uint32_t add_use_of(const Key& key);
+  void remove_use_of(const Key& key);
   static void apply_options(const Key& key, const PrivatePool& pool);
 
   static inline std::atomic<int> route_count{0};

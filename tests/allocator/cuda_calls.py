@@ -8,9 +8,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
+import time
 from collections.abc import Callable, Iterator
 
-from spillover import _core
+from spillover import _core, emulator
 
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -210,3 +211,11 @@ def on_thread(work: Callable[[], None]) -> None:
     thread.start()
     thread.join()
     assert failures == []
+
+
+def wait_for_call(name: str) -> None:
+    """Wait until another thread has made the call, within a block of ``faults()``."""
+    deadline = time.monotonic() + 30
+    while emulator.calls().get(name, 0) == 0:
+        assert time.monotonic() < deadline, f"nobody has called {name}"
+        time.sleep(0.001)

@@ -3,7 +3,8 @@
 The reference is a dictionary of live blocks. Beside it stand *gates*: freed blocks with an event
 behind each stream's last access to them, so that memory which is given out too early is seen. And
 each block carries a pattern, written on its stream and read back there before it is freed, so that
-two addresses of the same memory are seen as well.
+two addresses of the same memory are seen as well. Memory of a tag that sleeps is neither read nor
+used until it wakes, when it must have its pattern again.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import pytest
 from cuda_calls import Cuda, live_blocks
 
-from spillover import SpilloverError, _core, emulator
+from spillover import HostOutOfMemory, SpilloverError, StateError, _core, emulator
 
 KIB, MIB = 1 << 10, 1 << 20
 BLOCK_BYTES = 512
@@ -158,6 +160,7 @@ class ModelledPool:
         for address in live_blocks(self.pool):  # Of a program that failed.
             self.pool.free(address)
         self.pool.set_memory_fraction(1.0)
+        self.pool.wake(self.pool.sleeping_tags())
         cuda.synchronize()
         self.pool.trim()
         assert self.pool.segments() == []
@@ -180,6 +183,8 @@ class ModelledPool:
         self._dead: list[ModelStream] = []
         self._value = 0
         self.tags = [0, _core.tag_number("one"), _core.tag_number("another")]
+        self.asleep: set[int] = set()
+        self._discarded: set[int] = set()  # Of those: what is in them is not defined any more.
 
     def streams_of(self, worker: Worker) -> list[ModelStream]:
         """The streams that the worker may use."""
@@ -199,6 +204,10 @@ class ModelledPool:
         self, worker: Worker, size_bytes: int, stream: ModelStream, tag: int = 0
     ) -> ModelBlock | None:
         """A new block; None where memory is really short."""
+        if tag in self.asleep:
+            with pytest.raises(StateError, match="sleeps on device 0; wake it before"):
+                worker.run(lambda: self._alloc(size_bytes, stream, tag, []))
+            return None
         held_bytes = self._held_bytes()
         block: ModelBlock | None
         block = worker.run(lambda: self._alloc(size_bytes, stream, tag, self._gates))
@@ -248,17 +257,73 @@ class ModelledPool:
         self.limit_bytes = self.device_bytes if size_bytes is None else size_bytes
         self.pool.set_memory_fraction(self.limit_bytes / self.device_bytes)
 
+    def sleep(self, worker: Worker, tags: list[int], host: _core.HostPool | None) -> None:
+        """Put tags to sleep, with their contents in a host pool or without.
+
+        Where the contents have no room there nothing changes.
+        """
+        fresh = set(tags) - self.asleep
+        held_bytes = self._held_bytes()
+        contents_bytes = sum(block.size_bytes for block in self._blocks_of(fresh))
+        try:
+            copied_bytes = worker.run(lambda: self.pool.sleep(tags, host))
+        except HostOutOfMemory:
+            assert host is not None
+            assert host.stats().limit_bytes < contents_bytes
+            assert host.stats().used_bytes == 0
+            return
+        assert copied_bytes == (0 if host is None else contents_bytes)
+        assert self._held_bytes() <= held_bytes
+        self.asleep |= fresh
+        if host is None:
+            self._discarded |= fresh
+        for block in self._blocks_of(fresh):
+            block.uses.clear()  # It has waited for the device.
+
+    def wake(self, worker: Worker, tags: list[int]) -> None:
+        """Wake tags; where memory is really short they sleep on."""
+        wakers = set(tags) & self.asleep
+        held_bytes = self._held_bytes()
+        kept = self._blocks_of(wakers - self._discarded)
+        try:
+            copied_bytes = worker.run(lambda: self.pool.wake(tags))
+        except SpilloverError as error:
+            if "waking memory with the tag" not in str(error):
+                raise
+            self.synchronize()
+            self.trim()
+            missing_bytes = self._chunk_bytes(self._blocks_of(wakers))
+            assert self._held_bytes() + missing_bytes > self.limit_bytes, "there was memory"
+            assert set(self.pool.sleeping_tags()) == self.asleep
+            return
+        assert self._held_bytes() <= max(held_bytes, self.limit_bytes)
+        # A piece is copied as a whole as long as one block of it is live.
+        assert copied_bytes >= sum(block.size_bytes for block in kept)
+        self.asleep -= wakers
+        for block in self._blocks_of(wakers & self._discarded):
+            worker.run(functools.partial(self._write, block, self.lasting[0]))
+        self.cuda.synchronize()
+        self._discarded -= wakers
+
+    def _blocks_of(self, tags: set[int]) -> list[ModelBlock]:
+        return [block for block in self.live.values() if block.tag in tags]
+
+    def _chunk_bytes(self, blocks: list[ModelBlock]) -> int:
+        """Size of the chunks that the blocks lie in."""
+        chunks = set()
+        for block in blocks:
+            chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
+        return CHUNK_BYTES * len(chunks)
+
     def trim(self) -> None:
         self.pool.trim()
         stats = self.pool.stats()
         reserved_bytes = stats["reserved_bytes"]["all"]["current"]
-        segments = self.pool.segments()
+        segments = [segment for segment in self.pool.segments() if not segment["is_asleep"]]
         assert reserved_bytes == sum(segment["size_bytes"] for segment in segments)
         if self.cuda.has_virtual_memory:
-            chunks = set()
-            for block in self.live.values():
-                chunks.update(range(block.address // CHUNK_BYTES, -(-block.end // CHUNK_BYTES)))
-            assert reserved_bytes == CHUNK_BYTES * len(chunks)
+            awake = self._blocks_of(set(self.tags) - self.asleep)
+            assert reserved_bytes == self._chunk_bytes(awake)
         for segment in segments:
             assert any(block["state"] == "live" for block in segment["blocks"])
         assert stats["active"]["all"]["current"] == len(self.live), "a block still waits"
@@ -289,6 +354,7 @@ class ModelledPool:
         """Free what is left; the pool must then hold nothing."""
         for block in list(self.live.values()):
             self.free(self.workers[0], block)
+        self.wake(self.workers[0], self.tags)
         for stream in list(self.foreign):
             self.destroy_stream(self.workers[0], stream)
         self.synchronize()
@@ -337,13 +403,14 @@ class ModelledPool:
         own = ModelStream(self.cuda.create_stream(), "foreign")
         done = Burst(held, [own])
         streams = [*self.streams_of(worker), own]
+        awake = [tag for tag in self.tags if tag not in self.asleep]
         calls = ["alloc", "free", "use", "look", "trim"]
         # The second kind has threads wait for the device while others free what streams use.
         weights = generator.choice([(50, 40, 6, 2, 2), (35, 30, 20, 1, 14)])
         for call in generator.choices(calls, weights, k=steps):
-            if call == "alloc":
+            if call == "alloc" and awake:
                 size_bytes, stream = generator.choice(BURST_SIZES), generator.choice(streams)
-                block = self._alloc(size_bytes, stream, generator.choice(self.tags), [])
+                block = self._alloc(size_bytes, stream, generator.choice(awake), [])
                 if block is None:
                     done.refused_count += 1
                     continue
@@ -390,12 +457,18 @@ class ModelledPool:
             if block.address < freed.end and freed.address < block.end:
                 for other, event in accesses:
                     assert other is stream or self.cuda.is_complete(event), "given out too early"
+        self._write(block, stream)
+        return block
+
+    def _write(self, block: ModelBlock, stream: ModelStream) -> None:
         for start, probe_bytes in block.probes():
             self.cuda.fill(start, probe_bytes, stream.handle, block.value)
-        return block
 
     def _free(self, worker: Worker, block: ModelBlock) -> list[tuple[ModelStream, int]]:
         """Gives what must be complete before others get the memory."""
+        if block.tag in self.asleep:
+            self.pool.free(block.address)
+            return []
         accesses = list(block.uses)
         stream = block.stream
         if stream.kind == "thread" and stream.is_alive and stream is not worker.stream:
@@ -412,7 +485,7 @@ class ModelledPool:
     def _use(self, worker: Worker, block: ModelBlock, stream: ModelStream) -> None:
         own = block.stream
         is_reachable = own.is_alive and (own.kind != "thread" or own is worker.stream)
-        if not is_reachable or stream is own:
+        if not is_reachable or stream is own or block.tag in self.asleep:
             return
         self.cuda.order(own.handle, stream.handle)
         worker.read_back(block, stream)
@@ -424,7 +497,8 @@ class ModelledPool:
     def _leave(self, worker: Worker, stream: ModelStream, blocks: list[ModelBlock]) -> None:
         """The last that happens on a stream."""
         for block in blocks:
-            worker.read_back(block, stream)
+            if block.tag not in self.asleep:
+                worker.read_back(block, stream)
         stream.last_event = self._record(stream)
         stream.is_alive = False
         self._dead.append(stream)
@@ -456,6 +530,14 @@ class ModelledPool:
             of_tag = self.pool.tag_stats(tag)
             assert of_tag["allocation"] == len(sizes_of_tag)
             assert of_tag["allocated_bytes"] == sum(sizes_of_tag)
+            if tag in self.asleep:
+                assert of_tag["reserved_bytes"] == 0
+                kept_bytes = 0 if tag in self._discarded else sum(sizes_of_tag)
+                assert of_tag["asleep_bytes"] >= sum(sizes_of_tag)
+                assert of_tag["saved_bytes"] >= kept_bytes
+            else:
+                assert of_tag["asleep_bytes"] == of_tag["saved_bytes"] == 0
+        assert set(self.pool.sleeping_tags()) == self.asleep
         stats = self.pool.stats()
         waiting_bytes = sum(
             block["requested_bytes"]

@@ -154,6 +154,21 @@ def test_a_capture_is_served_and_not_disturbed(
     pool.check_invariants()
 
 
+def test_a_capture_is_not_disturbed_before_it_has_memory(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream = kept_streams[0]
+    pool.expect_stream(arena, stream)
+    pool.free(pool.alloc(8 * MIB))
+    with cuda.capture(stream) as nodes:
+        pool.trim()
+    assert nodes == [0]
+    pool.set_arena_options(arena, is_whole=True)  # It has no memory.
+    pool.trim()
+    assert reserved_bytes(pool) == 0
+    pool.check_invariants()
+
+
 @pytest.mark.virtual_memory
 def test_a_capture_that_runs_out_of_memory_goes_on(
     pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
@@ -186,7 +201,24 @@ def test_a_block_used_by_two_capturing_streams_waits_for_the_captures_end(
         cuda.order(joined, stream)
     assert nodes == [1]
     cuda.synchronize()
-    assert pool.alloc_in(arena, 8 * MIB, stream) == address
+    with cuda.capture(stream):
+        # In the order of the graphs, which share the arena.
+        assert pool.alloc_in(arena, 8 * MIB, stream) == address
+
+
+def test_a_block_used_outside_of_the_capture_waits_for_that_use(
+    pool: _core.Pool, arena: int, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    stream, outside, _ = kept_streams
+    with cuda.capture(stream):
+        address = pool.alloc_in(arena, 8 * MIB, stream)
+        cuda.fill(address, 8 * MIB, outside)
+        pool.record_stream(address, outside)
+        pool.free(address)
+        assert pool.alloc_in(arena, 8 * MIB, stream) != address
+    cuda.synchronize()
+    with cuda.capture(stream):
+        assert pool.alloc_in(arena, 8 * MIB, stream) == address
 
 
 def test_an_arena_that_lends_saves_a_request(pool: _core.Pool, arena: int) -> None:
@@ -204,21 +236,116 @@ def test_an_arena_that_lends_saves_a_request(pool: _core.Pool, arena: int) -> No
     assert pool.alloc_in(arena, 32 * MIB) == address
 
 
-def test_blocks_with_chunks_of_their_own(pool: _core.Pool, arena: int) -> None:
+def segments_of(pool: _core.Pool, arena: int) -> dict[int, int]:
+    """Sizes by address of an arena of whole blocks, each of which is a segment."""
+    segments = [segment for segment in pool.segments() if segment["arena"] == arena]
+    assert all(len(segment["blocks"]) == 1 for segment in segments), segments
+    return {segment["address"]: segment["size_bytes"] for segment in segments}
+
+
+def test_whole_blocks_are_segments_of_their_own(pool: _core.Pool, arena: int) -> None:
     pool.set_arena_options(arena, is_whole=True)
-    addresses = [pool.alloc_in(arena, size_bytes) for size_bytes in (512, 3 * MIB, 512)]
+    pool.alloc(512)  # of another arena
+    before = pool.stats()
+    addresses = [pool.alloc_in(arena, size_bytes) for size_bytes in (512, 3 * MIB, 512, 30 * MIB)]
     assert all(address % (2 * MIB) == 0 for address in addresses)
-    assert len(set(addresses)) == 3
+    sizes = [2 * MIB, 4 * MIB, 2 * MIB, 30 * MIB]
+    assert segments_of(pool, arena) == dict(zip(addresses, sizes, strict=True))
+    after = pool.stats()
+    for name, gained in (("segment", 4), ("reserved_bytes", sum(sizes)), ("inactive_split", 0)):
+        assert after[name]["all"]["current"] - before[name]["all"]["current"] == gained
     for address in addresses:
         pool.free(address)
-    assert pool.alloc_in(arena, 512) in addresses
+    assert segments_of(pool, arena) == dict(zip(addresses, sizes, strict=True))
     pool.check_invariants()
+
+
+def test_whole_blocks_are_neither_split_nor_merged(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, is_whole=True)
+    small, large = pool.alloc_in(arena, 2 * MIB), pool.alloc_in(arena, 8 * MIB)
+    pool.free(small)
+    pool.free(large)
+    assert pool.alloc_in(arena, 3 * MIB) == large
+    assert pool.alloc_in(arena, 512) == small
+    assert pool.stats()["allocated_bytes"]["all"]["current"] == 10 * MIB
+    pool.free(small)
+    pool.free(large)
+    both = pool.alloc_in(arena, 10 * MIB)
+    assert both not in (small, large)
+    assert segments_of(pool, arena) == {small: 2 * MIB, large: 8 * MIB, both: 10 * MIB}
+    pool.check_invariants()
+
+
+def test_whole_blocks_of_a_released_arena_are_ordinary_memory(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, is_whole=True)
+    kept, *others = [pool.alloc_in(arena, 2 * MIB) for _ in range(4)]
+    for address in others:
+        pool.free(address)
+    pool.release_arena(arena)
+    assert segments_of(pool, arena)[kept] == 2 * MIB
+    pool.trim()
+    assert segments_of(pool, arena) == {kept: 2 * MIB}
+    pool.free(kept)
+    pool.trim()
+    assert reserved_bytes(pool) == 0
+    pool.check_invariants()
+
+
+def test_whole_blocks_are_lent_as_they_are(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, lends=True, is_whole=True)
+    address = pool.alloc_in(arena, 32 * MIB)
+    pool.free(address)
+    pool.configure(f"limit={32 * MIB},wait_max=0s", "the test")
+    assert pool.alloc(16 * MIB) == address
+    pool.configure("limit=none,wait_max=30s", "the test")
+    assert segments_of(pool, arena) == {address: 32 * MIB}
+    pool.check_invariants()
+
+
+@pytest.mark.virtual_memory
+def test_whole_blocks_come_from_memory_that_others_left(
+    pool: _core.Pool, arena: int, cuda: Cuda
+) -> None:
+    pool.set_arena_options(arena, is_whole=True)
+    pool.free(pool.alloc(12 * MIB))
+    cuda.synchronize()
+    pool.configure(f"limit={12 * MIB}", "the test")
+    addresses = [pool.alloc_in(arena, 4 * MIB) for _ in range(3)]
+    assert segments_of(pool, arena) == dict.fromkeys(addresses, 4 * MIB)
+    pool.configure("limit=none", "the test")
+    pool.check_invariants()
+
+
+def test_whole_blocks_are_restored(pool: _core.Pool, arena: int) -> None:
+    pool.set_arena_options(arena, is_whole=True)
+    addresses = [pool.alloc_in(arena, size_bytes) for size_bytes in (512, 6 * MIB, 3 * MIB)]
+    checkpoint = live_blocks(pool)
+    for address in addresses[1:]:
+        pool.free(address)
+    pool.alloc_in(arena, 2 * MIB)
+    pool.alloc_in(arena, 12 * MIB)
+    segments = segments_of(pool, arena)
+    pool.restore_arena(arena, list(checkpoint.items()))
+    assert live_blocks(pool) == checkpoint
+    assert segments_of(pool, arena) == segments
+    with pytest.raises(spillover.StateError, match="not split"):
+        pool.restore_arena(arena, [(addresses[1], 2 * MIB)])
+    pool.check_invariants()
+
+
+def test_whether_blocks_are_whole_cannot_change(pool: _core.Pool, arena: int) -> None:
+    pool.alloc_in(arena, 512)
+    with pytest.raises(spillover.StateError, match="before the first allocation"):
+        pool.set_arena_options(arena, is_whole=True)
+    pool.set_arena_options(arena, lends=True)
 
 
 def test_unknown_arenas_are_refused(pool: _core.Pool) -> None:
     for arena in (0, 1, (1 << 32) - 1):
         with pytest.raises(spillover.ConfigError):
             pool.alloc_in(arena, MIB)
+        with pytest.raises(spillover.ConfigError):
+            pool.expect_stream(arena, 0)
         with pytest.raises(spillover.ConfigError):
             pool.release_arena(arena)
         with pytest.raises(spillover.ConfigError):

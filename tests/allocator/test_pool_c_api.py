@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cuda_calls import Cuda
 
 from spillover import _core
 from spillover._paths import library_path
+from spillover.emulator import Fault, faults
 
-OK, INVALID_ARGUMENT, OUT_OF_MEMORY, BUSY = 0, 1, 2, 5
+OK, INVALID_ARGUMENT, OUT_OF_MEMORY, DRIVER_FAILURE, BROKEN_STATE, BUSY = range(6)
+MIB = 1 << 20
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
 
@@ -27,6 +32,7 @@ def library(pool: _core.Pool) -> ctypes.CDLL:
         ctypes.c_void_p,
         ctypes.POINTER(ctypes.c_void_p),
     ]
+    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     for name in ("spillover_free", "spillover_device_of"):
         getattr(library, name).argtypes = [ctypes.c_void_p]
     library.spillover_record_stream.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -74,6 +80,36 @@ def test_failures_give_a_status_and_a_sentence(library: ctypes.CDLL) -> None:
     assert library.spillover_visit_segments(0, None, None) == INVALID_ARGUMENT
 
 
+def test_sizes_are_rounded_to_divisions_of_powers_of_two(
+    library: ctypes.CDLL, pool: _core.Pool
+) -> None:
+    def divisions(*values: int) -> ctypes.Array[ctypes.c_size_t]:
+        return (ctypes.c_size_t * 16)(*values)
+
+    def allocated(size_bytes: int) -> int:
+        before = pool.stats()["allocated_bytes"]["all"]["current"]
+        pointer = alloc(library, size_bytes)
+        after = pool.stats()["allocated_bytes"]["all"]["current"]
+        pool.free(pointer)
+        return int(after - before)
+
+    try:
+        assert library.spillover_round_sizes(divisions(0, 8, 0, 2)) == OK
+        assert allocated((3 << 20) + 1) == (3 << 20) + (256 << 10)
+        assert allocated((9 << 20) + 1) == 12 << 20
+        assert allocated(1_300_000) == 1_300_480
+        assert library.spillover_round_sizes(divisions(1 << 15, *[1 << 15] * 15)) == OK
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+        for wrong in (3, 1 << 16):
+            assert library.spillover_round_sizes(divisions(2, wrong)) == INVALID_ARGUMENT
+            assert f"to {wrong} divisions".encode() in library.spillover_last_error()
+        assert library.spillover_round_sizes(None) == INVALID_ARGUMENT
+        assert allocated((16 << 20) + 1) == (16 << 20) + 512
+    finally:
+        assert library.spillover_round_sizes(divisions()) == OK
+    assert allocated((3 << 20) + 1) == (3 << 20) + 512
+
+
 class OutOfMemory(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_size_t) for name in ("requested", "free", "total", "limit")),
@@ -84,6 +120,7 @@ class OutOfMemory(ctypes.Structure):
         ),
         ("fragmentation", ctypes.c_double),
         ("details", ctypes.c_char_p),
+        ("text", ctypes.c_char_p),
     )
 
 
@@ -101,6 +138,8 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert report.total == _core.memory_info(0)[1] >= report.free
     assert b"Tried: " in report.details
     assert b"spillover.optim" in report.details
+    assert report.text.startswith(b"CUDA out of memory. Tried to allocate 1024.00 TiB. GPU 0 has")
+    assert report.text.endswith(report.details)
     # A failure of another kind has no such figures.
     assert library.spillover_free(4096) == INVALID_ARGUMENT
     sentence = library.spillover_last_error()
@@ -135,7 +174,8 @@ def test_the_header_is_plain_c(tmp_path: Path) -> None:
         pytest.skip("no C compiler")
     source = tmp_path / "use.c"
     source.write_text(
-        '#include "allocator/c_api.h"\nint main(void) { return spillover_abi_version() - 1; }\n'
+        '#include "allocator/c_api.h"\n#include "transfer/c_api.h"\n'
+        "int main(void) { return spillover_abi_version() - 1; }\n"
     )
     subprocess.run(
         [
@@ -168,9 +208,25 @@ def test_try_free_frees(library: ctypes.CDLL, pool: _core.Pool) -> None:
     pool.check_invariants()
 
 
+def test_a_capture_gets_no_ordinary_memory(
+    library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda, kept_streams: list[int]
+) -> None:
+    """Not from the thread's magazine either, which has a block of that size."""
+    stream, out = kept_streams[0], ctypes.c_void_p()
+    address = pool.alloc(7000, stream)
+    pool.free(address)
+    with cuda.capture(stream) as nodes:
+        assert library.spillover_alloc(0, 7000, stream, ctypes.byref(out)) == BROKEN_STATE
+        assert b"recording a CUDA graph" in library.spillover_last_error()
+        assert out.value is None
+    assert nodes == [0]
+    assert library.spillover_alloc(0, 7000, stream, ctypes.byref(out)) == OK
+    assert out.value == address
+    assert library.spillover_free(address) == OK
+
+
 def test_try_alloc_gives_what_the_thread_has_freed(library: ctypes.CDLL, pool: _core.Pool) -> None:
     out = ctypes.c_void_p()
-    library.spillover_try_alloc.argtypes = library.spillover_alloc.argtypes
     assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
     address = alloc(library, 7000)
     assert library.spillover_free(address) == OK
@@ -178,3 +234,122 @@ def test_try_alloc_gives_what_the_thread_has_freed(library: ctypes.CDLL, pool: _
     assert out.value == address, "both round to 7,168 bytes"
     assert library.spillover_try_alloc(0, 7000, None, ctypes.byref(out)) == BUSY
     assert library.spillover_free(address) == OK
+
+
+class Sleeper:
+    """One tag, and the calls that put it to sleep and wake it."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.spillover_make_host_store.restype = ctypes.c_void_p
+        library.spillover_make_host_store.argtypes = [ctypes.c_size_t, ctypes.c_int]
+        library.spillover_release_store.argtypes = [ctypes.c_void_p]
+        library.spillover_release_store.restype = None
+        tags, out = ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_size_t)
+        library.spillover_sleep.argtypes = [
+            ctypes.c_int,
+            tags,
+            ctypes.c_size_t,
+            ctypes.c_void_p,
+            out,
+        ]
+        library.spillover_wake.argtypes = [ctypes.c_int, tags, ctypes.c_size_t, out]
+        tag = ctypes.c_uint32()
+        assert library.spillover_tag(b"weights", ctypes.byref(tag)) == OK
+        self.tags = (ctypes.c_uint32 * 1)(tag.value)
+
+    @contextlib.contextmanager
+    def tagged(self) -> Iterator[None]:
+        previous = ctypes.c_uint32()
+        set_tag = self._library.spillover_set_tag
+        assert set_tag(self.tags[0], ctypes.byref(previous)) == OK
+        yield
+        set_tag(previous, None)
+
+    def alloc(self, size_bytes: int) -> int:
+        with self.tagged():
+            return alloc(self._library, size_bytes)
+
+    def sleep(self, store: int | None = None) -> tuple[int, int]:
+        """Status, and bytes copied."""
+        copied = ctypes.c_size_t(77)
+        status = self._library.spillover_sleep(0, self.tags, 1, store, ctypes.byref(copied))
+        return status, copied.value
+
+    def wake(self) -> tuple[int, int]:
+        copied = ctypes.c_size_t(77)
+        return self._library.spillover_wake(0, self.tags, 1, ctypes.byref(copied)), copied.value
+
+
+@pytest.mark.virtual_memory
+class TestSleep:
+    @pytest.fixture
+    def sleeper(self, library: ctypes.CDLL) -> Iterator[Sleeper]:
+        sleeper = Sleeper(library)
+        yield sleeper
+        assert sleeper.wake()[0] == OK
+
+    def test_contents_come_back(
+        self, library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda, sleeper: Sleeper
+    ) -> None:
+        address = sleeper.alloc(3 * MIB)
+        cuda.fill(address, 3 * MIB, 0, 9)
+        store = library.spillover_make_host_store(64 * MIB, 0)
+        assert sleeper.sleep(store) == (OK, 3 * MIB)
+        library.spillover_release_store(store)  # What it keeps stays.
+        assert sleeper.sleep(None) == (OK, 0), "it sleeps already"
+        assert pool.stats()["reserved_bytes"]["all"]["current"] == 0
+        assert pool.sleeping_tags() == list(sleeper.tags)
+        with sleeper.tagged():
+            out = ctypes.c_void_p()
+            assert library.spillover_alloc(0, 100, None, ctypes.byref(out)) == BROKEN_STATE
+            assert b"sleeps on device 0" in library.spillover_last_error()
+        assert sleeper.wake() == (OK, 3 * MIB)
+        assert sleeper.wake() == (OK, 0)
+        host = cuda.pin(3 * MIB)
+        cuda.read(host, address, 3 * MIB, 0)
+        cuda.synchronize()
+        assert ctypes.string_at(host, 3 * MIB) == bytes([9]) * (3 * MIB)
+        cuda.unpin(host)
+        assert library.spillover_free(address) == OK
+
+    def test_a_store_without_room_changes_nothing(
+        self, library: ctypes.CDLL, pool: _core.Pool, sleeper: Sleeper
+    ) -> None:
+        sleeper.alloc(3 * MIB)
+        small = library.spillover_make_host_store(MIB, 0)
+        assert sleeper.sleep(small) == (OUT_OF_MEMORY, 77)
+        assert b"host memory" in library.spillover_last_error()
+        report = OutOfMemory()
+        last = library.spillover_last_out_of_memory(ctypes.byref(report))
+        assert last == INVALID_ARGUMENT, "no request was refused"
+        library.spillover_release_store(small)
+        assert pool.sleeping_tags() == []
+        assert sleeper.alloc(100)
+
+    def test_without_a_store_nothing_is_copied(
+        self, library: ctypes.CDLL, pool: _core.Pool, sleeper: Sleeper
+    ) -> None:
+        address = sleeper.alloc(3 * MIB)
+        assert sleeper.sleep(None) == (OK, 0)
+        assert library.spillover_wake(0, sleeper.tags, 1, None) == OK
+        assert library.spillover_device_of(address) == 0
+        library.spillover_release_store(None)
+
+    def test_failures_are_told_and_can_be_repeated(
+        self, library: ctypes.CDLL, pool: _core.Pool, sleeper: Sleeper
+    ) -> None:
+        sleeper.alloc(32 * MIB)
+        with faults(Fault("cuMemUnmap")):
+            assert sleeper.sleep(None)[0] == DRIVER_FAILURE
+        assert sleeper.sleep(None) == (OK, 0)
+        pool.configure("limit=16MiB", "the test")
+        assert sleeper.wake()[0] == OUT_OF_MEMORY
+        assert b"waking memory with the tag 'weights'" in library.spillover_last_error()
+        pool.configure("limit=none", "the test")
+        none = (ctypes.c_uint32 * 1)(4000)
+        assert library.spillover_sleep(0, none, 1, None, None) == INVALID_ARGUMENT
+        assert library.spillover_wake(0, none, 1, None) == INVALID_ARGUMENT
+        assert library.spillover_wake(0, None, 1, None) == INVALID_ARGUMENT
+        assert library.spillover_sleep(0, None, 0, None, None) == OK
+        assert library.spillover_wake(63, sleeper.tags, 1, None) == INVALID_ARGUMENT

@@ -31,6 +31,21 @@ def test_memory_whose_unmapping_failed_is_never_handed_out(pool: _core.Pool) -> 
 
 
 @pytest.mark.virtual_memory
+@pytest.mark.parametrize("which", range(4))
+def test_addresses_whose_unmapping_failed_leave_no_hole(pool: _core.Pool, which: int) -> None:
+    blocks = [pool.alloc(8 * MIB) for _ in range(4)]
+    pool.free(blocks.pop(which))
+    with faults(Fault("cuMemUnmap", call=1)), pytest.raises(SpilloverError, match="cuMemUnmap"):
+        pool.trim()
+    for block in blocks:
+        pool.free(block)
+    pool.trim()
+    first, *others = (pool.alloc(8 * MIB) for _ in range(4))
+    assert others == [first + 8 * MIB * number for number in (1, 2, 3)]
+    pool.check_invariants()
+
+
+@pytest.mark.virtual_memory
 def test_memory_whose_release_failed_is_held_no_longer(pool: _core.Pool) -> None:
     pool.free(pool.alloc(32 * MIB))
     with faults(Fault("cuMemRelease", call=2)), pytest.raises(SpilloverError, match="cuMemRelease"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cuda_calls import Cuda, live_blocks
+from cuda_calls import Cuda, live_blocks, wait_for_call
 
 import spillover
 from spillover import SpilloverError, _core, allocator, emulator
@@ -44,7 +44,7 @@ def test_the_device_has_no_virtual_memory(pool: _core.Pool, cuda: Cuda) -> None:
         pool.trim()
         calls = emulator.calls()
     assert calls["cuMemAlloc"] == calls["cuMemFree"] == 1
-    assert not [name for name in calls if "Map" in name or "Create" in name or "Reserve" in name]
+    assert not [name for name in calls if "Map" in name or "MemCreate" in name or "Reserve" in name]
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,12 @@ def test_the_pool_serves_others_while_the_driver_takes_a_chunk_back(
     pool: _core.Pool, cuda: Cuda, kept_streams: list[int], limit: int
 ) -> None:
     """cuMemFree waits for all streams, and they may wait for a thread that needs memory."""
-    started, go = threading.Event(), threading.Event()
+    go = threading.Event()
     pool.free(pool.alloc(40 * MIB))
-    with cuda.host_function(kept_streams[0], lambda: (started.set(), go.wait(30))):
+    with faults(), cuda.host_function(kept_streams[0], lambda: go.wait(30)):
         thread = threading.Thread(target=lambda: pool.alloc(60 * MIB))
         thread.start()
-        assert started.wait(30)
+        wait_for_call("cuMemFree")
         address = pool.alloc(100)
         pool.check_invariants()
         pool.free(address)
@@ -198,19 +198,20 @@ def test_nobody_fails_for_memory_that_another_thread_gives_back(run_emulated: Ru
         """
         import sys, threading
         sys.path.insert(0, sys.argv[1])
-        from cuda_calls import Cuda
+        from cuda_calls import Cuda, wait_for_call
         from spillover import _core, allocator
+        from spillover.emulator import faults
 
         MIB = 1 << 20
         cuda, pool = Cuda(), _core.Pool(0)
         stream = cuda.create_stream()
-        started, go = threading.Event(), threading.Event()
+        go = threading.Event()
         pool.alloc(20 * MIB)
         pool.free(pool.alloc(40 * MIB))
-        with cuda.host_function(stream, lambda: (started.set(), go.wait(30))):
+        with faults(), cuda.host_function(stream, lambda: go.wait(30)):
             thread = threading.Thread(target=lambda: allocator.configure(limit="32MiB"))
             thread.start()  # gives 40 MiB back, for which the driver waits for the stream
-            assert started.wait(30)
+            wait_for_call("cuMemFree")
             threading.Timer(0.1, go.set).start()
             assert pool.alloc(12 * MIB)
             thread.join()

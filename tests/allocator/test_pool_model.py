@@ -17,6 +17,7 @@ SIZES = st.one_of(
     st.sampled_from(EDGE_SIZES), st.integers(1, 4 * KIB), st.integers(4 * KIB, 3 * MIB)
 )
 PICKS = st.integers(0, 1000)  # Of what there is, by the remainder.
+TAGS = st.lists(st.integers(0, 2), min_size=1, max_size=2)
 FOREIGN_STREAMS_MAX = 4
 
 
@@ -105,6 +106,18 @@ class PoolModel(RuleBasedStateMachine):
     @rule(limit_mib=st.sampled_from([None, 8, 24, 40, 64]))
     def limit(self, limit_mib: int | None) -> None:
         self.model.set_limit(None if limit_mib is None else limit_mib * MIB)
+
+    @rule(worker=PICKS, tags=TAGS, contents=st.sampled_from(["host", "host", "short", "discard"]))
+    def sleep(self, worker: int, tags: list[int], contents: str) -> None:
+        if not self.model.cuda.has_virtual_memory:
+            return
+        limit_bytes = None if contents == "host" else MIB
+        host = None if contents == "discard" else _core.HostPool(limit_bytes=limit_bytes)
+        self.model.sleep(self._worker(worker), [self.model.tags[tag] for tag in tags], host)
+
+    @rule(worker=PICKS, tags=TAGS)
+    def wake(self, worker: int, tags: list[int]) -> None:
+        self.model.wake(self._worker(worker), [self.model.tags[tag] for tag in tags])
 
     @rule()
     def trim(self) -> None:

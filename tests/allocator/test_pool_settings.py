@@ -11,6 +11,7 @@ from cuda_calls import Cuda
 
 import spillover
 from spillover import _core, allocator
+from spillover.emulator import Fault, faults
 
 MIB = 1 << 20
 MEMORY_ERRORS = (spillover.SpilloverError, RuntimeError)
@@ -100,8 +101,8 @@ def test_unmapped_max_gives_idle_memory_back(pool: _core.Pool) -> None:
         ({"limit": "20 parsecs"}, "limit=20 parsecs is not understood; write a size"),
         ({"limit": -1}, "limit=-1 is not understood"),
         ({"limit": "1e3GiB"}, "limit=1e3GiB is not understood"),
-        ({"limit": "1GiB,fraction=0.5"}, "limit='1GiB,fraction=0.5' is not understood"),
         ({"limit": ["1GiB"]}, "is not understood; a setting is a number or a text"),
+        ({"limit": "1GiB,fraction=0.5"}, "is more than one setting; give each one by its own"),
         ({"limit": 0.5}, "is less than a byte; for a share of the device write fraction"),
         ({"limit": "0.9"}, "limit=0.9 is not understood; it is less than a byte"),
         ({"fraction": 1.5}, "from 0 to 1"),
@@ -193,6 +194,59 @@ def test_what_one_device_refuses_no_device_takes(run_emulated: Callable[..., Any
         assert [pool.settings() for pool in [*pools, allocator.Pool(2)]] == [*before, before[1]]
         """,
         devices=3,
+    )
+
+
+def test_settings_stay_where_memory_above_the_limit_cannot_be_given_back(
+    pool: _core.Pool, cuda: Cuda
+) -> None:
+    before = pool.settings()
+    live = pool.alloc(16 * MIB)
+    pool.free(pool.alloc(40 * MIB))
+    call = "cuMemUnmap" if cuda.has_virtual_memory else "cuMemFree"
+    for configure in (
+        lambda: allocator.configure(limit="8MiB", wait_max=3),
+        lambda: allocator.configure(device=0, limit="8MiB", wait_max=3),
+        lambda: pool.set_memory_fraction(8 * MIB / _core.memory_info(0)[1]),
+    ):
+        with faults(Fault(call)), pytest.raises(spillover.DriverError, match=call):
+            configure()
+        assert pool.settings() == before
+        pool.check_invariants()
+        pool.free(pool.alloc(40 * MIB))
+    allocator.configure(limit="8MiB")
+    assert held_bytes(pool) == 16 * MIB
+    pool.free(live)
+
+
+def test_one_device_that_fails_keeps_the_settings_of_all(
+    run_emulated: Callable[..., Any], cuda: Cuda
+) -> None:
+    run_emulated(
+        """
+        import sys
+        import spillover
+        from spillover import allocator
+        from spillover.emulator import Fault, calls, faults
+        pools = [allocator.Pool(device) for device in range(3)]
+        before = [pool.settings() for pool in pools]
+        for pool in pools[:2]:
+            pool.allocate("16MiB").free()
+        name = sys.argv[1]
+        with faults(Fault(name, call=2)):
+            try:
+                allocator.configure(limit=0)
+            except spillover.DriverError as error:
+                assert name in str(error), error
+            else:
+                raise AssertionError("no error")
+            assert calls()[name] == 2
+        pools.append(allocator.Pool(3))
+        assert [pool.settings() for pool in pools] == [*before, before[0]]
+        assert pools[0].allocate("32MiB")
+        """,
+        "cuMemUnmap" if cuda.has_virtual_memory else "cuMemFree",
+        devices=4,
     )
 
 

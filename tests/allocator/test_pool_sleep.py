@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from cuda_calls import Cuda, on_thread
+from cuda_calls import Cuda, on_thread, wait_for_call
 
 import spillover
 from spillover import _core, allocator, emulator
@@ -221,9 +221,11 @@ def test_sleep_waits_for_work_on_any_stream(
 
 
 def test_host_memory_that_does_not_suffice_leaves_all_awake(
-    pool: _core.Pool, weights: Blocks
+    pool: _core.Pool, weights: Blocks, host: _core.HostPool
 ) -> None:
     fill_with(weights)
+    pool.sleep([weights.number], host)
+    pool.wake([weights.number])  # Has made the streams of the copies, which last.
     weights.add(90 * MIB - 4096)
     before = emulator.live()
     small = _core.HostPool(limit_bytes=64 * MIB)
@@ -428,6 +430,32 @@ def test_a_private_arena_may_be_released_while_asleep(
     assert pool.segments() == []
 
 
+def test_counters_hold_while_a_waking_waits_for_the_device(
+    pool: _core.Pool, cuda: Cuda, weights: Blocks, kept_streams: list[int]
+) -> None:
+    weights.add(32 * MIB)
+    pool.sleep([weights.number], None)
+    weights.live.clear()
+    pool.configure(f"limit={64 * MIB}", "the test")
+    blocks = [pool.alloc(8 * MIB) for _ in range(4)]
+    busy = pool.alloc(32 * MIB, kept_streams[0])
+    pool.free(blocks[1])  # is idle: its chunks are taken from between the others
+    go = threading.Event()
+    with faults(), cuda.host_function(kept_streams[0], lambda: go.wait(30)):
+        pool.free(busy)  # is waited for
+        pool.stats()  # What this thread keeps goes to the heaps.
+        thread = threading.Thread(target=lambda: pool.wake([weights.number]))
+        thread.start()
+        wait_for_call("cuCtxSynchronize")
+        try:
+            pool.check_invariants()
+        finally:
+            go.set()
+            thread.join()
+    assert pool.sleeping_tags() == []
+    pool.configure("limit=none", "the test")
+
+
 def test_by_name(pool: _core.Pool, weights: Blocks) -> None:
     fill_with(weights)
     assert allocator.sleep("weights") == weights.stats()["allocated_bytes"]
@@ -438,6 +466,12 @@ def test_by_name(pool: _core.Pool, weights: Blocks) -> None:
     weights.live.clear()
     with pytest.raises(spillover.ConfigError, match=r"tag 'wieghts'; tags so far: .*'weights'"):
         allocator.sleep("wieghts")
+    for tags in ("\ud800", b"weights", [7]):
+        with pytest.raises(spillover.ConfigError, match="a tag is a text that can be written in"):
+            allocator.sleep(tags)  # type: ignore[arg-type]
+    for action in (allocator.sleep, allocator.wake):
+        with pytest.raises(spillover.ConfigError, match="tags=7 is neither the name of a tag nor"):
+            action(7)  # type: ignore[operator]
     with pytest.raises(spillover.ConfigError, match="contents='disk' is not one of"):
         allocator.sleep("weights", contents="disk")  # type: ignore[arg-type]
 

@@ -7,42 +7,80 @@ from collections.abc import Callable
 from torch_process import TorchProcess
 
 
-def test_without_caching_memory_goes_back_at_once(torch_with_pool: TorchProcess) -> None:
+def test_without_caching_each_tensor_has_memory_of_its_own(torch_with_pool: TorchProcess) -> None:
+    """It comes from the driver, goes back there when freed, and the pool knows nothing of it."""
     torch_with_pool.run(
         """
-        def reserved():
-            return torch.cuda.memory_reserved()
+        def counted():
+            stats = torch.cuda.memory_stats()
+            return {key: stats[f"{key}.all.allocated"] for key in ("allocation", "requested_bytes")}
 
+        free_bytes = torch.cuda.mem_get_info
         kept = torch.ones(4 * MiB, dtype=torch.uint8, device="cuda")
         torch.ones(64 * MiB, dtype=torch.uint8, device="cuda")
-        assert reserved() >= 68 * MiB
         torch.cuda.caching_allocator_enable(False)
         try:
-            assert reserved() <= 4 * MiB, "what was idle has gone back"
-            free_bytes = torch.cuda.mem_get_info()[0]
+            assert torch.cuda.memory_reserved() <= 4 * MiB, "what was idle has gone back"
+            before, free_before = counted(), free_bytes()[0]
             a = torch.ones(32 * MiB, dtype=torch.uint8, device="cuda")
             b = torch.ones(16 * MiB, dtype=torch.uint8, device="cuda")
+            late = torch.ones(16 * MiB, dtype=torch.uint8, device="cuda")
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 total = b.sum()
             b.record_stream(side)
-            held = reserved()
+            assert free_bytes()[0] <= free_before - 64 * MiB
+            assert counted() == before
             del a
-            assert reserved() <= held - 32 * MiB
+            assert free_bytes()[0] > free_before - 64 * MiB
             del b
-            assert reserved() <= held - 48 * MiB
             with torch.cuda.stream(side):
                 assert total.item() == 16 * MiB
             del total
             pointer = torch.cuda.caching_allocator_alloc(8 * MiB)
             torch.cuda.caching_allocator_delete(pointer)
-            assert torch.cuda.mem_get_info()[0] == free_bytes
-            assert kept.sum().item() == 4 * MiB
+            assert free_bytes()[0] <= free_before - 16 * MiB
+            del kept
+            assert torch.cuda.memory_reserved() == 0, "what the pool had handed out went back, too"
         finally:
             torch.cuda.caching_allocator_enable(True)
-        torch.ones(32 * MiB, dtype=torch.uint8, device="cuda")
-        assert reserved() >= 36 * MiB, "it is cached again"
+        assert late.sum().item() == 16 * MiB
+        cached = torch.ones(32 * MiB, dtype=torch.uint8, device="cuda")
+        free_before = free_bytes()[0]
+        del late
+        assert free_bytes()[0] >= free_before + 16 * MiB, "it is freed where it comes from"
+        del cached
+        assert torch.cuda.memory_reserved() >= 32 * MiB, "it is cached again"
+        """
+    )
+
+
+def test_out_of_memory_without_caching(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        def fails(size_bytes):
+            try:
+                torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+            except torch.OutOfMemoryError as error:
+                return str(error)
+            raise AssertionError("no error")
+
+        assert "caching" not in fails(1 << 40)
+        torch.cuda.caching_allocator_enable(False)
+        try:
+            text = fails(1 << 40)
+            assert text.startswith("CUDA out of memory. Tried to allocate 1024.00 GiB"), text
+            assert "caching is switched off" in text, text
+            pool = torch.cuda.MemPool()
+            with torch.cuda.use_mem_pool(pool):
+                x = torch.ones(256 * MiB, dtype=torch.uint8, device="cuda")
+            assert torch.cuda.memory_allocated() == 256 * MiB, "a private pool is the pool's"
+            del x, pool
+            torch.empty(400 * MiB, dtype=torch.uint8, device="cuda")
+        finally:
+            torch.cuda.caching_allocator_enable(True)
+        assert torch.ones(3, device="cuda").sum().item() == 3
         """
     )
 

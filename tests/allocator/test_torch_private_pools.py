@@ -48,13 +48,13 @@ def test_the_memory_of_a_pool_that_is_gone_goes_back(torch_with_pool: TorchProce
         before = torch.cuda.memory_reserved()
         pool = torch.cuda.MemPool()
         with torch.cuda.use_mem_pool(pool):
-            kept = torch.full((4 * MiB,), 5, dtype=torch.uint8, device="cuda")
+            kept = torch.full((12 * MiB,), 5, dtype=torch.uint8, device="cuda")
             gone = torch.empty(32 * MiB, dtype=torch.uint8, device="cuda")
         del gone
-        assert torch.cuda.memory_reserved() == before + 36 * MiB
+        assert torch.cuda.memory_reserved() == before + 44 * MiB
         del pool  # empties it
-        assert torch.cuda.memory_reserved() == before + 4 * MiB
-        assert kept.sum().item() == 5 * 4 * MiB
+        assert torch.cuda.memory_reserved() == before + 12 * MiB
+        assert kept.sum().item() == 5 * 12 * MiB
         del kept
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() == before
@@ -96,7 +96,7 @@ def test_only_the_thread_that_uses_a_pool(torch_with_pool: TorchProcess) -> None
     )
 
 
-def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess) -> None:
+def test_a_pool_that_helps_out(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """
         helper = torch.cuda.MemPool(use_on_oom=True)
@@ -114,11 +114,89 @@ def test_pools_that_help_out_and_that_do_not_split(torch_with_pool: TorchProcess
         finally:
             allocator.configure(limit=None, wait_max="30s")
         del saved
+        """
+    )
 
-        whole = torch.cuda.MemPool(no_split=True)
+
+def test_blocks_of_a_pool_that_does_not_split_are_segments(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        ordinary, whole = torch.cuda.MemPool(), torch.cuda.MemPool(no_split=True)
+        sizes = (4 * MiB, 40, 4 * MiB, 21 * MiB)
+
+        def allocate(pool):
+            with torch.cuda.use_mem_pool(pool):
+                return [torch.zeros(size, dtype=torch.uint8, device="cuda") for size in sizes]
+
+        def held():
+            stats = torch.cuda.memory_stats()
+            return stats["segment.all.current"], stats["reserved_bytes.all.current"]
+
+        def events(action):
+            (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
+            return [(entry["addr"], entry["size"]) for entry in trace if entry["action"] == action]
+
+        (count, reserved) = before = held()
+        torch.cuda.memory._record_memory_history(stacks="python")
+        tensors = allocate(whole)
+        assert held() == (count + 4, reserved + 32 * MiB), held()
+
+        segments = {segment["address"]: segment for segment in whole.snapshot()}
+        ours = [segments.pop(tensor.data_ptr()) for tensor in tensors]
+        assert not segments, segments
+        assert [segment["total_size"] for segment in ours] == [size * MiB for size in (4, 2, 4, 22)]
+        for size, segment in zip(sizes, ours):
+            (block,) = segment["blocks"]
+            assert block["size"] == segment["total_size"] and block["requested_size"] == size
+            assert block["state"] == "active_allocated"
+        ranges = [(segment["address"], segment["total_size"]) for segment in ours]
+        assert events("segment_map") == ranges, events("segment_map")
+        others = allocate(ordinary)
+        assert len(whole.snapshot()) > len(ordinary.snapshot())
+        del others, ordinary  # and its memory
+
+        # A smaller request gets a free block whole.
+        address = tensors.pop().data_ptr()
         with torch.cuda.use_mem_pool(whole):
-            first, second = torch.zeros(10, device="cuda"), torch.zeros(10, device="cuda")
-        assert abs(first.data_ptr() - second.data_ptr()) >= 2 * MiB
+            tensors.append(torch.empty(5 * MiB, dtype=torch.uint8, device="cuda"))
+        assert tensors[-1].data_ptr() == address
+        assert held() == (count + 4, reserved + 32 * MiB), held()
+        now = [(segment["address"], segment["total_size"]) for segment in whole.snapshot()]
+        assert sorted(now) == sorted(ranges), now
+        del tensors, whole
+        assert held() == before, held()
+        assert set(ranges) <= set(events("segment_unmap")), events("segment_unmap")
+        torch.cuda.memory._record_memory_history(None)
+        """
+    )
+
+
+def test_a_graph_and_checkpoints_in_a_pool_that_does_not_split(
+    torch_with_pool: TorchProcess,
+) -> None:
+    torch_with_pool.run(
+        """
+        x = torch.ones(3 * MiB // 4, device="cuda")
+        pool = torch.cuda.MemPool(no_split=True)
+
+        def capture(function):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool.id):
+                result = function()
+            return graph, result
+
+        first, a = capture(lambda: x + 1)
+        state = torch._C._cuda_getCheckpointState(0, pool.id)
+        second, b = capture(lambda: (a * 2) + 3)
+        address = b.data_ptr()
+        torch._C._cuda_setCheckpointPoolState(0, state, [b.untyped_storage()._cdata], [])
+        del b  # its block was freed already
+        third, c = capture(lambda: (a * 2) + 4)
+        assert c.data_ptr() == address
+        first.replay()
+        third.replay()
+        assert a.eq(2).all().item() and c.eq(8).all().item()
+        assert all(len(segment["blocks"]) == 1 for segment in pool.snapshot())
         """
     )
 
@@ -229,6 +307,62 @@ def test_a_graph_of_two_streams(torch_with_pool: TorchProcess) -> None:
             graph.replay()
             assert result.eq(value * 7 + 1).all().item()
         del z, other
+        """
+    )
+
+
+def test_a_block_of_two_captured_streams_is_free_after_the_capture(
+    torch_with_pool: TorchProcess,
+) -> None:
+    """As with torch's own allocator: in the graph it could be written before it was read."""
+    torch_with_pool.run(
+        """
+        x, side = torch.ones(2 * MiB, device="cuda"), torch.cuda.Stream()
+        for is_joined_before in (False, True):
+            graph, following = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                main = torch.cuda.current_stream()
+                shared = x + 1
+                address = shared.data_ptr()
+                side.wait_stream(main)
+                with torch.cuda.stream(side):
+                    doubled = shared * 2
+                shared.record_stream(side)
+                del shared
+                if is_joined_before:
+                    main.wait_stream(side)
+                other = x + 3
+                assert other.data_ptr() != address
+                if not is_joined_before:
+                    main.wait_stream(side)
+                total = doubled + other
+            with torch.cuda.graph(following, pool=graph.pool()):
+                again = x + 5
+            assert again.data_ptr() == address
+            for value in (2, 6):
+                x.fill_(value)
+                graph.replay()
+                following.replay()
+                assert total.eq(2 * (value + 1) + value + 3).all().item()
+                assert again.eq(value + 5).all().item()
+            x.fill_(1)
+        """
+    )
+
+
+def test_the_cache_is_emptied_while_a_graph_is_recorded(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        x, unused = (torch.ones(8 * MiB, device="cuda") for _ in range(2))
+        del unused
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            torch.cuda.empty_cache()
+            y = x + 1
+            torch.cuda.empty_cache()
+        x.fill_(3)
+        graph.replay()
+        assert y.eq(4).all().item()
         """
     )
 
@@ -351,4 +485,108 @@ def test_a_checkpoint_brings_back_what_was_freed(torch_with_pool: TorchProcess) 
             torch._C._cuda_cudaCachingAllocator_raw_delete(address)
         assert check(0, pool, set())
         """
+    )
+
+
+CAPTURE_ON_TWO_STREAMS = """
+def setting(value):
+    torch._C._accelerator_setAllocatorSettings(f"graph_capture_record_stream_reuse:{value}")
+
+def capture(join):
+    '''Where a tensor lay that others use, and where later ones lie: before and after the join.'''
+    own, others = torch.cuda.Stream(), [torch.cuda.Stream() for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    source = torch.ones(MiB, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=own):
+        used = source * 2
+        results = []
+        for other in others:
+            other.wait_stream(own)
+            with torch.cuda.stream(other):
+                results.append(used + 1)
+                used.record_stream(other)
+        places = [used.data_ptr()]
+        del used
+        before = source * 5
+        join(own, others)
+        after = source * 7
+        places += [before.data_ptr(), after.data_ptr()]
+        for other in others:
+            own.wait_stream(other)
+        results.append(before + after)
+    for value in (1.0, 3.0):
+        source.fill_(value)
+        graph.replay()
+        assert all(result.eq(value * 2 + 1).all().item() for result in results[:2])
+        assert results[2].eq(value * 12).all().item()
+    return places
+"""
+
+
+def test_a_capture_reuses_what_it_has_waited_for(torch_with_pool: TorchProcess) -> None:
+    """With torch's setting graph_capture_record_stream_reuse; the emulator sees every overlap."""
+    torch_with_pool.run(
+        CAPTURE_ON_TWO_STREAMS
+        + """
+def both(own, others):
+    for other in others:
+        own.wait_stream(other)
+
+def through_each_other(own, others):
+    others[1].wait_stream(others[0])
+    own.wait_stream(others[1])
+
+def one(own, others):
+    own.wait_stream(others[0])
+
+setting(True)
+try:
+    for join in (both, through_each_other):
+        used, before, after = capture(join)
+        assert used != before, "the others still use it"
+        assert used == after, join
+    used, before, after = capture(one)
+    assert used not in (before, after), "one of the others still uses it"
+finally:
+    setting(False)
+used, before, after = capture(both)
+assert used not in (before, after), "it is off"
+"""
+    )
+
+
+def test_a_capture_leaves_alone_what_was_used_before_it(torch_with_pool: TorchProcess) -> None:
+    """What streams did before the capture is no part of the graph and may not be done yet."""
+    torch_with_pool.run(
+        CAPTURE_ON_TWO_STREAMS
+        + """
+pool = torch.cuda.MemPool()
+own, other = torch.cuda.Stream(), torch.cuda.Stream()
+with torch.cuda.stream(own), torch.cuda.use_mem_pool(pool):
+    early = torch.ones(MiB, device="cuda")
+source = torch.ones(MiB, device="cuda")
+other.wait_stream(own)
+other.wait_stream(torch.cuda.current_stream())
+setting(True)
+try:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(other):
+        total = early.sum()
+    early.record_stream(other)
+    place = early.data_ptr()
+    with torch.cuda.graph(graph, pool=pool.id, stream=own):
+        other.wait_stream(own)
+        with torch.cuda.stream(other):
+            source.mul_(1)
+        del early
+        own.wait_stream(other)
+        result = source * 2
+    assert result.data_ptr() != place
+finally:
+    setting(False)
+graph.replay()
+assert total.item() == MiB
+assert result.eq(2).all().item()
+"""
     )

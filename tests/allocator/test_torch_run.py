@@ -175,6 +175,10 @@ def test_exit_codes_and_exceptions_are_the_programs(spillover_run: Run, tmp_path
         (["--limt", "1GiB", "x.py"], "there is no option '--limt'"),
         (["-m"], "-m needs the name of a module"),
         (["--set", "limits=1GiB", "x.py"], "the nearest is 'limit'"),
+        (
+            ["--limit", "1GiB,fraction=0.5", "x.py"],
+            "--limit '1GiB,fraction=0.5' is more than a size; give other settings by --set",
+        ),
         (["--record-trace", "nowhere/x.csv", "x.py"], "there is no folder"),
         (["--record-trace", ".", "x.py"], "'.' is a folder; give the name of a file in it"),
     ],

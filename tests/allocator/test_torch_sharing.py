@@ -99,7 +99,8 @@ del y, storage
 
 # What torch's own allocator sends: since 2.13, and before.
 size, count = struct.unpack_from("=QQ", handle, 10)
-files = handle[34 if version == 3 else 26:][:4 * count]
+head = 34 if version == 3 else 26
+files = handle[head:][:4 * count]
 for number, kinds in ((3, b"\\1\\0\\0\\0pad!"), (2, b""), (1, b"")):
     storage = opened(bytes([number]) + handle[1:26] + kinds + files)
     assert torch.empty(0, device="cuda").set_(storage, 0, (1000,))[1].item() == 7
@@ -116,7 +117,7 @@ refused(b"\\3x" + bytes(100), "kind 120")
 refused(b"\\x07" + handle[1:], "version 7", "newer torch")
 refused(b"\\0" + handle[1:], "version 0")
 refused(handle[:20], "too early")
-refused(handle[:34], "chunks", "room")
+refused(handle[:head], "chunks", "room")
 refused(handle[:-1], "too early")
 refused(sized[:-1], "1 chunks", "room for 0")
 refused(b"\\3c" + bytes(64), "cuIpcOpenMemHandle")

@@ -150,10 +150,11 @@ def test_segments_are_in_the_history(torch_with_pool: TorchProcess) -> None:
 def test_segments_without_caching_are_in_the_history(torch_with_pool: TorchProcess) -> None:
     torch_with_pool.run(
         """
+        x = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
         torch.cuda.memory._record_memory_history()
-        with torch.cuda.memory.caching_allocator_disabled():
-            x = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
-            del x
+        torch.cuda.caching_allocator_enable(False)
+        del x
+        torch.cuda.caching_allocator_enable(True)
         trace = torch.cuda.memory._snapshot()["device_traces"][0]
         torch.cuda.memory._record_memory_history(enabled=None)
         assert trace[-1]["action"] == "segment_unmap", trace

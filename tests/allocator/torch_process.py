@@ -70,9 +70,10 @@ for line in sys.stdin:
 class TorchProcess:
     """Owns the process; used by one thread."""
 
-    def __init__(self, enable: str = ENABLE) -> None:
+    def __init__(self, enable: str = ENABLE, adapter: str = "full") -> None:
+        install = INSTALL.replace('"full"', f'"{adapter}"')
         self._process = subprocess.Popen(
-            [sys.executable, "-c", enable + INSTALL + _SERVER],
+            [sys.executable, "-c", enable + install + _SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

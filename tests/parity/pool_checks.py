@@ -142,6 +142,41 @@ def _graph(target: Callable[[], type]) -> None:
     assert all(x[0].item() == 7.0 for x in others), "a replay writes to others' memory"
 
 
+@check("torch.Tensor.record_stream (captured)")
+def _captured_record_stream() -> None:
+    source, side = torch.zeros(MIB, device="cuda"), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        shared = source + 1
+        address = shared.data_ptr()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            doubled = shared * 2
+        shared.record_stream(side)
+        del shared
+        other = source - 1
+        assert other.data_ptr() != address, "memory is reused before the other stream has read it"
+        torch.cuda.current_stream().wait_stream(side)
+        out = doubled - (other - source)  # 2 * (source + 1) + 1
+        out -= 2
+    is_replayed(graph, source, out)
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), pool=graph.pool()):
+        again = source + 1
+    assert again.data_ptr() == address, "memory is not reused after the capture"
+
+
+@check("torch.cuda.empty_cache (captured)")
+def _captured_empty_cache() -> None:
+    source, unused = torch.zeros(MIB, device="cuda"), torch.zeros(8 * MIB, device="cuda")
+    del unused
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.cuda.empty_cache()
+        out = source * 2 + 1
+        torch.cuda.empty_cache()
+    is_replayed(graph, source, out)
+
+
 @check("torch.accelerator.Graph")
 def _accelerator_graph() -> None:
     source = torch.zeros(MIB, device="cuda")

@@ -92,6 +92,10 @@ def test_what_cannot_be_recorded_is_said(tmp_path: Path) -> None:
         record_trace(tmp_path / "nowhere" / "run.csv")
     with pytest.raises(ConfigError, match="there is no CUDA device 7"):
         record_trace(tmp_path / "run.csv", device=7)
+    for device in ("0", "cuda:0", -1, None, 1 << 40):
+        with pytest.raises(ConfigError, match="is not the index of a CUDA device, 0 or more"):
+            record_trace(tmp_path / "run.csv", device=device)  # type: ignore[arg-type]
+    assert not (tmp_path / "run.csv").exists()
     with pytest.raises(StorageError, match="No space left"), record_trace("/dev/full"):
         make(KIB)
 

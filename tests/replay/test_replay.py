@@ -151,6 +151,27 @@ def test_command_prints_and_writes(tmp_path: Path) -> None:
     assert found["allocator"] == "ours"
 
 
+def test_the_exit_code_tells_of_an_allocator_that_failed(tmp_path: Path) -> None:
+    """The pool puts pieces together for a block that PyTorch's own allocator has no room for."""
+    pieces = [f"alloc,{number},{20 * MIB}\n" for number in range(3)]
+    lines = [f"alloc,first,{60 * MIB}\n", "free,first\n", *pieces, "free,0\n", "free,2\n"]
+    lines.append(f"alloc,whole,{40 * MIB}\n")
+    path = written(tmp_path, "op,id,bytes\n" + "".join(lines))
+    found = tmp_path / "out.json"
+    picture = tmp_path / "out.png"
+    result = command(path, "--vram", "80MiB", "--json", found, "--plot", picture)
+    assert result.returncode == 3, result.stderr
+    assert result.stderr == ""
+    assert "native failed at event 7: " in result.stdout
+    assert "ours failed" not in result.stdout
+    assert "peak held" in result.stdout
+    failed_at = {
+        one["allocator"]: one["failed_at"] for one in json.loads(found.read_text())["replays"]
+    }
+    assert failed_at == {"ours": None, "native": 7, "expandable": None}
+    assert picture.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +179,7 @@ def test_command_prints_and_writes(tmp_path: Path) -> None:
         (("--json", "nowhere/x.json"), "there is no folder"),
         (("--json", "."), "'.' is a folder"),
         (("--plot", "."), "'.' is a folder"),
+        (("--plot", "x.mp3"), "'x.mp3' cannot be written: the format 'mp3' is not one of"),
         (("--vram", "lots"), "vram='lots' is not a size"),
         (("--device", "0", "missing.csv"), "missing.csv: cannot be read"),
     ],
@@ -169,6 +191,7 @@ def test_command_says_what_is_wrong(
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+    assert result.stdout == "", "nothing was replayed"
 
 
 @pytest.mark.gpu

@@ -34,7 +34,8 @@ def configure(*, device: int | None = None, **settings: Unpack[Settings]) -> Non
     """Change settings of the pools; those that are not named keep their values.
 
     ``SPILLOVER_ALLOCATOR="limit=20GiB,wait_max=30s"`` in the environment does the same before the
-    first pool is made. Either everything is changed or, with an error, nothing.
+    first pool is made. Either everything is changed or, with an error, nothing; but idle memory
+    that went to the driver before the error is gone.
 
     Parameters
     ----------
@@ -67,6 +68,8 @@ def configure(*, device: int | None = None, **settings: Unpack[Settings]) -> Non
         A key is unknown (the message names the nearest one), or a value is not understood.
     StateError
         A setting cannot change any more.
+    DriverError
+        The driver failed to take back memory above a new limit.
     """
     apply(device, settings)
 
@@ -94,6 +97,10 @@ def _text(key: str, value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return f"{Decimal(value):f}"  # all of it, and never with an exponent
-    if isinstance(value, int | str) and "," not in (text := str(value)):
-        return text
-    raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")
+    if not isinstance(value, int | str):
+        raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")
+    if "," in (text := str(value)):
+        raise ConfigError(
+            f"{key}={value!r} is more than one setting; give each one by its own keyword"
+        )
+    return text

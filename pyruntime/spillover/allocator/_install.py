@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.machinery
 import importlib.util
 import threading
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spillover import _first_use
 from spillover._errors import BuildError, ConfigError, StateError
 from spillover._settings import enabled, logger
-from spillover.allocator import _configure, _pool, _torch_settings
+from spillover.allocator import _configure, _plain, _pool, _torch_settings
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
 Adapter = Literal["auto", "full", "plain"]
 
 _MODULE_NAME = "spillover_torch_adapter"
-_PLAIN_LACKS = (
-    "With it torch.cuda.memory_allocated(), memory_stats() and the like, snapshots and "
-    "torch.accelerator's memory functions raise or return 0, and running out of memory raises "
-    "RuntimeError, not torch.OutOfMemoryError; spillover.allocator.stats() works"
-)
-
 _lock = threading.Lock()
 _installed: Literal["full", "plain"] | None = None
 
@@ -43,9 +36,11 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
     ----------
     adapter
         ``"full"`` supports all of ``torch.cuda``'s memory functions and needs a C++ compiler.
-        ``"plain"`` needs none and goes through torch's pluggable allocator, which lacks statistics,
-        snapshots and ``torch.OutOfMemoryError``. ``"auto"`` takes the full one, and the plain one
-        with a warning where the full one cannot be compiled.
+        ``"plain"`` needs none and goes through torch's pluggable allocator, which has statistics,
+        snapshots, ``MemPool``, CUDA graphs and ``torch.OutOfMemoryError``, but no memory histories
+        and no sharing with other processes; a warning in the log says once what it lacks.
+        ``"auto"`` takes the full one, and the plain one with a warning where the full one cannot
+        be compiled.
 
     **settings
         Settings of the pools, for example ``limit="20GiB"``; see :func:`configure`. They also apply
@@ -89,6 +84,7 @@ def install(*, adapter: Adapter = "auto", **settings: Unpack[_configure.Settings
         _torch_settings.apply_environment()
         if adapter == "plain":
             _install_plain()
+            logger.warning("torch uses the plain adapter. %s.", _plain.LACKS)
             _installed = "plain"
         else:
             _installed = _install_best(allow_plain=adapter == "auto")
@@ -130,7 +126,7 @@ def _install_best(*, allow_plain: bool) -> Literal["full", "plain"]:
         if not allow_plain:
             raise
         reason = str(error).rstrip(".")
-        message = f"{reason}. Torch's plain pluggable allocator is used instead. {_PLAIN_LACKS}."
+        message = f"{reason}. Torch's plain pluggable allocator is used instead. {_plain.LACKS}."
         logger.warning(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
         _install_plain()
@@ -163,24 +159,8 @@ def _load(path: Path) -> ModuleType:
 
 
 def _install_plain() -> None:
-    import torch
-
-    library = _pool.library()
-    allocator: Any = torch.cuda.memory.CUDAPluggableAllocator(
-        library._name, "spillover_pluggable_alloc", "spillover_pluggable_free"
-    )
-    functions = allocator.allocator()
-    functions.set_record_stream_fn(_address(library.spillover_pluggable_record_stream))
-    functions.set_reset_fn(_address(library.spillover_pluggable_empty_cache))
-    functions.set_base_alloc_fn(_address(library.spillover_pluggable_base))
-    functions.set_memory_fraction_fn(_address(library.spillover_pluggable_set_memory_fraction))
-    _swap(allocator)
-
-
-def _address(function: Any) -> int:
-    value = ctypes.cast(function, ctypes.c_void_p).value
-    assert value is not None
-    return value
+    _swap(_plain.make_allocator())
+    _plain.replace_functions()
 
 
 def _swap(allocator: Any) -> None:

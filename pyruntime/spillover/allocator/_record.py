@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spillover._errors import ConfigError, StateError, StorageError
+from spillover.allocator import _pool
 from spillover.allocator._handle import Handle
 
 _lock = threading.Lock()
@@ -82,6 +83,7 @@ def record_trace(path: Path | str, *, device: int = 0) -> TraceRecording:
     """
     global _active
     path = Path(path).absolute()
+    _pool.device_index(device)  # Before a part is compiled for it.
     library = _library()
     _require_device(device)
     with _lock:
@@ -101,7 +103,7 @@ def _require_device(device: int) -> None:
 
     cuda: Any = torch.cuda  # torch leaves some of its functions without types
     cuda.init()
-    if not 0 <= device < cuda.device_count():
+    if device >= cuda.device_count():
         raise ConfigError(f"there is no CUDA device {device}; there are {cuda.device_count()}")
 
 

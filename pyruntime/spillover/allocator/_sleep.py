@@ -7,7 +7,7 @@ from typing import Literal
 
 from spillover import _core, _pinned
 from spillover._errors import ConfigError, SpilloverError, StateError
-from spillover.allocator import _pool
+from spillover.allocator import _pool, _tags
 
 Contents = Literal["host", "discard"]
 
@@ -50,7 +50,7 @@ def sleep(
     Raises
     ------
     ConfigError
-        Nobody has used a tag of that name, or the pool is without virtual memory.
+        Nobody has used a tag of that name, it is no text, or the pool is without virtual memory.
     HostOutOfMemory
         Pinned host memory does not suffice.
     StateError
@@ -103,7 +103,7 @@ def wake(tags: str | Iterable[str] | None = None, *, device: int | None = None) 
         The device has not enough; the message says how much is missing (``DriverError`` where torch
         is not loaded).
     ConfigError
-        Nobody has used a tag of that name.
+        Nobody has used a tag of that name, or it is no text.
     StateError
         A CUDA graph is being recorded, or another thread puts a tag to sleep or wakes it.
     DriverError
@@ -127,12 +127,17 @@ def _undo(done: list[tuple[_core.Pool, list[int]]]) -> str:
 
 
 def _numbers(tags: str | Iterable[str] | None) -> list[int]:
-    names = _core.tag_names()[1:] if tags is None else [tags] if isinstance(tags, str) else tags
-    return [_number(name) for name in names]
+    if tags is None:
+        return [_number(name) for name in _core.tag_names()[1:]]
+    if isinstance(tags, str):
+        return [_number(tags)]
+    if not isinstance(tags, Iterable):
+        raise ConfigError(f"tags={tags!r} is neither the name of a tag nor several of them")
+    return [_number(name) for name in tags]
 
 
 def _number(name: str) -> int:
-    number = _core.find_tag(name)
+    number = _core.find_tag(_tags.checked_name(name))
     if number is None:
         known = ", ".join(repr(other) for other in _core.tag_names()[1:]) or "none"
         raise ConfigError(f"nothing was allocated with the tag {name!r}; tags so far: {known}")

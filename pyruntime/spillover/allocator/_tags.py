@@ -34,7 +34,7 @@ def tag(name: str) -> Iterator[None]:
     ConfigError
         The name is no text or too long, or there are too many.
     """
-    previous = _core.set_tag(_core.tag_number(_checked(name)))
+    previous = _core.set_tag(_core.tag_number(checked_name(name)))
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
     ConfigError
         The name is no text, or there is no such device.
     """
-    number = _core.find_tag(_checked(name))
+    number = _core.find_tag(checked_name(name))
     pool = _core.Pool(_pool.device_index(device))
     if number is None:
         return {
@@ -78,7 +78,8 @@ def tag_stats(name: str, device: int = 0) -> TagStats:
     return pool.tag_stats(number)
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
+    """The name, where it can be that of a tag."""
     try:
         if isinstance(name, str):
             name.encode()

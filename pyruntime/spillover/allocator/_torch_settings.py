@@ -24,15 +24,18 @@ _WITHOUT_EFFECT = {
     "not keep its rest from being used",
     "max_non_split_rounding_mb": "it goes with max_split_size_mb, which the pool does not need",
     "large_segment_size_mb": "the pool takes memory from the driver as it is needed",
-    "roundup_power2_divisions": "free blocks of any size are used for any other",
     "garbage_collection_threshold": "idle pages serve every request before new memory is taken; "
     "unmapped_max and trim() say what is kept",
     "release_lock_on_cudamalloc": "most requests take no lock, and none is held while the pool "
     "waits for the device",
     "release_lock_on_hipmalloc": "it is for ROCm",
-    "graph_capture_record_stream_reuse": "the pool does not look into the graph that is captured",
     "throw_on_cudamalloc_oom": "the pool's limit is limit= or fraction=, and a request above it "
     "fails before the driver is asked",
+}
+# The full adapter asks torch's parser for their values.
+_FULL_ONLY = {
+    "roundup_power2_divisions": "the plain adapter does not know the divisions",
+    "graph_capture_record_stream_reuse": "the plain adapter does not see what graphs record",
 }
 _EXPANDABLE_OFF = "the pool maps memory where the device can; virtual_memory=off turns that off"
 
@@ -55,13 +58,22 @@ def apply_environment() -> None:
     ConfigError
         It asks for another allocator, ``backend:cudaMallocAsync``.
     """
-    for variable in _VARIABLES:
-        if variable in os.environ:
-            settings = split(os.environ[variable])
-            _refuse_other_allocators(settings, variable)
-            _honour_fraction(settings, variable)
-            _tell(settings)
-            return
+    variable, text = environment()
+    settings = split(text)
+    _refuse_other_allocators(settings, variable)
+    _honour_fraction(settings, variable)
+    _tell(settings)
+
+
+def environment() -> tuple[str, str]:
+    """The variable that torch reads, and its text; an empty one where there is none."""
+    variable = next((name for name in _VARIABLES if name in os.environ), _VARIABLES[0])
+    return variable, os.environ.get(variable, "")
+
+
+def tell_what_plain_lacks(text: str) -> None:
+    """Say which settings of the text only the full adapter honours."""
+    _tell(split(text), _FULL_ONLY)
 
 
 def on_change(text: str) -> str:
@@ -97,13 +109,16 @@ def _honour_fraction(settings: list[tuple[str, str]], variable: str) -> None:
         _configure.apply(None, {"fraction": float(fraction)})
     except (ValueError, ConfigError) as error:
         raise ConfigError(
-            f"{variable}: per_process_memory_fraction:{fraction} is not a number from 0 to 1"
+            f"{variable}: per_process_memory_fraction is invalid: {fraction!r} is not a number "
+            "from 0 to 1"
         ) from error
 
 
-def _tell(settings: list[tuple[str, str]]) -> None:
+def _tell(
+    settings: list[tuple[str, str]], without_effect: dict[str, str] = _WITHOUT_EFFECT
+) -> None:
     """Say once which keys have no effect, and why."""
-    reasons = {key: _WITHOUT_EFFECT[key] for key, _ in settings if key in _WITHOUT_EFFECT}
+    reasons = {key: without_effect[key] for key, _ in settings if key in without_effect}
     if ("expandable_segments", "False") in settings:
         reasons["expandable_segments:False"] = _EXPANDABLE_OFF
     with _lock:

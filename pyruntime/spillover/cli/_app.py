@@ -203,9 +203,14 @@ def run(
 
     So are the Python processes that it starts, such as torchrun's and DataLoader's workers.
     """
+    from spillover._errors import ConfigError
     from spillover.cli import _run
 
     settings = list(setting or [])
     if limit is not None:
+        if "," in limit:
+            raise ConfigError(
+                f"--limit {limit!r} is more than a size; give other settings by --set KEY=VALUE"
+            )
         settings.append(f"limit={limit}")
     _run.replace_process([script, *(arguments or [])], settings, record_trace)

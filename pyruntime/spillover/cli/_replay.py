@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from spillover.replay import Allocator, Replay
 
+_FAILED_EXIT_CODE = 3
+
 
 def replay(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.", metavar="TRACE...")],
@@ -32,18 +34,24 @@ def replay(
 
     TRACE is a csv of spillover.allocator.record_trace(), a memory snapshot of torch, or a log
     of RMM. Without --vram it runs on this machine's GPU, or on an emulated device of 80 GiB.
+
+    The exit code is 0 where every trace was replayed to its end, 3 where an allocator failed at an
+    event, for example for want of memory, and 2 for an error, such as an option that is wrong.
     """
     from spillover._errors import ConfigError
     from spillover.cli._places import require_file_place
     from spillover.replay import ALLOCATORS, ReplayOptions, read_trace
     from spillover.replay import plot as draw
     from spillover.replay import replay as run
+    from spillover.replay._plot import require_picture
 
     if on != "all" and on not in ALLOCATORS:
         raise ConfigError(f"--on {on!r} is not one of {', '.join(ALLOCATORS)} and all")
     for path in (json_file, plot):
         if path is not None:
             require_file_place(path)
+    if plot is not None:
+        require_picture(plot)
     options = ReplayOptions(vram=vram)
     chosen: Sequence[Allocator] = [name for name in ALLOCATORS if on in ("all", name)]
     read = [read_trace(path, device=device) for path in traces]
@@ -57,6 +65,8 @@ def replay(
         json_file.write_text(json.dumps({"replays": found}, indent=1) + "\n")
     if plot is not None:
         draw(results, plot)
+    if any(one.failed_at is not None for _, replays in results for one in replays):
+        raise typer.Exit(_FAILED_EXIT_CODE)
 
 
 def _print(replays: Sequence[Replay]) -> None:

@@ -31,6 +31,7 @@ def plot(results: Sequence[tuple[Trace, Sequence[Replay]]], path: Path | str) ->
     ConfigError
         matplotlib is missing, or does not know the format, or there is no such folder.
     """
+    require_picture(path)
     figure_class = _figure_class()
     figure = figure_class(figsize=(9, 3.2 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
@@ -40,6 +41,23 @@ def plot(results: Sequence[tuple[Trace, Sequence[Replay]]], path: Path | str) ->
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise ConfigError(f"the picture {str(path)!r} cannot be written: {error}") from error
+
+
+def require_picture(path: Path | str) -> None:
+    """Refuse a picture that :func:`plot` could not write, before hours of replays end at it.
+
+    Raises
+    ------
+    ConfigError
+        matplotlib is missing, or does not know the format that the suffix names.
+    """
+    formats = _figure_class()().canvas.get_supported_filetypes()
+    suffix = Path(path).suffix.lower().removeprefix(".")
+    if suffix and suffix not in formats:
+        raise ConfigError(
+            f"the picture {str(path)!r} cannot be written: the format {suffix!r} is not one of "
+            f"{', '.join(sorted(formats))}"
+        )
 
 
 def _figure_class() -> Any:
