@@ -1,4 +1,4 @@
-"""The disk store's engines beside a raw loop over a file in the same folder.
+"""The disk store's engines beside a raw loop over the same files.
 
 The physical limit is the raw loop: plain O_DIRECT transfers without checksums, over queue depths,
 by threads and by io_uring, the best of them. It takes turns with ours. The store writes and reads
@@ -51,26 +51,32 @@ def run(*, quick: bool, folder: Path | None = None, size: str | None = None) -> 
     metrics: dict[str, float] = {"crc_gb_s": _crc_gb_s(5 if quick else 15)}
     details: dict[str, Any] = {}
     engines = [engine for engine in ("io_uring", "threads") if _works(folder, engine, notes)]
-    with RawDisk(folder, size_bytes) as raw:
-        best = _best_ways(raw, min(size_bytes, 512 * _MIB), quick, details)
-        ours = {engine: _Ours(folder, engine, size_bytes) for engine in engines}
+    ours = {engine: _Ours(folder, engine, size_bytes) for engine in engines}
+    with RawDisk([each.descriptor for each in ours.values()]) as raw:
         for each in ours.values():  # Files have their blocks from then on.
             each.seconds("write")
             notes += each.notes
-        raw.seconds("write", best["write"], size_bytes)
+        first = next(iter(ours.values()))
+        best = _best_ways(raw, first.descriptor, min(size_bytes, 512 * _MIB), quick, details)
         for direction in DIRECTIONS:
             rows: dict[str, list[float]] = {}
+            for each in ours.values():
+                each.seconds("write")  # The raw loop has written over it.
             for _ in range(pairs):
                 for engine, each in ours.items():
                     mine = size_bytes / each.seconds(direction) / 1e9
-                    limit = size_bytes / raw.seconds(direction, best[direction], size_bytes) / 1e9
+                    limit = (
+                        size_bytes
+                        / 1e9
+                        / raw.seconds(direction, best[direction], size_bytes, each.descriptor)
+                    )
                     rows.setdefault(f"ours_{_short(engine)}", []).append(mine)
                     rows.setdefault("raw", []).append(limit)
                     rows.setdefault(f"ratio_{engine}", []).append(mine / limit)
             _add(metrics, direction, rows)
             details[direction] = {name: spread(values) for name, values in rows.items()}
-        for each in ours.values():
-            each.close()
+    for each in ours.values():
+        each.close()
     _ask_fio(folder, size_bytes, best, metrics, notes)
     if importlib.util.find_spec("deepspeed") is None:
         notes.append("DeepSpeed's async_io: deepspeed is not installed (needs libaio-dev, too)")
@@ -113,6 +119,7 @@ class _Ours:
         self._count = size_bytes // _PAYLOAD_BYTES
         self._payloads: list[Any] = []
         self._registrations = [self._store.register(half) for half in _halves()]
+        self.descriptor = self._store._descriptor()
         self.notes = [self._store.stats().engine_notes] if self._store.stats().engine_notes else []
 
     def seconds(self, direction: str) -> float:
@@ -173,7 +180,7 @@ def _buffers() -> tuple[list[memoryview], list[memoryview]]:
 
 
 def _best_ways(
-    raw: RawDisk, size_bytes: int, quick: bool, details: dict[str, Any]
+    raw: RawDisk, descriptor: int, size_bytes: int, quick: bool, details: dict[str, Any]
 ) -> dict[str, Way]:
     ways = [
         Way(engine, depth, block_bytes)
@@ -181,11 +188,13 @@ def _best_ways(
         for depth in ((4, 16) if quick else (1, 2, 4, 8, 16, 32))
         for block_bytes in ((_MIB,) if quick else (_MIB // 2, _MIB))
     ]
-    raw.seconds("write", Way("threads", 4, _MIB), size_bytes)
     best = {}
     for direction in DIRECTIONS:
         found = {
-            way: min(raw.seconds(direction, way, size_bytes) for _ in range(1 if quick else 2))
+            way: min(
+                raw.seconds(direction, way, size_bytes, descriptor)
+                for _ in range(1 if quick else 2)
+            )
             for way in ways
         }
         best[direction] = min(ways, key=lambda way: found[way])

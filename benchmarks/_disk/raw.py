@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,28 +32,31 @@ class Way:
 
 
 class RawDisk:
-    """A process with a file of ``size_bytes`` in ``folder``; a context manager."""
+    """A process that moves bytes of files that are open here; a context manager.
 
-    def __init__(self, folder: Path, size_bytes: int) -> None:
+    Disks give different rates in different places, so it works on the very files of the store.
+    """
+
+    def __init__(self, descriptors: Sequence[int]) -> None:
         self._build = tempfile.TemporaryDirectory()
         program = Path(self._build.name) / "raw"
         command = [os.environ.get("CXX", "c++"), "-std=c++20", "-O2", "-pthread"]
         command += ["-I", str(_ROOT / "csrc"), *(str(_ROOT / name) for name in _SOURCES)]
         subprocess.run([*command, "-o", str(program)], check=True)
-        file = folder / f".spillover-raw-{uuid.uuid4().hex}"
         self._process = subprocess.Popen(
-            [program, file, str(size_bytes)],
+            [program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            pass_fds=descriptors,
             text=True,
         )
 
-    def seconds(self, direction: str, way: Way, size_bytes: int) -> float:
+    def seconds(self, direction: str, way: Way, size_bytes: int, descriptor: int) -> float:
         """Time to move the first ``size_bytes`` of the file, whole blocks."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(
-            *(direction, way.engine, way.depth, way.block_bytes, size_bytes),
+            *(direction, way.engine, way.depth, way.block_bytes, size_bytes, descriptor),
             file=self._process.stdin,
             flush=True,
         )
