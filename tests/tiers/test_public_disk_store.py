@@ -60,7 +60,7 @@ def test_relative_and_missing_folders(tmp_path: Path, monkeypatch: pytest.Monkey
         ([], "at least one folder"),
         ("", "must be paths"),
         ([7], "must be paths"),
-        (["/tmp/x", "/tmp/x"], "named twice"),
+        (["/spill", "/spill"], "named twice"),
     ],
 )
 def test_wrong_folders_are_named(folders: Any, message: str) -> None:
