@@ -14,7 +14,10 @@ from benchmarks import _harness
 
 
 def names() -> list[str]:
-    """Every public module of this package is a benchmark with a ``run(quick)`` function."""
+    """Every public module of this package is a benchmark with a ``run(quick)`` function.
+
+    One with options of its own has ``add_options(parser)``, and gets them as keywords.
+    """
     found = (module.name for module in pkgutil.iter_modules(benchmarks.__path__))
     return sorted(name for name in found if not name.startswith("_"))
 
@@ -27,7 +30,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the benchmarks and exit")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    arguments = parser.parse_args()
+    arguments, rest = parser.parse_known_args()
     if arguments.list:
         print("\n".join(names()))
         return 0
@@ -35,13 +38,19 @@ def main() -> int:
         parser.error(f"name one benchmark ({', '.join(names())}) or pass --all")
     if arguments.all and arguments.json:
         parser.error("--json takes the result of one benchmark; name it")
+    if arguments.all and rest:
+        parser.error(f"{rest[0]} is an option of one benchmark; name it")
     for name in names() if arguments.all else [arguments.name]:
         module = importlib.import_module(f"benchmarks.{name}")
+        own = argparse.ArgumentParser(prog=f"python -m benchmarks {name}")
+        if hasattr(module, "add_options"):
+            module.add_options(own)
+        options = vars(own.parse_args(rest))
         result = {
             "benchmark": name,
             "quick": arguments.quick,
             "machine": _harness.machine_facts(),
-            **module.run(quick=arguments.quick),
+            **module.run(quick=arguments.quick, **options),
         }
         _harness.print_result(result)
         if arguments.json:

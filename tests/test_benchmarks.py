@@ -32,6 +32,14 @@ EXPECTED = {
         "simulated_slowdown.h100-pcie.save_on_cpu",
         "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
+    "disk": {
+        "write_gb_s.ours_threads",
+        "write_gb_s.raw",
+        "read_gb_s.ours_threads",
+        "read_gb_s.raw",
+        "ratio_to_raw.write.threads",
+        "crc_gb_s",
+    },
     "dry": {
         "dry_cases",
         "dry_peak_error_bytes_max",

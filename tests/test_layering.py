@@ -107,6 +107,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._build",
         "spillover._children",
         "spillover._core",
+        "spillover._disk",
         "spillover._errors",
         "spillover._first_use",
         "spillover._layout",

@@ -41,6 +41,26 @@ class BoundedQueue {
     return item;
   }
 
+  // What pop() would give, if it need not block for it.
+  std::optional<T> try_pop() {
+    std::lock_guard lock(mutex_);
+    if (items_.empty()) return std::nullopt;
+    std::optional<T> item(std::move(items_.front()));
+    items_.pop_front();
+    not_full_.notify_one();
+    return item;
+  }
+
+  bool is_empty() const {
+    std::lock_guard lock(mutex_);
+    return items_.empty();
+  }
+
+  bool is_closed() const {
+    std::lock_guard lock(mutex_);
+    return closed_;
+  }
+
   void close() {
     std::lock_guard lock(mutex_);
     closed_ = true;
@@ -51,7 +71,7 @@ class BoundedQueue {
  private:
   const size_t capacity_;
   // Guarded by mutex_.
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   std::condition_variable not_full_;
   std::condition_variable not_empty_;
   std::deque<T> items_;

@@ -14,14 +14,16 @@ namespace py = pybind11;
 namespace spillover {
 namespace {
 
-// Operation, kind, errno, first call, times, probability, delay in microseconds.
-using Row = std::tuple<std::string, StorageFaultKind, int, uint64_t, uint64_t, double, uint64_t>;
+// Operation, kind, errno, first call, times, probability, delay in microseconds, folder.
+using Row = std::tuple<std::string, StorageFaultKind, int, uint64_t, uint64_t, double, uint64_t,
+                       std::string>;
 
 void begin(const std::vector<Row>& rows, uint64_t seed) {
   std::vector<StorageFault> plan;
-  for (const auto& [operation, kind, native_error, first_call, times, probability, delay_us] :
-       rows) {
-    plan.push_back({operation, kind, native_error, first_call, times, probability, delay_us});
+  for (const auto& [operation, kind, native_error, first_call, times, probability, delay_us,
+                    folder] : rows) {
+    plan.push_back(
+        {operation, kind, native_error, first_call, times, probability, delay_us, folder});
   }
   StorageFaults::instance().begin(std::move(plan), seed);
 }

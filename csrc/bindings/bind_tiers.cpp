@@ -72,6 +72,42 @@ class PythonTicket {
   py::object gate_event_;
 };
 
+py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable);
+size_t size_of(const py::buffer_info& info);
+
+// Memory that a store's engines have prepared; holds both until it is removed. Every method is
+// called with the GIL held.
+class MemoryRegistration {
+ public:
+  MemoryRegistration(py::object store, const py::buffer& buffer)
+      : store_(std::move(store)),
+        memory_(std::make_unique<py::buffer_info>(contiguous_memory(buffer, true))) {
+    auto& store_of_it = store_.cast<DiskStore&>();
+    const size_t size_bytes = size_of(*memory_);
+    const GilRelease released;
+    registered_bytes_ = store_of_it.register_memory(memory_->ptr, size_bytes);
+  }
+  MemoryRegistration(const MemoryRegistration&) = delete;
+  MemoryRegistration& operator=(const MemoryRegistration&) = delete;
+  ~MemoryRegistration() { remove(); }
+
+  size_t registered_bytes() const { return registered_bytes_; }
+
+  void remove() {
+    if (memory_ == nullptr) return;
+    const std::unique_ptr<py::buffer_info> memory = std::move(memory_);
+    auto& store = store_.cast<DiskStore&>();
+    registered_bytes_ = 0;
+    const GilRelease released;
+    store.unregister_memory(memory->ptr);
+  }
+
+ private:
+  py::object store_;
+  std::unique_ptr<py::buffer_info> memory_;
+  size_t registered_bytes_ = 0;
+};
+
 py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable) {
   py::buffer_info info = buffer.request(writable);
   py::ssize_t stride = info.itemsize;
@@ -135,12 +171,23 @@ std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int 
   return HostPool::create(options);
 }
 
+DiskEngineKind engine_named(const std::string& name) {
+  if (name == "auto") return DiskEngineKind::kAuto;
+  if (name == "io_uring") return DiskEngineKind::kIoUring;
+  if (name == "threads") return DiskEngineKind::kThreads;
+  throw ConfigError("engine='" + name + "' is not known; choose auto, io_uring or threads");
+}
+
 std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
+                                           const std::string& engine,
+                                           std::optional<uint64_t> limit_bytes,
                                            std::optional<uint64_t> write_limit_bytes,
                                            size_t threads_per_folder, size_t queue_length_max,
                                            size_t extent_bytes_max, bool preallocate) {
   DiskStoreOptions options;
   options.folders = std::move(folders);
+  options.engine = engine_named(engine);
+  if (limit_bytes) options.limit_bytes = *limit_bytes;
   if (write_limit_bytes) options.write_limit_bytes = *write_limit_bytes;
   options.threads_per_folder = threads_per_folder;
   options.queue_length_max = queue_length_max;
@@ -189,13 +236,26 @@ void register_host_pool(py::module_& module) {
 }
 
 void register_disk_store(py::module_& module) {
+  py::class_<DiskFolderStats>(module, "DiskFolderStats", "One folder of a DiskStore.")
+      .def_readonly("folder", &DiskFolderStats::folder)
+      .def_readonly("is_direct", &DiskFolderStats::is_direct)
+      .def_readonly("used_bytes", &DiskFolderStats::used_bytes)
+      .def_readonly("file_bytes", &DiskFolderStats::file_bytes)
+      .def_readonly("bandwidth_bytes_s", &DiskFolderStats::bandwidth_bytes_s);
   py::class_<DiskStats>(module, "DiskStats", "Counters of a DiskStore at one moment.")
       .def_readonly("written_bytes", &DiskStats::written_bytes)
       .def_readonly("read_bytes", &DiskStats::read_bytes)
       .def_readonly("used_bytes", &DiskStats::used_bytes)
       .def_readonly("file_bytes", &DiskStats::file_bytes)
       .def_readonly("pending_extents", &DiskStats::pending_extents)
-      .def_readonly("is_direct", &DiskStats::is_direct);
+      .def_readonly("is_direct", &DiskStats::is_direct)
+      .def_property_readonly("engine",
+                             [](const DiskStats& stats) {
+                               return stats.engine == DiskEngineKind::kIoUring ? "io_uring"
+                                                                               : "threads";
+                             })
+      .def_readonly("engine_notes", &DiskStats::engine_notes)
+      .def_readonly("folders", &DiskStats::folders);
   py::class_<PythonTicket>(module, "Ticket", "Completion of a disk request.")
       .def("is_done", &PythonTicket::is_done)
       .def("wait", &PythonTicket::wait);
@@ -213,13 +273,24 @@ void register_disk_store(py::module_& module) {
         }
         return extents;
       });
+  py::class_<MemoryRegistration>(module, "MemoryRegistration",
+                                 "Memory that a DiskStore has prepared for many requests.")
+      .def_property_readonly("registered_bytes", &MemoryRegistration::registered_bytes)
+      .def("remove", &MemoryRegistration::remove);
   py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
       .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
+           py::arg("engine") = "auto", py::arg("limit_bytes") = py::none(),
            py::arg("write_limit_bytes") = py::none(), py::arg("threads_per_folder") = 4,
            py::arg("queue_length_max") = 64, py::arg("extent_bytes_max") = size_t{8} << 20,
            py::arg("preallocate") = true)
       .def("write", &write, py::arg("buffer"), py::kw_only(), py::arg("after") = py::none())
       .def("read", &read, py::arg("payload"), py::arg("buffer"))
+      .def(
+          "register",
+          [](py::object store, const py::buffer& buffer) {
+            return std::make_unique<MemoryRegistration>(std::move(store), buffer);
+          },
+          py::arg("buffer"))
       .def("close", &DiskStore::close, ReleaseGil())
       .def("stats", &DiskStore::stats, ReleaseGil())
       .def("_descriptor", &DiskStore::descriptor, py::arg("folder") = 0);

@@ -7,8 +7,23 @@
 #include "tiers/disk_store_core.hpp"
 
 namespace spillover {
+namespace {
 
-using Direction = DiskStoreCore::Direction;
+// One piece for each extent; all have the ticket that is made for them.
+std::vector<DiskPiece> cut(TransferDirection direction, std::shared_ptr<DiskPayload> payload,
+                           std::byte* data, std::shared_ptr<Ticket>* ticket) {
+  const std::vector<Extent>& extents = payload->extents();
+  *ticket = std::make_shared<Ticket>(extents.size());
+  std::vector<DiskPiece> pieces;
+  pieces.reserve(extents.size());
+  for (size_t i = 0; i < extents.size(); ++i) {
+    pieces.push_back({direction, extents[i], data, payload, i, *ticket});
+    data += extents[i].size_bytes;
+  }
+  return pieces;
+}
+
+}  // namespace
 
 DiskPayload::DiskPayload(std::shared_ptr<DiskStoreCore> core, size_t size_bytes,
                          std::vector<Extent> extents)
@@ -32,30 +47,20 @@ WriteRequest DiskStore::write(const void* data, size_t size_bytes, WriteGate gat
   if (data == nullptr || size_bytes == 0) throw ConfigError("a disk write needs some bytes");
   core_->check_open();
   core_->account_write(size_bytes);
-  std::shared_ptr<DiskPayload> payload;
-  // A failing piece empties the payload's list, so it is copied before the first is submitted.
-  std::vector<Extent> extents;
-  std::shared_ptr<Ticket> ticket;
-  std::shared_ptr<WriteGate> shared_gate;
+  WriteRequest request;
+  std::vector<DiskPiece> pieces;
   try {
-    payload = std::make_shared<DiskPayload>(core_, size_bytes, core_->allocate(size_bytes));
-    extents = payload->extents();
-    ticket = std::make_shared<Ticket>(extents.size());
-    if (gate) shared_gate = std::make_shared<WriteGate>(std::move(gate));
+    request.payload = std::make_shared<DiskPayload>(core_, size_bytes, core_->allocate(size_bytes));
+    // They only read through this pointer: the direction says so.
+    pieces = cut(TransferDirection::kWrite, request.payload,
+                 static_cast<std::byte*>(const_cast<void*>(data)), &request.ticket);
   } catch (...) {
     core_->cancel_write(size_bytes);
     throw;
   }
-  // From here on nothing throws: I/O threads have the memory.
-  // They only read through this pointer: the direction says so.
-  auto* bytes = static_cast<std::byte*>(const_cast<void*>(data));
-  for (size_t i = 0; i < extents.size(); ++i) {
-    core_->submit(
-        {Direction::kWrite, payload, i, extents[i].size_bytes, bytes, ticket, shared_gate},
-        extents[i].folder);
-    bytes += extents[i].size_bytes;
-  }
-  return {std::move(payload), std::move(ticket)};
+  // From here on nothing throws: the engines have the memory.
+  core_->submit(std::move(pieces), std::move(gate));
+  return request;
 }
 
 std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, void* data) {
@@ -67,15 +72,21 @@ std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, vo
                          ? "the payload is still being written; wait for the write's ticket first"
                          : "the payload was not stored: its write failed");
   }
-  auto ticket = std::make_shared<Ticket>(payload->extents().size());
-  auto* bytes = static_cast<std::byte*>(data);
-  for (size_t i = 0; i < payload->extents().size(); ++i) {
-    const Extent& extent = payload->extents()[i];
-    core_->submit({Direction::kRead, payload, i, extent.size_bytes, bytes, ticket, nullptr},
-                  extent.folder);
-    bytes += extent.size_bytes;
-  }
+  std::shared_ptr<Ticket> ticket;
+  core_->submit(
+      cut(TransferDirection::kRead, std::move(payload), static_cast<std::byte*>(data), &ticket),
+      nullptr);
   return ticket;
+}
+
+size_t DiskStore::register_memory(void* address, size_t size_bytes) {
+  if (address == nullptr || size_bytes == 0) throw ConfigError("there is no memory to register");
+  core_->check_open();
+  return core_->register_memory(static_cast<std::byte*>(address), size_bytes);
+}
+
+void DiskStore::unregister_memory(void* address) noexcept {
+  core_->unregister_memory(static_cast<std::byte*>(address));
 }
 
 void DiskStore::close() {

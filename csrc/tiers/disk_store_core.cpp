@@ -1,16 +1,18 @@
 #include "tiers/disk_store_core.hpp"
 
-#include <pthread.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <iterator>
 #include <string>
 #include <utility>
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "tiers/thread_engine.hpp"
+#include "tiers/uring_engine.hpp"
 
 namespace spillover {
 namespace {
@@ -22,6 +24,12 @@ void check_options(const DiskStoreOptions& options) {
   if (options.queue_length_max < 1) throw ConfigError("queue_length_max must be at least 1");
   if (options.extent_bytes_max < kDiskBlockBytes || options.extent_bytes_max % kDiskBlockBytes != 0)
     throw ConfigError("extent_bytes_max must be a multiple of " + std::to_string(kDiskBlockBytes));
+  if (options.limit_bytes < kDiskBlockBytes)
+    throw ConfigError("limit must be at least " + std::to_string(kDiskBlockBytes) + " bytes");
+}
+
+std::exception_ptr closed_meanwhile() {
+  return std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
 }
 
 }  // namespace
@@ -30,18 +38,48 @@ DiskStoreCore::DiskStoreCore(const DiskStoreOptions& options)
     : options_(options), owner_(getpid()) {
   check_options(options);
   for (const std::string& name : options.folders) {
-    folders_.push_back(std::make_unique<Folder>(ScratchFile(name, options.preallocation),
-                                                options.queue_length_max));
+    folders_.push_back(std::make_unique<Folder>(ScratchFile(name, options.preallocation)));
   }
+  std::vector<ScratchFile*> files;
+  for (const auto& folder : folders_) files.push_back(&folder->file);
+  placement_ = std::make_unique<ExtentPlacement>(std::move(files), options.extent_bytes_max,
+                                                 options.limit_bytes);
+  gates_ = std::make_unique<WriteGates>(options.queue_length_max,
+                                        [this](DiskPiece&& piece, std::exception_ptr error) {
+                                          hand_over(std::move(piece), std::move(error));
+                                        });
   try {
-    for (const auto& folder : folders_) {
-      for (size_t i = 0; i < options.threads_per_folder; ++i) {
-        folder->threads.emplace_back([this, raw = folder.get()] { serve(*raw); });
-      }
-    }
+    make_engines();
   } catch (...) {
     close();
     throw;
+  }
+}
+
+void DiskStoreCore::make_engines() {
+  if (options_.engine == DiskEngineKind::kThreads) return make_thread_engines();
+  try {
+    make_uring_engines();
+  } catch (const StorageError& error) {
+    if (options_.engine == DiskEngineKind::kIoUring) throw;
+    engine_notes_ = error.what();
+    make_thread_engines();
+  }
+}
+
+void DiskStoreCore::make_uring_engines() {
+  for (const auto& folder : folders_) {
+    auto engine = std::make_unique<UringEngine>(folder->file, *this, options_.queue_length_max);
+    if (!engine->notes().empty()) engine_notes_ = folder->file.folder() + ": " + engine->notes();
+    folder->engine = std::move(engine);
+  }
+  engine_ = DiskEngineKind::kIoUring;
+}
+
+void DiskStoreCore::make_thread_engines() {
+  for (const auto& folder : folders_) {
+    folder->engine = std::make_unique<ThreadEngine>(
+        folder->file, *this, options_.threads_per_folder, options_.queue_length_max);
   }
 }
 
@@ -50,17 +88,50 @@ DiskStoreCore::~DiskStoreCore() {
   // In a forked child the threads are not there; joining or ending them would stop the process.
   if (getpid() == owner_) return;
   for (auto& folder : folders_) static_cast<void>(folder.release());
+  static_cast<void>(gates_.release());
 }
 
 void DiskStoreCore::close() noexcept {
   if (getpid() != owner_) return;
   const std::lock_guard lock(close_mutex_);
   is_closed_ = true;
-  for (const auto& folder : folders_) folder->queue.close();
+  // Writes at their gates go to the engines yet.
+  gates_->close();
   for (const auto& folder : folders_) {
-    for (std::thread& thread : folder->threads) thread.join();
-    folder->threads.clear();
+    if (folder->engine != nullptr) folder->engine->close();
   }
+}
+
+size_t DiskStoreCore::register_memory(std::byte* address, size_t size_bytes) {
+  const std::lock_guard lock(memory_mutex_);
+  const auto next = registered_memory_.lower_bound(address);
+  const bool runs_into_next =
+      next != registered_memory_.end() && next->first < address + size_bytes;
+  const bool is_in_before = next != registered_memory_.begin() &&
+                            std::prev(next)->first + std::prev(next)->second > address;
+  if (runs_into_next || is_in_before) {
+    throw ConfigError(
+        "a part of this memory is registered already; remove that registration first");
+  }
+  registered_memory_.emplace(address, size_bytes);
+  size_t least_bytes = size_bytes;
+  try {
+    for (const auto& folder : folders_) {
+      least_bytes = std::min(least_bytes, folder->engine->register_memory(address, size_bytes));
+    }
+  } catch (...) {
+    registered_memory_.erase(address);
+    for (const auto& folder : folders_) folder->engine->unregister_memory(address);
+    throw;
+  }
+  return least_bytes;
+}
+
+void DiskStoreCore::unregister_memory(std::byte* address) noexcept {
+  if (getpid() != owner_) return;
+  const std::lock_guard lock(memory_mutex_);
+  if (registered_memory_.erase(address) == 0) return;
+  for (const auto& folder : folders_) folder->engine->unregister_memory(address);
 }
 
 void DiskStoreCore::check_open() const {
@@ -83,105 +154,61 @@ void DiskStoreCore::account_write(size_t size_bytes) {
   } while (!written_bytes_.compare_exchange_weak(before, before + size_bytes));
 }
 
-std::vector<Extent> DiskStoreCore::allocate(size_t size_bytes) {
-  std::vector<Extent> extents;
-  extents.reserve(size_bytes / options_.extent_bytes_max + 1);
-  try {
-    for (size_t left = size_bytes; left > 0; left -= extents.back().size_bytes) {
-      extents.push_back(allocate_extent(std::min(left, options_.extent_bytes_max)));
-    }
-  } catch (...) {
-    release(extents);
-    throw;
-  }
-  return extents;
-}
-
-// A folder without room is passed over as long as another one has some.
-Extent DiskStoreCore::allocate_extent(size_t size_bytes) {
-  const size_t stored_bytes = round_up(size_bytes, kDiskBlockBytes);
-  const size_t first = next_folder_++;
-  std::exception_ptr full;
-  for (size_t i = 0; i < folders_.size(); ++i) {
-    const size_t index = (first + i) % folders_.size();
-    Folder& folder = *folders_[index];
-    const std::lock_guard lock(folder.mutex);
-    const uint64_t offset = folder.space.allocate(stored_bytes);
-    try {
-      folder.file.reserve(folder.space.end());
-      return {index, offset, size_bytes, 0};
-    } catch (const DiskFullError&) {
-      folder.space.release(offset, stored_bytes);
-      full = std::current_exception();
-    } catch (...) {
-      folder.space.release(offset, stored_bytes);
-      throw;
-    }
-  }
-  std::rethrow_exception(full);
-}
-
 void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
-  if (getpid() != owner_) return;
-  for (const Extent& extent : extents) {
-    Folder& folder = *folders_[extent.folder];
-    const std::lock_guard lock(folder.mutex);
-    folder.space.release(extent.offset, round_up(extent.size_bytes, kDiskBlockBytes));
-  }
+  if (getpid() == owner_) placement_->release(extents);
 }
 
-void DiskStoreCore::submit(Piece piece, size_t folder) noexcept {
-  ++pending_extents_;
-  piece.work = annotate_work_submit(piece.direction == Direction::kRead ? kDiskRead : kDiskWrite,
-                                    piece.size_bytes);
-  piece.ticket->add_work(piece.work);
-  std::exception_ptr error;
-  try {
-    // A piece that is not taken is left as it was, also where this throws.
-    if (folders_[folder]->queue.push(std::move(piece))) return;
-    error = std::make_exception_ptr(StateError("the disk store was closed meanwhile"));
-  } catch (...) {
-    error = std::current_exception();
+void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
+  for (DiskPiece& piece : pieces) {
+    ++pending_extents_;
+    piece.work =
+        annotate_work_submit(piece.direction == TransferDirection::kRead ? kDiskRead : kDiskWrite,
+                             piece.extent.size_bytes);
+    piece.ticket->add_work(piece.work);
   }
-  {
-    const WorkScope nothing(piece.work);
+  std::exception_ptr error;
+  if (gate) {
+    WriteGates::Write write{std::move(gate), std::move(pieces)};
+    try {
+      if (gates_->add(std::move(write))) return;
+      error = closed_meanwhile();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    pieces = std::move(write.pieces);
+  }
+  for (DiskPiece& piece : pieces) hand_over(std::move(piece), error);
+}
+
+// To the engine, unless there is an error already.
+void DiskStoreCore::hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept {
+  // Where it cannot be handed over the folder seems busy for no time.
+  placement_->rates().begin(piece.extent.folder, FolderRates::Clock::now());
+  if (!error) {
+    try {
+      // A piece that is not taken is left as it was, also where this throws.
+      if (folders_[piece.extent.folder]->engine->submit(std::move(piece))) return;
+      error = closed_meanwhile();
+    } catch (...) {
+      error = std::current_exception();
+    }
   }
   finish(piece, std::move(error));
 }
 
-void DiskStoreCore::serve(Folder& folder) noexcept {
-  pthread_setname_np(pthread_self(), "spillover-disk");
-  ExtentIo io;
-  while (auto piece = folder.queue.pop()) {
-    std::exception_ptr error;
-    try {
-      run(folder, *piece, io);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    finish(*piece, std::move(error));
-  }
-}
-
-void DiskStoreCore::run(Folder& folder, Piece& piece, ExtentIo& io) {
-  const WorkScope work(piece.work);
-  Extent& extent = piece.payload->extents_[piece.extent];
-  if (piece.direction == Direction::kRead) {
-    io.read(folder.file, extent, piece.data);
-    read_bytes_ += extent.size_bytes;
-    return;
-  }
-  if (piece.gate) (*piece.gate)();
-  extent.crc32c = io.write(folder.file, extent, piece.data);
-}
-
 // The payload is settled, and this thread's hold on it gone, before anybody who waits for the
 // ticket can look.
-void DiskStoreCore::finish(Piece& piece, std::exception_ptr error) noexcept {
+void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept {
+  annotate_work_done(piece.work);
+  placement_->rates().end(piece.extent.folder, error ? 0 : piece.extent.size_bytes,
+                          FolderRates::Clock::now());
   --pending_extents_;
-  if (piece.direction == Direction::kWrite) {
+  if (piece.direction == TransferDirection::kRead) {
+    if (!error) read_bytes_ += piece.extent.size_bytes;
+  } else {
     DiskPayload& payload = *piece.payload;
     if (error) payload.has_failed_ = true;
+    payload.extents_[piece.index].crc32c = piece.extent.crc32c;
     if (payload.extents_left_.fetch_sub(1) == 1) {
       const bool failed = payload.has_failed_;
       if (failed) {
@@ -196,12 +223,17 @@ void DiskStoreCore::finish(Piece& piece, std::exception_ptr error) noexcept {
 }
 
 DiskStats DiskStoreCore::stats() const {
-  DiskStats stats{written_bytes_, read_bytes_, 0, 0, pending_extents_, true};
-  for (const auto& folder : folders_) {
-    const std::lock_guard lock(folder->mutex);
-    stats.used_bytes += folder->space.used_bytes();
-    stats.file_bytes += folder->space.end();
-    stats.is_direct = stats.is_direct && folder->file.is_direct();
+  DiskStats stats{written_bytes_, read_bytes_,   0, 0, pending_extents_, true,
+                  engine_,        engine_notes_, {}};
+  const std::vector<ExtentPlacement::FolderUse> use = placement_->use();
+  const std::vector<double> bandwidths = placement_->rates().bandwidths();
+  for (size_t i = 0; i < folders_.size(); ++i) {
+    const ScratchFile& file = folders_[i]->file;
+    stats.used_bytes += use[i].used_bytes;
+    stats.file_bytes += use[i].file_bytes;
+    stats.is_direct = stats.is_direct && file.is_direct();
+    stats.folders.push_back(
+        {file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes, bandwidths[i]});
   }
   return stats;
 }

@@ -19,34 +19,47 @@ namespace {
 
 constexpr size_t kBounceBytes = kMiB;
 
-// How much of the memory can be given to the disk as it is.
+}  // namespace
+
+void FreeMemory::operator()(std::byte* pointer) const noexcept {
+  std::free(pointer);
+}
+
+BlockMemory allocate_blocks(size_t size_bytes) {
+  BlockMemory memory(static_cast<std::byte*>(std::aligned_alloc(kDiskBlockBytes, size_bytes)));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
 size_t direct_bytes(const std::byte* data, size_t size_bytes) {
   if (reinterpret_cast<uintptr_t>(data) % kDiskBlockBytes != 0) return 0;
   return round_down(size_bytes, kDiskBlockBytes);
 }
 
-}  // namespace
-
-void ExtentIo::FreeDeleter::operator()(std::byte* pointer) const noexcept {
-  std::free(pointer);
+void check_sum(const ScratchFile& file, const Extent& extent, uint32_t crc32c) {
+  if (crc32c == extent.crc32c) return;
+  std::array<char, 64> sums{};
+  std::snprintf(sums.data(), sums.size(), "CRC32C is %08x and was %08x", crc32c, extent.crc32c);
+  throw CorruptDataError(format_bytes(extent.size_bytes) + " at offset " +
+                             std::to_string(extent.offset) + " of the scratch file in " +
+                             file.folder() + " changed on the disk: " + sums.data() +
+                             ". Check that device; the run cannot go on with this data",
+                         file.folder(), EIO);
 }
 
-ExtentIo::ExtentIo()
-    : bounce_(static_cast<std::byte*>(std::aligned_alloc(kDiskBlockBytes, kBounceBytes))) {
-  if (!bounce_) throw std::bad_alloc();
-}
+ExtentIo::ExtentIo() : bounce_(allocate_blocks(kBounceBytes)) {}
 
-uint32_t ExtentIo::write(const ScratchFile& file, const Extent& extent, const std::byte* data) {
+uint32_t ExtentIo::write(const ScratchFile& file, const Extent& extent, std::byte* data) {
   annotate_host_access("disk write", data, extent.size_bytes, HostAccess::kRead);
   const uint32_t crc = crc32c(data, extent.size_bytes);
   size_t done = direct_bytes(data, extent.size_bytes);
-  if (done > 0) file.write_at(data, done, extent.offset);
+  if (done > 0) file.transfer(TransferDirection::kWrite, data, done, extent.offset);
   while (done < extent.size_bytes) {
     const size_t count = std::min(extent.size_bytes - done, kBounceBytes);
     const size_t padded = round_up(count, kDiskBlockBytes);
     std::memcpy(bounce_.get(), data + done, count);
     std::memset(bounce_.get() + count, 0, padded - count);
-    file.write_at(bounce_.get(), padded, extent.offset + done);
+    file.transfer(TransferDirection::kWrite, bounce_.get(), padded, extent.offset + done);
     done += count;
   }
   return crc;
@@ -55,22 +68,15 @@ uint32_t ExtentIo::write(const ScratchFile& file, const Extent& extent, const st
 void ExtentIo::read(const ScratchFile& file, const Extent& extent, std::byte* data) {
   annotate_host_access("disk read", data, extent.size_bytes, HostAccess::kWrite);
   size_t done = direct_bytes(data, extent.size_bytes);
-  if (done > 0) file.read_at(data, done, extent.offset);
+  if (done > 0) file.transfer(TransferDirection::kRead, data, done, extent.offset);
   while (done < extent.size_bytes) {
     const size_t count = std::min(extent.size_bytes - done, kBounceBytes);
-    file.read_at(bounce_.get(), round_up(count, kDiskBlockBytes), extent.offset + done);
+    file.transfer(TransferDirection::kRead, bounce_.get(), round_up(count, kDiskBlockBytes),
+                  extent.offset + done);
     std::memcpy(data + done, bounce_.get(), count);
     done += count;
   }
-  const uint32_t found = crc32c(data, extent.size_bytes);
-  if (found == extent.crc32c) return;
-  std::array<char, 64> sums{};
-  std::snprintf(sums.data(), sums.size(), "CRC32C is %08x and was %08x", found, extent.crc32c);
-  throw CorruptDataError(format_bytes(extent.size_bytes) + " at offset " +
-                             std::to_string(extent.offset) + " of the scratch file in " +
-                             file.folder() + " changed on the disk: " + sums.data() +
-                             ". Check that device; the run cannot go on with this data",
-                         file.folder(), EIO);
+  check_sum(file, extent, crc32c(data, extent.size_bytes));
 }
 
 }  // namespace spillover

@@ -20,22 +20,33 @@ struct Extent {
   uint32_t crc32c;    // Of size_bytes; set by the write.
 };
 
+// How much of the memory, from its beginning on, can be given to the disk as it is.
+size_t direct_bytes(const std::byte* data, size_t size_bytes);
+
+// Throws CorruptDataError unless crc32c is the extent's.
+void check_sum(const ScratchFile& file, const Extent& extent, uint32_t crc32c);
+
+struct FreeMemory {
+  void operator()(std::byte* pointer) const noexcept;
+};
+using BlockMemory = std::unique_ptr<std::byte, FreeMemory>;
+
+// Memory that can be given to the disk; throws std::bad_alloc.
+BlockMemory allocate_blocks(size_t size_bytes);
+
 class ExtentIo {
  public:
   ExtentIo();
 
-  // Throws what ScratchFile throws. Returns the checksum of data.
-  uint32_t write(const ScratchFile& file, const Extent& extent, const std::byte* data);
+  // Throws what ScratchFile throws. Returns the checksum of data, which is only read from.
+  uint32_t write(const ScratchFile& file, const Extent& extent, std::byte* data);
 
   // Throws what ScratchFile throws, and CorruptDataError when the checksum differs; data then holds
   // the corrupt bytes.
   void read(const ScratchFile& file, const Extent& extent, std::byte* data);
 
  private:
-  struct FreeDeleter {
-    void operator()(std::byte* pointer) const noexcept;
-  };
-  std::unique_ptr<std::byte, FreeDeleter> bounce_;
+  BlockMemory bounce_;
 };
 
 }  // namespace spillover

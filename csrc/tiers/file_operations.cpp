@@ -5,6 +5,9 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <thread>
 
 namespace spillover {
 namespace {
@@ -30,12 +33,29 @@ int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {
   return fallocate(file, 0, static_cast<off_t>(offset), static_cast<off_t>(size_bytes));
 }
 
-ssize_t FileOperations::read(int file, std::byte* data, size_t size_bytes, uint64_t offset) {
-  return pread(file, data, size_bytes, static_cast<off_t>(offset));
+int FileOperations::truncate(int file, uint64_t size_bytes) {
+  return ftruncate(file, static_cast<off_t>(size_bytes));
 }
 
-ssize_t FileOperations::write(int file, const std::byte* data, size_t size_bytes, uint64_t offset) {
-  return pwrite(file, data, size_bytes, static_cast<off_t>(offset));
+std::unique_ptr<TransferPlan> FileOperations::plan(int /*file*/, TransferDirection /*direction*/,
+                                                   std::byte* /*data*/, size_t /*size_bytes*/) {
+  return nullptr;
+}
+
+ssize_t FileOperations::transfer(int file, TransferDirection direction, std::byte* data,
+                                 size_t size_bytes, uint64_t offset) {
+  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes);
+  if (planned != nullptr) {
+    std::this_thread::sleep_for(std::chrono::microseconds(planned->delay_us));
+    if (planned->native_error != 0) return -planned->native_error;
+    data = planned->data;
+    size_bytes = planned->size_bytes;
+  }
+  const auto position = static_cast<off_t>(offset);
+  ssize_t result = direction == TransferDirection::kWrite ? pwrite(file, data, size_bytes, position)
+                                                          : pread(file, data, size_bytes, position);
+  if (result < 0) result = -errno;
+  return planned != nullptr ? planned->finish(result) : result;
 }
 
 FileOperations& file_operations() {

@@ -2,16 +2,40 @@
 // the tier's one way to the file system.
 //
 // Each does what the system call of the same meaning does, and reports the same way: a result below
-// zero with errno set. Thread-safe. The object in use is looked up once an operation; replacing it
-// while operations run is allowed, so a replacement must live as long as the process.
+// zero with errno set; transfers report an errno below zero instead, as io_uring does. Thread-safe.
+// The object in use is looked up once an operation; replacing it while operations run is allowed,
+// so a replacement must live as long as the process.
 #pragma once
 
 #include <sys/types.h>
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+
+#include "tiers/transfer_progress.hpp"
 
 namespace spillover {
+
+// What becomes of one transfer, where a test has a say in it. Whoever makes the transfer waits
+// delay_us first, then fails with native_error or hands data and size_bytes to the system, and
+// passes on what finish() makes of the result. Not thread-safe.
+class TransferPlan {
+ public:
+  TransferPlan(std::byte* planned_data, size_t planned_bytes)
+      : data(planned_data), size_bytes(planned_bytes) {}
+  TransferPlan(const TransferPlan&) = delete;
+  TransferPlan& operator=(const TransferPlan&) = delete;
+  virtual ~TransferPlan() = default;
+
+  // result is the system's: bytes, or an errno below zero. Not called where native_error is set.
+  virtual ssize_t finish(ssize_t result) noexcept = 0;
+
+  uint64_t delay_us = 0;
+  int native_error = 0;  // 0 for none.
+  std::byte* data;       // Alive as long as the plan.
+  size_t size_bytes;
+};
 
 // The base class is the system itself.
 class FileOperations {
@@ -26,8 +50,17 @@ class FileOperations {
   virtual int unlink(int folder, const char* name);
   // Takes space for [offset, offset + size_bytes) of the file.
   virtual int allocate(int file, uint64_t offset, uint64_t size_bytes);
-  virtual ssize_t read(int file, std::byte* data, size_t size_bytes, uint64_t offset);
-  virtual ssize_t write(int file, const std::byte* data, size_t size_bytes, uint64_t offset);
+  // Gives back the space behind.
+  virtual int truncate(int file, uint64_t size_bytes);
+
+  // Asked once for each attempt of a transfer, whichever way it is made. Null: it goes ahead as it
+  // is. data is only read from in a write.
+  virtual std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
+                                             size_t size_bytes);
+
+  // One attempt by the calling thread, as planned. Bytes moved, or an errno below zero.
+  ssize_t transfer(int file, TransferDirection direction, std::byte* data, size_t size_bytes,
+                   uint64_t offset);
 };
 
 // What the disk tier uses now: the system, unless replaced.

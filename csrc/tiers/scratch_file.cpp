@@ -27,9 +27,6 @@ constexpr uint64_t kGrowthBytesMax = 256 * kMiB;
 
 constexpr mode_t kMode = S_IRUSR | S_IWUSR;
 
-// How often a transfer is repeated that moves no whole block, before it counts as failed.
-constexpr int kAttemptsMax = 1000;
-
 std::string describe(int native_error) {
   return std::string(std::strerror(native_error)) + " (errno " + std::to_string(native_error) + ")";
 }
@@ -75,13 +72,6 @@ int open_unnamed(int folder, int flags) {
   const int file = file_operations().open(folder, ".", flags | O_TMPFILE | O_EXCL, kMode);
   if (file >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != ENOENT)) return file;
   return open_and_unlink(folder, flags);
-}
-
-// What a transfer has achieved; see Note [Short transfers].
-size_t whole_blocks(ssize_t count, size_t size_bytes) {
-  if (count <= 0) return 0;
-  const auto moved_bytes = static_cast<size_t>(count);
-  return moved_bytes >= size_bytes ? size_bytes : round_down(moved_bytes, kDiskBlockBytes);
 }
 
 bool means_full(int native_error) {
@@ -137,11 +127,15 @@ ScratchFile& ScratchFile::operator=(ScratchFile&& other) noexcept {
   return *this;
 }
 
-void ScratchFile::reserve(uint64_t end) {
-  if (!is_preallocated_ || end <= reserved_end_) return;
+void ScratchFile::reserve(uint64_t end, uint64_t end_max) {
+  if (end <= reserved_end_) return;
+  if (!is_preallocated_) {
+    reserved_end_ = end;
+    return;
+  }
   // A step past the need may find the disk full when the need itself still fits.
   const uint64_t step = std::clamp<uint64_t>(end / 8, kGrowthBytesMin, kGrowthBytesMax);
-  for (const uint64_t target : {round_up(end + step, kMiB), end}) {
+  for (const uint64_t target : {std::min(round_up(end + step, kMiB), end_max), end}) {
     int native_error = EINTR;
     while (native_error == EINTR) {
       const uint64_t missing_bytes = target - reserved_end_;
@@ -154,6 +148,7 @@ void ScratchFile::reserve(uint64_t end) {
     }
     if (native_error == EOPNOTSUPP || native_error == ENOSYS || native_error == EINVAL) {
       is_preallocated_ = false;
+      reserved_end_ = end;
       return;
     }
     if (target == end || !(means_full(native_error) || native_error == EFBIG)) {
@@ -162,55 +157,35 @@ void ScratchFile::reserve(uint64_t end) {
   }
 }
 
-// Note [Short transfers]: O_DIRECT takes whole blocks only, so a transfer that ends inside a block
-// is taken up again at that block's start. One that moves less than a block makes no progress and
-// is repeated; so is one that was interrupted. Each has an end: a disk that never gets further has
-// failed.
-void ScratchFile::write_at(const std::byte* data, size_t size_bytes, uint64_t offset) const {
-  int attempts = 0;
-  while (size_bytes > 0) {
-    const ssize_t count = file_operations().write(descriptor_, data, size_bytes, offset);
-    if (count < 0 && errno != EINTR && errno != EAGAIN) {
-      throw_error("writing", offset, size_bytes, errno);
-    }
-    // A disk that fills up takes a part; the next attempt then says ENOSPC.
-    if (count == 0) throw_error("writing", offset, size_bytes, ENOSPC);
-    const size_t moved_bytes = whole_blocks(count, size_bytes);
-    if (moved_bytes == 0) {
-      if (++attempts == kAttemptsMax) {
-        throw_error("writing", offset, size_bytes, count < 0 ? errno : EIO);
-      }
-      continue;
-    }
-    attempts = 0;
-    data += moved_bytes;
-    offset += moved_bytes;
-    size_bytes -= moved_bytes;
-  }
+void ScratchFile::give_back(uint64_t end) noexcept {
+  // Where it fails the space stays reserved, and may be given back another time.
+  if (reserved_end_ <= end || file_operations().truncate(descriptor_, end) != 0) return;
+  reserved_end_ = end;
 }
 
-void ScratchFile::read_at(std::byte* data, size_t size_bytes, uint64_t offset) const {
-  int attempts = 0;
-  while (size_bytes > 0) {
-    const ssize_t count = file_operations().read(descriptor_, data, size_bytes, offset);
-    if (count < 0 && errno != EINTR && errno != EAGAIN) {
-      throw_error("reading", offset, size_bytes, errno);
-    }
-    const size_t moved_bytes = whole_blocks(count, size_bytes);
-    const bool is_last_attempt = moved_bytes == 0 && ++attempts == kAttemptsMax;
-    if (is_last_attempt && count < 0) throw_error("reading", offset, size_bytes, errno);
-    if (count == 0 || is_last_attempt) {
-      throw CorruptDataError("the scratch file in " + folder_ + " ends at offset " +
-                                 std::to_string(offset) + ", where " + format_bytes(size_bytes) +
-                                 " more were written: it was cut by another program",
-                             folder_, EIO);
-    }
-    if (moved_bytes == 0) continue;
-    attempts = 0;
-    data += moved_bytes;
-    offset += moved_bytes;
-    size_bytes -= moved_bytes;
+void ScratchFile::transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
+                           uint64_t offset) const {
+  TransferProgress progress(direction, size_bytes);
+  auto next = TransferProgress::Next::kRepeat;
+  while (next == TransferProgress::Next::kRepeat) {
+    const size_t done_bytes = progress.done_bytes();
+    next = progress.advance(file_operations().transfer(descriptor_, direction, data + done_bytes,
+                                                       progress.left_bytes(), offset + done_bytes));
   }
+  if (next == TransferProgress::Next::kFailed) throw_failure(progress, offset);
+}
+
+void ScratchFile::throw_failure(const TransferProgress& progress, uint64_t offset) const {
+  offset += progress.done_bytes();
+  if (progress.is_cut()) {
+    throw CorruptDataError("the scratch file in " + folder_ + " ends at offset " +
+                               std::to_string(offset) + ", where " +
+                               format_bytes(progress.left_bytes()) +
+                               " more were written: it was cut by another program",
+                           folder_, EIO);
+  }
+  throw_error(progress.direction() == TransferDirection::kWrite ? "writing" : "reading", offset,
+              progress.left_bytes(), progress.native_error());
 }
 
 void ScratchFile::throw_error(const char* operation, uint64_t offset, size_t size_bytes,

@@ -1,13 +1,15 @@
 // A file without a name in a folder of the disk tier: it is gone when the process is, however that
 // ends.
 //
-// Move-only. read_at() and write_at() may be called from any thread at once, reserve() by one
-// thread at a time. Offsets, sizes and addresses are multiples of kDiskBlockBytes.
+// Move-only. transfer() may be called from any thread at once, the rest by one thread at a time.
+// Offsets, sizes and addresses are multiples of kDiskBlockBytes.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+
+#include "tiers/transfer_progress.hpp"
 
 namespace spillover {
 
@@ -32,13 +34,23 @@ class ScratchFile {
   // holds a second copy of what is written.
   bool is_direct() const { return is_direct_; }
 
-  // Makes sure that the file system has room up to end. Throws DiskFullError or StorageError.
-  void reserve(uint64_t end);
+  // Makes sure that the file system has room up to end, and ahead of need up to end_max, which is
+  // no less. Throws DiskFullError or StorageError.
+  void reserve(uint64_t end, uint64_t end_max);
+  // Up to where the file may have space on the disk.
+  uint64_t reserved_end() const { return reserved_end_; }
+  // Cuts off what is behind end.
+  void give_back(uint64_t end) noexcept;
 
-  // Blocks until all bytes are written or read: short transfers are resubmitted, and interrupted
-  // ones repeated. Throws DiskFullError or StorageError with folder, offset and errno.
-  void write_at(const std::byte* data, size_t size_bytes, uint64_t offset) const;
-  void read_at(std::byte* data, size_t size_bytes, uint64_t offset) const;
+  // Blocks until all bytes are moved: short transfers are taken up again, and interrupted ones
+  // repeated. Throws DiskFullError or StorageError with folder, offset and errno. data is only read
+  // from in a write.
+  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
+                uint64_t offset) const;
+
+  // For whoever makes transfers of this file another way: throws what transfer() would, of one that
+  // began at offset and failed.
+  [[noreturn]] void throw_failure(const TransferProgress& progress, uint64_t offset) const;
 
  private:
   [[noreturn]] void throw_error(const char* operation, uint64_t offset, size_t size_bytes,

@@ -1,5 +1,7 @@
 #include "tiers/storage_faults.hpp"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -18,8 +20,8 @@
 namespace spillover {
 namespace {
 
-constexpr std::array<std::string_view, 6> kOperations = {"make_folder", "open", "unlink",
-                                                         "allocate",    "read", "write"};
+constexpr std::array<std::string_view, 7> kOperations = {
+    "make_folder", "open", "unlink", "allocate", "truncate", "read", "write"};
 
 // Short transfers end on a sector of the disk, which need not be a block of ours.
 constexpr size_t kSectorBytes = 512;
@@ -65,6 +67,10 @@ void check(const StorageFault& fault) {
                     fault.kind == StorageFaultKind::kDelay ||
                     (fault.kind == StorageFaultKind::kTorn ? is_write : is_transfer);
   if (!fits) throw ConfigError(fault.operation + " cannot have the fault " + describe(fault));
+  if (!fault.folder.empty() && !is_transfer && fault.operation != "allocate" &&
+      fault.operation != "truncate") {
+    throw ConfigError(fault.operation + " has no file, so folder cannot choose among its calls");
+  }
   if (fault.kind == StorageFaultKind::kError && fault.native_error <= 0) {
     throw ConfigError("an error has an errno above 0, not " + std::to_string(fault.native_error));
   }
@@ -76,9 +82,75 @@ size_t shortened(size_t size_bytes) {
   return std::min(std::max(half, kSectorBytes), size_bytes);
 }
 
+// By the name that the file had; one without a name is shown in its folder all the same.
+bool is_in(const std::string& folder, int file) {
+  std::array<char, 4096> path{};
+  const std::string link = "/proc/self/fd/" + std::to_string(file);
+  const ssize_t length = readlink(link.c_str(), path.data(), path.size());
+  const std::string_view found(path.data(), length > 0 ? static_cast<size_t>(length) : 0);
+  return found.substr(0, found.rfind('/')) == folder;
+}
+
 void flip_bit(std::byte* data, size_t size_bytes, uint64_t random) {
   data[(random >> 3U) % size_bytes] ^= std::byte{1} << (random & 7U);
 }
+
+class FaultyTransfer : public TransferPlan {
+ public:
+  FaultyTransfer(const StorageFaultOutcome& outcome, std::byte* data, size_t size_bytes)
+      : TransferPlan(data, size_bytes), outcome_(outcome), asked_bytes_(size_bytes) {
+    delay_us = outcome.delay_us;
+    native_error = outcome.native_error;
+  }
+
+ protected:
+  const StorageFaultOutcome outcome_;
+  const size_t asked_bytes_;
+};
+
+class FaultyRead : public FaultyTransfer {
+ public:
+  using FaultyTransfer::FaultyTransfer;
+
+  ssize_t finish(ssize_t result) noexcept override {
+    if (result <= 0) return result;
+    const auto read_bytes = static_cast<size_t>(result);
+    if (outcome_.is_flipped) flip_bit(data, read_bytes, outcome_.random);
+    if (!outcome_.is_short) return result;
+    const size_t kept_bytes = shortened(read_bytes);
+    std::memset(data + kept_bytes, 0xFF, read_bytes - kept_bytes);
+    return static_cast<ssize_t>(kept_bytes);
+  }
+};
+
+class FaultyWrite : public FaultyTransfer {
+ public:
+  FaultyWrite(const StorageFaultOutcome& outcome, std::byte* asked_data, size_t asked_bytes)
+      : FaultyTransfer(outcome, asked_data, asked_bytes) {
+    if (outcome.is_flipped) flip();
+    if (outcome.is_short || outcome.is_torn) size_bytes = shortened(asked_bytes);
+  }
+
+  ssize_t finish(ssize_t result) noexcept override {
+    return outcome_.is_torn && result > 0 ? static_cast<ssize_t>(asked_bytes_) : result;
+  }
+
+ private:
+  // The caller's memory stays as it is.
+  void flip() {
+    changed_.reset(static_cast<std::byte*>(
+        std::aligned_alloc(kDiskBlockBytes, round_up(asked_bytes_, kDiskBlockBytes))));
+    if (changed_ == nullptr) {
+      native_error = ENOMEM;
+      return;
+    }
+    std::memcpy(changed_.get(), data, asked_bytes_);
+    flip_bit(changed_.get(), asked_bytes_, outcome_.random);
+    data = changed_.get();
+  }
+
+  AlignedBytes changed_;
+};
 
 }  // namespace
 
@@ -118,8 +190,8 @@ std::vector<std::string> StorageFaults::fired() const {
   return fired_;
 }
 
-StorageFaults::Outcome StorageFaults::next_call(const char* operation) {
-  Outcome outcome;
+StorageFaultOutcome StorageFaults::next_call(const char* operation, int file) {
+  StorageFaultOutcome outcome;
   const std::lock_guard lock(mutex_);
   if (!is_active_) return outcome;
   const uint64_t call = ++calls_[operation];
@@ -127,6 +199,7 @@ StorageFaults::Outcome StorageFaults::next_call(const char* operation) {
     Rule& rule = rules_[i];
     const StorageFault& fault = rule.fault;
     if (fault.operation != operation || call < fault.first_call) continue;
+    if (!fault.folder.empty() && !is_in(fault.folder, file)) continue;
     if (fault.times != 0 && rule.fired >= fault.times) continue;
     const uint64_t random = mix(seed_, i, call);
     if (static_cast<double>(random >> 11U) * 0x1.0p-53 >= fault.probability) continue;
@@ -145,8 +218,8 @@ StorageFaults::Outcome StorageFaults::next_call(const char* operation) {
 }
 
 template <typename Body>
-int StorageFaults::run(const char* operation, Body&& body) {
-  const Outcome outcome = next_call(operation);
+int StorageFaults::run(const char* operation, int file, Body&& body) {
+  const StorageFaultOutcome outcome = next_call(operation, file);
   std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
   if (outcome.native_error == 0) return body();
   errno = outcome.native_error;
@@ -154,62 +227,36 @@ int StorageFaults::run(const char* operation, Body&& body) {
 }
 
 int StorageFaults::make_folder(const char* path, mode_t mode) {
-  return run("make_folder", [&] { return FileOperations::make_folder(path, mode); });
+  return run("make_folder", -1, [&] { return FileOperations::make_folder(path, mode); });
 }
 
 int StorageFaults::open(int folder, const char* name, int flags, mode_t mode) {
-  return run("open", [&] { return FileOperations::open(folder, name, flags, mode); });
+  return run("open", -1, [&] { return FileOperations::open(folder, name, flags, mode); });
 }
 
 int StorageFaults::unlink(int folder, const char* name) {
-  return run("unlink", [&] { return FileOperations::unlink(folder, name); });
+  return run("unlink", -1, [&] { return FileOperations::unlink(folder, name); });
 }
 
 int StorageFaults::allocate(int file, uint64_t offset, uint64_t size_bytes) {
-  return run("allocate", [&] { return FileOperations::allocate(file, offset, size_bytes); });
+  return run("allocate", file, [&] { return FileOperations::allocate(file, offset, size_bytes); });
 }
 
-ssize_t StorageFaults::read(int file, std::byte* data, size_t size_bytes, uint64_t offset) {
-  const Outcome outcome = next_call("read");
-  std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
-  if (outcome.native_error != 0) {
-    errno = outcome.native_error;
-    return -1;
-  }
-  const ssize_t count = FileOperations::read(file, data, size_bytes, offset);
-  if (count <= 0) return count;
-  const auto read_bytes = static_cast<size_t>(count);
-  if (outcome.is_flipped) flip_bit(data, read_bytes, outcome.random);
-  if (!outcome.is_short) return count;
-  const size_t kept_bytes = shortened(read_bytes);
-  std::memset(data + kept_bytes, 0xFF, read_bytes - kept_bytes);
-  return static_cast<ssize_t>(kept_bytes);
+int StorageFaults::truncate(int file, uint64_t size_bytes) {
+  return run("truncate", file, [&] { return FileOperations::truncate(file, size_bytes); });
 }
 
-ssize_t StorageFaults::write(int file, const std::byte* data, size_t size_bytes, uint64_t offset) {
-  const Outcome outcome = next_call("write");
-  std::this_thread::sleep_for(std::chrono::microseconds(outcome.delay_us));
-  if (outcome.native_error != 0) {
-    errno = outcome.native_error;
-    return -1;
+std::unique_ptr<TransferPlan> StorageFaults::plan(int file, TransferDirection direction,
+                                                  std::byte* data, size_t size_bytes) {
+  const bool is_write = direction == TransferDirection::kWrite;
+  const StorageFaultOutcome outcome = next_call(is_write ? "write" : "read", file);
+  std::unique_ptr<TransferPlan> plan;
+  if (is_write) {
+    plan = std::make_unique<FaultyWrite>(outcome, data, size_bytes);
+  } else {
+    plan = std::make_unique<FaultyRead>(outcome, data, size_bytes);
   }
-  AlignedBytes changed;
-  if (outcome.is_flipped) {
-    changed.reset(static_cast<std::byte*>(
-        std::aligned_alloc(kDiskBlockBytes, round_up(size_bytes, kDiskBlockBytes))));
-    if (changed == nullptr) {
-      errno = ENOMEM;
-      return -1;
-    }
-    std::memcpy(changed.get(), data, size_bytes);
-    flip_bit(changed.get(), size_bytes, outcome.random);
-    data = changed.get();
-  }
-  if (!outcome.is_short && !outcome.is_torn) {
-    return FileOperations::write(file, data, size_bytes, offset);
-  }
-  const ssize_t count = FileOperations::write(file, data, shortened(size_bytes), offset);
-  return outcome.is_torn && count > 0 ? static_cast<ssize_t>(size_bytes) : count;
+  return plan;
 }
 
 }  // namespace spillover

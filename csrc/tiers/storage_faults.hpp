@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -23,12 +24,25 @@ enum class StorageFaultKind {
 };
 
 struct StorageFault {
-  std::string operation;  // The name of a FileOperations method.
+  std::string operation;  // A FileOperations method, or the direction of a transfer.
   StorageFaultKind kind = StorageFaultKind::kError;
   int native_error = 0;
   uint64_t first_call = 1;  // Calls of the operation count from 1 since the plan began.
   uint64_t times = 1;       // How many calls fail at most; 0: without end.
   double probability = 1;   // Of each call from first_call on.
+  uint64_t delay_us = 0;
+  // Strikes files in this folder only, which must be an absolute path without links; empty: all
+  // files. For operations that have a file.
+  std::string folder;
+};
+
+// What happens to one call; more than one fault can.
+struct StorageFaultOutcome {
+  int native_error = 0;
+  bool is_short = false;
+  bool is_torn = false;
+  bool is_flipped = false;
+  uint64_t random = 0;  // Chooses the bit.
   uint64_t delay_us = 0;
 };
 
@@ -50,28 +64,19 @@ class StorageFaults : public FileOperations {
   int open(int folder, const char* name, int flags, mode_t mode) override;
   int unlink(int folder, const char* name) override;
   int allocate(int file, uint64_t offset, uint64_t size_bytes) override;
-  ssize_t read(int file, std::byte* data, size_t size_bytes, uint64_t offset) override;
-  ssize_t write(int file, const std::byte* data, size_t size_bytes, uint64_t offset) override;
+  int truncate(int file, uint64_t size_bytes) override;
+  std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
+                                     size_t size_bytes) override;
 
  private:
   struct Rule {
     StorageFault fault;
     uint64_t fired = 0;
   };
-  // What happens to one call; more than one fault can.
-  struct Outcome {
-    int native_error = 0;
-    bool is_short = false;
-    bool is_torn = false;
-    bool is_flipped = false;
-    uint64_t random = 0;  // Chooses the bit.
-    uint64_t delay_us = 0;
-  };
-
-  Outcome next_call(const char* operation);
+  StorageFaultOutcome next_call(const char* operation, int file = -1);
   // Runs body unless the call fails; for operations that transfer nothing.
   template <typename Body>
-  int run(const char* operation, Body&& body);
+  int run(const char* operation, int file, Body&& body);
 
   mutable std::mutex mutex_;
   bool is_active_ = false;

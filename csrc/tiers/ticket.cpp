@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "base/check.hpp"
+#include "base/error.hpp"
 
 namespace spillover {
 
@@ -10,7 +11,13 @@ void Ticket::wait_for_pieces(std::unique_lock<std::mutex>& lock) const {
   done_.wait(lock, [&] { return pieces_left_ == 0; });
 }
 
+void Ticket::check_owner() const {
+  if (getpid() == owner_) return;
+  throw StateError("a forked child cannot wait for the disk requests of its parent");
+}
+
 bool Ticket::is_done() const {
+  check_owner();
   std::unique_lock lock(mutex_, std::defer_lock);
   if (work_.empty()) {
     lock.lock();
@@ -26,12 +33,14 @@ bool Ticket::is_done() const {
 }
 
 void Ticket::wait() const {
+  check_owner();
   wait_quietly();
   const std::lock_guard lock(mutex_);
   if (first_error_) std::rethrow_exception(first_error_);
 }
 
 void Ticket::wait_quietly() const noexcept {
+  if (getpid() != owner_) return;
   {
     std::unique_lock lock(mutex_);
     wait_for_pieces(lock);

@@ -1,7 +1,11 @@
 // The completion of a disk request, which may consist of several pieces.
 //
-// Thread-safe. Shared by the requester and the I/O threads.
+// Thread-safe. Shared by the requester and the I/O threads. A forked child has neither threads nor,
+// for what it knows, a lock that is free: there nothing waits, and asking throws StateError.
 #pragma once
+
+#include <sys/types.h>
+#include <unistd.h>
 
 #include <condition_variable>
 #include <cstddef>
@@ -22,7 +26,8 @@ class Ticket {
     if (work != 0) work_.push_back(work);
   }
 
-  // Whether the request is over, well or not. Does not block and does not throw the error.
+  // Whether the request is over, well or not. Does not block and does not throw the request's
+  // error.
   bool is_done() const;
 
   // Blocks until the request is over. Throws its first error, at each call.
@@ -35,8 +40,10 @@ class Ticket {
   void finish_piece(std::exception_ptr error) noexcept;
 
  private:
+  void check_owner() const;
   void wait_for_pieces(std::unique_lock<std::mutex>& lock) const;
 
+  const pid_t owner_ = getpid();
   std::vector<WorkId> work_;  // constant once the request has been made
   mutable std::mutex mutex_;
   mutable std::condition_variable done_;

@@ -44,12 +44,12 @@ WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept {
   return clock().submit != nullptr ? clock().submit(resource, size_bytes) : 0;
 }
 
-WorkScope::WorkScope(WorkId work) noexcept : work_(work) {
-  if (work_ != 0) clock().begin(work_);
+void annotate_work_waits(WorkId work) noexcept {
+  if (work != 0) clock().begin(work);
 }
 
-WorkScope::~WorkScope() {
-  if (work_ != 0) clock().end(work_);
+void annotate_work_done(WorkId work) noexcept {
+  if (work != 0) clock().end(work);
 }
 
 void annotate_work_wait(WorkId work) noexcept {

@@ -26,18 +26,12 @@ void annotate_work_end(WorkId work) noexcept;
 // Work that the calling thread asks for and another one does.
 WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept;
 
-// Around doing it, on the thread that does. What the thread waits for of the device meanwhile, the
-// work waits for in virtual time.
-class WorkScope {
- public:
-  explicit WorkScope(WorkId work) noexcept;
-  ~WorkScope();
-  WorkScope(const WorkScope&) = delete;
-  WorkScope& operator=(const WorkScope&) = delete;
+// What the calling thread waits for of the device from now on, until it begins other work, the work
+// waits for in virtual time.
+void annotate_work_waits(WorkId work) noexcept;
 
- private:
-  const WorkId work_;
-};
+// The work is really done, on whichever thread.
+void annotate_work_done(WorkId work) noexcept;
 
 // The calling thread goes on when the work, which is done, would have been.
 void annotate_work_wait(WorkId work) noexcept;

@@ -28,6 +28,7 @@ from spillover._torch_import import after_torch_import
 
 if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner
+    from spillover._disk import DiskStore
     from spillover._errors import DeviceOutOfMemory
     from spillover.hooks import offload_activations, stream_parameters
 
@@ -39,6 +40,7 @@ __all__ = [
     "CorruptData",
     "DeviceOutOfMemory",
     "DiskFull",
+    "DiskStore",
     "DriverError",
     "HostOutOfMemory",
     "SpilloverError",
@@ -56,6 +58,7 @@ __all__ = [
 _LAZY_MODULES = {"allocator", "emulator", "optim", "planner"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
+    "DiskStore": "spillover._disk",
     "offload_activations": "spillover.hooks",
     "stream_parameters": "spillover.hooks",
 }

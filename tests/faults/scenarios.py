@@ -21,6 +21,7 @@ from torch import nn
 
 from spillover import _core, offload_activations, stream_parameters
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
+from spillover.hooks._saved_transfers import settle
 from spillover.optim import AdamW
 
 MIB = 1 << 20
@@ -119,6 +120,8 @@ def activations_disk() -> object:
         return _activations(tier="disk", disk=store, host=host)
     finally:
         store.close()
+        # What the last writes held would stay until the next saved tensor.
+        settle()
 
 
 def parameters() -> object:

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,9 +45,12 @@ def fetched(store: DiskStore, payload: DiskPayload) -> bytes:
     return bytes(target)
 
 
+Make = Callable[..., DiskStore]
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[DiskStore]:
-    made = DiskStore([str(tmp_path / "a"), str(tmp_path / "b")], extent_bytes_max=16 * BLOCK)
+def store(make_store: Make, tmp_path: Path) -> Iterator[DiskStore]:
+    made = make_store([str(tmp_path / "a"), str(tmp_path / "b")], extent_bytes_max=16 * BLOCK)
     yield made
     made.close()
 
@@ -207,8 +210,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("preallocate", [True, False])
-def test_a_full_disk_is_an_error_and_loses_nothing(small_disk: Path, preallocate: bool) -> None:
-    store = DiskStore([str(small_disk)], extent_bytes_max=128 << 10, preallocate=preallocate)
+def test_a_full_disk_is_an_error_and_loses_nothing(
+    make_store: Make, small_disk: Path, preallocate: bool
+) -> None:
+    store = make_store([str(small_disk)], extent_bytes_max=128 << 10, preallocate=preallocate)
     kept = random_bytes(700_000)
     payload = stored(store, kept)
     used = store.stats().used_bytes
@@ -225,15 +230,17 @@ def test_a_full_disk_is_an_error_and_loses_nothing(small_disk: Path, preallocate
     store.close()
 
 
-def test_another_folder_takes_what_a_full_one_cannot(small_disk: Path, tmp_path: Path) -> None:
-    store = DiskStore([str(small_disk), str(tmp_path / "large")], extent_bytes_max=256 << 10)
+def test_another_folder_takes_what_a_full_one_cannot(
+    make_store: Make, small_disk: Path, tmp_path: Path
+) -> None:
+    store = make_store([str(small_disk), str(tmp_path / "large")], extent_bytes_max=256 << 10)
     data = random_bytes(5 * MIB)
     assert fetched(store, stored(store, data)) == data
     store.close()
 
 
-def test_a_failed_write_leaves_no_extent(tmp_path: Path) -> None:
-    store = DiskStore([str(tmp_path)], preallocate=False)
+def test_a_failed_write_leaves_no_extent(make_store: Make, tmp_path: Path) -> None:
+    store = make_store([str(tmp_path)], preallocate=False)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     data = np.zeros(MIB, dtype=np.uint8)
     resource.setrlimit(resource.RLIMIT_FSIZE, (256 << 10, before[1]))
@@ -252,8 +259,8 @@ def test_a_failed_write_leaves_no_extent(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_write_limit_is_kept(tmp_path: Path) -> None:
-    store = DiskStore([str(tmp_path)], write_limit_bytes=100_000)
+def test_the_write_limit_is_kept(make_store: Make, tmp_path: Path) -> None:
+    store = make_store([str(tmp_path)], write_limit_bytes=100_000)
     payload = stored(store, bytes(90_000))
     with pytest.raises(DiskFull, match="write limit"):
         store.write(bytes(10_001))
@@ -263,8 +270,8 @@ def test_the_write_limit_is_kept(tmp_path: Path) -> None:
     store.close()
 
 
-def test_close_waits_and_then_refuses(tmp_path: Path) -> None:
-    store = DiskStore([str(tmp_path)])
+def test_close_waits_and_then_refuses(make_store: Make, tmp_path: Path) -> None:
+    store = make_store([str(tmp_path)])
     payload, ticket = store.write(bytearray(8 * MIB))
     store.close()
     store.close()
@@ -324,8 +331,8 @@ def test_a_killed_process_leaves_no_files(tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_forked_child_may_drop_a_store(tmp_path: Path) -> None:
-    store = DiskStore([str(tmp_path)])
+def test_a_forked_child_may_drop_a_store(make_store: Make, tmp_path: Path) -> None:
+    store = make_store([str(tmp_path)])
     payload = stored(store, b"abc")
     child = os.fork()
     if child == 0:

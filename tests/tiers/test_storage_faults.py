@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,8 @@ from spillover.emulator import StorageFault, calls, faults
 
 BLOCK = 4096
 EXTENT = 16 * BLOCK
+
+Make = Callable[..., DiskStore]
 
 
 def random_bytes(size: int, seed: int = 0) -> bytes:
@@ -34,8 +36,8 @@ def fetched(store: DiskStore, payload: DiskPayload) -> bytes:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[DiskStore]:
-    made = DiskStore([str(tmp_path)], extent_bytes_max=EXTENT, threads_per_folder=1)
+def store(make_store: Make, tmp_path: Path) -> Iterator[DiskStore]:
+    made = make_store([str(tmp_path)], extent_bytes_max=EXTENT, threads_per_folder=1)
     yield made
     made.close()
 

@@ -12,7 +12,7 @@ import typer
 
 import spillover
 from spillover._errors import SpilloverError
-from spillover.cli import _bench, _profiles, _replay
+from spillover.cli import _bench, _doctor, _profiles, _replay
 
 app = typer.Typer(
     name="spillover",
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 app.add_typer(_profiles.app, name="profiles")
 app.command()(_bench.bench)
+app.command()(_doctor.doctor)
 app.command()(_replay.replay)
 
 _PASS_THROUGH = {"allow_interspersed_args": False}

@@ -11,6 +11,7 @@ import ctypes
 import difflib
 import errno
 import functools
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Timing = Literal["before", "after"]
-StorageOperation = Literal["make_folder", "open", "unlink", "allocate", "read", "write"]
+StorageOperation = Literal["make_folder", "open", "unlink", "allocate", "truncate", "read", "write"]
 StorageFaultKind = Literal["error", "short", "flip", "torn", "delay"]
 
 _TIMINGS = {None: 0, "before": 1, "after": 2}
@@ -99,8 +100,8 @@ class StorageFault(_When):
     Parameters
     ----------
     operation
-        ``make_folder``, ``open``, ``unlink``, ``allocate`` (space ahead of writing), ``read`` or
-        ``write``.
+        ``make_folder``, ``open``, ``unlink``, ``allocate`` (space ahead of writing),
+        ``truncate`` (which gives it back), ``read`` or ``write``.
     kind
         ``error``: the operation has no effect and fails. ``short``: a transfer moves about half of
         its bytes and says so. ``flip``: a transfer flips one bit and reports success. ``torn``: a
@@ -109,6 +110,8 @@ class StorageFault(_When):
         For the kind ``error``: a name of the ``errno`` module.
     delay_us
         For the kind ``delay``: microseconds.
+    folder
+        Strike files in this folder only; for operations on files that are open.
     call, times, probability
         As of :class:`Fault`; operations are counted each by itself, over all files.
     """
@@ -117,6 +120,7 @@ class StorageFault(_When):
     kind: StorageFaultKind = "error"
     error: str = "EIO"
     delay_us: int = 1000
+    folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         self._check_when()
@@ -127,6 +131,9 @@ class StorageFault(_When):
             raise ConfigError(f"delay_us must be a number, not {self.delay_us!r}")
         if self.delay_us < 0:
             raise ConfigError(f"delay_us must not be negative, got {self.delay_us}")
+        on_files = ("allocate", "truncate", "read", "write")
+        if self.folder is not None and self.operation not in on_files:
+            raise ConfigError(f"folder is for {', '.join(on_files)}, not for {self.operation!r}")
         possible = {"read": ("short", "flip"), "write": ("short", "flip", "torn")}
         if self.kind not in ("error", "delay", *possible.get(self.operation, ())):
             raise ConfigError(f"the operation {self.operation!r} cannot have a {self.kind!r} fault")
@@ -342,7 +349,8 @@ def _storage_rows(storage: Sequence[StorageFault]) -> list[tuple[Any, ...]]:
         kind = getattr(_core.StorageFaultKind, fault.kind)
         number = getattr(errno, fault.error) if fault.kind == "error" else 0
         when = (fault.call, fault.times or 0, float(fault.probability))
-        rows.append((fault.operation, kind, number, *when, fault.delay_us))
+        folder = "" if fault.folder is None else os.path.realpath(fault.folder)
+        rows.append((fault.operation, kind, number, *when, fault.delay_us, folder))
     return rows
 
 

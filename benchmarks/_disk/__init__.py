@@ -1,0 +1,1 @@
+"""Parts of the benchmark of disks: the raw loop that ours are measured against."""
