@@ -94,9 +94,12 @@ class Cuda:
         )
 
     def malloc(self, size_bytes: int) -> int:
-        """Give device memory that the pool knows nothing of."""
+        """Give device memory that the pool knows nothing of; MemoryError where there is none."""
         address = ctypes.c_uint64()
-        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        result = self._library.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(size_bytes))
+        if result == 2:
+            raise MemoryError
+        assert result == 0, f"cuMemAlloc_v2 failed with CUresult {result}"
         return address.value
 
     def free(self, address: int) -> None:

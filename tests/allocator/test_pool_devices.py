@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from cuda_calls import Cuda, live_blocks, on_thread
+from upstream import Upstream
 
 import spillover
 from spillover import _core, allocator
@@ -183,10 +184,13 @@ def peers() -> None:
     cudas[1].allow_peer(cudas[0])
     cudas[0].use_device()
     before = pools[0].alloc(4 * MIB)
+    own = Upstream(cudas[0])
+    given = pools[0].alloc_in(own.arena, 4 * MIB)
     spillover_add_peer(0, 1)
     after = pools[0].alloc(40 * MIB)
+    assert own.holds(given)
     cudas[1].use_device()
-    for address, size in ((before, 4 * MIB), (after, 40 * MIB)):
+    for address, size in ((given, 4 * MIB), (before, 4 * MIB), (after, 40 * MIB)):
         cudas[1].fill(address, size, 0)
     cudas[1].synchronize()
     # Pieces that are mapped anew keep the permission.
@@ -197,6 +201,11 @@ def peers() -> None:
     cudas[1].use_device()
     cudas[1].fill(large, 60 * MIB, 0)
     cudas[1].synchronize()
+    cudas[0].use_device()
+    pools[0].release_arena(own.arena)
+    pools[0].free(given)
+    pools[0].trim()
+    own.check_ended()
 
 
 def peers_after_a_failure() -> None:

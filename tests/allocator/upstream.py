@@ -48,6 +48,8 @@ class Upstream:
                     return None
                 cuda.use_device()
                 address = give(size_bytes + offset) + offset
+            except MemoryError:
+                return None
             except BaseException as error:
                 self.failures.append(error)
                 return None
@@ -85,5 +87,5 @@ class Upstream:
 
     def check_ended(self) -> None:
         """Everything went back, and nothing went wrong."""
-        assert self.failures == []
-        assert (self.live, self.done_count) == ({}, 1)
+        assert self.failures == [], self.failures
+        assert (self.live, self.done_count) == ({}, 1), (self.live, self.done_count)

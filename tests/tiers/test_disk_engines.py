@@ -221,7 +221,7 @@ def test_small_limit_on_locked_memory(tmp_path: Path, make_store: Make) -> None:
         from spillover._core import DiskStore
         limit = int(sys.argv[2])
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
-        os.setuid(12345)
+        os.setuid(int(sys.argv[3]))
         store = DiskStore([sys.argv[1]], engine="io_uring")
         data = os.urandom((20 << 20) + 5)
         payload, ticket = store.write(data)
@@ -241,10 +241,12 @@ def test_small_limit_on_locked_memory(tmp_path: Path, make_store: Make) -> None:
     """
     # Not below pytest's folders, which are closed to other users.
     with tempfile.TemporaryDirectory() as folder:
-        os.chown(folder, 12345, -1)
+        # The kernel counts locked memory by user: a test that runs beside this one has another.
+        user = 100_000 + os.getpid()
+        os.chown(folder, user, -1)
         # Huge pages count as a whole, so that fewer fit where the kernel uses them.
         for limit, registered in ((64 << 10, "0"), (3 << 19, "[0-3]")):
-            notes = run_python(code, folder, str(limit))
+            notes = run_python(code, folder, str(limit), str(user))
             assert re.search(f"leaves {registered} of 8 registered buffers", notes)
 
 

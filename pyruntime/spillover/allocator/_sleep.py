@@ -23,7 +23,8 @@ def sleep(
     Tensors, pointers and CUDA graphs stay valid and are usable again after :func:`wake`. Until then
     a use of the memory faults, and an allocation with the tag raises; freeing is as ever, and what
     was freed neither comes back nor keeps its copy. The memory of private pools (CUDA graphs,
-    ``MemPool``) sleeps with the tag under which the pool was first used.
+    ``MemPool``) sleeps with the tag under which the pool was first used; that of a ``MemPool`` with
+    an allocator of its own never does.
 
     Blocks, without the GIL, until the devices and their peers have done everything that was
     submitted, on all streams, and until the copies are done. No thread may use or submit work on
