@@ -16,11 +16,11 @@ def test_without_caching_each_tensor_has_memory_of_its_own(torch_with_pool: Torc
             return {key: stats[f"{key}.all.allocated"] for key in ("allocation", "requested_bytes")}
 
         free_bytes = torch.cuda.mem_get_info
-        kept = torch.ones(4 * MiB, dtype=torch.uint8, device="cuda")
+        kept = torch.ones(32 * MiB, dtype=torch.uint8, device="cuda")
         torch.ones(64 * MiB, dtype=torch.uint8, device="cuda")
         torch.cuda.caching_allocator_enable(False)
         try:
-            assert torch.cuda.memory_reserved() <= 4 * MiB, "what was idle has gone back"
+            assert torch.cuda.memory_reserved() <= 32 * MiB, "what was idle has gone back"
             before, free_before = counted(), free_bytes()[0]
             a = torch.ones(32 * MiB, dtype=torch.uint8, device="cuda")
             b = torch.ones(16 * MiB, dtype=torch.uint8, device="cuda")
