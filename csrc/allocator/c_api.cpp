@@ -97,6 +97,12 @@ std::vector<spillover::ArenaId> read_tags(const uint32_t* tags, size_t tag_count
     throw spillover::ConfigError("the tags must not be null");
   }
   for (size_t i = 0; i < tag_count; ++i) {
+    // An arena sleeps with the tag under which it was made, or, with an upstream, not at all.
+    if (spillover::is_private_arena(tags[i])) {
+      throw spillover::ConfigError(std::to_string(tags[i]) +
+                                   " is a private arena and no tag; give the tag under which it "
+                                   "was made");
+    }
     static_cast<void>(spillover::arena_name(tags[i]));  // Throws for a number that is none.
   }
   return {tags, tags + tag_count};

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cuda_calls import Cuda
+from upstream import Upstream
 
 from spillover import _core
 from spillover._paths import library_path
@@ -335,6 +336,29 @@ class TestSleep:
         assert library.spillover_wake(0, sleeper.tags, 1, None) == OK
         assert library.spillover_device_of(address) == 0
         library.spillover_release_store(None)
+
+    @pytest.mark.parametrize("has_upstream", [False, True])
+    def test_the_number_of_a_private_arena_is_no_tag(
+        self, library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda, has_upstream: bool
+    ) -> None:
+        """The memory of one with an upstream is not the pool's to unmap."""
+        upstream = Upstream(cuda) if has_upstream else None
+        arena = upstream.arena if upstream else pool.make_arena()
+        address = pool.alloc_in(arena, 3 * MIB)
+        number, copied = (ctypes.c_uint32 * 1)(arena), ctypes.c_size_t(77)
+        for status in (
+            library.spillover_sleep(0, number, 1, None, ctypes.byref(copied)),
+            library.spillover_wake(0, number, 1, ctypes.byref(copied)),
+        ):
+            assert status == INVALID_ARGUMENT
+            assert b"private arena" in library.spillover_last_error()
+        assert copied.value == 77
+        cuda.fill(address, 3 * MIB, 0, 5)  # It is still there.
+        pool.free(address)
+        pool.release_arena(arena)
+        pool.trim()
+        if upstream:
+            upstream.check_ended()
 
     def test_failures_are_told_and_can_be_repeated(
         self, library: ctypes.CDLL, pool: _core.Pool, sleeper: Sleeper
