@@ -147,27 +147,27 @@ def stream_of_another_device() -> None:
 def used_by_another_device(*, is_kept: bool) -> None:
     """A block of device 0 is read by a stream of device 1 and freed meanwhile."""
     cudas, pools = devices()
-    source, target = pools[0].alloc(4 * MIB), pools[1].alloc(4 * MIB)
-    cudas[0].fill(source, 4 * MIB, 0)
+    source, target = pools[0].alloc(12 * MIB), pools[1].alloc(12 * MIB)
+    cudas[0].fill(source, 12 * MIB, 0)
     cudas[0].synchronize()
     cudas[1].use_device()
     stream = cudas[1].create_stream()
     if is_kept:
         pools[1].keep_stream(stream)
-    cudas[1].copy(target, source, 4 * MIB, stream)
+    cudas[1].copy(target, source, 12 * MIB, stream)
     pools[0].record_stream(source, stream)
     cudas[0].use_device()
     pools[0].free(source)
     # The hazard checker compares this fill with the copy.
-    again = pools[0].alloc(4 * MIB)
+    again = pools[0].alloc(12 * MIB)
     assert again != source
-    cudas[0].fill(again, 4 * MIB, 0)
+    cudas[0].fill(again, 12 * MIB, 0)
     pools[0].check_invariants()
     # The end of the other device's work is waited for, and frees the block.
     pools[0].trim()
     assert pools[0].stats()["active"]["all"]["current"] == 1
-    assert pools[0].alloc(4 * MIB)
-    assert reserved_bytes(pools[0]) == 8 * MIB
+    assert pools[0].alloc(12 * MIB)
+    assert reserved_bytes(pools[0]) == 24 * MIB
 
 
 def used_by_a_kept_stream_of_another_device() -> None:
