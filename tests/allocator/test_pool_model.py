@@ -9,7 +9,8 @@ from cuda_calls import Cuda
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from pool_model import EDGE_SIZES, KIB, MIB, ModelBlock, ModelledPool, ModelStream, Worker
+from pool_model import EDGE_SIZES, KIB, MIB, ModelledPool
+from pool_workers import ModelBlock, ModelStream, Worker
 
 from spillover import _core
 

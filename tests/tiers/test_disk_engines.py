@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disk_calls import random_bytes
 
 from spillover import ConfigError, StateError, StorageError
 from spillover._core import DiskStore, HostPool, Ticket
@@ -26,10 +26,6 @@ MIB = 1 << 20
 CHUNK = 512 << 10  # Of the io_uring engine.
 
 Make = Callable[..., DiskStore]
-
-
-def random_bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def round_trip(store: DiskStore, data: bytes) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from disk_calls import fetched, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,18 +21,6 @@ BLOCK = 4096
 MIB = 1 << 20
 
 Make = Callable[..., DiskStore]
-
-
-def stored(store: DiskStore, data: bytes) -> DiskPayload:
-    payload, ticket = store.write(data)
-    ticket.wait()
-    return payload
-
-
-def fetched(store: DiskStore, payload: DiskPayload) -> bytes:
-    target = bytearray(payload.size_bytes)
-    store.read(payload, target).wait()
-    return bytes(target)
 
 
 def blocks(size: int) -> int:

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import mmap
 import os
-import random
 import resource
 import stat
 import subprocess
@@ -19,30 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk_calls import fetched, random_bytes, stored
 
 from spillover import ConfigError, CorruptData, DiskFull, StateError, StorageError
 from spillover._core import DiskPayload, DiskStore, HostPool
 
 BLOCK = 4096
 MIB = 1 << 20
-
-
-def random_bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def stored(store: DiskStore, data: bytes | bytearray) -> DiskPayload:
-    payload, ticket = store.write(data)
-    ticket.wait()
-    assert ticket.is_done()
-    assert payload.is_stored
-    return payload
-
-
-def fetched(store: DiskStore, payload: DiskPayload) -> bytes:
-    target = bytearray(payload.size_bytes)
-    store.read(payload, target).wait()
-    return bytes(target)
 
 
 Make = Callable[..., DiskStore]

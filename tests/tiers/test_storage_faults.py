@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import errno
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from disk_calls import fetched, random_bytes, stored
 
 from spillover import CorruptData, DiskFull, StorageError
-from spillover._core import DiskPayload, DiskStore
+from spillover._core import DiskStore
 from spillover.emulator import StorageFault, calls, faults
 
 BLOCK = 4096
 EXTENT = 16 * BLOCK
 
 Make = Callable[..., DiskStore]
-
-
-def random_bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def stored(store: DiskStore, data: bytes) -> DiskPayload:
-    payload, ticket = store.write(data)
-    ticket.wait()
-    return payload
-
-
-def fetched(store: DiskStore, payload: DiskPayload) -> bytes:
-    target = bytearray(payload.size_bytes)
-    store.read(payload, target).wait()
-    return bytes(target)
 
 
 @pytest.fixture
