@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -96,8 +97,6 @@ def test_limit_holds_for_what_the_files_take(
     store = make_store(folders, limit_bytes=limit, extent_bytes_max=MIB, preallocate=preallocate)
 
     def taken() -> int:
-        import os
-
         return sum(os.fstat(store._descriptor(index)).st_blocks * 512 for index in (0, 1))
 
     payloads = []
@@ -111,9 +110,31 @@ def test_limit_holds_for_what_the_files_take(
     with faults(storage=[StorageFault("allocate", error="ENOSPC", times=None, folder=folders[0])]):
         kept = stored(store, bytes(limit))
         assert taken() <= limit + 2 * MIB
-        if preallocate:
-            assert calls()["storage.truncate"] >= 1
     assert fetched(store, kept) == bytes(limit)
+    store.close()
+
+
+def test_space_reserved_ahead_goes_back_when_another_folder_needs_it(
+    make_store: Make, tmp_path: Path
+) -> None:
+    extent = 16 * MIB
+    folders = [str(tmp_path / name) for name in "ab"]
+    store = make_store(folders, limit_bytes=3 * extent, extent_bytes_max=extent)
+
+    def only_in(index: int, size: int) -> DiskPayload:
+        full = StorageFault("allocate", error="ENOSPC", times=None, folder=folders[1 - index])
+        with faults(storage=[full]):
+            payload = stored(store, bytes(size))
+        assert shares([payload], 2)[index] == 1
+        return payload
+
+    first = only_in(0, extent)
+    ahead = os.fstat(store._descriptor(0)).st_blocks * 512 - extent
+    assert 0 < ahead < extent  # Too little for an extent of the second payload.
+    second = only_in(1, 2 * extent)
+    assert calls()["storage.truncate"] == 1
+    for payload in (first, second):
+        assert fetched(store, payload) == bytes(payload.size_bytes)
     store.close()
 
 
