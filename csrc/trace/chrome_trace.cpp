@@ -89,18 +89,23 @@ class Writer {
   Writer(const ChromeTraceOptions& options, const TraceContents& contents)
       : options_(options),
         contents_(contents),
+        dropped_count_(contents.dropped),
         tracks_(trace_tracks()),
         process_(getpid()),
         offset_ns_(unix_offset_ns()),
         base_ns_((unix_now_ns() / kNanoseconds) / kQuarterSeconds * kQuarterSeconds *
-                 kNanoseconds) {}
+                 kNanoseconds) {
+    // Where there is something from before the time that is asked for, all of that is there.
+    const auto& events = contents.events;
+    if (!events.empty() && events.front().end_ns < options.from_ns) dropped_count_ = 0;
+  }
 
   ChromeTrace write() {
     json_.format(
         "{\"schemaVersion\": 1, \"displayTimeUnit\": \"ms\", \"baseTimeNanoseconds\": "
         "%" PRId64 ", \"spillover\": {\"recorded\": %" PRIu64 ", \"dropped\": %" PRIu64
         "}, \"traceEvents\": [\n",
-        base_ns_, contents_.recorded, contents_.dropped);
+        base_ns_, contents_.recorded, dropped_count_);
     name_process();
     std::map<TraceTrack, std::vector<const TraceEvent*>> by_track;
     for (const TraceEvent& event : contents_.events) {
@@ -110,7 +115,7 @@ class Writer {
     }
     for (auto& [track, events] : by_track) write_track(tracks_.at(track), events);
     json_.append("\n]}\n");
-    return {json_.take(), event_count_, contents_.dropped};
+    return {json_.take(), event_count_, dropped_count_};
   }
 
  private:
@@ -225,6 +230,7 @@ class Writer {
 
   const ChromeTraceOptions& options_;
   const TraceContents& contents_;
+  uint64_t dropped_count_;
   const std::vector<TrackInfo> tracks_;
   const int process_;
   const int64_t offset_ns_;

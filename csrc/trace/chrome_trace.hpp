@@ -29,7 +29,8 @@ struct ChromeTraceOptions {
 struct ChromeTrace {
   std::string json;
   uint64_t event_count;    // Spans and counters written.
-  uint64_t dropped_count;  // Recorded since the start, and gone.
+  uint64_t dropped_count;  // Recorded since the start, and gone; 0 where none of the time that is
+                           // asked for are.
 };
 
 // Throws std::bad_alloc.

@@ -99,6 +99,13 @@ def test_a_window_has_what_lies_in_it_in_part() -> None:
     assert sizes(export(from_ns=2501, until_ns=3999)) == [4]
 
 
+def test_what_was_dropped_before_a_window_does_not_count() -> None:
+    _core.trace_start(16)
+    record(100)
+    assert export(from_ns=90_000)["spillover"]["dropped"] == 0
+    assert export(from_ns=80_000)["spillover"]["dropped"] == 84
+
+
 def test_spans_that_overlap_lie_side_by_side() -> None:
     _core.trace_start(64)
     lanes = _core.trace_lanes("lanes of a test")
