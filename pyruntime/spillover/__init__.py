@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner
     from spillover._disk import DiskStore
     from spillover._errors import DeviceOutOfMemory
+    from spillover._transfer import TransferEngine
     from spillover.hooks import offload_activations, stream_parameters
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "SpilloverError",
     "StateError",
     "StorageError",
+    "TransferEngine",
     "__version__",
     "allocator",
     "emulator",
@@ -59,6 +61,7 @@ _LAZY_MODULES = {"allocator", "emulator", "optim", "planner"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
+    "TransferEngine": "spillover._transfer",
     "offload_activations": "spillover.hooks",
     "stream_parameters": "spillover.hooks",
 }
