@@ -36,6 +36,7 @@ struct Payload : std::enable_shared_from_this<Payload> {
   // Where nothing is known of the next use, it counts as farther than any that is known.
   static constexpr uint64_t kNoUse = UINT64_MAX;
 
+  uint64_t engine = 0;    // Constant. Number of the engine that keeps it.
   size_t size_bytes = 0;  // Constant.
   uint64_t number = 0;    // Constant. Older payloads have smaller ones.
   std::vector<Chunk> chunks;

@@ -24,6 +24,7 @@ std::shared_ptr<TransferTicket> TransferEngine::fetch(std::vector<FetchTarget> w
   const std::shared_ptr<CopyMark> ready = record_ready(after);
   size_t chunks = 0;
   for (const FetchTarget& each : wanted) {
+    check_mine(*each.payload);
     if (each.target.size_bytes < each.payload->size_bytes) {
       throw ConfigError("the target has " + format_bytes(each.target.size_bytes) +
                         " and the payload " + format_bytes(each.payload->size_bytes));

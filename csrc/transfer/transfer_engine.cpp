@@ -1,6 +1,7 @@
 #include "transfer/transfer_engine.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 #include <string>
 #include <utility>
@@ -28,6 +29,11 @@ void check_options(const TransferOptions& options, const DiskStore* disk) {
   }
 }
 
+uint64_t next_engine_number() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
+
 }  // namespace
 
 std::shared_ptr<TransferEngine> TransferEngine::create(const TransferOptions& options,
@@ -40,7 +46,8 @@ std::shared_ptr<TransferEngine> TransferEngine::create(const TransferOptions& op
 
 TransferEngine::TransferEngine(const TransferOptions& options, std::shared_ptr<HostPool> pool,
                                DiskStore* disk)
-    : options_(options),
+    : number_(next_engine_number()),
+      options_(options),
       pool_(std::move(pool)),
       disk_(disk),
       streams_(CopyStreams::of(options.device)),
@@ -62,6 +69,7 @@ std::shared_ptr<CopyMark> TransferEngine::record_ready(StreamHandle after) {
 
 std::shared_ptr<Payload> TransferEngine::make_payload(size_t size_bytes, uint64_t next_use) {
   auto payload = std::make_shared<Payload>();
+  payload->engine = number_;
   payload->size_bytes = size_bytes;
   payload->chunks.resize((size_bytes + options_.chunk_bytes - 1) / options_.chunk_bytes);
   size_t offset = 0;
@@ -74,6 +82,11 @@ std::shared_ptr<Payload> TransferEngine::make_payload(size_t size_bytes, uint64_
   payload->number = ++payloads_made_;
   reorder(*payload, next_use);
   return payload;
+}
+
+void TransferEngine::check_mine(const Payload& payload) const {
+  if (payload.engine == number_) return;
+  throw StateError("the payload is another engine's, which alone can fetch it");
 }
 
 // Blocks while copies out hold more device memory than their budget, which a lone one may.
@@ -250,6 +263,7 @@ void TransferEngine::drop(const std::shared_ptr<Payload>& payload) noexcept {
 
 void TransferEngine::set_next_use(const std::shared_ptr<Payload>& payload, uint64_t next_use) {
   check_not_forked();
+  check_mine(*payload);
   const Lock lock(mutex_);
   if (!payload->is_dropped) reorder(*payload, next_use);
 }

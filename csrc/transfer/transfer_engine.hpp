@@ -235,6 +235,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // transfer_engine.cpp
   std::shared_ptr<CopyMark> record_ready(StreamHandle after);
   std::shared_ptr<Payload> make_payload(size_t size_bytes, uint64_t next_use);
+  void check_mine(const Payload& payload) const;
   void wait_for_departures(size_t size_bytes);
   void put_chunks(const PutResult& result, std::vector<PutSource>& sources,
                   const std::shared_ptr<CopyMark>& ready);
@@ -293,6 +294,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // What the engine's thread looks at in one go.
   static constexpr size_t kWaitingReadsMax = 64;
 
+  const uint64_t number_;  // Of this engine; no other one of the process ever has it.
   const TransferOptions options_;
   const std::shared_ptr<HostPool> pool_;
   DiskStore* const disk_;

@@ -31,18 +31,25 @@ bool TransferTicket::is_done() const {
   return last == nullptr || last->poll();
 }
 
-void TransferTicket::wait_for_issue(std::unique_lock<std::mutex>& lock) const {
-  if (pieces_left_ == 0) return;
-  const Stall stall(*counters_, StallCause::kDisk);
-  changed_.wait(lock, [&] { return pieces_left_ == 0; });
-}
-
 // Its mark, or null.
 std::shared_ptr<CopyMark> TransferTicket::wait_until_issued() const {
   check_not_forked();
   std::unique_lock lock(mutex_);
-  wait_for_issue(lock);
-  return last_;
+  if (pieces_left_ > 0) {
+    const Stall stall(*counters_, StallCause::kDisk);
+    changed_.wait(lock, [&] { return pieces_left_ == 0; });
+  }
+  const std::shared_ptr<CopyMark> last = last_;
+  const std::vector<std::shared_ptr<Ticket>> reads = reads_;
+  lock.unlock();
+  // Where time is virtual, the calling thread goes on when the last read would have been over.
+  for (const auto& read : reads) read->wait_quietly();
+  return last;
+}
+
+// Called with the mutex held. Only virtual time asks again for reads whose pieces are issued.
+void TransferTicket::forget_reads() noexcept {
+  if (pieces_left_ == 0) std::erase_if(reads_, [](const auto& read) { return !read->is_timed(); });
 }
 
 void TransferTicket::throw_error() const {
@@ -84,7 +91,7 @@ void TransferTicket::issued(size_t pieces, std::shared_ptr<CopyMark> mark) noexc
   SPILLOVER_CHECK(pieces <= pieces_left_, "a transfer has issued more pieces than it has");
   pieces_left_ -= pieces;
   last_ = std::move(mark);
-  if (pieces_left_ == 0) reads_.clear();
+  forget_reads();
   changed_.notify_all();
 }
 
@@ -99,7 +106,7 @@ void TransferTicket::fail(size_t pieces, std::exception_ptr error) noexcept {
   SPILLOVER_CHECK(pieces <= pieces_left_, "a transfer has lost more pieces than it has");
   pieces_left_ -= pieces;
   if (!error_) error_ = std::move(error);
-  if (pieces_left_ == 0) reads_.clear();
+  forget_reads();
   changed_.notify_all();
 }
 

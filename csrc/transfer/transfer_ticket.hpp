@@ -52,8 +52,8 @@ class TransferTicket {
   bool cancel() noexcept;
 
  private:
-  void wait_for_issue(std::unique_lock<std::mutex>& lock) const;
   std::shared_ptr<CopyMark> wait_until_issued() const;
+  void forget_reads() noexcept;
   void throw_error() const;
 
   const std::shared_ptr<TransferCounters> counters_;
@@ -62,7 +62,7 @@ class TransferTicket {
   // Guarded by mutex_.
   size_t pieces_left_;
   std::shared_ptr<CopyMark> last_;
-  std::vector<std::shared_ptr<Ticket>> reads_;  // Empty once pieces_left_ is 0.
+  std::vector<std::shared_ptr<Ticket>> reads_;
   std::exception_ptr error_;
   bool is_cancelled_ = false;
 };
