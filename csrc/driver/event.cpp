@@ -41,10 +41,12 @@ RecordOutcome try_submit(int device, CUstream stream, Submit submit) noexcept {
 
 }  // namespace
 
-Event::Event(int device) : device_(device) {
+Event::Event(int device, EventWait wait) : device_(device) {
   const ContextScope scope(device);
   CUevent event = nullptr;
-  SPILLOVER_CHECKED_CALL(cuEventCreate, &event, CU_EVENT_DISABLE_TIMING);
+  const unsigned flags =
+      CU_EVENT_DISABLE_TIMING | (wait == EventWait::kSleep ? CU_EVENT_BLOCKING_SYNC : 0U);
+  SPILLOVER_CHECKED_CALL(cuEventCreate, &event, flags);
   handle_ = event;
 }
 
@@ -77,6 +79,11 @@ RecordOutcome Event::try_put_before(StreamHandle stream) const noexcept {
   return try_submit(device_, raw_stream, [&] {
     return SPILLOVER_DRIVER_CALL(cuStreamWaitEvent, raw_stream, raw(handle_), 0);
   });
+}
+
+void Event::put_before(StreamHandle stream) const {
+  const ContextScope scope(device_);
+  SPILLOVER_CHECKED_CALL(cuStreamWaitEvent, static_cast<CUstream>(stream), raw(handle_), 0);
 }
 
 bool Event::is_complete() const {

@@ -16,9 +16,12 @@ enum class RecordOutcome {
   kFailed,           // anything else, such as a device that has failed
 };
 
+// What a host thread does that waits for an event: burn its core, which is fastest, or sleep.
+enum class EventWait { kSpin, kSleep };
+
 class Event {
  public:
-  explicit Event(int device);
+  explicit Event(int device, EventWait wait = EventWait::kSpin);
   ~Event();
   Event(Event&& other) noexcept;
   Event& operator=(Event&& other) noexcept;
@@ -37,6 +40,9 @@ class Event {
   // What is submitted to the stream from now on waits for the mark; the host does not. The stream
   // is alive and may be capturing: then nothing happens, nor does where the driver refuses.
   RecordOutcome try_put_before(StreamHandle stream) const noexcept;
+
+  // The same for a stream that is alive and does not capture. Throws DriverError.
+  void put_before(StreamHandle stream) const;
 
   // Whether the mark was reached; true for an event that was never recorded. Does not block.
   bool is_complete() const;

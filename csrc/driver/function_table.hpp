@@ -57,6 +57,7 @@
   X(cuMemGetAddressRange, 3020)               \
   X(cuMemcpyDtoHAsync, 3020)                  \
   X(cuMemcpyHtoDAsync, 3020)                  \
+  X(cuMemcpyBatchAsync, 13000)                \
   /* Virtual memory */                        \
   X(cuMemGetAllocationGranularity, 10020)     \
   X(cuMemAddressReserve, 10020)               \

@@ -51,6 +51,9 @@ class Ticket {
     if (work != 0) work_.push_back(work);
   }
 
+  // Whether a virtual clock decides when the request is over.
+  bool is_timed() const { return !work_.empty(); }
+
   // Whether the request is over, well or not. Does not block and does not throw the request's
   // error.
   bool is_done() const;

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from spillover._disk import DiskStore
     from spillover._errors import DeviceOutOfMemory
     from spillover._statistics import stats
+    from spillover._transfer import TransferEngine
     from spillover.hooks import offload_activations, stream_parameters
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "SpilloverError",
     "StateError",
     "StorageError",
+    "TransferEngine",
     "__version__",
     "allocator",
     "emulator",
@@ -63,6 +65,7 @@ _LAZY_MODULES = {"allocator", "emulator", "optim", "planner", "trace"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
+    "TransferEngine": "spillover._transfer",
     "offload_activations": "spillover.hooks",
     "stats": "spillover._statistics",
     "stream_parameters": "spillover.hooks",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
+from typing import Any
 
 from driver_ctypes import (
     ALREADY_REGISTERED,
@@ -17,6 +19,7 @@ from driver_ctypes import (
     SUCCESS,
     Buffer,
     Driver,
+    Location,
     expect,
     run_program,
 )
@@ -152,6 +155,76 @@ def stream_ordered_memory() -> None:
     expect(INVALID_VALUE, cuda.status("cuMemPoolDestroy", pool))
 
 
+class CopyAttributes(ctypes.Structure):
+    """``CUmemcpyAttributes``."""
+
+    _fields_ = (
+        ("source_order", c_int),
+        ("source_location", Location),
+        ("target_location", Location),
+        ("flags", c_uint),
+    )
+
+
+IN_STREAM, DURING_CALL, ANY_TIME = 1, 2, 3
+
+
+def batch(
+    copies: Sequence[tuple[int, int, int]], *, order: int = IN_STREAM, first: int = 0
+) -> tuple[Any, ...]:
+    """Arguments of cuMemcpyBatchAsync for (target, source, bytes), up to the attributes' count."""
+    columns = [(c_uint64 * len(copies))(*column) for column in zip(*copies, strict=True)]
+    return (
+        *columns,
+        len(copies),
+        byref(CopyAttributes(order, Location(), Location(), 0)),
+        byref(c_size_t(first)),
+        1,
+    )
+
+
+def batched_copies() -> None:
+    """Both versions of the call: order with the stream, and what is refused."""
+    cuda = Driver()
+    stream, device = cuda.stream(), cuda.alloc(300)
+    hosts = [cuda.pinned(100).fill(index) for index in range(3)]
+    copies = [(device + 100 * index, host.address, 100) for index, host in enumerate(hosts)]
+    cuda.fill(device, 9, 300, stream)
+    cuda("cuMemcpyBatchAsync_v2", *batch(copies), stream)
+    back = [cuda.pinned(100) for _ in range(3)]
+    cuda(
+        "cuMemcpyBatchAsync_v2",
+        *batch([(host.address, device + 100 * index, 100) for index, host in enumerate(back)]),
+        stream,
+    )
+    cuda.sync(stream)
+    assert all(host.holds(index) for index, host in enumerate(back))
+    failed = c_size_t(7)
+    cuda("cuMemcpyBatchAsync", *batch(copies, order=ANY_TIME), byref(failed), stream)
+    assert failed.value == 2**64 - 1
+    wrong = [*copies[:2], (device + 201, hosts[2].address, 100)]
+    status = cuda.status("cuMemcpyBatchAsync", *batch(wrong), byref(failed), stream)
+    expect(ILLEGAL_ADDRESS, status)
+    assert failed.value == 2
+    for refused in (batch(copies, order=0), batch(copies, first=1), batch(copies, order=4)):
+        expect(INVALID_VALUE, cuda.status("cuMemcpyBatchAsync_v2", *refused, stream))
+    expect(INVALID_VALUE, cuda.status("cuMemcpyBatchAsync_v2", *batch(copies), 0))
+    # The source may be used again once the call is over.
+    cuda("cuMemcpyBatchAsync_v2", *batch(copies[:1], order=DURING_CALL), stream)
+    hosts[0].fill(77)
+    assert cuda.fetch(device, 100) == bytes(100)
+
+
+def unordered_batch() -> None:
+    """A batch is judged like the copies it is made of."""
+    cuda = Driver()
+    stream, device, host = cuda.stream(), cuda.alloc(100), cuda.pinned(100)
+    cuda.fill(device, 1, 100, cuda.stream())
+    status = cuda.status("cuMemcpyBatchAsync_v2", *batch([(host.address, device, 100)]), stream)
+    expect(HAZARD, status)
+    assert len(cuda.hazards()) == 1
+
+
 def freed_before_its_turn() -> None:
     """A copy whose memory is unmapped before it runs: a sticky error, not a crash."""
     cuda = Driver()
@@ -227,6 +300,14 @@ def test_managed_memory() -> None:
 
 def test_stream_ordered_memory() -> None:
     run_program(stream_ordered_memory)
+
+
+def test_batched_copies() -> None:
+    run_program(batched_copies)
+
+
+def test_unordered_batch() -> None:
+    run_program(unordered_batch)
 
 
 def test_freed_before_its_turn() -> None:

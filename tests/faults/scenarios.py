@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spillover import _core, offload_activations, stream_parameters
+from spillover import TransferEngine, _core, offload_activations, stream_parameters
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
 from spillover.hooks._saved_transfers import settle
 from spillover.optim import AdamW
@@ -189,6 +189,40 @@ def training_retried() -> object:
         _twice(handle.remove)
 
 
+def _transfers(**options: Any) -> object:
+    """Payloads of several chunks and a batch of small ones, out and back, twice."""
+    sources = [
+        torch.full((size,), seed, dtype=torch.uint8, device="cuda")
+        for seed, size in enumerate((200_000, 1000, 70_000))
+    ]
+    targets = [torch.zeros_like(source) for source in sources]
+    host = _core.HostPool(limit_bytes=8 * MIB)
+    engine = TransferEngine(pool=host, chunk="64KiB", **options)
+    try:
+        payloads, leaving = engine.put_all(sources)
+        leaving.wait()
+        engine.expect(payloads)
+        for _ in range(2):
+            engine.fetch_all(zip(payloads, targets, strict=True)).wait()
+        return [target.cpu() for target in targets]
+    finally:
+        engine.close()
+
+
+def transfers_host() -> object:
+    """The transfer engine with pinned memory alone."""
+    return _transfers()
+
+
+def transfers_disk() -> object:
+    """The transfer engine with everything passing through to the disk."""
+    store = _core.DiskStore([f"{_FOLDER}/d"], threads_per_folder=1)
+    try:
+        return _transfers(host=0, staging="128KiB", disk=store)
+    finally:
+        store.close()
+
+
 SCENARIOS: dict[str, Callable[[], object]] = {
     function.__name__: function
     for function in (
@@ -200,6 +234,8 @@ SCENARIOS: dict[str, Callable[[], object]] = {
         parameters,
         adamw,
         training_retried,
+        transfers_host,
+        transfers_disk,
     )
 }
 

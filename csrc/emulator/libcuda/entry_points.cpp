@@ -26,6 +26,11 @@ CUresult cuStreamGetCaptureInfo_v3(CUstream, CUstreamCaptureStatus*, cuuint64_t*
 CUresult cuStreamUpdateCaptureDependencies(CUstream, CUgraphNode*, std::size_t, unsigned int);
 CUresult cuStreamUpdateCaptureDependencies_v2(CUstream, CUgraphNode*, const CUgraphEdgeData*,
                                               std::size_t, unsigned int);
+#undef cuMemcpyBatchAsync
+CUresult cuMemcpyBatchAsync(CUdeviceptr*, CUdeviceptr*, std::size_t*, std::size_t,
+                            CUmemcpyAttributes*, std::size_t*, std::size_t, std::size_t*, CUstream);
+CUresult cuMemcpyBatchAsync_v2(CUdeviceptr*, CUdeviceptr*, std::size_t*, std::size_t,
+                               CUmemcpyAttributes*, std::size_t*, std::size_t, CUstream);
 CUresult cuCtxCreate_v2(CUcontext*, unsigned int, CUdevice);
 CUresult cuCtxCreate_v4(CUcontext*, CUctxCreateParams*, unsigned int, CUdevice);
 #undef cuGetProcAddress
@@ -119,6 +124,8 @@ const EntryPoint kEntryPoints[] = {
     STREAM_FUNCTION(cuMemcpyDtoDAsync), STREAM_FUNCTION(cuMemcpyPeer),
     STREAM_FUNCTION(cuMemcpyPeerAsync), STREAM_FUNCTION(cuMemcpy2D),
     STREAM_FUNCTION(cuMemcpy2DUnaligned), STREAM_FUNCTION(cuMemcpy2DAsync),
+    STREAM_VERSION(cuMemcpyBatchAsync, cuMemcpyBatchAsync, 12080),
+    STREAM_VERSION(cuMemcpyBatchAsync, cuMemcpyBatchAsync_v2, 13000),
     STREAM_FUNCTION(cuMemsetD8), STREAM_FUNCTION(cuMemsetD16), STREAM_FUNCTION(cuMemsetD32),
     STREAM_FUNCTION(cuMemsetD8Async), STREAM_FUNCTION(cuMemsetD16Async),
     STREAM_FUNCTION(cuMemsetD32Async), STREAM_FUNCTION(cuMemsetD2D8),

@@ -1,6 +1,7 @@
 // Copies and memsets.
 #include "emulator/core/transfers.hpp"
 
+#include <cstdint>
 #include <optional>
 
 #include "emulator/libcuda/api_call.hpp"
@@ -139,9 +140,93 @@ CUresult copy_peer(const char* name, const PeerSide& destination, const PeerSide
   });
 }
 
+// The copies of one call; the last attributes go to the end.
+struct Batch {
+  const CUdeviceptr* destinations;
+  const CUdeviceptr* sources;
+  const std::size_t* sizes;
+  std::size_t count;
+  const CUmemcpyAttributes* attributes;
+  const std::size_t* first_copies;
+  std::size_t attribute_count;
+
+  bool is_valid() const {
+    if (count == 0 || destinations == nullptr || sources == nullptr || sizes == nullptr ||
+        attributes == nullptr || first_copies == nullptr || attribute_count == 0 ||
+        attribute_count > count || first_copies[0] != 0) {
+      return false;
+    }
+    for (std::size_t i = 0; i < attribute_count; ++i) {
+      if (i > 0 && first_copies[i] <= first_copies[i - 1]) return false;
+      const unsigned order = attributes[i].srcAccessOrder;
+      if (first_copies[i] >= count || order < CU_MEMCPY_SRC_ACCESS_ORDER_STREAM ||
+          order > CU_MEMCPY_SRC_ACCESS_ORDER_ANY ||
+          attributes[i].flags > CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  // Sources are read in the stream's order whatever is allowed; so who may take the memory back at
+  // the call's end waits for the stream.
+  bool is_read_at_once() const {
+    for (std::size_t i = 0; i < attribute_count; ++i) {
+      if (attributes[i].srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_DURING_API_CALL) return true;
+    }
+    return false;
+  }
+};
+
+// Copies of a batch have no order: the last one is the first here, so that a program which needs an
+// order does not get the one that it may have thought of. failed is where the older version of the
+// call puts the copy that could not be made.
+CUresult copy_batch(const char* name, const Batch& batch, std::size_t* failed, CUstream handle) {
+  return with_context(name, [&](Machine& machine, Lock& lock, Context&) {
+    if (failed != nullptr) *failed = SIZE_MAX;
+    if (handle == nullptr || handle == CU_STREAM_LEGACY || !batch.is_valid())
+      return CUDA_ERROR_INVALID_VALUE;
+    StreamRef stream;
+    const CUresult found = machine.streams.find(handle, &stream);
+    if (found != CUDA_SUCCESS) return found;
+    const CUresult admitted = machine.captures.admit_work(stream);
+    if (admitted != CUDA_SUCCESS) return admitted;
+    for (std::size_t i = batch.count; i-- > 0;) {
+      const CUresult result = emulator::copy(
+          machine, lock, stream, one_row(batch.destinations[i], batch.sources[i], batch.sizes[i]),
+          CopyKind::kAny, kAsync);
+      if (result == CUDA_SUCCESS) continue;
+      if (failed != nullptr) *failed = i;
+      return result;
+    }
+    if (batch.is_read_at_once()) machine.streams.synchronize(lock, stream);
+    return CUDA_SUCCESS;
+  });
+}
+
 }  // namespace
 
 extern "C" {
+
+// The version of CUDA 12.8, which cuda.h declares for its own implementation only.
+#undef cuMemcpyBatchAsync
+CUresult cuMemcpyBatchAsync(CUdeviceptr* destinations, CUdeviceptr* sources, std::size_t* sizes,
+                            std::size_t count, CUmemcpyAttributes* attributes,
+                            std::size_t* first_copies, std::size_t attribute_count,
+                            std::size_t* failed, CUstream stream) {
+  return copy_batch(
+      __func__, {destinations, sources, sizes, count, attributes, first_copies, attribute_count},
+      failed, stream);
+}
+
+CUresult cuMemcpyBatchAsync_v2(CUdeviceptr* destinations, CUdeviceptr* sources, std::size_t* sizes,
+                               std::size_t count, CUmemcpyAttributes* attributes,
+                               std::size_t* first_copies, std::size_t attribute_count,
+                               CUstream stream) {
+  return copy_batch(
+      __func__, {destinations, sources, sizes, count, attributes, first_copies, attribute_count},
+      nullptr, stream);
+}
 
 CUresult cuMemcpy(CUdeviceptr destination, CUdeviceptr source, std::size_t size_bytes) {
   return copy_sync(__func__, destination, source, size_bytes, CopyKind::kAny);

@@ -1,0 +1,62 @@
+// Counters of a transfer engine, and the places where its threads stand still.
+//
+// Thread-safe. Shared by an engine and its tickets. Note [Where spans begin and end]: all that a
+// trace would show passes through few places. A copy begins where the engine puts it on a stream
+// (Flights::add) and ends where its mark was found passed (Flights::take_passed); disk requests
+// begin and end in start_write/finish_write and start_read/finish_read; a Stall is a thread that
+// waits.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+namespace spillover {
+
+// What a thread of the program waited for.
+enum class StallCause {
+  kHostBudget,  // host memory that is free, or can be made free
+  kDisk,        // bytes that come from the disk
+  kCopy,        // copies to end: a ticket's, or so that less device memory is held
+};
+inline constexpr size_t kStallCauses = 3;
+
+struct TransferCounters {
+  std::atomic<uint64_t> out_bytes{0};  // Copied from the device, in transfers that were started.
+  std::atomic<uint64_t> in_bytes{0};
+  std::atomic<uint64_t> out_transfers{0};  // Calls of put(), copies from the device.
+  std::atomic<uint64_t> in_transfers{0};
+  std::atomic<uint64_t> written_bytes{0};  // To disk, in writes that went well.
+  std::atomic<uint64_t> read_bytes{0};
+  std::atomic<uint64_t> prefetched_bytes{0};  // Of those, ahead of a fetch.
+  std::atomic<uint64_t> host_hits{0};         // Chunks fetched that the host had, or was getting.
+  std::atomic<uint64_t> host_misses{0};       // Chunks whose fetch had to go to the disk.
+  std::atomic<uint64_t> evicted_bytes{0};     // Host copies given up because the disk has them.
+  std::atomic<uint64_t> disk_errors{0};       // Requests that failed, whoever heard of it.
+  std::array<std::atomic<uint64_t>, kStallCauses> stalls{};
+  std::array<std::atomic<uint64_t>, kStallCauses> stall_ns{};
+};
+
+// Counts the time from here to the end of its scope.
+class Stall {
+ public:
+  Stall(TransferCounters& counters, StallCause cause)
+      : counters_(counters), cause_(static_cast<size_t>(cause)) {}
+  ~Stall() {
+    const auto elapsed = std::chrono::steady_clock::now() - start_;
+    ++counters_.stalls[cause_];
+    counters_.stall_ns[cause_] += static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(elapsed).count());
+  }
+  Stall(const Stall&) = delete;
+  Stall& operator=(const Stall&) = delete;
+
+ private:
+  TransferCounters& counters_;
+  const size_t cause_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+}  // namespace spillover
