@@ -15,7 +15,7 @@ from pathlib import Path
 from spillover._paths import library_path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("base", "driver", "allocator", "tiers", "transfer")
+LAYERS = ("base", "driver", "trace", "allocator", "tiers", "transfer")
 SANITIZERS = ("thread", "address,undefined")
 
 
