@@ -60,6 +60,17 @@ EXPECTED = {
         "sleep_wake_ratio.ours",
         "sleep_freed_share.ours",
     },
+    "transfer": {
+        "ratio_to_raw.d2h",
+        "ratio_to_raw.h2d",
+        "ratio_to_raw.both",
+        "per_transfer_us.out.single",
+        "per_transfer_us.out.batched",
+        "per_transfer_us.out.torch",
+        "per_transfer_us.in.single",
+        "per_transfer_us.in.batched",
+        "per_transfer_us.in.torch",
+    },
 }
 
 

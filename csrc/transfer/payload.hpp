@@ -1,4 +1,4 @@
-// What a transfer engine keeps: bytes that left the device, cut into chunks.
+// What a transfer engine keeps: bytes that left the device, cut into chunks where there is a disk.
 //
 // Chunks let the copies of one half of a payload overlap with the disk's work on the other, and let
 // payloads larger than the host's budget pass through it. Everything but the constants is guarded

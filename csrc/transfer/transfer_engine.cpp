@@ -71,11 +71,13 @@ std::shared_ptr<Payload> TransferEngine::make_payload(size_t size_bytes, uint64_
   auto payload = std::make_shared<Payload>();
   payload->engine = number_;
   payload->size_bytes = size_bytes;
-  payload->chunks.resize((size_bytes + options_.chunk_bytes - 1) / options_.chunk_bytes);
+  // Without a disk there is nothing that parts of it could be given to.
+  const size_t chunk_bytes = disk_ == nullptr ? size_bytes : options_.chunk_bytes;
+  payload->chunks.resize((size_bytes + chunk_bytes - 1) / chunk_bytes);
   size_t offset = 0;
   for (Chunk& chunk : payload->chunks) {
     chunk.offset_bytes = offset;
-    chunk.size_bytes = std::min(options_.chunk_bytes, size_bytes - offset);
+    chunk.size_bytes = std::min(chunk_bytes, size_bytes - offset);
     offset += chunk.size_bytes;
   }
   const Lock lock(mutex_);
