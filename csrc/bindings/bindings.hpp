@@ -16,6 +16,7 @@ void register_allocator(pybind11::module_& module);
 void register_plain_adapter(pybind11::module_& module);
 void register_dlpack(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
+void register_gpu_direct(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);
 
 // Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Once

@@ -10,5 +10,6 @@ PYBIND11_MODULE(_core, module) {
   spillover::register_plain_adapter(module);
   spillover::register_dlpack(module);
   spillover::register_tiers(module);
+  spillover::register_gpu_direct(module);
   spillover::register_storage_faults(module);
 }
