@@ -2,6 +2,7 @@
 #include "bindings/bindings.hpp"
 #include "driver/device.hpp"
 #include "driver/fork_guard.hpp"
+#include "driver/virtual_memory.hpp"
 
 namespace py = pybind11;
 
@@ -15,6 +16,12 @@ void register_driver(py::module_& module) {
   module.def("driver_version", &driver_version, ReleaseGil(),
              "CUDA version that the driver supports: 1000 * major + 10 * minor.");
   module.def("device_count", &device_count, ReleaseGil(), "Number of devices.");
+  module.def("device_name", &device_name, py::arg("device") = 0, ReleaseGil(),
+             "What the device is called; makes no context.");
+  module.def("device_total_bytes", &device_total_bytes, py::arg("device") = 0, ReleaseGil(),
+             "Memory of the device; makes no context.");
+  module.def("supports_virtual_memory", &supports_virtual_memory, py::arg("device") = 0,
+             ReleaseGil(), "Whether the device has virtual memory management.");
   module.def(
       "memory_info",
       [](int device) {

@@ -18,6 +18,7 @@ void register_dlpack(pybind11::module_& module);
 void register_trace(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_transfer(pybind11::module_& module);
+void register_gpu_direct(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);
 
 // Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Once

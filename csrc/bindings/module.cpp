@@ -12,5 +12,6 @@ PYBIND11_MODULE(_core, module) {
   spillover::register_trace(module);
   spillover::register_tiers(module);
   spillover::register_transfer(module);
+  spillover::register_gpu_direct(module);
   spillover::register_storage_faults(module);
 }

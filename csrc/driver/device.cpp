@@ -1,5 +1,6 @@
 #include "driver/device.hpp"
 
+#include <array>
 #include <exception>
 #include <string>
 
@@ -37,6 +38,24 @@ void require_device(int device) {
   throw ConfigError("device " + std::to_string(device) + " does not exist; there " +
                     (count == 1 ? "is 1 device" : "are " + std::to_string(count) + " devices") +
                     ", numbered from 0");
+}
+
+std::string device_name(int device) {
+  require_device(device);
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  std::array<char, 256> name{};
+  SPILLOVER_CHECKED_CALL(cuDeviceGetName, name.data(), static_cast<int>(name.size()), handle);
+  return name.data();
+}
+
+size_t device_total_bytes(int device) {
+  require_device(device);
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  size_t total_bytes = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceTotalMem, &total_bytes, handle);
+  return total_bytes;
 }
 
 MemoryInfo memory_info(int device) {

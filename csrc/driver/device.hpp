@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace spillover {
 
@@ -21,6 +22,10 @@ inline constexpr int kDevicesMax = 64;
 
 // Throws ConfigError for a device that does not exist. Makes no context.
 void require_device(int device);
+
+// These make no context.
+std::string device_name(int device);
+size_t device_total_bytes(int device);
 
 struct MemoryInfo {
   size_t free_bytes;

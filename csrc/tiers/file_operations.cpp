@@ -1,6 +1,8 @@
 #include "tiers/file_operations.hpp"
 
+#include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -26,6 +28,26 @@ int FileOperations::open(int folder, const char* name, int flags, mode_t mode) {
 
 int FileOperations::unlink(int folder, const char* name) {
   return unlinkat(folder, name, 0);
+}
+
+int FileOperations::list(int folder, std::vector<std::string>& names) {
+  const int again = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (again < 0) return -1;
+  const std::unique_ptr<DIR, int (*)(DIR*)> stream(fdopendir(again), &closedir);
+  if (stream == nullptr) {
+    close(again);
+    return -1;
+  }
+  for (;;) {
+    errno = 0;
+    const dirent* const entry = readdir(stream.get());
+    if (entry == nullptr) return errno == 0 ? 0 : -1;
+    names.emplace_back(entry->d_name);
+  }
+}
+
+int FileOperations::lock(int file) {
+  return flock(file, LOCK_EX | LOCK_NB);
 }
 
 int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {

@@ -12,6 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "tiers/transfer_progress.hpp"
 
@@ -48,6 +50,10 @@ class FileOperations {
   virtual int make_folder(const char* path, mode_t mode);
   virtual int open(int folder, const char* name, int flags, mode_t mode);
   virtual int unlink(int folder, const char* name);
+  // Appends the names in the folder.
+  virtual int list(int folder, std::vector<std::string>& names);
+  // Takes the file's exclusive lock (flock) until it is closed, or fails at once.
+  virtual int lock(int file);
   // Takes space for [offset, offset + size_bytes) of the file.
   virtual int allocate(int file, uint64_t offset, uint64_t size_bytes);
   // Gives back the space behind.

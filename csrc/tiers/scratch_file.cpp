@@ -1,21 +1,20 @@
 #include "tiers/scratch_file.hpp"
 
 #include <fcntl.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <cerrno>
-#include <cstdio>
 #include <cstring>
 #include <utility>
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "base/file_descriptor.hpp"
 #include "tiers/extent_space.hpp"
 #include "tiers/file_operations.hpp"
+#include "tiers/named_scratch.hpp"
 
 namespace spillover {
 namespace {
@@ -45,33 +44,11 @@ void make_folders(const std::string& folder) {
   }
 }
 
-// For file systems without O_TMPFILE: a file that nobody else made, unlinked before it is used.
-int open_and_unlink(int folder, int flags) {
-  for (int attempt = 0; attempt < 100; ++attempt) {
-    uint64_t number = 0;
-    if (getrandom(&number, sizeof number, 0) != sizeof number) return -1;
-    std::array<char, 48> name{};
-    std::snprintf(name.data(), name.size(), ".spillover-%016llx",
-                  static_cast<unsigned long long>(number));
-    const int file =
-        file_operations().open(folder, name.data(), flags | O_CREAT | O_EXCL | O_NOFOLLOW, kMode);
-    if (file < 0 && errno == EEXIST) continue;
-    if (file < 0 || file_operations().unlink(folder, name.data()) == 0) return file;
-    // A file that keeps its name would be there for others to read after the process is gone.
-    const int native_error = errno;
-    close(file);
-    errno = native_error;
-    return -1;
-  }
-  errno = EEXIST;
-  return -1;
-}
-
 int open_unnamed(int folder, int flags) {
   // O_EXCL here forbids giving the file a name later.
   const int file = file_operations().open(folder, ".", flags | O_TMPFILE | O_EXCL, kMode);
   if (file >= 0 || (errno != EOPNOTSUPP && errno != EISDIR && errno != ENOENT)) return file;
-  return open_and_unlink(folder, flags);
+  return open_named_scratch(folder, flags);
 }
 
 bool means_full(int native_error) {
@@ -84,26 +61,26 @@ ScratchFile::ScratchFile(const std::string& folder, Preallocation preallocation)
     : folder_(folder), is_preallocated_(preallocation == Preallocation::kReserve) {
   if (folder.empty()) throw ConfigError("a spill folder must have a name");
   make_folders(folder);
-  const int directory =
-      file_operations().open(AT_FDCWD, folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0);
-  if (directory < 0) {
+  const FileDescriptor directory(
+      file_operations().open(AT_FDCWD, folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0));
+  if (!directory.is_open()) {
     const int native_error = errno;
     throw StorageError("cannot open the spill folder " + folder + ": " + describe(native_error),
                        folder, native_error);
   }
   constexpr int kFlags = O_RDWR | O_CLOEXEC;
-  descriptor_ = open_unnamed(directory, kFlags | O_DIRECT);
+  descriptor_ = open_unnamed(directory.number(), kFlags | O_DIRECT);
   if (descriptor_ < 0 && errno == EINVAL) {
     is_direct_ = false;
-    descriptor_ = open_unnamed(directory, kFlags);
+    descriptor_ = open_unnamed(directory.number(), kFlags);
   }
-  const int native_error = errno;
-  close(directory);
   if (descriptor_ < 0) {
+    const int native_error = errno;
     throw StorageError(
         "cannot make a file in the spill folder " + folder + ": " + describe(native_error), folder,
         native_error);
   }
+  remove_abandoned_scratch(directory.number());
 }
 
 ScratchFile::~ScratchFile() {

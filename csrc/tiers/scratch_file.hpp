@@ -1,5 +1,5 @@
 // A file without a name in a folder of the disk tier: it is gone when the process is, however that
-// ends.
+// ends. Where it had a name for a moment, see Note [Abandoned scratch] in named_scratch.hpp.
 //
 // Move-only. transfer() may be called from any thread at once, the rest by one thread at a time.
 // Offsets, sizes and addresses are multiples of kDiskBlockBytes.
@@ -20,7 +20,8 @@ enum class Preallocation {
 
 class ScratchFile {
  public:
-  // Makes the folder (mode 0700) where it is missing. The file has mode 0600. Throws StorageError.
+  // Makes the folder (mode 0700) where it is missing, and removes what killed processes have left
+  // there. The file has mode 0600. Throws StorageError.
   ScratchFile(const std::string& folder, Preallocation preallocation);
   ~ScratchFile();
   ScratchFile(ScratchFile&& other) noexcept;

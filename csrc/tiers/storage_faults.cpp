@@ -20,8 +20,8 @@
 namespace spillover {
 namespace {
 
-constexpr std::array<std::string_view, 7> kOperations = {
-    "make_folder", "open", "unlink", "allocate", "truncate", "read", "write"};
+constexpr std::array<std::string_view, 9> kOperations = {
+    "make_folder", "open", "unlink", "list", "lock", "allocate", "truncate", "read", "write"};
 
 // Short transfers end on a sector of the disk, which need not be a block of ours.
 constexpr size_t kSectorBytes = 512;
@@ -236,6 +236,14 @@ int StorageFaults::open(int folder, const char* name, int flags, mode_t mode) {
 
 int StorageFaults::unlink(int folder, const char* name) {
   return run("unlink", -1, [&] { return FileOperations::unlink(folder, name); });
+}
+
+int StorageFaults::list(int folder, std::vector<std::string>& names) {
+  return run("list", -1, [&] { return FileOperations::list(folder, names); });
+}
+
+int StorageFaults::lock(int file) {
+  return run("lock", file, [&] { return FileOperations::lock(file); });
 }
 
 int StorageFaults::allocate(int file, uint64_t offset, uint64_t size_bytes) {

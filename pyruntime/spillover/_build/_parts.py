@@ -91,24 +91,43 @@ def build(part: Part) -> Path:
         There is no CUDA build of torch, the cache folder is not private, or ``$CXX`` or
         ``$SPILLOVER_CACHE_DIR`` is malformed.
     """
+    found = find(part)
+    if found is not None:
+        return found
     recipe = _RECIPES[part]
     facts = _torch.torch_facts()
     sources = _sources(recipe)
-    key = _key(recipe, facts)
+    compiler = _compiler.find_compiler()
+    return _cache.find_or_build(
+        _entry(part, facts, compiler),
+        recipe.file_name,
+        lambda folder: _compile(recipe, facts, compiler, sources, folder / recipe.file_name),
+    )
+
+
+def find(part: Part) -> Path | None:
+    """Path of a part that was compiled before; None where ``build()`` would compile it.
+
+    Raises as ``build()``.
+    """
+    recipe = _RECIPES[part]
+    facts = _torch.torch_facts()
+    _sources(recipe)
     try:
         compiler = _compiler.find_compiler()
     except BuildError:
         # What another compiler made earlier, perhaps while an image was built, serves as well.
-        found = _cache.find(_cache.entry_name(part, facts.version, key, "*"), recipe.file_name)
+        entry = _cache.entry_name(part, facts.version, _key(recipe, facts), "*")
+        found = _cache.find(entry, recipe.file_name)
         if found is None:
             raise
         return found
-    entry = _cache.entry_name(part, facts.version, key, _hash(*compiler.command, compiler.identity))
-    return _cache.find_or_build(
-        entry,
-        recipe.file_name,
-        lambda folder: _compile(recipe, facts, compiler, sources, folder / recipe.file_name),
-    )
+    return _cache.find(_entry(part, facts, compiler), recipe.file_name)
+
+
+def _entry(part: Part, facts: _torch.TorchFacts, compiler: _compiler.Compiler) -> str:
+    key = _key(_RECIPES[part], facts)
+    return _cache.entry_name(part, facts.version, key, _hash(*compiler.command, compiler.identity))
 
 
 def build_all() -> list[Path]:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+import spillover
+from spillover.cli import _doctor_device, _doctor_disks, _doctor_host
+from spillover.cli._doctor_part import Part
+
+_STYLES = {"works": "green", "limited": "yellow", "missing": "dim", "fails": "red"}
 
 
 def doctor(
@@ -17,37 +25,40 @@ def doctor(
             help="A folder for the disk tier; repeat for several. Else the temporary one."
         ),
     ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object in place of the table.")
+    ] = False,
 ) -> None:
     """Say what of this machine Spillover can use, and why not more.
 
-    Makes an empty file in each folder, which is gone at once. Ends with 1 where something fails.
-    """
-    from rich.console import Console
-    from rich.table import Table
+    Each part works, is limited (it works, not at its best), is missing (nothing needs it, or
+    something else stands in for it) or fails. Makes empty files in each folder, which are gone at
+    once, and context and a megabyte on the first device, where GPUDirect Storage may work.
 
-    table = Table("part", "result", "detail", title="This machine")
-    works = True
-    for folder in disk or [Path(tempfile.gettempdir())]:
-        passed, detail = _look_at_disk(folder)
-        works = works and passed
-        table.add_row(
-            f"disk {folder}", "[green]works" if passed else "[red]fails", detail, end_section=True
-        )
-    Console().print(table)
+    Ends with 0 where nothing fails, with 1 where something does, and with 2 for wrong options.
+    """
+    folders = disk or [Path(tempfile.gettempdir())]
+    parts = [
+        *_doctor_device.parts(),
+        *_doctor_host.parts(),
+        *_doctor_disks.parts(folders),
+    ]
+    works = all(part.state != "fails" for part in parts)
+    if as_json:
+        rows = [asdict(part) for part in parts]
+        print(json.dumps({"spillover": spillover.__version__, "works": works, "parts": rows}))
+    else:
+        _show(parts)
     sys.exit(0 if works else 1)
 
 
-def _look_at_disk(folder: Path) -> tuple[bool, str]:
-    from spillover._disk import DiskStore
-    from spillover._errors import StorageError
+def _show(parts: list[Part]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
 
-    if not folder.is_dir():
-        return False, "there is no such folder; a disk store would make it"
-    try:
-        with DiskStore(folder) as store:
-            stats = store.stats()
-    except StorageError as error:
-        return False, str(error)
-    access = "O_DIRECT" if stats.is_direct else "buffered: the file system refuses O_DIRECT"
-    notes = f" ({stats.engine_notes})" if stats.engine_notes else ""
-    return True, f"engine {stats.engine}{notes}; {access}"
+    table = Table("part", "result", "detail", title=f"Spillover {spillover.__version__} here")
+    for part in parts:
+        result = f"[{_STYLES[part.state]}]{part.state}"
+        table.add_row(escape(part.name), result, escape(part.detail), end_section=True)
+    Console().print(table)

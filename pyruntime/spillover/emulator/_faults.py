@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 Timing = Literal["before", "after"]
-StorageOperation = Literal["make_folder", "open", "unlink", "allocate", "truncate", "read", "write"]
+StorageOperation = Literal[
+    "make_folder", "open", "unlink", "list", "lock", "allocate", "truncate", "read", "write"
+]
 StorageFaultKind = Literal["error", "short", "flip", "torn", "delay"]
 
 _TIMINGS = {None: 0, "before": 1, "after": 2}
@@ -100,8 +102,9 @@ class StorageFault(_When):
     Parameters
     ----------
     operation
-        ``make_folder``, ``open``, ``unlink``, ``allocate`` (space ahead of writing),
-        ``truncate`` (which gives it back), ``read`` or ``write``.
+        ``make_folder``, ``open``, ``unlink``, ``list`` (a folder's names), ``lock``,
+        ``allocate`` (space ahead of writing), ``truncate`` (which gives it back), ``read`` or
+        ``write``.
     kind
         ``error``: the operation has no effect and fails. ``short``: a transfer moves about half of
         its bytes and says so. ``flip``: a transfer flips one bit and reports success. ``torn``: a
