@@ -143,6 +143,8 @@ class Backing {
   // The chunks of a range one by one, in whichever state, and what of it sleeps.
   std::vector<AddressRange> chunks_in(const AddressRange& range) const;
   size_t asleep_bytes_in(const AddressRange& range) const;
+  // The chunks of a range that are not mapped, neighbours as one.
+  std::vector<AddressRange> unmapped_in(const AddressRange& range) const;
 
   // O(chunks). Throws StateError that says which equation does not hold.
   void check_invariants() const;

@@ -185,6 +185,21 @@ std::vector<AddressRange> Backing::chunks_in(const AddressRange& range) const {
   return chunks;
 }
 
+std::vector<AddressRange> Backing::unmapped_in(const AddressRange& range) const {
+  std::vector<AddressRange> unmapped;
+  for (auto chunk = mapped_.lower_bound(range.begin);
+       chunk != mapped_.end() && chunk->first < range.end; ++chunk) {
+    if (chunk->second.is_mapped) continue;
+    const DeviceAddress end = chunk->first + chunk->second.size_bytes;
+    if (!unmapped.empty() && unmapped.back().end == chunk->first) {
+      unmapped.back().end = end;
+    } else {
+      unmapped.push_back({chunk->first, end});
+    }
+  }
+  return unmapped;
+}
+
 size_t Backing::asleep_bytes_in(const AddressRange& range) const {
   size_t sum_bytes = 0;
   for (auto chunk = mapped_.lower_bound(range.begin);

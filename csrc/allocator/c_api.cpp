@@ -184,6 +184,13 @@ spillover_status spillover_base(const void* pointer, void** base, size_t* size_b
   });
 }
 
+spillover_status spillover_tag_of(const void* pointer, uint32_t* out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_address(pointer).arena_of_block(pointer);
+  });
+}
+
 int spillover_device_of(const void* pointer) {
   int device = -1;
   guarded([&] {
@@ -333,6 +340,14 @@ spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream,
   });
 }
 
+spillover_status spillover_alloc_at(int device, size_t size_bytes, void* stream, uint32_t arena,
+                                    void* address, void** out) {
+  return guarded([&] {
+    require_output(out);
+    *out = spillover::pool_of_device(device).allocate_at(address, arena, size_bytes, stream);
+  });
+}
+
 spillover_status spillover_expect_stream(int device, uint32_t arena, void* stream) {
   return guarded([&] { spillover::pool_of_device(device).expect_stream(arena, stream); });
 }
@@ -459,6 +474,10 @@ spillover_status spillover_visit_segments(int device, spillover_segment_visitor 
     if (visitor == nullptr) throw spillover::ConfigError("the visitor must not be null");
     if (auto* pool = spillover::pool_if_made(device)) pool->visit_segments(visitor, user);
   });
+}
+
+void spillover_observe_segments(spillover_segment_observer observer) {
+  spillover::Pool::observe_segments(observer);
 }
 
 spillover_status spillover_check_invariants(int device) {

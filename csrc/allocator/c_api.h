@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 /* Rises with each change of this interface; users ask for the version that they were made with. */
-#define SPILLOVER_ABI_VERSION 5
+#define SPILLOVER_ABI_VERSION 6
 
 typedef enum spillover_status {
   SPILLOVER_OK = 0,
@@ -69,6 +69,7 @@ typedef struct spillover_segment_info {
   size_t size_bytes;
   void* stream;
   int is_small;
+  int is_fixed; /* the driver's or an upstream's choice of address: does not grow or shrink */
   uint32_t tag;
   int is_asleep;
   size_t block_count;
@@ -96,6 +97,21 @@ typedef struct spillover_content_store spillover_content_store;
 /* Called for each segment, with its blocks in address order. Must not call the pool again. */
 typedef void (*spillover_segment_visitor)(void* user, const spillover_segment_info* segment,
                                           const spillover_block_info* blocks);
+
+/* Memory that a device's pool maps at addresses of a segment, or takes away from there. */
+typedef struct spillover_segment_change {
+  int device;
+  int is_mapped; /* 1: it is there from now on; 0: it is about to go, and is there still */
+  int is_fixed;  /* as of a segment: it comes and goes as a whole */
+  void* address;
+  size_t size_bytes;
+  void* stream;
+  uint32_t tag;
+} spillover_segment_change;
+
+/* Called for each change, in order, with the lock of the device's pool held: it must not call the
+ * pool, nor wait for a thread that does, nor throw. */
+typedef void (*spillover_segment_observer)(const spillover_segment_change* change);
 
 /* A piece of a block's memory that another process can open. */
 typedef struct spillover_shared_chunk {
@@ -199,6 +215,10 @@ spillover_status spillover_close_shared(void* address);
 /* Start and size of the segment that holds pointer. */
 spillover_status spillover_base(const void* pointer, void** base, size_t* size_bytes);
 
+/* The number of the tag, or of the private arena, that a live block's memory belongs to: another
+ * than was asked for where an arena has lent it. */
+spillover_status spillover_tag_of(const void* pointer, uint32_t* out);
+
 /* Device of a live block's address, -1 where it is not ours. */
 int spillover_device_of(const void* pointer);
 
@@ -292,6 +312,12 @@ spillover_status spillover_make_arena_from(int device, spillover_upstream_alloc 
 spillover_status spillover_alloc_in(int device, size_t size_bytes, void* stream, uint32_t arena,
                                     void** out);
 
+/* Memory at an address, a multiple of 512, that is free memory of the stream and of the arena, or
+ * with an arena of 0 of the thread's tag: what was freed there, say. No other memory is looked for
+ * and nothing is waited for: SPILLOVER_BROKEN_STATE where it is not to be had. */
+spillover_status spillover_alloc_at(int device, size_t size_bytes, void* stream, uint32_t arena,
+                                    void* address, void** out);
+
 /* Says that the stream, which lives, will ask an arena in use for memory. While such a stream, if
  * it is kept, records a graph, nothing waits for the device, which would end the recording. Whoever
  * does not say so is known from the stream's first allocation on. */
@@ -329,6 +355,11 @@ spillover_status spillover_largest_free(int device, size_t* out);
 
 spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor,
                                           void* user);
+
+/* Has a function see what is mapped and taken away from now on, of every device, until another one
+ * or NULL takes its place; it may still run then. Memory that changes hands from one stream or
+ * arena to another is taken away and mapped. */
+void spillover_observe_segments(spillover_segment_observer observer);
 
 /* Walks every structure and compares it with its equations; the first that fails is the error. */
 spillover_status spillover_check_invariants(int device);

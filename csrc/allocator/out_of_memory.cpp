@@ -15,6 +15,15 @@ std::string gave(size_t size_bytes) {
   return " (gave " + format_bytes(size_bytes) + ")";
 }
 
+// torch's largest unit is GiB, and programs read the number that was asked for in its words.
+std::string format_for_torch(size_t size_bytes) {
+  if (size_bytes < kTiB) return format_bytes(size_bytes);
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%.2f GiB",
+                static_cast<double>(size_bytes) / static_cast<double>(kGiB));
+  return text.data();
+}
+
 std::string describe_duration(std::chrono::milliseconds duration) {
   const auto count = duration.count();
   if (count < 10'000) return std::to_string(count) + " ms";
@@ -141,7 +150,7 @@ std::string describe_figures(const OutOfMemoryReport& report) {
 
 std::string describe_for_torch(const OutOfMemoryReport& report) {
   std::string text = "CUDA out of memory. Tried to allocate " +
-                     format_bytes(report.requested_bytes) + ". GPU " +
+                     format_for_torch(report.requested_bytes) + ". GPU " +
                      std::to_string(report.device) + " has a total capacity of " +
                      format_bytes(report.total_bytes) + " of which " +
                      format_bytes(report.free_bytes) + " is free.";

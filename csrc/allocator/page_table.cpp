@@ -53,6 +53,16 @@ PageTable::Page* PageTable::take_page(Pool* pool, PageKind kind) {
   return new Page{pool, shift, 0, slots};
 }
 
+bool PageTable::accepts(DeviceAddress begin, DeviceAddress end, const Pool* pool) const {
+  if (begin == 0 || begin >= end || (end - 1) >> kAddressBits != 0) return false;
+  for (size_t number = begin >> kPageBits; number <= (end - 1) >> kPageBits; ++number) {
+    const Page* page = page_of(number << kPageBits);
+    if (page == nullptr) continue;
+    if (page->pool != pool || page->slot_shift != kDenseShift) return false;
+  }
+  return true;
+}
+
 void PageTable::insert(DeviceAddress begin, DeviceAddress end, Pool* pool, PageKind kind) {
   for (size_t number = begin >> kPageBits; number <= (end - 1) >> kPageBits; ++number) {
     std::atomic<Page*>& entry = entry_of(number << kPageBits);

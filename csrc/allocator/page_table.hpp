@@ -32,6 +32,10 @@ class PageTable {
  public:
   static PageTable& instance();
 
+  // Whether the range of memory from elsewhere, which shares pages with others, can be inserted as
+  // kDense for the pool: it is where the table reaches, and in no page of another pool or kind.
+  bool accepts(DeviceAddress begin, DeviceAddress end, const Pool* pool) const;
+
   // [begin, end), of which the first and the last page may be shared with other ranges of the pool.
   void insert(DeviceAddress begin, DeviceAddress end, Pool* pool, PageKind kind);
   void erase(DeviceAddress begin, DeviceAddress end);

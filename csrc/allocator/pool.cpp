@@ -290,6 +290,10 @@ bool Pool::is_live(const void* pointer) const {
   return block != nullptr && block->address == address && block->state == BlockState::kLive;
 }
 
+ArenaId Pool::arena_of_block(const void* pointer) const {
+  return live_block(pointer)->heap->stream->arena;
+}
+
 // Gives a block that no stream uses any more back to its heap.
 void Pool::make_free(Block* block) noexcept {
   const SizeClass size_class = block->heap->size_class;

@@ -24,6 +24,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -64,6 +65,10 @@ class Pool {
   // is not in use.
   void* allocate_in(ArenaId arena, size_t size_bytes, StreamHandle stream);
 
+  // The same at an address, of what is free there for the stream and the arena; for kDefaultArena
+  // the thread's tag. Throws StateError where that is not to be had. Never blocks.
+  void* allocate_at(void* pointer, ArenaId arena, size_t size_bytes, StreamHandle stream);
+
   // The same from the thread's magazine; null where that has no such block. Never blocks.
   // The caller knows that the stream records no graph.
   void* allocate_cached(size_t size_bytes, StreamHandle stream) noexcept;
@@ -84,6 +89,9 @@ class Pool {
   void record_stream(void* pointer, int stream_device, StreamHandle stream);
 
   bool is_live(const void* pointer) const;
+
+  // Throws ConfigError unless pointer is the start of a live block.
+  ArenaId arena_of_block(const void* pointer) const;
 
   // The segment that holds the address. Throws ConfigError where nothing is mapped.
   AddressRange segment_of(const void* pointer) const;
@@ -155,6 +163,9 @@ class Pool {
 
   void visit_segments(spillover_segment_visitor visitor, void* user);
 
+  // Of every pool; null for nobody. See c_api.h.
+  static void observe_segments(spillover_segment_observer observer) noexcept;
+
   // O(blocks). Throws StateError that says which equation does not hold.
   void check_invariants();
 
@@ -189,6 +200,8 @@ class Pool {
     AddressRange range;
     size_t missing_bytes = 0;  // What is to be mapped.
   };
+  // What becomes of memory at the addresses of a segment.
+  enum class SegmentChange { kMapped, kGoing };
   // Whether chunks may be taken that are much larger than what is wanted.
   enum class Overshoot { kBounded, kAny };
   struct Totals;
@@ -320,7 +333,8 @@ class Pool {
   // pool_upstream.cpp
   Block* obtain_from_upstream(Lock& lock, const Request& request);
   Block* take_from_upstream(Lock& lock, const Request& request, size_t size_bytes);
-  bool holds_any_of(DeviceAddress begin, size_t size_bytes) const;
+  std::string defect_of(DeviceAddress begin, DeviceAddress end) const;
+  bool holds_any_of(DeviceAddress begin, DeviceAddress end) const;
   void evict_upstreams();
   void return_to_upstreams(Lock& lock);
 
@@ -338,6 +352,8 @@ class Pool {
   void give_up_contents(Block& block);
   void count_sleeping(ArenaId tag, spillover_tag_stats_t& statistics) const;
   void count_asleep(const AddressRange& chunks, bool is_asleep);
+  void detach(const AddressRange& chunks);
+  void attach(const AddressRange& range);
   // pool_wake.cpp
   void drop_freed(ArenaId tag);
   size_t copy_in(Lock& lock, ArenaId tag);
@@ -359,6 +375,7 @@ class Pool {
                         const std::vector<Block*>& live) const;
   Block* block_at(DeviceAddress address) const;
   void restore(const spillover_block_info& wanted);
+  void cut_out(Block* block, DeviceAddress address, const Request& request);
 
   // pool_grow.cpp
   Block* grow(const Request& request, Source source);
@@ -384,6 +401,11 @@ class Pool {
   Block* last_block_before(const Heap& heap, DeviceAddress address) const;
   size_t room_bytes() const;
   void count_memory();
+
+  // pool_report.cpp
+  void announce(SegmentChange change, const Heap& heap, const AddressRange& range) const noexcept;
+  void announce(SegmentChange change, const AddressRange& range) const noexcept;
+  bool is_fixed(const StreamState& stream) const;
 
   // pool_share.cpp
   void close_unneeded_files();

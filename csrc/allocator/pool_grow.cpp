@@ -241,6 +241,7 @@ Block* Pool::steal_from(Heap& victim, const Request& request) {
     // Frees of another arena have other numbers: there the change of hands counts as a free.
     freed_at = same_arena ? run->block->freed_at : ++heap.stream->freed_count;
   }
+  announce(SegmentChange::kGoing, victim, run->chunks);
   carve(run->block, run->chunks);
   return adopt(heap, run->chunks, freed_at);
 }
@@ -320,10 +321,15 @@ size_t Pool::evict(Heap& heap, size_t wanted_bytes, const AddressRange& kept, Ov
 // A chunk that the driver fails to unmap goes all the same: whether it did its work before the
 // error is not known, and memory that may be gone must never be handed out.
 void Pool::unmap(Block* block, const AddressRange& chunks) {
+  announce(SegmentChange::kGoing, *block->heap, chunks);
   try {
     backing_.unmap(chunks);
   } catch (const Error&) {
-    if (!backing_.is_mapped(chunks.begin)) carve(block, chunks);
+    if (backing_.is_mapped(chunks.begin)) {
+      announce(SegmentChange::kMapped, *block->heap, chunks);
+    } else {
+      carve(block, chunks);
+    }
     throw;
   }
   carve(block, chunks);
@@ -418,6 +424,7 @@ Block* Pool::adopt(Heap& heap, const AddressRange& range, uint64_t freed_at) {
     }
   }
   insert_free(block);
+  announce(SegmentChange::kMapped, heap, range);
   return block;
 }
 

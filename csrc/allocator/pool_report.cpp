@@ -1,5 +1,7 @@
 // What the pool tells about itself: counters, segments, and the message of an out-of-memory error.
 #include <algorithm>
+#include <atomic>
+#include <iterator>
 #include <map>
 #include <string>
 #include <utility>
@@ -13,6 +15,11 @@
 #include "driver/virtual_memory.hpp"
 
 namespace spillover {
+namespace {
+
+std::atomic<spillover_segment_observer> g_observer{nullptr};
+
+}  // namespace
 
 spillover_stats_t Pool::statistics() {
   const std::lock_guard lock(mutex_);
@@ -76,11 +83,48 @@ void Pool::visit_segments(spillover_segment_visitor visitor, void* user) {
                                       last->end() - address,
                                       stream.key.handle,
                                       first->heap->size_class == SizeClass::kSmall ? 1 : 0,
+                                      is_fixed(stream) ? 1 : 0,
                                       stream.arena,
                                       stream.is_asleep ? 1 : 0,
                                       blocks.size()};
     visitor(user, &info, blocks.data());
   }
+}
+
+void Pool::observe_segments(spillover_segment_observer observer) noexcept {
+  g_observer.store(observer, std::memory_order_release);
+}
+
+void Pool::announce(SegmentChange change, const Heap& heap,
+                    const AddressRange& range) const noexcept {
+  const spillover_segment_observer observer = g_observer.load(std::memory_order_acquire);
+  if (observer == nullptr) return;
+  const StreamState& stream = *heap.stream;
+  const spillover_segment_change told{device_,
+                                      change == SegmentChange::kMapped ? 1 : 0,
+                                      is_fixed(stream) ? 1 : 0,
+                                      reinterpret_cast<void*>(range.begin),
+                                      range.size_bytes(),
+                                      stream.key.handle,
+                                      stream.arena};
+  observer(&told);
+}
+
+// The same for what may belong to several segments.
+void Pool::announce(SegmentChange change, const AddressRange& range) const noexcept {
+  if (g_observer.load(std::memory_order_acquire) == nullptr) return;
+  for (auto segment = std::prev(segments_.upper_bound(range.begin));
+       segment != segments_.end() && segment->first < range.end; ++segment) {
+    const Block* last = segment->second;
+    while (last->next != nullptr) last = last->next;
+    announce(change, *segment->second->heap,
+             {std::max(range.begin, segment->first), std::min(range.end, last->end())});
+  }
+}
+
+// Whether each of the stream's segments is one chunk at an address that others chose.
+bool Pool::is_fixed(const StreamState& stream) const {
+  return !backing_.is_virtual() || stream.has_upstream;
 }
 
 spillover_tag_stats_t Pool::arena_statistics(ArenaId arena) {

@@ -1,4 +1,5 @@
-// Brings the live blocks of a private arena back to what they were.
+// Blocks at addresses that are given: the live blocks of a private arena as they once were, and
+// single ones.
 //
 // Graphs that may run after one another are recorded from the same state of their arena: what a
 // later recording hands out must not be where an earlier graph's results are. The arena's memory is
@@ -8,6 +9,7 @@
 #include <iterator>
 
 #include "allocator/pool.hpp"
+#include "base/bytes.hpp"
 #include "base/check.hpp"
 #include "base/error.hpp"
 
@@ -96,10 +98,15 @@ void Pool::restore(const spillover_block_info& wanted) {
   Block* block = block_at(address);
   SPILLOVER_CHECK(block != nullptr && block->state == BlockState::kFree,
                   "a block to restore lies in one that is in use");
+  const StreamState& stream = *block->heap->stream;
+  cut_out(block, address,
+          {wanted.requested_bytes, wanted.size_bytes, stream.key, stream.arena,
+           block->heap->size_class});
+}
+
+// Hands out what the request asks for at an address in a free block.
+void Pool::cut_out(Block* block, DeviceAddress address, const Request& request) {
   remove_free(block);
-  StreamState& stream = *block->heap->stream;
-  Request request{wanted.requested_bytes, wanted.size_bytes, stream.key, stream.arena,
-                  block->heap->size_class};
   if (block->address < address) {
     Request front = request;
     front.size_bytes = address - block->address;
@@ -111,6 +118,38 @@ void Pool::restore(const spillover_block_info& wanted) {
   }
   split(block, request);
   activate(block, request);
+}
+
+void* Pool::allocate_at(void* pointer, ArenaId arena, size_t size_bytes, StreamHandle stream) {
+  const auto address = reinterpret_cast<DeviceAddress>(pointer);
+  if (address == 0 || address % kBlockAlignment != 0 || size_bytes == 0) {
+    throw ConfigError("memory at an address wants a multiple of " +
+                      std::to_string(kBlockAlignment) + " and a size above 0, got " +
+                      format_address(pointer) + " and " + std::to_string(size_bytes) + " bytes");
+  }
+  if (arena == kDefaultArena) {
+    check_not_capturing(device_, stream);
+    arena = ThreadCache::current_arena();
+  }
+  const Request request = make_request(size_bytes, stream, arena);
+  const std::lock_guard lock(mutex_);
+  if (is_private_arena(arena)) static_cast<void>(private_arena(arena));
+  const Heap& heap = heap_of(request);
+  empty_magazines();
+  Block* block = block_at(address);
+  const DeviceAddress end = address + request.size_bytes;
+  const bool is_free = block != nullptr && block->state == BlockState::kFree &&
+                       block->heap == &heap && end > address && block->end() >= end &&
+                       (!heap.stream->is_whole || block->address == address);
+  if (!is_free) {
+    throw StateError("there are no " + format_bytes(size_bytes) + " of free memory at " +
+                     format_address(pointer) + " that belong to the stream and the pool");
+  }
+  take_over_counters();
+  cut_out(block, address, request);
+  raise_peaks();
+  if (settings_.check_every != 0) check_at_intervals();
+  return pointer;
 }
 
 }  // namespace spillover

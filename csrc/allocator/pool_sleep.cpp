@@ -234,10 +234,26 @@ size_t Pool::copy_out(Lock& lock, Sleeping& sleeping, const SleepPlan& plan, Con
       sleeping.contents->finish_save(piece);
     }
     copied_bytes += plan.pieces[piece].size_bytes;
-    for (const AddressRange& chunks : plan.chunks[piece]) backing_.detach(chunks);
+    for (const AddressRange& chunks : plan.chunks[piece]) detach(chunks);
   }
-  for (const AddressRange& chunks : plan.empty_chunks) backing_.detach(chunks);
+  for (const AddressRange& chunks : plan.empty_chunks) detach(chunks);
   return copied_bytes;
+}
+
+void Pool::detach(const AddressRange& chunks) {
+  announce(SegmentChange::kGoing, chunks);
+  try {
+    backing_.detach(chunks);
+  } catch (const Error&) {
+    if (backing_.unmapped_in(chunks).empty()) announce(SegmentChange::kMapped, chunks);
+    throw;
+  }
+}
+
+void Pool::attach(const AddressRange& range) {
+  const std::vector<AddressRange> detached = backing_.unmapped_in(range);
+  backing_.attach(range);
+  for (const AddressRange& chunks : detached) announce(SegmentChange::kMapped, chunks);
 }
 
 // Nothing can fail any more: the tag's memory is the caller's to release.
@@ -304,7 +320,7 @@ std::vector<ArenaId> Pool::undo_sleep(Lock& lock, const std::vector<ArenaId>& ta
     }
     sleeping.pieces.clear();
     try {
-      for (const AddressRange& segment : segments_of(tag)) backing_.attach(segment);
+      for (const AddressRange& segment : segments_of(tag)) attach(segment);
       set_asleep(tag, false);
     } catch (const Error&) {
       sleeping.phase = Sleeping::Phase::kAsleep;

@@ -13,6 +13,7 @@
 //   - they count as held, so that a limit is one for everything.
 // The functions are called without the mutex, as they may take Python's lock or call the pool.
 #include <iterator>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -61,8 +62,7 @@ Block* Pool::obtain_from_upstream(Lock& lock, const Request& request) {
 }
 
 // A chunk from the arena's upstream as a block that is in no heap's set; null where the upstream or
-// the limit has no room. Releases the mutex meanwhile. Throws StateError for memory that the pool
-// has already.
+// the limit has no room. Releases the mutex meanwhile. Throws StateError for memory that cannot be.
 Block* Pool::take_from_upstream(Lock& lock, const Request& request, size_t size_bytes) {
   static_cast<void>(private_arena(request.arena));
   if (request.requested_bytes > request.size_bytes || size_bytes > room_bytes()) return nullptr;
@@ -74,18 +74,17 @@ Block* Pool::take_from_upstream(Lock& lock, const Request& request, size_t size_
   }();
   asked_of_upstreams_bytes_ -= size_bytes;
   const bool is_released = private_arenas_.count(request.arena) == 0;
-  const bool is_ours = memory && holds_any_of(memory->address(), size_bytes);
-  if (is_released || is_ours) {
+  const DeviceAddress begin = memory ? memory->address() : 0;
+  const std::string defect = memory && !is_released ? defect_of(begin, begin + size_bytes) : "";
+  if (is_released || !defect.empty()) {
     {
       const Unlocked unlocked(lock);
       memory.reset();
       upstream.reset();
     }
     static_cast<void>(private_arena(request.arena));  // Throws where it was released.
-    throw StateError(
-        "the allocator of a private memory pool gave memory that spillover's pool holds already; "
-        "it "
-        "must give device memory of its own, as cudaMalloc does");
+    throw StateError("the allocator of a private memory pool gave memory " + defect +
+                     "; it must give device memory of its own, as cudaMalloc does");
   }
   if (!memory) return nullptr;
   const CountOnExit count(*this);
@@ -95,11 +94,19 @@ Block* Pool::take_from_upstream(Lock& lock, const Request& request, size_t size_
   return block;
 }
 
-// Whether a pool has the address or this one any of the range.
-bool Pool::holds_any_of(DeviceAddress begin, size_t size_bytes) const {
+// What is wrong with memory that an upstream gave; empty where nothing is.
+std::string Pool::defect_of(DeviceAddress begin, DeviceAddress end) const {
+  if (holds_any_of(begin, end)) return "that spillover's pool holds already";
+  if (PageTable::instance().accepts(begin, end, this)) return "";
+  return "at " + format_address(reinterpret_cast<void*>(begin)) +
+         ", where device memory does not lie";
+}
+
+bool Pool::holds_any_of(DeviceAddress begin, DeviceAddress end) const {
+  if (begin >= end) return false;
   const Pool* owner = PageTable::instance().pool_of(begin);
   if (owner != nullptr && owner != this) return true;
-  const auto behind = segments_.lower_bound(begin + size_bytes);
+  const auto behind = segments_.lower_bound(end);
   if (behind == segments_.begin()) return false;
   const Block* last = std::prev(behind)->second;
   while (last->next != nullptr) last = last->next;

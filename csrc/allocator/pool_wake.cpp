@@ -85,7 +85,7 @@ size_t Pool::copy_in(Lock& lock, ArenaId tag) {
         return backing_.asleep_bytes_in(segment) != 0;
       })) {
     // A sleep failed half-way: the contents are in device memory.
-    for (const AddressRange& segment : segments) backing_.attach(segment);
+    for (const AddressRange& segment : segments) attach(segment);
     return 0;
   }
   drop_freed(tag);
@@ -108,6 +108,7 @@ void Pool::provide(Lock& lock, ArenaId tag, const AddressRange& chunks) {
   if (!provide_from_idle(chunks) && !provide_by_waiting(lock, chunks)) throw_cannot_wake(tag);
   count_asleep(chunks, false);
   count_memory();  // The mutex is released between pieces.
+  announce(SegmentChange::kMapped, chunks);
   sleeping_.at(tag).provided.push_back(chunks);
 }
 
@@ -172,6 +173,7 @@ void Pool::undo_wake(Lock& lock, const std::vector<ArenaId>& tags) noexcept {
       sleeping.contents->settle();
     }
     for (const AddressRange& chunks : sleeping.provided) {
+      announce(SegmentChange::kGoing, chunks);
       backing_.withdraw(chunks);
       count_asleep(chunks, true);
     }

@@ -227,6 +227,7 @@ Block* Pool::take_behind_watermark(const Request& request) {
           return nullptr;
         }
         const CountOnExit count(*this);
+        announce(SegmentChange::kGoing, victim, run->chunks);
         carve(run->block, run->chunks);
         Block* block = adopt(heap, run->chunks, ++heap.stream->freed_count);
         remove_free(block);

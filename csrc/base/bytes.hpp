@@ -11,6 +11,7 @@ namespace spillover {
 inline constexpr size_t kKiB = size_t{1} << 10;
 inline constexpr size_t kMiB = size_t{1} << 20;
 inline constexpr size_t kGiB = size_t{1} << 30;
+inline constexpr size_t kTiB = size_t{1} << 40;
 
 // alignment must be a power of two. The sum must not overflow: callers bound size first.
 constexpr size_t round_up(size_t size, size_t alignment) {

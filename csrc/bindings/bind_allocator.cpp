@@ -90,6 +90,7 @@ py::list segments_of(Pool& pool) {
     segment["tag"] = arena_name(copy.info.tag);
     segment["arena"] = copy.info.tag;
     segment["is_small"] = copy.info.is_small != 0;
+    segment["is_fixed"] = copy.info.is_fixed != 0;
     segment["is_asleep"] = copy.info.is_asleep != 0;
     segment["blocks"] = blocks;
     result.append(segment);

@@ -104,6 +104,26 @@ c10::MempoolId_t pool_of(c10::DeviceIndex device, const std::optional<uint32_t>&
   return arena ? PrivatePools::instance().id_of(device, *arena) : kNoPool;
 }
 
+// Whose memory a block is: a pool's that has lent it, too.
+c10::MempoolId_t pool_of_block(c10::DeviceIndex device, const void* pointer) {
+  uint32_t arena = 0;
+  check_pool(spillover_tag_of(pointer, &arena), "looking up a block's pool");
+  return PrivatePools::instance().id_of(device, arena);
+}
+
+// What observers of allocations want to know.
+void tell_allocated(c10::DeviceIndex device, void* pointer, size_t size_bytes,
+                    cudaStream_t stream) {
+  if (C10_UNLIKELY(History::instance().watching())) {
+    History::instance().on_alloc(device, pointer, size_bytes, stream,
+                                 pool_of_block(device, pointer));
+  }
+  if (const auto* trace = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(trace != nullptr)) {
+    (*trace)->trace_gpu_memory_allocation(c10::DeviceType::CUDA,
+                                          reinterpret_cast<uintptr_t>(pointer));
+  }
+}
+
 // delete_block as a plain function pointer: deleters are compared to tell whose block it is.
 void raw_delete_block(void* pointer) {
   delete_block(pointer);
@@ -145,13 +165,7 @@ void* Allocator::allocate_block(c10::DeviceIndex device, size_t size_bytes, cuda
     throw_out_of_memory(device, size_bytes, stream, pool_of(device, arena));
   }
   check_pool(status, "allocating device memory");
-  if (C10_UNLIKELY(History::instance().watching())) {
-    History::instance().on_alloc(device, pointer, size_bytes, stream, pool_of(device, arena));
-  }
-  if (const auto* trace = c10::impl::GPUTrace::get_trace(); C10_UNLIKELY(trace != nullptr)) {
-    (*trace)->trace_gpu_memory_allocation(c10::DeviceType::CUDA,
-                                          reinterpret_cast<uintptr_t>(pointer));
-  }
+  tell_allocated(device, pointer, size_bytes, stream);
   return pointer;
 }
 
@@ -161,6 +175,26 @@ c10::DataPtr Allocator::allocate(size_t size_bytes) {
   // torch relies on the context being the pointer itself.
   return {pointer, pointer, &raw_delete_block, cuda_device(device)};
 }
+
+#if SPILLOVER_TORCH_AT_LEAST(2, 14)
+c10::DataPtr Allocator::allocateWithAddress(size_t size_bytes, void* address) {
+  const c10::DeviceIndex device = c10::cuda::current_device();
+  const cudaStream_t stream = current_stream(device);
+  TORCH_CHECK(is_caching,
+              "spillover: memory at an exact address needs torch's caching, which is "
+              "switched off");
+  std::optional<uint32_t> arena;
+  if (PrivatePools::is_routing()) arena = PrivatePools::instance().arena_for(device, stream);
+  void* pointer = nullptr;
+  const auto status = without_gil([&] {
+    return spillover_alloc_at(device, size_bytes, stream, arena.value_or(0), address, &pointer);
+  });
+  TORCH_CHECK(status == SPILLOVER_OK, "Could not allocate CUDA storage at exact address ", address,
+              ": ", last_pool_error());
+  tell_allocated(device, pointer, size_bytes, stream);
+  return {pointer, pointer, &raw_delete_block, cuda_device(device)};
+}
+#endif
 
 c10::DeleterFnPtr Allocator::raw_deleter() const {
   return &raw_delete_block;
@@ -232,6 +266,7 @@ void Allocator::setMemoryFraction(double fraction, c10::DeviceIndex device) {
 
 void Allocator::emptyCache(c10::MempoolId_t pool) {
   if (pool != kNoPool) {
+    if (spillover_in_forked_child() != 0) return;  // It is a MemPool's end, and the parent's pool.
     PrivatePools::instance().trim(pool);
   } else {
     const GilRelease no_gil;

@@ -34,6 +34,9 @@ class Allocator final : public cuda_allocator::CUDAAllocator {
 
   // Memory.
   c10::DataPtr allocate(size_t size_bytes) override;
+#if SPILLOVER_TORCH_AT_LEAST(2, 14)
+  c10::DataPtr allocateWithAddress(size_t size_bytes, void* address) override;
+#endif
   c10::DeleterFnPtr raw_deleter() const override;
   void* raw_alloc(size_t size_bytes) override;
   void* raw_alloc_with_stream(size_t size_bytes, cudaStream_t stream) override;

@@ -1,6 +1,8 @@
 #include "torch_adapter/history.hpp"
 
 #include <algorithm>
+#include <cstdio>
+#include <exception>
 #include <map>
 #include <utility>
 
@@ -26,6 +28,7 @@ void History::set_device_count(int device_count) {
   const std::lock_guard lock(mutex_);
   device_count_ = device_count;
   entries_.resize(static_cast<size_t>(device_count));
+  segment_entries_.resize(static_cast<size_t>(device_count));
 }
 
 void History::configure(const Options& options) {
@@ -41,23 +44,21 @@ void History::configure(const Options& options) {
   // Dropping a stack trace takes Python's GIL, so what is cleared outlives the lock.
   std::vector<std::deque<TraceEntry>> dropped_entries;
   std::unordered_map<const void*, Live> dropped_blocks;
-  int device_count = 0;
   {
     const std::lock_guard lock(mutex_);
-    device_count = device_count_;
     skipped_ = std::move(skipped);
     entries_max_ = std::max<size_t>(options.entries_max, 1);
     if (!options.enabled || options.clear) {
       annotations_.clear();
       dropped_entries.resize(entries_.size());
       entries_.swap(dropped_entries);
+      for (auto& waiting : segment_entries_) waiting.clear();
     }
     if (!options.enabled && trackers_.empty() && !profiled_) {
       watching_ = false;
       live_.swap(dropped_blocks);
     }
   }
-  if (options.enabled && !enabled()) segment_log_.start(device_count);
   enabled_ = options.enabled;
   if (options.enabled) start_watching();
 }
@@ -83,6 +84,8 @@ void History::start_watching() {
     is_walking_ = true;
     watching_ = true;
   }
+  spillover_observe_segments(
+      [](const spillover_segment_change* change) { History::instance().on_segment(*change); });
   try {
     enter_live_blocks();
   } catch (...) {
@@ -174,8 +177,7 @@ void History::keep(const TraceEntry& entry) {
   }
 }
 
-void History::record(const TraceEntry& entry) {
-  keep(entry);
+void History::tell_trackers(const TraceEntry& entry) {
   std::vector<Tracker> trackers;
   {
     const std::lock_guard lock(mutex_);
@@ -184,21 +186,57 @@ void History::record(const TraceEntry& entry) {
   for (const auto& tracker : trackers) tracker(entry);
 }
 
+void History::record(const TraceEntry& entry) {
+  keep(entry);
+  tell_trackers(entry);
+}
+
+void History::on_segment(const spillover_segment_change& change) noexcept {
+  if (!watching_.load(std::memory_order_relaxed)) return;
+  const auto device = static_cast<c10::DeviceIndex>(change.device);
+  auto action = change.is_mapped != 0 ? TraceEntry::SEGMENT_MAP : TraceEntry::SEGMENT_UNMAP;
+  if (change.is_fixed != 0) {
+    action = change.is_mapped != 0 ? TraceEntry::SEGMENT_ALLOC : TraceEntry::SEGMENT_FREE;
+  }
+  try {
+    const TraceEntry entry =
+        make_entry(action, device, reinterpret_cast<size_t>(change.address), change.size_bytes,
+                   static_cast<cudaStream_t>(change.stream),
+                   PrivatePools::instance().id_of(device, change.tag), nullptr);
+    {
+      const std::lock_guard lock(mutex_);
+      const auto index = static_cast<size_t>(change.device);
+      if (enabled_ && index < segment_entries_.size()) {
+        segment_entries_[index].push_back(entry);
+        if (segment_entries_[index].size() > entries_max_) segment_entries_[index].pop_front();
+      }
+    }
+    tell_trackers(entry);
+  } catch (const std::exception& error) {
+    // The pool is in the middle of a change that it cannot take back.
+    std::fprintf(stderr, "spillover: a trace tracker failed on a segment of %zu bytes at %p: %s\n",
+                 change.size_bytes, change.address, error.what());
+  } catch (...) {
+    std::fprintf(stderr, "spillover: a trace tracker failed on a segment of %zu bytes at %p\n",
+                 change.size_bytes, change.address);
+  }
+}
+
+// Keeps what has happened to segments since the last time, with where this thread is now.
 void History::record_segments(c10::DeviceIndex device, RecordContext level) {
   if (!enabled()) return;
-  const SegmentLog::Changes changes = segment_log_.changes(device);
-  if (changes.unmapped.empty() && changes.mapped.empty()) return;
+  std::deque<TraceEntry> entries;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto index = static_cast<size_t>(static_cast<unsigned char>(device));
+    if (index < segment_entries_.size()) entries.swap(segment_entries_[index]);
+  }
+  if (entries.empty()) return;
   const Context context = gather(level);
-  const auto keep_all = [&](TraceEntry::Action action,
-                            const std::vector<SegmentLog::Range>& ranges) {
-    for (const auto& range : ranges) {
-      const c10::MempoolId_t pool = PrivatePools::instance().id_of(device, range.arena);
-      keep(make_entry(action, device, range.begin, range.end - range.begin, range.stream, pool,
-                      context));
-    }
-  };
-  keep_all(TraceEntry::SEGMENT_UNMAP, changes.unmapped);
-  keep_all(TraceEntry::SEGMENT_MAP, changes.mapped);
+  for (TraceEntry& entry : entries) {
+    entry.context_ = context;
+    keep(entry);
+  }
 }
 
 void History::on_release(c10::DeviceIndex device) {
@@ -332,6 +370,14 @@ History::Context History::context_of(const void* pointer) const {
 }
 
 std::vector<std::vector<History::TraceEntry>> History::traces() {
+  int device_count = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    device_count = device_count_;
+  }
+  for (int device = 0; device < device_count; ++device) {
+    record_segments(static_cast<c10::DeviceIndex>(device), RecordContext::ALL);
+  }
   std::vector<std::vector<TraceEntry>> result;
   {
     const std::lock_guard lock(mutex_);

@@ -5,9 +5,12 @@
 // function. Contexts (stack traces) are gathered and dropped outside the lock, since that takes
 // Python's GIL; trackers are called outside of it too.
 //
-// Segments are looked at after an allocation and where memory is given back (segment_log.hpp);
-// their events, SEGMENT_MAP and SEGMENT_UNMAP, are for the history alone. Trackers do not get them:
-// NCCL's registers what it is told of, and would be told too late.
+// Events of segments come from the pool, with its lock held (on_segment()): trackers hear of memory
+// as soon as it is there and before it goes, since NCCL's registers what it is told of. They may
+// not call the allocator then, as c10 says of torch's own. Memory that is mapped is SEGMENT_MAP and
+// SEGMENT_UNMAP; a chunk at a fixed address, as every one of a MemPool's own allocator, is
+// SEGMENT_ALLOC and SEGMENT_FREE. For the history they wait until the thread has left the pool,
+// where their context, a stack trace, can be gathered.
 //
 // Invariant: while watching, live_ has an entry for every block that torch holds. Blocks older than
 // the watch are entered when it begins, without a context.
@@ -28,7 +31,7 @@
 #include <utility>
 #include <vector>
 
-#include "torch_adapter/segment_log.hpp"
+#include "allocator/c_api.h"
 
 namespace spillover::torch_adapter {
 
@@ -79,6 +82,8 @@ class History {
   void on_snapshot();
   // After calls that may have given memory back to the driver.
   void on_release(c10::DeviceIndex device);
+  // Under the lock of the device's pool.
+  void on_segment(const spillover_segment_change& change) noexcept;
 
   // A text that this thread's events carry from now on; "" for none.
   static void set_metadata(const std::string& metadata);
@@ -117,9 +122,9 @@ class History {
   TraceEntry make_entry(TraceEntry::Action action, c10::DeviceIndex device, size_t address,
                         size_t size_bytes, cudaStream_t stream, c10::MempoolId_t pool,
                         Context context) const;
-  // Only the second one tells the trackers.
   void keep(const TraceEntry& entry);
-  void record(const TraceEntry& entry);
+  void tell_trackers(const TraceEntry& entry);
+  void record(const TraceEntry& entry);  // both
   void record_segments(c10::DeviceIndex device, RecordContext level);
   void tell_profiler(const Live& block, void* pointer, int64_t change_bytes);
 
@@ -128,10 +133,10 @@ class History {
   std::atomic<CreateContext> context_recorder_{nullptr};
   std::atomic<RecordContext> when_{RecordContext::NEVER};
 
-  SegmentLog segment_log_;
   std::mutex walk_mutex_;  // Held while the blocks older than a watch are entered; before mutex_.
   mutable std::mutex mutex_;
   // Guarded by mutex_.
+  std::vector<std::deque<TraceEntry>> segment_entries_;  // One queue a device; not yet kept.
   bool is_walking_ = false;
   std::unordered_set<const void*> freed_in_walk_;
   int device_count_ = 0;

@@ -55,6 +55,10 @@ void free_to(void* user, void* pointer, size_t size_bytes) {
                  "spillover: the allocator of a torch.cuda.MemPool failed to free %zu bytes at %p: "
                  "%s\n",
                  size_bytes, pointer, error.what());
+  } catch (...) {
+    std::fprintf(
+        stderr, "spillover: the allocator of a torch.cuda.MemPool failed to free %zu bytes at %p\n",
+        size_bytes, pointer);
   }
 }
 

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <utility>
 
 #include "torch_adapter/gil.hpp"
@@ -38,6 +39,8 @@ uint32_t PrivatePools::add_use_of(const Key& key, PoolAllocator allocator) {
     pool.arena = allocator == nullptr
                      ? make_private_arena(std::get<0>(key))
                      : make_private_arena_from(std::get<0>(key), std::move(allocator));
+    const std::lock_guard lock(ids_mutex_);
+    ids_[{std::get<0>(key), pool.arena}] = {std::get<1>(key), std::get<2>(key)};
   }
   ++pool.use_count;
   pools_[key] = pool;
@@ -51,6 +54,7 @@ void PrivatePools::add_use(c10::DeviceIndex device, c10::MempoolId_t id, PoolAll
 }
 
 void PrivatePools::remove_use(c10::DeviceIndex device, c10::MempoolId_t id) {
+  if (spillover_in_forked_child() != 0) return;
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
   remove_use_of(key_of(device, id));
@@ -101,6 +105,7 @@ void PrivatePools::end(c10::DeviceIndex device, c10::MempoolId_t id) {
 }
 
 void PrivatePools::set_use_on_oom(c10::DeviceIndex device, c10::MempoolId_t id, bool use_on_oom) {
+  if (spillover_in_forked_child() != 0) return;
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
   const Key key = key_of(device, id);
@@ -120,7 +125,8 @@ void PrivatePools::set_no_split(c10::DeviceIndex device, c10::MempoolId_t id) {
   apply_options(key, pool);
 }
 
-void PrivatePools::trim(c10::MempoolId_t id) {
+void PrivatePools::trim(c10::MempoolId_t id) noexcept {
+  if (spillover_in_forked_child() != 0) return;
   const GilRelease no_gil;
   std::vector<std::pair<c10::DeviceIndex, uint32_t>> unused;
   {
@@ -133,14 +139,38 @@ void PrivatePools::trim(c10::MempoolId_t id) {
   }
   // It waits for the device, so not under the lock.
   for (const auto& [device, arena] : unused) {
-    check_pool(spillover_trim_arena(device, arena), "emptying a private memory pool");
+    if (spillover_trim_arena(device, arena) == SPILLOVER_OK) continue;
+    std::fprintf(stderr,
+                 "spillover: giving the memory of a private memory pool back failed, which "
+                 "emptying the cache does again: %s\n",
+                 last_pool_error());
   }
+}
+
+// Whether an arena that was released has memory still. Needs the lock.
+bool PrivatePools::has_memory(c10::DeviceIndex device, uint32_t arena) {
+  spillover_tag_stats_t stats{};
+  check_pool(spillover_tag_stats(device, arena, &stats), "reading the statistics of a pool");
+  return stats.allocation != 0 || stats.reserved_bytes != 0 || stats.asleep_bytes != 0;
 }
 
 void PrivatePools::forget_unused() {
   const GilRelease no_gil;
   const std::lock_guard lock(mutex_);
-  std::erase_if(pools_, [](const auto& entry) { return entry.second.use_count == 0; });
+  std::erase_if(pools_, [](const auto& entry) {
+    return entry.second.use_count == 0 && !has_memory(std::get<0>(entry.first), entry.second.arena);
+  });
+  std::vector<std::pair<c10::DeviceIndex, uint32_t>> arenas;
+  {
+    const std::lock_guard ids_lock(ids_mutex_);
+    for (const auto& [arena, id] : ids_) arenas.push_back(arena);
+  }
+  for (const auto& [key, pool] : pools_) {
+    std::erase(arenas, std::pair{std::get<0>(key), pool.arena});
+  }
+  std::erase_if(arenas, [](const auto& arena) { return has_memory(arena.first, arena.second); });
+  const std::lock_guard ids_lock(ids_mutex_);
+  for (const auto& arena : arenas) ids_.erase(arena);
 }
 
 std::optional<uint32_t> PrivatePools::arena_for(c10::DeviceIndex device, cudaStream_t stream) {
@@ -161,14 +191,9 @@ std::optional<uint32_t> PrivatePools::arena_of(c10::DeviceIndex device, c10::Mem
 }
 
 c10::MempoolId_t PrivatePools::id_of(c10::DeviceIndex device, uint32_t arena) {
-  const GilRelease no_gil;
-  const std::lock_guard lock(mutex_);
-  for (const auto& [key, pool] : pools_) {
-    if (std::get<0>(key) == device && pool.arena == arena) {
-      return {std::get<1>(key), std::get<2>(key)};
-    }
-  }
-  return {0, 0};
+  const std::lock_guard lock(ids_mutex_);
+  const auto found = ids_.find({device, arena});
+  return found == ids_.end() ? c10::MempoolId_t{0, 0} : found->second;
 }
 
 }  // namespace spillover::torch_adapter

@@ -2,11 +2,15 @@
 //
 // One instance lives as long as the process. Any thread may call any function, with or without the
 // GIL: each that takes the lock gives the GIL up first, as the lock is held over calls of the pool
-// (Note [GIL] in gil.hpp). Order of locks: this one, then the pool's.
+// (Note [GIL] in gil.hpp). Order of locks: this one, then the pool's, then that of the numbers.
 //
 // A torch pool has one arena on each device while its use count is not 0. It is known by its number
-// until the cache is emptied after that, so that a snapshot can say whose its last blocks are. One
-// that is used again in the meantime gets a new arena.
+// until the cache is emptied after that and the arena has no memory any more, so that snapshots and
+// histories can say whose its last blocks are. One that is used again in the meantime gets a new
+// arena.
+//
+// What an object does when it goes (remove_use, set_use_on_oom, trim) does nothing in a forked
+// child of a process that has used CUDA: the pool is the parent's, and a lock may be held for ever.
 #pragma once
 
 #include <c10/core/Allocator.h>
@@ -47,8 +51,9 @@ class PrivatePools {
   void set_use_on_oom(c10::DeviceIndex device, c10::MempoolId_t id, bool use_on_oom);
   void set_no_split(c10::DeviceIndex device, c10::MempoolId_t id);
 
-  // Returns the idle memory of a pool without a use to the driver.
-  void trim(c10::MempoolId_t id);
+  // Returns the idle memory of a pool without a use to the driver. It is a destructor that asks for
+  // it, so failures are reported, not thrown.
+  void trim(c10::MempoolId_t id) noexcept;
   // Everything idle was returned: pools without a use need not be known any more.
   void forget_unused();
 
@@ -58,7 +63,7 @@ class PrivatePools {
   std::optional<uint32_t> arena_for(c10::DeviceIndex device, cudaStream_t stream);
 
   std::optional<uint32_t> arena_of(c10::DeviceIndex device, c10::MempoolId_t id);
-  // {0, 0} for an arena that is not, or no more, a pool's.
+  // {0, 0} for an arena that is not, or no more, a pool's. May be called with the pool's lock held.
   c10::MempoolId_t id_of(c10::DeviceIndex device, uint32_t arena);
 
  private:
@@ -85,6 +90,7 @@ class PrivatePools {
   uint32_t add_use_of(const Key& key, PoolAllocator allocator);
   void remove_use_of(const Key& key);
   static void apply_options(const Key& key, const PrivatePool& pool);
+  static bool has_memory(c10::DeviceIndex device, uint32_t arena);
 
   static inline std::atomic<int> route_count{0};
 
@@ -92,6 +98,9 @@ class PrivatePools {
   // Guarded by mutex_.
   std::map<Key, PrivatePool> pools_;
   std::vector<Route> routes_;  // In the order in which they began.
+  std::mutex ids_mutex_;       // The last of all locks.
+  // By device and arena, those too whose pool has a new one; guarded by ids_mutex_.
+  std::map<std::pair<c10::DeviceIndex, uint32_t>, c10::MempoolId_t> ids_;
 };
 
 }  // namespace spillover::torch_adapter

@@ -37,6 +37,7 @@ SegmentInfo to_segment(c10::DeviceIndex device, const spillover_segment_info& se
   info.total_size = segment.size_bytes;
   info.stream = static_cast<cudaStream_t>(segment.stream);
   info.is_large = segment.is_small == 0;
+  info.is_expandable = segment.is_fixed == 0;
   info.blocks.reserve(segment.block_count);
   for (size_t i = 0; i < segment.block_count; ++i) {
     const BlockInfo block = to_block(blocks[i]);

@@ -56,6 +56,7 @@ class SegmentInfo(TypedDict):
     tag: str
     arena: int  # the number of the tag, or of a private arena
     is_small: bool
+    is_fixed: bool  # its memory comes and goes as a whole
     is_asleep: bool
     blocks: list[BlockInfo]
 

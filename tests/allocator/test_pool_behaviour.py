@@ -301,4 +301,4 @@ def test_a_device_that_does_not_exist_is_refused() -> None:
 
 
 def test_abi_version() -> None:
-    assert _core.abi_version() == 5
+    assert _core.abi_version() == 6

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cuda_calls import Cuda
+from cuda_calls import Cuda, live_blocks
 from upstream import Upstream
 
+import spillover
 from spillover import _core
 from spillover._paths import library_path
 from spillover.emulator import Fault, faults
@@ -139,7 +140,9 @@ def test_figures_of_the_last_out_of_memory(library: ctypes.CDLL, pool: _core.Poo
     assert report.total == _core.memory_info(0)[1] >= report.free
     assert b"Tried: " in report.details
     assert b"spillover.optim" in report.details
-    assert report.text.startswith(b"CUDA out of memory. Tried to allocate 1024.00 TiB. GPU 0 has")
+    assert report.text.startswith(
+        b"CUDA out of memory. Tried to allocate 1048576.00 GiB. GPU 0 has"
+    )
     assert report.text.endswith(report.details)
     # A failure of another kind has no such figures.
     assert library.spillover_free(4096) == INVALID_ARGUMENT
@@ -207,6 +210,140 @@ def test_try_free_frees(library: ctypes.CDLL, pool: _core.Pool) -> None:
     assert library.spillover_try_free(noted) == OK
     assert library.spillover_device_of(noted) == -1
     pool.check_invariants()
+
+
+def test_memory_at_an_address(library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda) -> None:
+    """Of the stream's and the arena's free memory, and of nothing else."""
+
+    def alloc_at(address: int, size_bytes: int, stream: int = 0, arena: int = 0) -> int:
+        out = ctypes.c_void_p()
+        status: int = library.spillover_alloc_at(
+            0,
+            ctypes.c_size_t(size_bytes),
+            ctypes.c_void_p(stream),
+            ctypes.c_uint32(arena),
+            ctypes.c_void_p(address),
+            ctypes.byref(out),
+        )
+        assert (out.value or 0) == (address if status == OK else 0)
+        return status
+
+    blocks = [alloc(library, size) for size in (5 * MIB, 8 * MIB, 5 * MIB, 1000)]
+    pool.free(blocks[1])
+    middle = blocks[1] + 2 * MIB
+    assert alloc_at(middle, 3 * MIB) == OK
+    pool.check_invariants()
+    assert alloc_at(middle, 3 * MIB) == BROKEN_STATE
+    assert b"no 3.00 MiB of free memory" in library.spillover_last_error()
+    assert alloc_at(blocks[1], 2 * MIB) == OK
+    assert alloc_at(middle + 3 * MIB, 3 * MIB) == OK
+    for address in (blocks[1], middle, middle + 3 * MIB):
+        pool.free(address)
+    # What the thread keeps is free; a small block is no place for a large one.
+    pool.free(blocks[3])
+    assert alloc_at(blocks[3], 2 * MIB) == BROKEN_STATE
+    assert alloc_at(blocks[3], 600) == OK
+    stream = cuda.create_stream()
+    arena = pool.make_arena()
+    for no_place in ((blocks[1], 2 * MIB, stream), (blocks[1], 2 * MIB, 0, arena), (1 << 40, 512)):
+        assert alloc_at(*no_place) == BROKEN_STATE
+    for wrong in (
+        (blocks[1] + 8, 512),
+        (0, 512),
+        (blocks[1], 0),
+        (blocks[1], 512, 0, (1 << 32) - 1),
+    ):
+        assert alloc_at(*wrong) == INVALID_ARGUMENT
+    held = pool.alloc_in(arena, 3 * MIB)
+    pool.free(held)
+    assert alloc_at(held, 3 * MIB, 0, arena) == OK
+    tag = ctypes.c_uint32()
+    assert library.spillover_tag_of(ctypes.c_void_p(held), ctypes.byref(tag)) == OK
+    assert tag.value == arena
+    pool.release_arena(arena)
+    assert alloc_at(held + 2 * MIB, 512, 0, arena) == INVALID_ARGUMENT
+    cuda.destroy_stream(stream)
+
+
+def test_segments_are_told_as_they_come_and_go(
+    library: ctypes.CDLL, pool: _core.Pool, cuda: Cuda
+) -> None:
+    """What was mapped less what went is what there is, through steals, sleep and upstreams."""
+
+    class Change(ctypes.Structure):
+        _fields_ = (
+            ("device", ctypes.c_int),
+            ("is_mapped", ctypes.c_int),
+            ("is_fixed", ctypes.c_int),
+            ("address", ctypes.c_size_t),
+            ("size_bytes", ctypes.c_size_t),
+            ("stream", ctypes.c_size_t),
+            ("tag", ctypes.c_uint32),
+        )
+
+    unit = 2 * MIB
+    units: dict[int, tuple[int, int]] = {}
+    problems: list[str] = []
+
+    def observe(pointer: ctypes._Pointer[Change]) -> None:
+        change = pointer.contents
+        if change.address % 512 != 0:
+            problems.append("an address")
+        for address in range(change.address, change.address + change.size_bytes, unit):
+            owner = (change.stream, change.tag)
+            if change.is_mapped and address not in units:
+                units[address] = owner
+            elif not change.is_mapped and units.get(address) == owner:
+                del units[address]
+            else:
+                problems.append(f"{change.is_mapped} {address:#x} {owner} {units.get(address)}")
+
+    def there() -> dict[int, tuple[int, int]]:
+        return {
+            address: (segment["stream"], segment["arena"])
+            for segment in pool.segments()
+            if not segment["is_asleep"]
+            for address in range(
+                segment["address"], segment["address"] + segment["size_bytes"], unit
+            )
+        }
+
+    observer = ctypes.CFUNCTYPE(None, ctypes.POINTER(Change))(observe)
+    library.spillover_observe_segments(observer)
+    try:
+        stream = cuda.create_stream()
+        pool.keep_stream(stream)
+        arena, upstream = pool.make_arena(), Upstream(cuda)
+        own = pool.alloc_in(upstream.arena, 25 * MIB)
+        pool.free(pool.alloc(30 * MIB))
+        pool.alloc(10 * MIB, stream)  # Of what the other stream had.
+        pool.alloc(600, stream)
+        pool.alloc_in(arena, 12 * MIB)
+        assert (units, problems) == (there(), [])
+        if pool.segments() and not all(segment["is_fixed"] for segment in pool.segments()):
+            host = _core.HostPool(limit_bytes=128 * MIB)
+            pool.sleep([0], host)
+            assert (units, problems) == (there(), [])
+            assert set(units.values()) == {(0, upstream.arena)}
+            pool.wake([0])
+            assert (units, problems) == (there(), [])
+            for function in ("cuMemUnmap", "cuMemMap", "cuMemCreate", "cuCtxGetCurrent"):
+                for act in (lambda: pool.sleep([0], host), lambda: pool.wake([0])):
+                    with contextlib.suppress(spillover.SpilloverError), faults(Fault(function)):
+                        act()
+                    assert problems == []
+                pool.wake([0])
+                assert (units, problems) == (there(), [])
+        pool.free(own)
+        pool.release_arena(upstream.arena)
+        pool.release_arena(arena)
+        for address in live_blocks(pool):
+            pool.free(address)
+        pool.trim()
+        upstream.check_ended()
+        assert (units, there(), problems) == ({}, {}, [])
+    finally:
+        library.spillover_observe_segments(None)
 
 
 def test_a_capture_gets_no_ordinary_memory(

@@ -197,6 +197,21 @@ def test_memory_that_the_pool_holds_already_is_refused(pool: _core.Pool) -> None
     assert done == [True]
 
 
+@pytest.mark.parametrize("address", [1 << 60, (1 << 52) - MIB, (1 << 64) - 512, (1 << 64) - 1])
+def test_what_is_no_device_memory_is_refused(pool: _core.Pool, cuda: Cuda, address: int) -> None:
+    taken: list[int] = []
+    upstream = Upstream(cuda, source=(lambda _: address, taken.append))
+    for _ in range(2):
+        with pytest.raises(spillover.StateError, match="where device memory does not lie"):
+            pool.alloc_in(upstream.arena, 1000)
+        pool.check_invariants()
+    assert set(taken) == {address}
+    assert reserved_bytes(pool) == 0
+    pool.release_arena(upstream.arena)
+    pool.trim()
+    upstream.check_ended()
+
+
 def test_the_functions_may_call_the_pool(pool: _core.Pool, cuda: Cuda) -> None:
     """They run without a lock; one that gives memory back does not wait for itself."""
     pool.configure("wait_max=3600s", "the test")

@@ -5,6 +5,7 @@ Python has a binding for one of the three only, so a small library is compiled.
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,12 @@ from spillover._build import _compiler, _parts, _torch
 
 RunEmulated = Callable[..., subprocess.CompletedProcess[str]]
 SOURCE = Path(__file__).with_name("torch_observers.cpp")
+OWN_ALLOCATOR = (
+    Path(__file__)
+    .with_name("own_allocator.py")
+    .read_text()
+    .replace("from __future__ import annotations\n", "")
+)
 
 pytestmark = pytest.mark.soak  # Compiles torch's headers.
 
@@ -69,7 +76,7 @@ print(out.value.decode())
 """
 INSTALL = "import spillover.allocator\nspillover.allocator.install(adapter='full')\n"
 MIB = 1 << 20
-#: ``TraceEntry::Action``: allocations, frees and lack of memory, but nothing of segments.
+#: ``TraceEntry::Action``: allocations, frees and lack of memory.
 OF_BLOCKS = {"0", "1", "2", "8"}
 
 
@@ -91,7 +98,7 @@ def test_observers_are_told_what_torchs_own_allocator_tells(
         [str(600 * MIB), str(512 * MIB)],
     ]
     ours_of_blocks, native_of_blocks = (
-        [facts for facts in found if facts[0] == "trace" and facts[1] in OF_BLOCKS]
+        [facts[:4] for facts in found if facts[0] == "trace" and facts[1] in OF_BLOCKS]
         for found in (ours, native)
     )
     assert ours_of_blocks == native_of_blocks
@@ -102,3 +109,80 @@ def test_observers_are_told_what_torchs_own_allocator_tells(
         rejections = [facts[1:] for facts in ours if facts[0] == "rejection"]
         assert rejections == [["0", str(200 * MIB), str(30 * MIB), str(512 * MIB)]]
         assert "observer of refused requests failed: one that throws" in result.stderr
+
+
+SEGMENTS_PROGRAM = """
+import ctypes, sys
+import torch
+MiB = 1 << 20
+library = ctypes.CDLL(sys.argv[1])
+torch.cuda.init()
+library.attach_observers()
+
+def seen():
+    out = ctypes.create_string_buffer(1 << 16)
+    library.take_lines(out, ctypes.c_size_t(len(out)))
+    names = {"3": "alloc", "4": "free", "5": "map", "6": "unmap"}
+    return [
+        (names.get(words[1], words[1]), int(words[3]) // MiB, (int(words[5]), int(words[6])))
+        for line in out.value.decode().splitlines()
+        for words in [line.split()]
+        if words[0] == "trace" and words[1] in names
+    ]
+
+def make(mib):
+    return torch.empty(mib * MiB, dtype=torch.uint8, device="cuda")
+
+none = (0, 0)
+is_native = len(sys.argv) > 2
+OWN
+own = OwnAllocator()
+pool = torch.cuda.MemPool(own.allocator)
+with torch.cuda.use_mem_pool(pool):
+    large = make(40)
+    medium = make(5)
+assert seen() == [("alloc", 40, pool.id), ("alloc", 20, pool.id)]
+number = pool.id
+del large
+torch.cuda.empty_cache()
+assert seen() == []
+del pool
+assert seen() == [("free", 40, number)]
+torch.cuda.empty_cache()
+assert seen() == []
+del medium  # The pool is gone, and its memory known as its own until the end.
+torch.cuda.empty_cache()
+assert seen() == [("free", 20, number)]
+own.check_ended()
+
+# Ordinary memory.
+outside = make(30)
+del outside
+torch.cuda.empty_cache()
+gone = ("alloc", "free") if is_native or FIXED else ("map", "unmap")
+assert seen() == [(gone[0], 30, none), (gone[1], 30, none)]
+library.fail_on_segments(1)
+outside = make(30)
+library.fail_on_segments(0)
+assert outside.fill_(3).sum().item() == 90 * MiB
+del outside
+torch.cuda.empty_cache()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+def test_trackers_are_told_of_segments(
+    run_emulated: RunEmulated, library: Path, is_native: bool
+) -> None:
+    """As soon as they are there, before they go, and by whose they are: NCCL registers them."""
+    program = SEGMENTS_PROGRAM.replace("OWN\n", OWN_ALLOCATOR).replace(
+        "FIXED", str(os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY") == "0")
+    )
+    if is_native:
+        program = program.partition("library.fail_on_segments")[0] + 'print("done")'
+    install = "" if is_native else INSTALL
+    result = run_emulated(install + program, str(library), *(["native"] if is_native else []))
+    assert lines(result) == [["done"]]
+    if not is_native:
+        assert "a trace tracker failed on a segment of 31457280 bytes" in result.stderr

@@ -125,3 +125,41 @@ def test_a_python_host_function_may_run_while_the_pool_waits(
         """,
         timeout=60,
     )
+
+
+@pytest.mark.parametrize("adapter", ["full", pytest.param("plain", marks=pytest.mark.soak)])
+def test_a_forked_child_lets_go_of_pools_without_a_word(
+    run_emulated: RunEmulated, adapter: str
+) -> None:
+    """torch's destructors would end the child where one of the calls that they make throws."""
+    result = run_emulated(
+        f"""
+        import gc, os, sys
+        import spillover
+        assert spillover.allocator.install(adapter={adapter!r})
+        import torch
+
+        pools = [torch.cuda.MemPool(use_on_oom=lends) for lends in (False, True)]
+        tensors = []
+        for pool in pools:
+            with torch.cuda.use_mem_pool(pool):
+                tensors.append(torch.ones(1000, device="cuda"))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pools[0].id):
+            tensors.append(tensors[0] + 1)
+        torch.cuda.synchronize()
+        sys.stderr.write("start\\n")
+        child = os.fork()
+        if child == 0:
+            del tensors, pool, pools
+            gc.collect()
+            sys.stderr.write("child\\n")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        graph.replay()
+        assert [tensor.sum().item() for tensor in tensors] == [1000, 1000, 2000]
+        del tensors, pool, pools, graph
+        spillover.allocator.check_invariants()
+        """
+    )
+    assert result.stderr.partition("start\n")[2] == "child\n"

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch_process import TorchProcess
+
+OWN_ALLOCATOR = (
+    (Path(__file__).parent / "own_allocator.py")
+    .read_text()
+    .replace("from __future__ import annotations\n", "")
+)
 
 
 def test_segments_and_blocks_add_up(torch_with_pool: TorchProcess) -> None:
@@ -45,7 +53,7 @@ def test_history_and_viewer(torch_with_pool: TorchProcess) -> None:
         del older
         snapshot = torch.cuda.memory._snapshot()
         trace = snapshot["device_traces"][0]
-        trace = [entry for entry in trace if entry["action"] != "segment_map"]
+        trace = [entry for entry in trace if "segment" not in entry["action"]]
         actions = [(entry["action"], entry["size"]) for entry in trace]
         assert actions == [
             ("alloc", 3 * MiB), ("free_requested", 2 * MiB), ("free_completed", 2 * MiB)
@@ -118,30 +126,31 @@ def test_segments_are_in_the_history(torch_with_pool: TorchProcess) -> None:
         torch.cuda.memory._record_memory_history(context="all", stacks="python")
         x = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
         address = x.data_ptr()
-        mapped = events("segment_map")
+        mapped = events("segment_map", "segment_alloc")
         assert sum(entry["size"] for entry in mapped) == 40 * MiB, mapped
         assert mapped[0]["addr"] <= address < mapped[0]["addr"] + mapped[0]["size"]
-        order = [entry["action"] for entry in events("segment_map", "alloc")]
-        assert order == ["segment_map"] * len(mapped) + ["alloc"], order
+        order = [e["action"] for e in events("segment_map", "segment_alloc", "alloc")]
+        assert order == [e["action"] for e in mapped] + ["alloc"], order
         again = torch.empty(MiB, dtype=torch.uint8, device="cuda")
-        count = len(events("segment_map"))
+        count = len(events("segment_map", "segment_alloc"))
         del again
         torch.empty(MiB, dtype=torch.uint8, device="cuda")
-        assert len(events("segment_map")) == count  # from what is mapped already
+        assert len(events("segment_map", "segment_alloc")) == count  # from what is mapped already
         del x
-        assert events("segment_unmap") == []
+        assert events("segment_unmap", "segment_free") == []
         torch.cuda.empty_cache()
-        unmapped = events("segment_unmap")
+        unmapped = events("segment_unmap", "segment_free")
         assert sum(entry["size"] for entry in unmapped) >= 40 * MiB, unmapped
         assert "empty_cache" in [frame["name"] for frame in unmapped[-1]["frames"]]
 
         torch.cuda.memory._record_memory_history(
-            skip_actions=["segment_unmap"], clear_history=True
+            skip_actions=["segment_unmap", "segment_free"], clear_history=True
         )
         y = torch.empty(40 * MiB, dtype=torch.uint8, device="cuda")
         del y
         torch.cuda.empty_cache()
-        assert events("segment_map") and not events("segment_unmap")
+        assert events("segment_map", "segment_alloc")
+        assert not events("segment_unmap", "segment_free")
         torch.cuda.memory._record_memory_history(enabled=None)
         """
     )
@@ -157,7 +166,7 @@ def test_segments_without_caching_are_in_the_history(torch_with_pool: TorchProce
         torch.cuda.caching_allocator_enable(True)
         trace = torch.cuda.memory._snapshot()["device_traces"][0]
         torch.cuda.memory._record_memory_history(enabled=None)
-        assert trace[-1]["action"] == "segment_unmap", trace
+        assert trace[-1]["action"] in ("segment_unmap", "segment_free"), trace
         """
     )
 
@@ -225,8 +234,61 @@ def test_private_pools_are_in_the_history(torch_with_pool: TorchProcess) -> None
             ("free_requested", 2, own), ("free_requested", 25, own), ("free_requested", 3, (0, 0)),
         }
         assert expected <= found, found
-        assert {e[2] for e in found if e[0] == "segment_map"} == {(0, 0), own}, found
+        mapped = {"segment_map", "segment_alloc"}  # With memory at fixed addresses the latter.
+        assert {e[2] for e in found if e[0] in mapped} == {(0, 0), own}, found
         """
+    )
+
+
+def test_a_block_that_a_pool_has_lent_is_the_pools(torch_with_pool: TorchProcess) -> None:
+    """And what a pool that is gone leaves behind stays its own to the last."""
+    torch_with_pool.run(
+        """
+        pool = torch.cuda.MemPool(use_on_oom=True)
+        with torch.cuda.use_mem_pool(pool):
+            del_later = torch.empty(300 * MiB, dtype=torch.uint8, device="cuda")
+        own = tuple(pool.id)
+        del del_later
+        torch.cuda.memory._record_memory_history(stacks="python")
+        try:
+            lent = torch.empty(300 * MiB, dtype=torch.uint8, device="cuda")
+            del pool
+            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
+            segments = torch.cuda.memory_snapshot()
+            assert [s["segment_pool_id"] for s in segments] == [own], segments
+            del lent
+            torch.cuda.empty_cache()
+            trace = torch.cuda.memory._snapshot()["device_traces"][0]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        of_blocks = [(e["action"], tuple(e["pool_id"])) for e in trace]
+        names = ["alloc", "free_requested", "free_completed"]
+        assert [entry for entry in of_blocks if entry[0] in names] == [(n, own) for n in names]
+        segments = [(e["action"].partition("_")[2], tuple(e["pool_id"])) for e in trace
+                    if "segment" in e["action"]]
+        assert segments in ([("unmap", own)], [("free", own)]), segments
+        """
+    )
+
+
+def test_which_segments_grow(torch_with_pool: TorchProcess) -> None:
+    """Those that are mapped, as torch's own with its setting expandable_segments."""
+    torch_with_pool.run(
+        OWN_ALLOCATOR
+        + """
+import os
+pool = torch.cuda.MemPool(OwnAllocator().allocator)
+with torch.cuda.use_mem_pool(pool):
+    inside = torch.empty(3 * MiB, device="cuda")
+outside = torch.empty(3 * MiB, device="cuda")
+is_virtual = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
+assert [s["is_expandable"] for s in pool.snapshot()] == [False]
+others = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == (0, 0)]
+assert [s["is_expandable"] for s in others] == [is_virtual], others
+del inside, outside, pool
+torch.cuda.empty_cache()
+"""
     )
 
 

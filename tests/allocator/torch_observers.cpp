@@ -2,6 +2,7 @@
 // test_torch_observers.py: they note what they are told as lines of text.
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstring>
 #include <mutex>
@@ -13,6 +14,7 @@ namespace {
 
 std::mutex g_mutex;
 std::string g_lines;  // Guarded by g_mutex.
+std::atomic<bool> g_fails_on_segments{false};
 
 template <class... Facts>
 void note(const char* name, const Facts&... facts) {
@@ -42,8 +44,16 @@ void attach_observers() {
       });
 #endif
   cuda_allocator::attachAllocatorTraceTracker([](const cuda_allocator::TraceEntry& entry) {
-    note("trace", static_cast<int>(entry.action_), static_cast<int>(entry.device_), entry.size_);
+    note("trace", static_cast<int>(entry.action_), static_cast<int>(entry.device_), entry.size_,
+         entry.addr_, entry.mempool_.first, entry.mempool_.second);
+    const bool is_of_segment = entry.action_ == cuda_allocator::TraceEntry::SEGMENT_ALLOC ||
+                               entry.action_ == cuda_allocator::TraceEntry::SEGMENT_MAP;
+    if (is_of_segment && g_fails_on_segments) throw std::runtime_error("one that throws");
   });
+}
+
+void fail_on_segments(int value) {
+  g_fails_on_segments = value != 0;
 }
 
 // What was noted since the last call, as far as there is room.

@@ -134,7 +134,7 @@ def _segment(device: int, segment: _core.SegmentInfo) -> dict[str, Any]:
         "stream": segment["stream"],
         "segment_type": "small" if segment["is_small"] else "large",
         "segment_pool_id": _core.plain_pool_of(device, segment["arena"]),
-        "is_expandable": False,
+        "is_expandable": not segment["is_fixed"],
         "frames": [],
         "blocks": blocks,
     }

@@ -23,7 +23,7 @@ _COUNTERS = (
     "requested_bytes",
 )
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _OK, _INVALID_ARGUMENT, _OUT_OF_MEMORY, _DRIVER_FAILURE = range(4)
 
 
