@@ -201,10 +201,11 @@ class Exchange {
       const auto at = static_cast<off_t>(done);
       return functions_.write(file.handle(), memory, kProbeBytes - done, at, at);
     });
-    file_.transfer(TransferDirection::kRead, received(), kProbeBytes, 0);
+    uint32_t resubmits = 0;  // Of no interest in a probe.
+    file_.transfer(TransferDirection::kRead, received(), kProbeBytes, 0, resubmits);
     compare("cuFileWrite");
     fill(2);
-    file_.transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0);
+    file_.transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0, resubmits);
     move_all("cuFileRead", [&](size_t done) {
       const auto at = static_cast<off_t>(done);
       return functions_.read(file.handle(), memory, kProbeBytes - done, at, at);
