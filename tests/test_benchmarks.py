@@ -60,6 +60,15 @@ EXPECTED = {
         "sleep_wake_ratio.ours",
         "sleep_freed_share.ours",
     },
+    "trace": {
+        "span_ns.off",
+        "span_ns.on",
+        "span_ns.on_threads",
+        "clock_pair_ns",
+        "python_span_ns.on",
+        "record_function_ns.on",
+        "export_s",
+    },
 }
 
 

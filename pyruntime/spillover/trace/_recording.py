@@ -162,7 +162,7 @@ class _Span(AbstractContextManager[None]):
 def span(name: str) -> AbstractContextManager[None]:
     """A span of your own on this thread's row: ``with spillover.trace.span("step"): ...``.
 
-    Costs a microsecond or two, while nobody records as well. Names are kept for as long as the
+    Costs half a microsecond, while nobody records as well. Names are kept for as long as the
     process lives, so there should be few: at most 65,536 are told apart.
     """
     return _Span(name)
