@@ -277,7 +277,7 @@ def test_merging_counts_from_the_earliest_beginning(tmp_path: Path) -> None:
         (b"\x1f\x8bx", "not a trace"),
         (b'{"events": []}', "no traceEvents"),
         (b'{"traceEvents": []}', "baseTimeNanoseconds"),
-        (gzip.compress(b"[]"), "baseTimeNanoseconds"),
+        (gzip.compress(b"[]", mtime=0), "baseTimeNanoseconds"),
     ],
 )
 def test_what_cannot_be_merged_is_named(tmp_path: Path, content: bytes, message: str) -> None:
