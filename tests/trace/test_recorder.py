@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import chrome_format
 import pytest
 
+import chrome_format
 from spillover import ConfigError, _core
 
 LABEL = _core.TraceLabel("work", "test")
