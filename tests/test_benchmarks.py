@@ -71,6 +71,15 @@ EXPECTED = {
         "per_transfer_us.in.batched",
         "per_transfer_us.in.torch",
     },
+    "trace": {
+        "span_ns.off",
+        "span_ns.on",
+        "span_ns.on_threads",
+        "clock_pair_ns",
+        "python_span_ns.on",
+        "record_function_ns.on",
+        "export_s",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""Builds the pool's stress program with each sanitizer and runs it on the emulated device.
+"""Builds the stress programs with each sanitizer; the pool's runs on the emulated device.
 
 Usage: run_sanitizers.py [thread] [address,undefined]
 """
@@ -15,7 +15,14 @@ from pathlib import Path
 from spillover._paths import library_path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("base", "driver", "trace", "allocator", "tiers", "transfer")
+#: Each program with the layers that it is built of and its arguments before the seed.
+PROGRAMS = {
+    "allocator/stress.cpp": (
+        ("base", "driver", "trace", "allocator", "tiers", "transfer"),
+        ("3", "1200"),
+    ),
+    "trace/stress.cpp": (("base", "trace"), ("3", "4")),
+}
 SANITIZERS = ("thread", "address,undefined")
 
 
@@ -27,13 +34,13 @@ def cuda_headers() -> str:
     raise SystemExit("the CUDA headers are missing: run `make setup`")
 
 
-def build(sanitizer: str, program: Path) -> None:
-    """Compile the layers and the stress program as one."""
+def build(sanitizer: str, source: str, layers: tuple[str, ...], program: Path) -> None:
+    """Compile the layers and a stress program as one."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise SystemExit("a C++ compiler is needed")
     sources = [
-        str(path) for layer in LAYERS for path in sorted((ROOT / "csrc" / layer).glob("*.cpp"))
+        str(path) for layer in layers for path in sorted((ROOT / "csrc" / layer).glob("*.cpp"))
     ]
     command = [
         compiler,
@@ -44,7 +51,7 @@ def build(sanitizer: str, program: Path) -> None:
         f"-fsanitize={sanitizer}",
     ]
     command += [f"-I{ROOT / 'csrc'}", "-isystem", cuda_headers()]
-    command += [*sources, str(ROOT / "tests" / "allocator" / "stress.cpp")]
+    command += [*sources, str(ROOT / "tests" / source)]
     command += ["-pthread", "-ldl", "-o", str(program)]
     subprocess.run(command, check=True)
 
@@ -61,15 +68,16 @@ def main(arguments: list[str]) -> int:
     failed = []
     with tempfile.TemporaryDirectory() as folder:
         for sanitizer in arguments or SANITIZERS:
-            program = Path(folder) / "stress"
-            build(sanitizer, program)
-            for seed in (1, 2, 3):
-                print(f"{sanitizer}, seed {seed}: ", end="", flush=True)
-                result = subprocess.run(
-                    [str(program), "3", "1200", str(seed)], env=environment, check=False
-                )
-                if result.returncode != 0:
-                    failed.append(f"{sanitizer}, seed {seed}")
+            for source, (layers, options) in PROGRAMS.items():
+                program = Path(folder) / "stress"
+                build(sanitizer, source, layers, program)
+                for seed in (1, 2, 3):
+                    print(f"{source}, {sanitizer}, seed {seed}: ", end="", flush=True)
+                    result = subprocess.run(
+                        [str(program), *options, str(seed)], env=environment, check=False
+                    )
+                    if result.returncode != 0:
+                        failed.append(f"{source}, {sanitizer}, seed {seed}")
     for name in failed:
         print(f"failed: {name}", file=sys.stderr)
     return 1 if failed else 0

@@ -54,10 +54,8 @@ struct Ring {
 
   const size_t capacity;  // A power of two.
   const std::unique_ptr<Slot[]> slots;
-  std::atomic<uint64_t> next{0};         // Number of the next event.
-  std::atomic<uint64_t> lost{0};         // Events that found their slot taken.
-  std::atomic<uint64_t> first{0};        // Number of the first event since the last start,
-  std::atomic<uint64_t> lost_before{0};  // and what had been lost then.
+  std::atomic<uint64_t> next{0};   // Number of the next event.
+  std::atomic<uint64_t> first{0};  // And of the first since the last start.
 };
 
 // The ring in use. A thread may write to one that was replaced, so rings are never freed: one of
@@ -131,8 +129,7 @@ void trace_record(const TraceEvent& event) noexcept {
   const bool is_being_written = seen % 2 == 1;
   if (is_being_written || seen > Slot::writing(number) ||
       !slot.state.compare_exchange_strong(seen, Slot::writing(number), std::memory_order_acquire)) {
-    ring->lost.fetch_add(1, std::memory_order_relaxed);
-    return;
+    return;  // See Note [Tracing].
   }
   constexpr auto kRelease = std::memory_order_release;
   slot.begin_ns.store(event.begin_ns, kRelease);
@@ -177,7 +174,6 @@ void start_trace(size_t events_max) {
   if (found == all.end()) found = all.insert(all.end(), std::make_unique<Ring>(capacity));
   Ring& ring = **found;
   ring.first = ring.next.load();
-  ring.lost_before = ring.lost.load();
   g_ring = &ring;
   trace_internal::is_on = true;
 }
@@ -189,13 +185,15 @@ void stop_trace() noexcept {
 
 TraceContents trace_contents() {
   TraceContents contents;
+  // No start in between: the ring's next event must not be older than its first.
+  const std::lock_guard lock(rings().mutex);
   Ring* const ring = g_ring.load();
   if (ring == nullptr) return contents;
   const uint64_t end = ring->next.load(std::memory_order_acquire);
   const uint64_t first = ring->first;
   const uint64_t begin = std::max(first, end - std::min<uint64_t>(end, ring->capacity));
   contents.recorded = end - first;
-  contents.dropped = begin - first + ring->lost - ring->lost_before;
+  contents.dropped = begin - first;
   contents.events.reserve(end - begin);
   for (uint64_t number = begin; number < end; ++number) {
     TraceEvent event;

@@ -5,10 +5,11 @@
 // questions for the time; no lock, no allocation. The ring has a fixed number of slots, each with
 // the number of the event that it holds: who writes takes the next number, and with it the slot of
 // the oldest event. A slot whose writer was overtaken by a whole lap is left to it, and the event
-// that wanted it is counted as lost. So readers and writers never wait, and a reader knows from the
-// number whether what it read is one event. There is one ring for all threads rather than one each:
-// what is dropped is then the oldest of all, memory does not grow with threads, and events are far
-// too few (one for some hundred microseconds of copying) for the addition to be contended.
+// that wanted it is missing, beside the whole ring of events that were dropped. So readers and
+// writers never wait, and a reader knows from the number whether what it read is one event. There
+// is one ring for all threads rather than one each: what is dropped is then the oldest of all,
+// memory does not grow with threads, and events are far too few (one for some hundred microseconds
+// of copying) for the addition to be contended.
 //
 // Times are nanoseconds of CLOCK_MONOTONIC, which Python's time.monotonic_ns() reads as well.
 //
@@ -87,7 +88,7 @@ void stop_trace() noexcept;
 struct TraceContents {
   std::vector<TraceEvent> events;  // In the order in which they were recorded, spans at their ends.
   uint64_t recorded = 0;           // Since start_trace().
-  uint64_t dropped = 0;            // Of them: overwritten by later ones, or lost.
+  uint64_t dropped = 0;            // Of them: later ones have taken their place.
 };
 
 // May be called while others record. Throws std::bad_alloc.

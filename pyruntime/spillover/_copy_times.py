@@ -11,6 +11,9 @@ recorded and waited for at once every few seconds; what the host's clock said ar
 error, some ten microseconds. Nothing of this happens while tracing is off, so then there are bytes
 and counts, and no times.
 
+A call of the driver that fails here costs a time in the trace and nothing else: if the device is
+broken, the program's own calls say so.
+
 Everything here may be called from any thread. No lock of a caller's may be wanted by whoever the
 idle stream waits for, which is nobody.
 """
@@ -26,6 +29,7 @@ from dataclasses import dataclass
 import torch
 
 from spillover import _core
+from spillover._settings import logger
 
 # How old the last look at both clocks may get; also keeps milliseconds in a float32 exact.
 _ANCHOR_NS_MAX = 2_000_000_000
@@ -64,10 +68,16 @@ class TimedStream:
 
     def begin(self, stream: torch.cuda.Stream) -> torch.cuda.Event | None:
         """Before the operation, if anybody traces; ``end`` gets what this gives."""
-        if not _core.trace_is_on() or torch.cuda.is_current_stream_capturing():
+        if not _core.trace_is_on():
             return None
-        self.collect()
-        return _record(stream)
+        try:
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            self.collect()
+            return _record(stream)
+        except RuntimeError as error:
+            _say_missing(error)
+            return None
 
     def end(
         self,
@@ -80,7 +90,12 @@ class TimedStream:
         """After the operation was asked for."""
         if begun is None:
             return
-        timed = _Timed(_anchor_of(self._device), begun, _record(stream), label, size_bytes, flow_id)
+        try:
+            anchor = _anchor_of(self._device)
+            timed = _Timed(anchor, begun, _record(stream), label, size_bytes, flow_id)
+        except RuntimeError as error:
+            _say_missing(error)
+            return
         with self._lock:
             if len(self._pending) == _PENDING_MAX:
                 self._pending.popleft()
@@ -89,14 +104,22 @@ class TimedStream:
 
     def collect(self, *, waits: bool = False) -> None:
         """Record what is over; with ``waits``, after waiting for all of it."""
-        while True:
-            with self._lock:
+        while timed := self._next(waits):
+            try:
+                if waits:
+                    timed.ended.synchronize()
+                self._note(timed)
+            except RuntimeError as error:
+                _say_missing(error)
+
+    def _next(self, waits: bool) -> _Timed | None:
+        with self._lock:
+            try:
                 if not self._pending or not (waits or self._pending[0].is_over()):
-                    return
-                timed = self._pending.popleft()
-            if waits:
-                timed.ended.synchronize()
-            self._note(timed)
+                    return None
+            except RuntimeError as error:
+                _say_missing(error)
+            return self._pending.popleft()
 
     def _note(self, timed: _Timed) -> None:
         begin_ns, end_ns = timed.times()
@@ -164,6 +187,10 @@ _anchors: dict[int, _Anchor] = {}
 _idle_streams: dict[int, torch.cuda.Stream] = {}
 # Destroying a CUDA event in a forked child ends the process.
 _inherited: list[object] = []
+
+
+def _say_missing(error: RuntimeError) -> None:
+    logger.warning("the time of a copy is missing in the trace: %s", error)
 
 
 def _record(stream: torch.cuda.Stream) -> torch.cuda.Event:

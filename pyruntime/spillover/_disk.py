@@ -177,7 +177,11 @@ class DiskStore(_core.DiskStore):
         super().close()
 
     def stats(self) -> _core.DiskStats:
-        """Bytes, engine and folders at this moment. Cheap; does not block."""
+        """Bytes, engine, waits and folders at this moment. Cheap; does not block.
+
+        ``folders[i].writes`` and ``.reads`` have bytes, errors, queue depth and times of each
+        direction; :func:`spillover.stats` has the same of all stores, with bandwidths.
+        """
         return super().stats()
 
     def __enter__(self) -> DiskStore:

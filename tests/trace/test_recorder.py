@@ -211,6 +211,28 @@ def test_readers_and_writers_that_lap_each_other_see_whole_events() -> None:
     assert found["recorded"] - found["dropped"] <= 64
 
 
+def test_an_export_while_recording_starts_anew() -> None:
+    running = True
+
+    def restart() -> None:
+        while running:
+            _core.trace_start(16)
+            _core._time_trace_spans(3000)
+            _core.trace_stop()
+
+    threads = [threading.Thread(target=restart) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(1000):
+            found = export()["spillover"]
+            assert 0 <= found["dropped"] <= found["recorded"]
+    finally:
+        running = False
+        for thread in threads:
+            thread.join()
+
+
 def test_a_forked_child_begins_with_nothing() -> None:
     _core.trace_start(64)
     record(3)
