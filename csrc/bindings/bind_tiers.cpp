@@ -1,14 +1,12 @@
-// Python's view of the tiers: HostPool, HostBuffer, DiskStore, DiskPayload, Ticket.
+// Python's view of the disk tier: DiskStore, DiskPayload, Ticket.
 //
 // Note [Memory of a pending request]. The I/O threads know nothing of Python, so a Ticket holds the
 // buffer of its request and, when it is dropped early, waits for the request without the GIL before
 // it lets the buffer go.
 #include <pybind11/stl.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -17,11 +15,9 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/living.hpp"
 #include "driver/event.hpp"
 #include "tiers/disk_store.hpp"
-#include "tiers/host_pool.hpp"
-#include "tiers/system_memory.hpp"
-#include "tiers/work_annotation.hpp"
 
 namespace py = pybind11;
 
@@ -164,54 +160,6 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
   return ticket;
 }
 
-// Every pool and store of this process that Python has made and that is alive, for statistics.
-template <class Object>
-class Living {
- public:
-  std::shared_ptr<Object> add(std::shared_ptr<Object> object) {
-    const std::lock_guard lock(mutex_);
-    std::erase_if(known_, [](const Known& one) { return one.object.expired(); });
-    known_.push_back({object, getpid()});
-    return object;
-  }
-
-  // Not those of a parent: one of its threads may have held their locks at the fork.
-  std::vector<std::shared_ptr<Object>> all() {
-    std::vector<std::shared_ptr<Object>> found;
-    const std::lock_guard lock(mutex_);
-    for (const Known& one : known_) {
-      if (one.process != getpid()) continue;
-      if (auto object = one.object.lock()) found.push_back(std::move(object));
-    }
-    return found;
-  }
-
- private:
-  struct Known {
-    std::weak_ptr<Object> object;
-    pid_t process;
-  };
-  std::mutex mutex_;
-  std::vector<Known> known_;  // Guarded by mutex_.
-};
-
-// Leaked on purpose: Python may drop objects while static destructors run. Both are used with the
-// GIL held, so that no fork of Python's finds the mutex locked.
-template <class Object>
-Living<Object>& living() {
-  static auto& objects = *new Living<Object>;
-  return objects;
-}
-
-std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int device,
-                                         bool pinned) {
-  HostPoolOptions options;
-  if (limit_bytes) options.limit_bytes = *limit_bytes;
-  options.device = device;
-  options.pinning = pinned ? Pinning::kPinned : Pinning::kPageable;
-  return living<HostPool>().add(HostPool::create(options));
-}
-
 DiskEngineKind engine_named(const std::string& name) {
   if (name == "auto") return DiskEngineKind::kAuto;
   if (name == "io_uring") return DiskEngineKind::kIoUring;
@@ -240,53 +188,6 @@ std::shared_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
     store = std::make_shared<DiskStore>(options);
   }
   return living<DiskStore>().add(std::move(store));
-}
-
-void register_host_pool(py::module_& module) {
-  py::class_<HostStats>(module, "HostStats", "Bytes and buffers of a HostPool at one moment.")
-      .def_readonly("used_bytes", &HostStats::used_bytes)
-      .def_readonly("used_bytes_max", &HostStats::used_bytes_max)
-      .def_readonly("reserved_bytes", &HostStats::reserved_bytes)
-      .def_readonly("reserved_bytes_max", &HostStats::reserved_bytes_max)
-      .def_readonly("buffer_count", &HostStats::buffer_count)
-      .def_property_readonly("limit_bytes", [](const HostStats& stats) -> std::optional<size_t> {
-        if (stats.limit_bytes == SIZE_MAX) return std::nullopt;
-        return stats.limit_bytes;
-      });
-  py::class_<HostBuffer>(module, "HostBuffer", py::buffer_protocol(),
-                         "Memory of a HostPool; goes back to it when the last reference is gone.")
-      .def_property_readonly(
-          "address",
-          [](const HostBuffer& buffer) { return reinterpret_cast<uintptr_t>(buffer.address()); })
-      .def_property_readonly("size_bytes", &HostBuffer::size_bytes)
-      .def("__len__", &HostBuffer::size_bytes)
-      .def_buffer([](HostBuffer& buffer) {
-        return py::buffer_info(reinterpret_cast<uint8_t*>(buffer.address()),
-                               static_cast<py::ssize_t>(buffer.size_bytes()));
-      });
-  py::class_<HostPool, std::shared_ptr<HostPool>>(module, "HostPool",
-                                                  "Pinned host memory under a byte budget.")
-      .def(py::init(&make_host_pool), py::kw_only(), py::arg("limit_bytes") = py::none(),
-           py::arg("device") = 0, py::arg("pinned") = true)
-      .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
-      .def("trim", &HostPool::trim, ReleaseGil())
-      .def("stats", &HostPool::stats, ReleaseGil());
-  py::class_<PinStats>(module, "PinStats", "Pinning of host memory, of all pools together.")
-      .def_readonly("count", &PinStats::count)
-      .def_readonly("bytes", &PinStats::bytes)
-      .def_readonly("pin_s", &PinStats::pin_s)
-      .def_readonly("unpin_s", &PinStats::unpin_s);
-  module.def("pin_stats", &pin_stats, "What this process has pinned so far.");
-  module.def(
-      "living_host_pools", [] { return living<HostPool>().all(); },
-      "The host pools of this process, for statistics.");
-  module.def("begin_work", &annotate_work_begin, py::arg("resource"), py::arg("size_bytes"),
-             ReleaseGil(),
-             "Tell a virtual clock, where there is one, that this thread begins to do something.");
-  module.def("end_work", &annotate_work_end, py::arg("work"), ReleaseGil(),
-             "The work with this number is done.");
-  module.def("available_host_bytes", &available_host_bytes, ReleaseGil(),
-             "What the machine and the process's memory control groups leave, in bytes.");
 }
 
 void register_disk_stats(py::module_& module) {
@@ -396,7 +297,6 @@ void register_crc(py::module_& module) {
 }  // namespace
 
 void register_tiers(py::module_& module) {
-  register_host_pool(module);
   register_disk_store(module);
   register_crc(module);
 }

@@ -1,6 +1,7 @@
 #include "driver/device.hpp"
 
 #include <array>
+#include <cstdio>
 #include <exception>
 #include <string>
 
@@ -47,6 +48,33 @@ std::string device_name(int device) {
   std::array<char, 256> name{};
   SPILLOVER_CHECKED_CALL(cuDeviceGetName, name.data(), static_cast<int>(name.size()), handle);
   return name.data();
+}
+
+std::optional<int> device_numa_node(int device) {
+  require_device(device);
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  int node = -1;
+  // An older driver refuses the question.
+  const CUresult result =
+      SPILLOVER_DRIVER_CALL(cuDeviceGetAttribute, &node, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID, handle);
+  if (result != CUDA_SUCCESS || node < 0) return std::nullopt;
+  return node;
+}
+
+std::string device_pci_address(int device) {
+  require_device(device);
+  CUdevice handle = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGet, &handle, device);
+  int domain = 0;
+  int bus = 0;
+  int slot = 0;
+  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &domain, CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID, handle);
+  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &bus, CU_DEVICE_ATTRIBUTE_PCI_BUS_ID, handle);
+  SPILLOVER_CHECKED_CALL(cuDeviceGetAttribute, &slot, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID, handle);
+  std::array<char, 32> text{};
+  std::snprintf(text.data(), text.size(), "%04x:%02x:%02x.0", domain, bus, slot);
+  return text.data();
 }
 
 size_t device_total_bytes(int device) {

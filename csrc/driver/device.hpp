@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <optional>
 #include <string>
 
 namespace spillover {
@@ -26,6 +27,12 @@ void require_device(int device);
 // These make no context.
 std::string device_name(int device);
 size_t device_total_bytes(int device);
+
+// The NUMA node of the host that the device is nearest to, where the driver (from CUDA 12.2 on) and
+// the system know of one.
+std::optional<int> device_numa_node(int device);
+// Such as "0000:65:00.0", as the kernel writes it.
+std::string device_pci_address(int device);
 
 struct MemoryInfo {
   size_t free_bytes;

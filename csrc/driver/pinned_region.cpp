@@ -1,5 +1,6 @@
 #include "driver/pinned_region.hpp"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -13,6 +14,16 @@
 #include "driver/fork_guard.hpp"
 
 namespace spillover {
+namespace {
+
+std::string locked_memory_limit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_MEMLOCK, &limit) != 0) return "not known (ulimit -l)";
+  if (limit.rlim_cur == RLIM_INFINITY) return "infinite (ulimit -l)";
+  return format_bytes(limit.rlim_cur) + " (ulimit -l)";
+}
+
+}  // namespace
 
 PinnedRegion::PinnedRegion(int device, void* address, size_t size_bytes)
     : device_(device), size_bytes_(size_bytes) {
@@ -25,10 +36,11 @@ PinnedRegion::PinnedRegion(int device, void* address, size_t size_bytes)
   const ContextScope scope(device);
   const CUresult result =
       SPILLOVER_DRIVER_CALL(cuMemHostRegister, address, size_bytes, CU_MEMHOSTREGISTER_PORTABLE);
-  if (result == CUDA_ERROR_OUT_OF_MEMORY) {
+  if (result == CUDA_ERROR_OUT_OF_MEMORY || result == CUDA_ERROR_NOT_PERMITTED) {
     throw HostOutOfMemoryError("the system refused to pin " + format_bytes(size_bytes) +
                                    " of host memory; lower the host budget, or raise the memory "
-                                   "limit of this container or its locked-memory limit (ulimit -l)",
+                                   "limit of this container or its locked-memory limit, which is " +
+                                   locked_memory_limit(),
                                size_bytes);
   }
   check(result, "cuMemHostRegister", size_bytes);

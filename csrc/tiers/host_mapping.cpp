@@ -1,5 +1,6 @@
 #include "tiers/host_mapping.hpp"
 
+#include <linux/mman.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -13,10 +14,13 @@
 #include "base/bytes.hpp"
 #include "base/check.hpp"
 #include "base/error.hpp"
+#include "tiers/numa.hpp"
 #include "trace/span.hpp"
 
 namespace spillover {
 namespace {
+
+constexpr size_t kHugePageBytes = 2 * kMiB;
 
 constexpr TraceLabel kPin{"pin host memory", "host"};
 constexpr TraceLabel kUnpin{"unpin host memory", "host"};
@@ -51,30 +55,53 @@ size_t host_page_bytes() {
   return page_bytes;
 }
 
-HostMapping::HostMapping(size_t size_bytes, Pinning pinning, int device) : size_bytes_(size_bytes) {
+size_t mapped_bytes_for(size_t size_bytes, HugePages huge_pages) {
+  const size_t in_pages = round_up(size_bytes, host_page_bytes());
+  if (huge_pages != HugePages::kReserved) return in_pages;
+  const size_t in_huge_pages = round_up(size_bytes, kHugePageBytes);
+  return in_huge_pages - in_pages <= in_pages / 50 ? in_huge_pages : in_pages;
+}
+
+HostMapping::HostMapping(size_t size_bytes, const HostMappingOptions& options,
+                         const std::function<void(std::byte*)>& before_pinning)
+    : size_bytes_(size_bytes) {
   SPILLOVER_CHECK(size_bytes > 0 && size_bytes % host_page_bytes() == 0,
                   "host mappings are whole pages");
-  void* address =
-      mmap(nullptr, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-  if (address == MAP_FAILED) {
-    throw HostOutOfMemoryError("the system refused to map " + format_bytes(size_bytes) +
-                                   " of host memory: " + std::strerror(errno),
-                               size_bytes);
-  }
-  // Huge pages make the device's address translation cheaper; without them everything still works.
-  madvise(address, size_bytes, MADV_HUGEPAGE);
-  address_ = static_cast<std::byte*>(address);
-  if (pinning == Pinning::kPageable) return;
-  const TraceSpan span(kPin, size_bytes);
-  const Timer timer(g_pin_ns);
+  map_pages(options.huge_pages);
   try {
-    pinned_.emplace(device, address, size_bytes);
+    if (options.numa_node) numa_note_ = prefer_numa_node(address_, size_bytes, *options.numa_node);
+    if (before_pinning) before_pinning(address_);
+    if (options.pinning == Pinning::kPageable) return;
+    const TraceSpan span(kPin, size_bytes);
+    const Timer timer(g_pin_ns);
+    pinned_.emplace(options.device, address_, size_bytes);
     ++g_pin_count;
     g_pinned_bytes += size_bytes;
   } catch (...) {
-    munmap(address, size_bytes);
+    munmap(address_, size_bytes);
     throw;
   }
+}
+
+void HostMapping::map_pages(HugePages huge_pages) {
+  constexpr int kProtection = PROT_READ | PROT_WRITE;
+  constexpr int kFlags = MAP_SHARED | MAP_ANONYMOUS;
+  void* address = MAP_FAILED;
+  if (huge_pages == HugePages::kReserved && size_bytes_ % kHugePageBytes == 0) {
+    // The kernel sets the pages aside here, so that touching them cannot fail later.
+    address = mmap(nullptr, size_bytes_, kProtection, kFlags | MAP_HUGETLB | MAP_HUGE_2MB, -1, 0);
+    is_huge_ = address != MAP_FAILED;
+  }
+  if (!is_huge_) address = mmap(nullptr, size_bytes_, kProtection, kFlags, -1, 0);
+  if (address == MAP_FAILED) {
+    throw HostOutOfMemoryError("the system refused to map " + format_bytes(size_bytes_) +
+                                   " of host memory: " + std::strerror(errno),
+                               size_bytes_);
+  }
+  address_ = static_cast<std::byte*>(address);
+  if (is_huge_) return;
+  // Huge pages make the device's address translation cheaper; without them everything still works.
+  madvise(address, size_bytes_, huge_pages == HugePages::kNever ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
 }
 
 HostMapping::~HostMapping() {
@@ -93,11 +120,15 @@ HostMapping::~HostMapping() {
 HostMapping::HostMapping(HostMapping&& other) noexcept
     : address_(std::exchange(other.address_, nullptr)),
       size_bytes_(std::exchange(other.size_bytes_, 0)),
+      is_huge_(other.is_huge_),
+      numa_note_(std::move(other.numa_note_)),
       pinned_(std::move(other.pinned_)) {}
 
 HostMapping& HostMapping::operator=(HostMapping&& other) noexcept {
   std::swap(address_, other.address_);
   std::swap(size_bytes_, other.size_bytes_);
+  std::swap(is_huge_, other.is_huge_);
+  std::swap(numa_note_, other.numa_note_);
   std::swap(pinned_, other.pinned_);
   return *this;
 }

@@ -8,7 +8,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <optional>
+#include <string>
 
 #include "driver/pinned_region.hpp"
 
@@ -19,10 +21,26 @@ enum class Pinning {
   kPageable,  // For staging between files on a machine without a device.
 };
 
+enum class HugePages {
+  kAdvise,    // The kernel is told that they would be good; it decides.
+  kNever,     // And this tells it not to.
+  kReserved,  // Those that the administrator has set aside (vm.nr_hugepages), while there are any;
+              // for mappings that they make no more than 2 % larger. Else as kAdvise.
+};
+
+struct HostMappingOptions {
+  Pinning pinning = Pinning::kPinned;
+  int device = 0;  // Whose context pins.
+  HugePages huge_pages = HugePages::kAdvise;
+  std::optional<int> numa_node;  // Where pages come from if it has any.
+};
+
 class HostMapping {
  public:
-  // size_bytes must be a multiple of the page. Throws HostOutOfMemoryError or DriverError.
-  HostMapping(size_t size_bytes, Pinning pinning, int device);
+  // size_bytes must be a multiple of the page. before_pinning, if any, gets the memory to touch it
+  // in its own way; what it throws ends the attempt. Throws HostOutOfMemoryError or DriverError.
+  HostMapping(size_t size_bytes, const HostMappingOptions& options,
+              const std::function<void(std::byte*)>& before_pinning = nullptr);
   ~HostMapping();
   HostMapping(HostMapping&& other) noexcept;
   HostMapping& operator=(HostMapping&& other) noexcept;
@@ -31,14 +49,26 @@ class HostMapping {
 
   std::byte* address() const { return address_; }
   size_t size_bytes() const { return size_bytes_; }
+  // Whether its pages are huge ones that were set aside for that.
+  bool has_reserved_pages() const { return is_huge_; }
+  // Why it does not prefer its node; empty where it does, or was not to.
+  const std::string& numa_note() const { return numa_note_; }
 
  private:
+  void map_pages(HugePages huge_pages);
+
   std::byte* address_ = nullptr;  // Null when moved from.
   size_t size_bytes_ = 0;
+  bool is_huge_ = false;
+  std::string numa_note_;
   std::optional<PinnedRegion> pinned_;  // Goes before the mapping.
 };
 
 size_t host_page_bytes();
+
+// What a mapping of so many bytes takes: whole pages, and whole huge ones where it will have those.
+// Round sizes up to this before making one.
+size_t mapped_bytes_for(size_t size_bytes, HugePages huge_pages);
 
 // Of all mappings of the process. Any thread may ask.
 struct PinStats {

@@ -10,6 +10,8 @@
 #include "base/check.hpp"
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
+#include "tiers/numa.hpp"
+#include "tiers/populate.hpp"
 #include "tiers/system_memory.hpp"
 #include "trace/span.hpp"
 
@@ -23,6 +25,9 @@ constexpr size_t kHeadroomBytes = 64 * kMiB;
 // Idle memory that is kept for reuse beside an eighth of the peak use. Sizes that do not come back
 // (sequences of varying length) would otherwise pile up until the budget or the machine is full.
 constexpr size_t kIdleBytesMin = 64 * kMiB;
+
+// Of one registration of memory that is pinned ahead. Larger buffers get a mapping of their own.
+constexpr size_t kRegionBytesMax = size_t{4} << 30;
 
 constexpr TraceLabel kUsed{"used", "host"};
 constexpr TraceLabel kReserved{"reserved", "host"};
@@ -83,7 +88,7 @@ HostBuffer HostPool::allocate(size_t size_bytes) {
 }
 
 HostBuffer HostPool::allocate_large(size_t size_bytes) {
-  const size_t mapped_bytes = round_up(size_bytes, host_page_bytes());
+  const size_t mapped_bytes = mapped_bytes_for(size_bytes, options_.huge_pages);
   {
     const std::lock_guard lock(mutex_);
     if (const auto found = idle_by_size_.find(mapped_bytes); found != idle_by_size_.end()) {
@@ -93,6 +98,12 @@ HostBuffer HostPool::allocate_large(size_t size_bytes) {
       in_use_.emplace(address, std::move(*entry));
       idle_.erase(entry);
       add_used(mapped_bytes);
+      return HostBuffer(shared_from_this(), address, size_bytes);
+    }
+    const size_t carved_bytes = round_up(size_bytes, host_page_bytes());
+    if (std::byte* address = regions_.take(carved_bytes)) {
+      carved_.emplace(address, carved_bytes);
+      add_used(carved_bytes);
       return HostBuffer(shared_from_this(), address, size_bytes);
     }
   }
@@ -112,15 +123,22 @@ HostBuffer HostPool::allocate_small(size_t size_bytes) {
     auto& open = open_slabs_[slot_bytes];
     if (!open.empty()) return take_slot(*open.back(), size_bytes);
   }
-  auto slab = std::make_unique<Slab>(
-      Slab{map(kSlabBytes, size_bytes), slot_bytes, {}, kSlabBytes / slot_bytes});
+  auto slab = std::make_unique<Slab>(Slab{nullptr, {}, slot_bytes, {}, kSlabBytes / slot_bytes});
+  {
+    const std::lock_guard lock(mutex_);
+    slab->address = regions_.take(kSlabBytes);
+  }
+  if (slab->address == nullptr) {
+    slab->mapping.emplace(map(kSlabBytes, size_bytes));
+    slab->address = slab->mapping->address();
+  }
   slab->free_slots.reserve(slab->slot_count);
   for (size_t slot = slab->slot_count; slot > 0; --slot) {
     slab->free_slots.push_back(static_cast<uint32_t>(slot - 1));
   }
   const std::lock_guard lock(mutex_);
   Slab& added = *slab;
-  slabs_.emplace(added.mapping.address(), std::move(slab));
+  slabs_.emplace(added.address, std::move(slab));
   open_slabs_[slot_bytes].push_back(&added);
   return take_slot(added, size_bytes);
 }
@@ -133,8 +151,7 @@ HostBuffer HostPool::take_slot(Slab& slab, size_t size_bytes) {
     open.erase(std::find(open.begin(), open.end(), &slab));
   }
   add_used(slab.slot_bytes);
-  return HostBuffer(shared_from_this(), slab.mapping.address() + slot * slab.slot_bytes,
-                    size_bytes);
+  return HostBuffer(shared_from_this(), slab.address + slot * slab.slot_bytes, size_bytes);
 }
 
 void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
@@ -151,10 +168,17 @@ void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
     idle_by_size_.emplace(entry->size_bytes(), entry);
     return;
   }
+  if (const auto found = carved_.find(address); found != carved_.end()) {
+    used_bytes_ -= found->second;
+    trace_used();
+    regions_.give_back(address, found->second);
+    carved_.erase(found);
+    return;
+  }
   auto after = slabs_.upper_bound(address);
   SPILLOVER_CHECK(after != slabs_.begin(), "a host buffer came back to a pool that never gave it");
   Slab& slab = *std::prev(after)->second;
-  const size_t offset = static_cast<size_t>(address - slab.mapping.address());
+  const size_t offset = static_cast<size_t>(address - slab.address);
   SPILLOVER_CHECK(offset < kSlabBytes && offset % slab.slot_bytes == 0 &&
                       slab.free_slots.size() < slab.slot_count && size_bytes <= slab.slot_bytes,
                   "a host buffer does not fit its slab");
@@ -168,11 +192,11 @@ void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
 HostMapping HostPool::map(size_t size_bytes, size_t requested_bytes) {
   {
     std::unique_lock lock(mutex_);
-    reserve(lock, size_bytes, requested_bytes);
+    count_reserved(lock, size_bytes, requested_bytes);
   }
   try {
     check_machine(size_bytes, requested_bytes);
-    return HostMapping(size_bytes, options_.pinning, options_.device);
+    return make_mapping(size_bytes, nullptr);
   } catch (...) {
     const std::lock_guard lock(mutex_);
     reserved_bytes_ -= size_bytes;
@@ -181,23 +205,87 @@ HostMapping HostPool::map(size_t size_bytes, size_t requested_bytes) {
   }
 }
 
+HostMapping HostPool::make_mapping(size_t size_bytes,
+                                   const std::function<void(std::byte*)>& touch) {
+  HostMappingOptions options;
+  options.pinning = options_.pinning;
+  options.device = options_.device;
+  options.huge_pages = options_.huge_pages;
+  options.numa_node = numa_node();
+  HostMapping mapping(size_bytes, options, touch);
+  const std::lock_guard lock(mutex_);
+  if (mapping.has_reserved_pages()) huge_page_bytes_ += size_bytes;
+  used_node_ = options.numa_node;
+  numa_note_ = mapping.numa_note();
+  return mapping;
+}
+
+// Found out when it is first needed: a pool without memory needs no driver.
+std::optional<int> HostPool::numa_node() {
+  std::call_once(numa_once_, [this] {
+    if (options_.numa == NumaChoice::kNode) numa_node_ = options_.numa_node;
+    if (options_.numa == NumaChoice::kNearest && options_.pinning == Pinning::kPinned) {
+      numa_node_ = nearest_numa_node(options_.device);
+    }
+  });
+  return numa_node_;
+}
+
+void HostPool::reserve(size_t size_bytes, const std::function<void(size_t)>& progress) {
+  if (size_bytes == 0) throw ConfigError("reserve at least one byte");
+  if (size_bytes > options_.limit_bytes || size_bytes > SIZE_MAX / 2) {
+    const std::lock_guard lock(mutex_);
+    throw_over_budget(size_bytes, size_bytes);
+  }
+  if (options_.pinning == Pinning::kPinned) check_not_forked();
+  const size_t total_bytes = mapped_bytes_for(size_bytes, options_.huge_pages);
+  {
+    std::unique_lock lock(mutex_);
+    count_reserved(lock, total_bytes, size_bytes);
+  }
+  std::vector<HostMapping> regions;
+  try {
+    check_machine(total_bytes, size_bytes);
+    for (size_t done_bytes = 0; done_bytes < total_bytes;) {
+      const size_t region_bytes = std::min(total_bytes - done_bytes, kRegionBytesMax);
+      regions.push_back(make_mapping(region_bytes, [&](std::byte* address) {
+        populate(address, region_bytes, [&](size_t region_done_bytes) {
+          if (progress) progress(done_bytes + region_done_bytes);
+        });
+      }));
+      done_bytes += region_bytes;
+      if (progress) progress(done_bytes);
+    }
+  } catch (...) {
+    size_t made_bytes = 0;
+    for (const HostMapping& region : regions) made_bytes += region.size_bytes();
+    unmap(std::move(regions));
+    const std::lock_guard lock(mutex_);
+    reserved_bytes_ -= total_bytes - made_bytes;
+    trace_reserved();
+    throw;
+  }
+  const std::lock_guard lock(mutex_);
+  for (HostMapping& region : regions) regions_.add(std::move(region));
+}
+
 void HostPool::check_machine(size_t size_bytes, size_t requested_bytes) {
-  size_t available = available_host_bytes();
-  const auto fits = [&] { return available >= size_bytes + kHeadroomBytes; };
-  if (!fits() && trim() > 0) available = available_host_bytes();
+  HostMemoryLimit available = available_host_memory();
+  const auto fits = [&] { return available.bytes >= size_bytes + kHeadroomBytes; };
+  if (!fits() && trim() > 0) available = available_host_memory();
   if (fits()) return;
   throw HostOutOfMemoryError(
-      format_bytes(size_bytes) +
-          " of host memory would leave this machine, or its memory control group, without any: " +
-          format_bytes(available) +
-          " are available. Offload less, use the disk tier, or raise the group's limit",
+      format_bytes(size_bytes) + " of host memory cannot be had: " + available.source +
+          " leaves this process " + format_bytes(available.bytes) + ", of which " +
+          format_bytes(kHeadroomBytes) +
+          " are left alone. Offload less, use the disk tier, or raise that limit",
       requested_bytes);
 }
 
 // Counts size_bytes as reserved, giving idle memory back to the system where the budget asks for
 // it.
-void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
-                       size_t requested_bytes) {
+void HostPool::count_reserved(std::unique_lock<std::mutex>& lock, size_t size_bytes,
+                              size_t requested_bytes) {
   while (size_bytes > options_.limit_bytes - reserved_bytes_) {
     const size_t missing_bytes = size_bytes - (options_.limit_bytes - reserved_bytes_);
     std::vector<HostMapping> victims = take_idle(missing_bytes);
@@ -217,7 +305,7 @@ void HostPool::give_back_surplus() {
   std::vector<HostMapping> victims;
   {
     const std::lock_guard lock(mutex_);
-    const size_t idle_bytes = reserved_bytes_ - used_bytes_;
+    const size_t idle_bytes = reserved_bytes_ - used_bytes_ - regions_.free_bytes();
     const size_t kept_bytes = used_bytes_max_ / 8 + kIdleBytesMin;
     if (idle_bytes <= kept_bytes) return;
     victims = take_idle(idle_bytes - kept_bytes);
@@ -228,17 +316,22 @@ void HostPool::give_back_surplus() {
 // Gives what take_idle() took back to the system; returns its bytes. The mutex must not be held.
 size_t HostPool::unmap(std::vector<HostMapping> victims) {
   size_t freed_bytes = 0;
-  for (const HostMapping& victim : victims) freed_bytes += victim.size_bytes();
+  size_t huge_bytes = 0;
+  for (const HostMapping& victim : victims) {
+    freed_bytes += victim.size_bytes();
+    if (victim.has_reserved_pages()) huge_bytes += victim.size_bytes();
+  }
   victims.clear();
   const std::lock_guard lock(mutex_);
+  huge_page_bytes_ -= huge_bytes;
   // Only now: the budget holds for what is really mapped.
   reserved_bytes_ -= freed_bytes;
   trace_reserved();
   return freed_bytes;
 }
 
-// The longest idle mappings, and slabs without a used slot, of at least wanted_bytes where there
-// are so many. They stay in reserved_bytes_.
+// The longest idle mappings, slabs without a used slot, and last what was pinned ahead and is not
+// in use, of at least wanted_bytes where there are so many. They stay in reserved_bytes_.
 std::vector<HostMapping> HostPool::take_idle(size_t wanted_bytes) {
   std::vector<HostMapping> taken;
   size_t taken_bytes = 0;
@@ -260,9 +353,19 @@ std::vector<HostMapping> HostPool::take_idle(size_t wanted_bytes) {
     }
     auto& open = open_slabs_[slab.slot_bytes];
     open.erase(std::find(open.begin(), open.end(), &slab));
-    taken_bytes += slab.mapping.size_bytes();
-    taken.push_back(std::move(slab.mapping));
+    if (slab.mapping) {
+      taken_bytes += kSlabBytes;
+      taken.push_back(std::move(*slab.mapping));
+    } else {
+      regions_.give_back(slab.address, kSlabBytes);
+    }
     it = slabs_.erase(it);
+  }
+  while (taken_bytes < wanted_bytes) {
+    std::optional<HostMapping> region = regions_.take_free_region(wanted_bytes - taken_bytes);
+    if (!region) break;
+    taken_bytes += region->size_bytes();
+    taken.push_back(std::move(*region));
   }
   return taken;
 }
@@ -279,8 +382,18 @@ size_t HostPool::trim() {
 
 HostStats HostPool::stats() const {
   const std::lock_guard lock(mutex_);
-  return {used_bytes_,         used_bytes_max_,      reserved_bytes_,
-          reserved_bytes_max_, options_.limit_bytes, buffer_count_};
+  HostStats stats{};
+  stats.used_bytes = used_bytes_;
+  stats.used_bytes_max = used_bytes_max_;
+  stats.reserved_bytes = reserved_bytes_;
+  stats.reserved_bytes_max = reserved_bytes_max_;
+  stats.limit_bytes = options_.limit_bytes;
+  stats.buffer_count = buffer_count_;
+  stats.ahead_bytes = regions_.free_bytes();
+  stats.huge_page_bytes = huge_page_bytes_;
+  stats.numa_node = used_node_;
+  stats.numa_note = numa_note_;
+  return stats;
 }
 
 void HostPool::add_used(size_t size_bytes) {
@@ -291,11 +404,14 @@ void HostPool::add_used(size_t size_bytes) {
 }
 
 void HostPool::throw_over_budget(size_t size_bytes, size_t requested_bytes) const {
+  const bool is_given = options_.limit_source.empty();
   throw HostOutOfMemoryError(
-      "the host memory budget of " + format_bytes(options_.limit_bytes) + " does not allow " +
-          format_bytes(size_bytes) + " more: " + format_bytes(used_bytes_) +
-          " are in use. Raise the budget (the argument host=, or SPILLOVER_HOST_LIMIT), offload "
-          "less, or use the disk tier",
+      "the host memory budget of " + format_bytes(options_.limit_bytes) +
+          (is_given ? "" : ", most of " + options_.limit_source + ",") + " does not allow " +
+          format_bytes(size_bytes) + " more: " + format_bytes(used_bytes_) + " are in use. " +
+          (is_given ? "Raise the budget (limit=, host=, or SPILLOVER_HOST_LIMIT), offload less, "
+                    : "Offload less, ") +
+          "or use the disk tier",
       requested_bytes);
 }
 

@@ -16,14 +16,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "tiers/host_mapping.hpp"
+#include "tiers/host_regions.hpp"
 #include "trace/tracks.hpp"
 
 namespace spillover {
@@ -54,10 +58,21 @@ class HostBuffer {
   size_t size_bytes_ = 0;
 };
 
+// Where the pages of pinned memory should lie.
+enum class NumaChoice {
+  kNearest,  // At the node that the pool's device is nearest to.
+  kNode,     // At numa_node.
+  kAny,
+};
+
 struct HostPoolOptions {
   size_t limit_bytes = SIZE_MAX;  // Bound on reserved bytes.
+  std::string limit_source;       // What set the limit, for errors; empty: the caller did.
   int device = 0;                 // Whose context pins; the memory serves every device.
   Pinning pinning = Pinning::kPinned;
+  HugePages huge_pages = HugePages::kAdvise;
+  NumaChoice numa = NumaChoice::kNearest;
+  int numa_node = 0;
 };
 
 struct HostStats {
@@ -66,7 +81,11 @@ struct HostStats {
   size_t reserved_bytes;  // Mapped: in use or kept for reuse. Never above limit_bytes.
   size_t reserved_bytes_max;
   size_t limit_bytes;
-  size_t buffer_count;  // Live buffers.
+  size_t buffer_count;           // Live buffers.
+  size_t ahead_bytes;            // Pinned by reserve() and in use by nobody.
+  size_t huge_page_bytes;        // On huge pages that were set aside for such use.
+  std::optional<int> numa_node;  // Which memory comes from, once there is any.
+  std::string numa_note;         // Why it does not; empty where all is well.
 };
 
 class HostPool : public std::enable_shared_from_this<HostPool> {
@@ -83,7 +102,12 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   // 0.
   HostBuffer allocate(size_t size_bytes);
 
-  // Unpins and unmaps what nobody uses; returns its bytes.
+  // Pins so many bytes more, whole pages, for buffers to come; see Note [Memory pinned ahead].
+  // Blocks: on the calling thread progress, if any, gets the bytes done from time to time. All or
+  // nothing, also where progress throws. Throws like allocate().
+  void reserve(size_t size_bytes, const std::function<void(size_t)>& progress = nullptr);
+
+  // Unpins and unmaps what nobody uses, what was pinned ahead included; returns its bytes.
   size_t trim();
 
   HostStats stats() const;
@@ -92,7 +116,8 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
  private:
   friend class HostBuffer;
   struct Slab {
-    HostMapping mapping;
+    std::byte* address;
+    std::optional<HostMapping> mapping;  // Without one it is carved from a region.
     size_t slot_bytes;
     std::vector<uint32_t> free_slots;
     size_t slot_count;
@@ -104,8 +129,12 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   HostBuffer take_slot(Slab& slab, size_t size_bytes);
   void release(std::byte* address, size_t size_bytes) noexcept;
   HostMapping map(size_t size_bytes, size_t requested_bytes);
+  HostMapping make_mapping(size_t size_bytes, const std::function<void(std::byte*)>& touch);
+  std::optional<int> numa_node();
+  std::byte* carve(size_t size_bytes);
   void check_machine(size_t size_bytes, size_t requested_bytes);
-  void reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes, size_t requested_bytes);
+  void count_reserved(std::unique_lock<std::mutex>& lock, size_t size_bytes,
+                      size_t requested_bytes);
   void give_back_surplus();
   std::vector<HostMapping> take_idle(size_t wanted_bytes);
   size_t unmap(std::vector<HostMapping> victims);
@@ -118,10 +147,12 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   LazyTrack track_;
 
   mutable std::mutex mutex_;
-  // Guarded by mutex_. Invariants: reserved = bytes of all mappings, used ones, idle ones, slabs
-  // and those being mapped or unmapped; used <= reserved <= limit.
+  // Guarded by mutex_. Invariants: reserved = bytes of all mappings, used ones, idle ones, slabs,
+  // regions and those being mapped or unmapped; used <= reserved <= limit.
   std::unordered_map<std::byte*, HostMapping> in_use_;
-  std::list<HostMapping> idle_;  // Longest idle first.
+  HostRegions regions_;
+  std::unordered_map<std::byte*, size_t> carved_;  // Blocks of regions, and their sizes.
+  std::list<HostMapping> idle_;                    // Longest idle first.
   std::multimap<size_t, std::list<HostMapping>::iterator> idle_by_size_;
   std::map<std::byte*, std::unique_ptr<Slab>> slabs_;          // By address, to find a slot's slab.
   std::unordered_map<size_t, std::vector<Slab*>> open_slabs_;  // With a free slot, by slot size.
@@ -130,6 +161,12 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   size_t reserved_bytes_ = 0;
   size_t reserved_bytes_max_ = 0;
   size_t buffer_count_ = 0;
+  size_t huge_page_bytes_ = 0;
+  std::optional<int> used_node_;  // Of the last mapping, and what became of the wish.
+  std::string numa_note_;
+
+  std::once_flag numa_once_;
+  std::optional<int> numa_node_;  // Constant once numa_once_ has passed.
 };
 
 }  // namespace spillover

@@ -1,14 +1,29 @@
-// How much host memory this process may still take: the machine's and its control groups'.
+// How much host memory this process may take, and which limit says so.
 //
-// Thread-safe. Reads files under /proc and /sys at each call (tens of microseconds).
+// Stateless; any thread may call these. They read a few files, so they cost microseconds: call them
+// before large steps, not for every buffer.
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace spillover {
 
-// The least of the machine's available memory and what each enclosing memory control group (version
-// 1 or 2) leaves, page cache that can be dropped counted as free. SIZE_MAX where nothing is known.
-size_t available_host_bytes();
+struct HostMemoryLimit {
+  size_t bytes;
+  // What sets it, as a part of a sentence: "this machine's memory (MemAvailable)", or "memory.max
+  // of the control group /job".
+  std::string source;
+};
+
+// root stands before /proc and /sys: a test gives a folder of its own.
+
+// What is left now: the least of what the kernel says is available and of what each of the
+// process's memory control groups (version 1 or 2) still allows. Page cache that can be dropped
+// counts as available. SIZE_MAX if nothing can be read.
+HostMemoryLimit available_host_memory(const std::string& root = "");
+
+// What there is at most, used or not: the least of the machine's memory and the groups' limits.
+HostMemoryLimit total_host_memory(const std::string& root = "");
 
 }  // namespace spillover

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner, trace
     from spillover._disk import DiskStore
     from spillover._errors import DeviceOutOfMemory
+    from spillover._host import HostPool
     from spillover._statistics import stats
     from spillover._transfer import TransferEngine
     from spillover.hooks import offload_activations, stream_parameters
@@ -46,6 +47,7 @@ __all__ = [
     "DiskStore",
     "DriverError",
     "HostOutOfMemory",
+    "HostPool",
     "SpilloverError",
     "StateError",
     "StorageError",
@@ -65,6 +67,7 @@ _LAZY_MODULES = {"allocator", "emulator", "optim", "planner", "trace"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
+    "HostPool": "spillover._host",
     "TransferEngine": "spillover._transfer",
     "offload_activations": "spillover.hooks",
     "stats": "spillover._statistics",

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spillover._core import HostPool, HostStats
-from spillover._settings import logger
-from spillover._units import format_bytes, parse_bytes
+from spillover._host import HostPool
+from spillover._units import parse_bytes
 
 if TYPE_CHECKING:
     import torch
+
+    from spillover import _core
 
 _LIMIT_VARIABLE = "SPILLOVER_HOST_LIMIT"
 
@@ -30,8 +30,7 @@ def host_pool() -> HostPool:
     """The process's pool of pinned host memory; made at the first call.
 
     Its budget is the environment variable ``SPILLOVER_HOST_LIMIT`` (such as ``48GiB``). Without one
-    it takes what the machine and the process's memory control groups leave. A forked child gets a
-    pool of its own.
+    it is that of :class:`HostPool`. A forked child gets a pool of its own.
 
     Raises
     ------
@@ -43,28 +42,18 @@ def host_pool() -> HostPool:
         if _pool is None or _pool_owner != os.getpid():
             text = os.environ.get(_LIMIT_VARIABLE, "").strip()
             limit = parse_bytes(text, name=_LIMIT_VARIABLE) if text else None
-            # Pinning makes a CUDA context on the device that it goes through, so that must be the
-            # one that this process computes on. The memory serves all devices.
-            _pool = HostPool(limit_bytes=limit, device=_current_device())
+            _pool = HostPool(limit)
             _pool_owner = os.getpid()
-            logger.info(
-                "pinned host memory: %s", "no limit" if limit is None else format_bytes(limit)
-            )
         return _pool
 
 
-def _current_device() -> int:
-    torch = sys.modules.get("torch")  # without it the process computes on whichever device
-    return torch.cuda.current_device() if torch and torch.cuda.is_available() else 0
-
-
-def host_stats() -> HostStats:
+def host_stats() -> _core.HostStats:
     """Bytes of the process's pool: used and reserved, now and at most. Cheap; does not block."""
     return host_pool().stats()
 
 
 def empty_pinned(
-    shape: Sequence[int], dtype: torch.dtype, *, pool: HostPool | None = None
+    shape: Sequence[int], dtype: torch.dtype, *, pool: _core.HostPool | None = None
 ) -> torch.Tensor:
     """An uninitialised, contiguous CPU tensor in pinned memory.
 

@@ -23,14 +23,14 @@ def parts() -> list[Part]:
 
 def _memory() -> Part:
     total_bytes = _meminfo().get("MemTotal", 0)
-    available_bytes = _core.available_host_bytes()
+    available_bytes, source = _core.available_host_memory()
     limit_bytes = control_group_limit()
     limit = "none" if limit_bytes is None else format_bytes(limit_bytes)
     return Part(
         "host memory",
         "works",
         f"{format_bytes(total_bytes)}, {format_bytes(available_bytes)} of it available to this "
-        f"process; control group's limit: {limit}",
+        f"process by {source}; control group's limit: {limit}",
         {
             "total_bytes": total_bytes,
             "available_bytes": available_bytes,
