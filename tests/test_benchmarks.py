@@ -70,6 +70,9 @@ EXPECTED = {
         "per_transfer_us.in.single",
         "per_transfer_us.in.batched",
         "per_transfer_us.in.torch",
+        "host_bytes_over_stored.ours",
+        "host_bytes_over_stored.ours_reserved",
+        "host_bytes_over_stored.torch",
     },
     "trace": {
         "span_ns.off",
