@@ -170,11 +170,11 @@ void TransferEngine::add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress 
   Chunk& chunk = ref.chunk();
   batch.chunks.reserve(batch.chunks.size() + 1);
   batch.copies.reserve(batch.copies.size() + 1);
-  std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse);
+  std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse, kLastRequest);
   if (!host) {
     // What can be made free may be waiting for these very copies.
     if (!batch.chunks.empty()) depart(batch, nullptr);
-    host = acquire(chunk.size_bytes, Asker::kProgram);
+    host = acquire(chunk.size_bytes);
   }
   batch.size_bytes += chunk.size_bytes;
   batch.copies.push_back({host->address(), source + chunk.offset_bytes, chunk.size_bytes});
@@ -194,6 +194,7 @@ void TransferEngine::depart(Departure& batch, TransferTicket* ticket) {
     leaving_bytes_ += batch.device_bytes;
     departures_.push_back(
         {mark, std::move(batch.chunks), std::move(batch.owners), batch.device_bytes});
+    changed_.notify_all();
   }
   batch = Departure();
   if (ticket != nullptr) ticket->issued(1, mark);
@@ -247,6 +248,7 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
   const Lock lock(mutex_);
   if (is_out) leaving_bytes_ += flight.device_bytes;
   (is_out ? departures_ : arrivals_).push_back(std::move(flight));
+  changed_.notify_all();
   return ticket;
 }
 
@@ -291,10 +293,7 @@ void TransferEngine::synchronize() {
   const ActiveCall call(*this);
   for (;;) {
     collect();
-    if (const std::optional<Wait> wait = find_end()) {
-      perform(*wait, Asker::kProgram);
-      continue;
-    }
+    if (wait_for_anything()) continue;
     const Lock lock(mutex_);
     if (const std::exception_ptr error = std::exchange(disk_error_, nullptr))
       std::rethrow_exception(error);

@@ -218,7 +218,6 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
     std::shared_ptr<CopyMark> arrival;
     std::optional<DiskWork> write;
     std::optional<DiskWork> read;
-    bool is_for_pieces = false;
   };
   // What must not be let go of under the mutex. Declared before the lock.
   struct Garbage {
@@ -260,16 +259,21 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
 
   // transfer_memory.cpp
   static constexpr uint64_t kAnyUse = 0;  // Needed before all that is there.
+  static constexpr uint64_t kLastRequest = UINT64_MAX;
   size_t limit_bytes() const;
-  std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at,
+  std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at, uint64_t since,
                                         std::exception_ptr* error = nullptr);
-  HostBuffer acquire(size_t size_bytes, Asker asker);
-  bool evict_farthest(uint64_t needed_at, Garbage& garbage);
+  HostBuffer acquire(size_t size_bytes);
+  uint64_t next_request();
+  bool help_to_memory(size_t size_bytes, uint64_t since, Asker asker);
+  [[noreturn]] void throw_no_memory(size_t size_bytes, uint64_t since,
+                                    const std::exception_ptr& error);
+  bool evict_farthest(uint64_t needed_at, uint64_t since, Garbage& garbage);
   bool start_write(uint64_t since, uint64_t needed_at);
   void make_room_after(uint64_t needed_at);
   void write_behind();
-  std::optional<Wait> find_wait(Asker asker);
-  std::optional<Wait> find_end();
+  std::optional<Wait> find_wait() const;
+  bool wait_for_anything();
   void perform(const Wait& wait, Asker asker);
   void collect_arrivals_for_engine();
   void finish_passed(const std::shared_ptr<CopyMark>& mark, CopyDirection direction);
@@ -329,6 +333,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   uint64_t disk_error_at_ = 0;     // Number of the request before it.
   size_t serving_ = 0;             // Pieces that the engine's thread has taken out of pieces_.
   size_t active_calls_ = 0;
+  size_t blocked_calls_ = 0;  // Of those, which wait for what others do.
   bool is_closed_ = false;
   bool is_stopping_ = false;
   // Constant once made, under mutex_. On the heap so that a forked child can leave it alone.
