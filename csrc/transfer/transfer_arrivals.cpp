@@ -115,6 +115,8 @@ void TransferEngine::issue(std::span<Piece> pieces) {
     }
   }
   const Stream& stream = streams_.in();
+  flight.copied_bytes = flight.device_bytes;
+  flight.issued_ns = trace_now_ns();
   try {
     stream.wait(pieces.front().ready->event());
     for (const auto& mark : left) stream.wait(mark->event());

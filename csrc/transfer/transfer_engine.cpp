@@ -52,7 +52,9 @@ TransferEngine::TransferEngine(const TransferOptions& options, std::shared_ptr<H
       disk_(disk),
       streams_(CopyStreams::of(options.device)),
       marks_(std::make_shared<CopyMarks>(options.device)),
-      counters_(std::make_shared<TransferCounters>()) {}
+      counters_(std::make_shared<TransferCounters>()),
+      out_track_(TrackKind::kLanes, "copy out of device " + std::to_string(options.device)),
+      in_track_(TrackKind::kLanes, "copy into device " + std::to_string(options.device)) {}
 
 TransferEngine::~TransferEngine() {
   close();
@@ -186,14 +188,15 @@ void TransferEngine::add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress 
 
 // Puts a batch on the stream; it is empty then.
 void TransferEngine::depart(Departure& batch, TransferTicket* ticket) {
+  const int64_t issued_ns = trace_now_ns();
   copy_to_host(batch.copies, streams_.out());
   const std::shared_ptr<CopyMark> mark = marks_->record(streams_.out().handle());
   {
     const Lock lock(mutex_);
     for (const ChunkRef& ref : batch.chunks) ref.chunk().left = mark;
     leaving_bytes_ += batch.device_bytes;
-    departures_.push_back(
-        {mark, std::move(batch.chunks), std::move(batch.owners), batch.device_bytes});
+    departures_.push_back({mark, std::move(batch.chunks), std::move(batch.owners),
+                           batch.device_bytes, batch.size_bytes, issued_ns});
     changed_.notify_all();
   }
   batch = Departure();
@@ -235,6 +238,8 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
   auto ticket = std::make_shared<TransferTicket>(counters_, 1);
   stream.wait(ready->event());
   try {
+    flight.copied_bytes = flight.device_bytes;
+    flight.issued_ns = trace_now_ns();
     if (is_out) copy_to_host(batch, stream);
     if (!is_out) copy_to_device(batch, stream);
     flight.mark = marks_->record(stream.handle());

@@ -46,6 +46,7 @@
 #include "base/annotated_mutex.hpp"
 #include "base/bytes.hpp"
 #include "driver/copy.hpp"
+#include "trace/tracks.hpp"
 #include "transfer/copy_streams.hpp"
 #include "transfer/payload.hpp"
 #include "transfer/transfer_stats.hpp"
@@ -185,6 +186,8 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
     std::vector<ChunkRef> chunks;
     std::vector<MemoryOwner> owners;
     size_t device_bytes = 0;
+    size_t copied_bytes = 0;  // For the trace.
+    int64_t issued_ns = 0;
   };
   // Copies out that are about to be put on the stream.
   struct Departure {
@@ -250,6 +253,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void release_host(Payload& payload, Chunk& chunk, Garbage& garbage);
   void settle(Payload& payload, Chunk& chunk, Garbage& garbage);
   void finish_flight(Flight&& flight, CopyDirection direction, Garbage& garbage);
+  void trace_flight(const Flight& flight, CopyDirection direction) noexcept;
   void collect_flights(CopyDirection direction);
   void collect_disk_work();
   void finish_write(const DiskWork& work) noexcept;
@@ -305,6 +309,8 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   const CopyStreams& streams_;
   const std::shared_ptr<CopyMarks> marks_;
   const std::shared_ptr<TransferCounters> counters_;
+  LazyTrack out_track_;
+  LazyTrack in_track_;
 
   mutable AnnotatedMutex mutex_;
   std::condition_variable_any changed_;  // Something below has.

@@ -8,11 +8,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import chrome_format
 import spillover
 from spillover import (
     ConfigError,
@@ -23,6 +25,7 @@ from spillover import (
     StateError,
     StorageError,
     TransferEngine,
+    trace,
 )
 from spillover._core import HostPool
 from spillover._pinned import empty_pinned
@@ -556,7 +559,7 @@ def test_is_exported_without_torch() -> None:
     assert "TransferEngine" in spillover.__all__
 
 
-def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path: Any) -> None:
+def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path: Path) -> None:
     with DiskStore(tmp_path / "shared") as store:
         engine = make_engine(disk=store, host=0)
         payload, _ = engine.put(numbered(300 * KIB))
@@ -566,3 +569,19 @@ def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path:
         del payload, stored
         engine.close()
         assert store.stats().used_bytes == 0
+
+
+def test_spans_are_in_the_trace(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine(on_disk=True, host=0)
+    source = numbered(512 * KIB)
+    with trace.record(tmp_path / "out.json"):
+        payload, _ = engine.put(source)
+        engine.synchronize()
+        assert torch.equal(fetched(engine, payload), source)
+        engine.synchronize()
+    found = chrome_format.read(tmp_path / "out.json")
+    for name in ("copy out", "copy in", "write", "read"):
+        spans = chrome_format.spans(found, name)
+        assert sum(span["args"]["bytes"] for span in spans) >= 256 * KIB, name
+    assert sum(span["args"]["bytes"] for span in chrome_format.spans(found, "copy in")) == 512 * KIB
+    assert chrome_format.spans(found, "wait for host memory")
