@@ -335,7 +335,7 @@ void register_transfer(py::module_& module) {
       .def("collect", &PythonTransferEngine::collect, py::kw_only(), py::arg("wait") = false)
       .def("synchronize", &PythonTransferEngine::synchronize)
       .def("close", &PythonTransferEngine::close)
-      .def("stats", &PythonTransferEngine::stats);
+      .def("_stats", &PythonTransferEngine::stats);
 }
 
 }  // namespace spillover
