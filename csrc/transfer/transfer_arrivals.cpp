@@ -14,7 +14,7 @@
 
 namespace spillover {
 
-std::shared_ptr<TransferTicket> TransferEngine::fetch(std::vector<FetchTarget> wanted,
+std::shared_ptr<TransferTicket> TransferEngine::fetch(const std::vector<FetchTarget>& wanted,
                                                       StreamHandle after, int priority) {
   check_not_forked();
   if (wanted.empty()) throw ConfigError("there is nothing to fetch");

@@ -168,7 +168,7 @@ void TransferEngine::put_chunks(const PutResult& result, std::vector<PutSource>&
   }
 }
 
-void TransferEngine::add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress source) {
+void TransferEngine::add_to_batch(Departure& batch, const ChunkRef& ref, DeviceAddress source) {
   Chunk& chunk = ref.chunk();
   batch.chunks.reserve(batch.chunks.size() + 1);
   batch.copies.reserve(batch.copies.size() + 1);
@@ -318,6 +318,7 @@ void TransferEngine::close() noexcept {
   // Calls under way may add pieces yet, and wait for memory that pieces hold.
   while (!pieces_.empty() || active_calls_ > 0) {
     std::vector<Piece> pieces;
+    pieces.reserve(pieces_.size());
     for (auto& [key, piece] : pieces_) pieces.push_back(std::move(piece));
     pieces_.clear();
     lock.unlock();

@@ -130,7 +130,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // targets' memory. Of two that wait for memory or the disk, the one with the higher priority goes
   // first. Throws StateError for a payload that was dropped, and like put() where not even a
   // request to the disk could be made; the targets are then in use by nobody.
-  std::shared_ptr<TransferTicket> fetch(std::vector<FetchTarget> wanted, StreamHandle after,
+  std::shared_ptr<TransferTicket> fetch(const std::vector<FetchTarget>& wanted, StreamHandle after,
                                         int priority);
 
   // Copies that leave payloads alone. Batched; throws DriverError.
@@ -241,7 +241,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void wait_for_departures(size_t size_bytes);
   void put_chunks(const PutResult& result, std::vector<PutSource>& sources,
                   const std::shared_ptr<CopyMark>& ready);
-  void add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress source);
+  void add_to_batch(Departure& batch, const ChunkRef& ref, DeviceAddress source);
   void depart(Departure& batch, TransferTicket* ticket);
   void undo_departure(Departure& batch) noexcept;
   void drain() noexcept;
