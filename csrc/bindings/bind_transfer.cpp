@@ -72,8 +72,8 @@ class EngineReference {
 
 class PythonPayload {
  public:
-  PythonPayload(EngineReference engine, std::shared_ptr<Payload> payload)
-      : engine_(std::move(engine)), payload_(std::move(payload)) {}
+  PythonPayload(const EngineReference& engine, std::shared_ptr<Payload> payload)
+      : engine_(engine), payload_(std::move(payload)) {}
   ~PythonPayload() {
     if (in_forked_child()) {
       new std::shared_ptr<Payload>(std::move(payload_));
@@ -96,9 +96,9 @@ class PythonPayload {
 
 class PythonTransferTicket {
  public:
-  PythonTransferTicket(EngineReference engine, std::shared_ptr<TransferTicket> ticket,
+  PythonTransferTicket(const EngineReference& engine, std::shared_ptr<TransferTicket> ticket,
                        std::vector<std::shared_ptr<Payload>> payloads = {})
-      : engine_(std::move(engine)), ticket_(std::move(ticket)), payloads_(std::move(payloads)) {}
+      : engine_(engine), ticket_(std::move(ticket)), payloads_(std::move(payloads)) {}
   ~PythonTransferTicket() {
     if (in_forked_child()) new auto(std::pair(std::move(ticket_), std::move(payloads_)));
   }
@@ -166,6 +166,7 @@ class PythonTransferEngine {
 
   py::tuple put(const std::vector<Source>& given, uintptr_t stream) const {
     std::vector<PutSource> sources;
+    sources.reserve(given.size());
     for (const auto& [address, size_bytes, owner, next_use] : given) {
       sources.push_back(
           {{address, size_bytes, owner_of(owner)}, next_use.value_or(Payload::kNoUse)});
@@ -190,13 +191,14 @@ class PythonTransferEngine {
       targets.push_back({payload->payload(), {address, size_bytes, owner_of(owner)}});
     }
     return std::make_unique<PythonTransferTicket>(engine_, engine_.without_gil([&] {
-      return engine_->fetch(std::move(targets), stream_of(stream), priority);
+      return engine_->fetch(targets, stream_of(stream), priority);
     }));
   }
 
   std::unique_ptr<PythonTransferTicket> copy(const std::vector<HostPair>& pairs, bool is_out,
                                              uintptr_t stream) const {
     std::vector<PinnedCopy> copies;
+    copies.reserve(pairs.size());
     for (const auto& [address, size_bytes, owner, host, host_owner] : pairs) {
       copies.push_back({{address, size_bytes, owner_of(owner)},
                         reinterpret_cast<void*>(host),
@@ -335,7 +337,7 @@ void register_transfer(py::module_& module) {
       .def("collect", &PythonTransferEngine::collect, py::kw_only(), py::arg("wait") = false)
       .def("synchronize", &PythonTransferEngine::synchronize)
       .def("close", &PythonTransferEngine::close)
-      .def("stats", &PythonTransferEngine::stats);
+      .def("_stats", &PythonTransferEngine::stats);
 }
 
 }  // namespace spillover

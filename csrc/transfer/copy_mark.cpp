@@ -39,6 +39,7 @@ void CopyMark::settle() noexcept {
       is_passed_.store(true, std::memory_order_release);
       return;
     } catch (const std::exception&) {
+      continue;
     }
   }
   synchronize_device_for_release(event_.device());

@@ -14,7 +14,7 @@
 
 namespace spillover {
 
-std::shared_ptr<TransferTicket> TransferEngine::fetch(std::vector<FetchTarget> wanted,
+std::shared_ptr<TransferTicket> TransferEngine::fetch(const std::vector<FetchTarget>& wanted,
                                                       StreamHandle after, int priority) {
   check_not_forked();
   if (wanted.empty()) throw ConfigError("there is nothing to fetch");
@@ -115,6 +115,8 @@ void TransferEngine::issue(std::span<Piece> pieces) {
     }
   }
   const Stream& stream = streams_.in();
+  flight.copied_bytes = flight.device_bytes;
+  flight.issued_ns = trace_now_ns();
   try {
     stream.wait(pieces.front().ready->event());
     for (const auto& mark : left) stream.wait(mark->event());
@@ -184,9 +186,9 @@ void TransferEngine::start_first_reads(std::span<Piece> pieces) {
         continue;
       }
     }
-    std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse);
+    std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse, kLastRequest);
     if (!host && !is_first) return;
-    if (!host) host = acquire(chunk.size_bytes, Asker::kProgram);
+    if (!host) host = acquire(chunk.size_bytes);
     start_read(piece.ref, std::move(*host), piece.ticket.get());
     is_first = false;
   }
@@ -303,7 +305,13 @@ TransferEngine::PieceOutcome TransferEngine::serve_piece(std::span<Piece> piece)
   }
   if (piece.front().ticket->is_cancelled()) return PieceOutcome::kWaits;
   if (is_to_be_read) {
-    start_read(ref, acquire(chunk.size_bytes, Asker::kEngine), piece.front().ticket.get());
+    // One attempt: by then there may be pieces that can be issued, which is what frees memory.
+    const uint64_t since = next_request();
+    std::exception_ptr error;
+    if (auto host = try_acquire(chunk.size_bytes, kAnyUse, since, &error))
+      start_read(ref, std::move(*host), piece.front().ticket.get());
+    else if (!help_to_memory(chunk.size_bytes, since, Asker::kEngine))
+      throw_no_memory(chunk.size_bytes, since, error);
     return PieceOutcome::kWaits;
   }
   if (read.ticket != nullptr) {
@@ -330,10 +338,10 @@ void TransferEngine::start_waiting_reads() {
     }
   }
   for (const auto& [ref, ticket] : waiting) {
-    std::optional<HostBuffer> host = try_acquire(ref.chunk().size_bytes, kAnyUse);
+    std::optional<HostBuffer> host = try_acquire(ref.chunk().size_bytes, kAnyUse, kLastRequest);
     if (!host) {
       collect_arrivals_for_engine();
-      host = try_acquire(ref.chunk().size_bytes, kAnyUse);
+      host = try_acquire(ref.chunk().size_bytes, kAnyUse, kLastRequest);
     }
     if (!host) return;
     try {

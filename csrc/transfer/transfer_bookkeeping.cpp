@@ -34,7 +34,22 @@ void TransferEngine::settle(Payload& payload, Chunk& chunk, Garbage& garbage) {
   chunk.stored = nullptr;
 }
 
+void TransferEngine::trace_flight(const Flight& flight, CopyDirection direction) noexcept {
+  static constexpr TraceLabel kOut{"copy out", "transfer"};
+  static constexpr TraceLabel kIn{"copy in", "transfer"};
+  if (!trace_is_on()) return;
+  const bool is_out = direction == CopyDirection::kOut;
+  TraceEvent event;
+  event.label = is_out ? &kOut : &kIn;
+  event.track = (is_out ? out_track_ : in_track_).get();
+  event.begin_ns = flight.issued_ns;
+  event.end_ns = trace_now_ns();
+  event.size_bytes = flight.copied_bytes;
+  trace_record(event);
+}
+
 void TransferEngine::finish_flight(Flight&& flight, CopyDirection direction, Garbage& garbage) {
+  trace_flight(flight, direction);
   for (const ChunkRef& ref : flight.chunks) {
     Chunk& chunk = ref.chunk();
     if (direction == CopyDirection::kIn) {

@@ -52,7 +52,9 @@ TransferEngine::TransferEngine(const TransferOptions& options, std::shared_ptr<H
       disk_(disk),
       streams_(CopyStreams::of(options.device)),
       marks_(std::make_shared<CopyMarks>(options.device)),
-      counters_(std::make_shared<TransferCounters>()) {}
+      counters_(std::make_shared<TransferCounters>()),
+      out_track_(TrackKind::kLanes, "copy out of device " + std::to_string(options.device)),
+      in_track_(TrackKind::kLanes, "copy into device " + std::to_string(options.device)) {}
 
 TransferEngine::~TransferEngine() {
   close();
@@ -166,15 +168,15 @@ void TransferEngine::put_chunks(const PutResult& result, std::vector<PutSource>&
   }
 }
 
-void TransferEngine::add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress source) {
+void TransferEngine::add_to_batch(Departure& batch, const ChunkRef& ref, DeviceAddress source) {
   Chunk& chunk = ref.chunk();
   batch.chunks.reserve(batch.chunks.size() + 1);
   batch.copies.reserve(batch.copies.size() + 1);
-  std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse);
+  std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse, kLastRequest);
   if (!host) {
     // What can be made free may be waiting for these very copies.
     if (!batch.chunks.empty()) depart(batch, nullptr);
-    host = acquire(chunk.size_bytes, Asker::kProgram);
+    host = acquire(chunk.size_bytes);
   }
   batch.size_bytes += chunk.size_bytes;
   batch.copies.push_back({host->address(), source + chunk.offset_bytes, chunk.size_bytes});
@@ -186,14 +188,16 @@ void TransferEngine::add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress 
 
 // Puts a batch on the stream; it is empty then.
 void TransferEngine::depart(Departure& batch, TransferTicket* ticket) {
+  const int64_t issued_ns = trace_now_ns();
   copy_to_host(batch.copies, streams_.out());
   const std::shared_ptr<CopyMark> mark = marks_->record(streams_.out().handle());
   {
     const Lock lock(mutex_);
     for (const ChunkRef& ref : batch.chunks) ref.chunk().left = mark;
     leaving_bytes_ += batch.device_bytes;
-    departures_.push_back(
-        {mark, std::move(batch.chunks), std::move(batch.owners), batch.device_bytes});
+    departures_.push_back({mark, std::move(batch.chunks), std::move(batch.owners),
+                           batch.device_bytes, batch.size_bytes, issued_ns});
+    changed_.notify_all();
   }
   batch = Departure();
   if (ticket != nullptr) ticket->issued(1, mark);
@@ -234,6 +238,8 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
   auto ticket = std::make_shared<TransferTicket>(counters_, 1);
   stream.wait(ready->event());
   try {
+    flight.copied_bytes = flight.device_bytes;
+    flight.issued_ns = trace_now_ns();
     if (is_out) copy_to_host(batch, stream);
     if (!is_out) copy_to_device(batch, stream);
     flight.mark = marks_->record(stream.handle());
@@ -247,6 +253,7 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
   const Lock lock(mutex_);
   if (is_out) leaving_bytes_ += flight.device_bytes;
   (is_out ? departures_ : arrivals_).push_back(std::move(flight));
+  changed_.notify_all();
   return ticket;
 }
 
@@ -291,10 +298,7 @@ void TransferEngine::synchronize() {
   const ActiveCall call(*this);
   for (;;) {
     collect();
-    if (const std::optional<Wait> wait = find_end()) {
-      perform(*wait, Asker::kProgram);
-      continue;
-    }
+    if (wait_for_anything()) continue;
     const Lock lock(mutex_);
     if (const std::exception_ptr error = std::exchange(disk_error_, nullptr))
       std::rethrow_exception(error);
@@ -314,6 +318,7 @@ void TransferEngine::close() noexcept {
   // Calls under way may add pieces yet, and wait for memory that pieces hold.
   while (!pieces_.empty() || active_calls_ > 0) {
     std::vector<Piece> pieces;
+    pieces.reserve(pieces_.size());
     for (auto& [key, piece] : pieces_) pieces.push_back(std::move(piece));
     pieces_.clear();
     lock.unlock();

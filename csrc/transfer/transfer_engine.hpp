@@ -46,6 +46,7 @@
 #include "base/annotated_mutex.hpp"
 #include "base/bytes.hpp"
 #include "driver/copy.hpp"
+#include "trace/tracks.hpp"
 #include "transfer/copy_streams.hpp"
 #include "transfer/payload.hpp"
 #include "transfer/transfer_stats.hpp"
@@ -129,7 +130,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // targets' memory. Of two that wait for memory or the disk, the one with the higher priority goes
   // first. Throws StateError for a payload that was dropped, and like put() where not even a
   // request to the disk could be made; the targets are then in use by nobody.
-  std::shared_ptr<TransferTicket> fetch(std::vector<FetchTarget> wanted, StreamHandle after,
+  std::shared_ptr<TransferTicket> fetch(const std::vector<FetchTarget>& wanted, StreamHandle after,
                                         int priority);
 
   // Copies that leave payloads alone. Batched; throws DriverError.
@@ -185,6 +186,8 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
     std::vector<ChunkRef> chunks;
     std::vector<MemoryOwner> owners;
     size_t device_bytes = 0;
+    size_t copied_bytes = 0;  // For the trace.
+    int64_t issued_ns = 0;
   };
   // Copies out that are about to be put on the stream.
   struct Departure {
@@ -218,7 +221,6 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
     std::shared_ptr<CopyMark> arrival;
     std::optional<DiskWork> write;
     std::optional<DiskWork> read;
-    bool is_for_pieces = false;
   };
   // What must not be let go of under the mutex. Declared before the lock.
   struct Garbage {
@@ -239,7 +241,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void wait_for_departures(size_t size_bytes);
   void put_chunks(const PutResult& result, std::vector<PutSource>& sources,
                   const std::shared_ptr<CopyMark>& ready);
-  void add_to_batch(Departure& batch, ChunkRef ref, DeviceAddress source);
+  void add_to_batch(Departure& batch, const ChunkRef& ref, DeviceAddress source);
   void depart(Departure& batch, TransferTicket* ticket);
   void undo_departure(Departure& batch) noexcept;
   void drain() noexcept;
@@ -251,6 +253,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void release_host(Payload& payload, Chunk& chunk, Garbage& garbage);
   void settle(Payload& payload, Chunk& chunk, Garbage& garbage);
   void finish_flight(Flight&& flight, CopyDirection direction, Garbage& garbage);
+  void trace_flight(const Flight& flight, CopyDirection direction) noexcept;
   void collect_flights(CopyDirection direction);
   void collect_disk_work();
   void finish_write(const DiskWork& work) noexcept;
@@ -260,16 +263,21 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
 
   // transfer_memory.cpp
   static constexpr uint64_t kAnyUse = 0;  // Needed before all that is there.
+  static constexpr uint64_t kLastRequest = UINT64_MAX;
   size_t limit_bytes() const;
-  std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at,
+  std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at, uint64_t since,
                                         std::exception_ptr* error = nullptr);
-  HostBuffer acquire(size_t size_bytes, Asker asker);
-  bool evict_farthest(uint64_t needed_at, Garbage& garbage);
+  HostBuffer acquire(size_t size_bytes);
+  uint64_t next_request();
+  bool help_to_memory(size_t size_bytes, uint64_t since, Asker asker);
+  [[noreturn]] void throw_no_memory(size_t size_bytes, uint64_t since,
+                                    const std::exception_ptr& error);
+  bool evict_farthest(uint64_t needed_at, uint64_t since, Garbage& garbage);
   bool start_write(uint64_t since, uint64_t needed_at);
   void make_room_after(uint64_t needed_at);
   void write_behind();
-  std::optional<Wait> find_wait(Asker asker);
-  std::optional<Wait> find_end();
+  std::optional<Wait> find_wait() const;
+  bool wait_for_anything();
   void perform(const Wait& wait, Asker asker);
   void collect_arrivals_for_engine();
   void finish_passed(const std::shared_ptr<CopyMark>& mark, CopyDirection direction);
@@ -301,6 +309,8 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   const CopyStreams& streams_;
   const std::shared_ptr<CopyMarks> marks_;
   const std::shared_ptr<TransferCounters> counters_;
+  LazyTrack out_track_;
+  LazyTrack in_track_;
 
   mutable AnnotatedMutex mutex_;
   std::condition_variable_any changed_;  // Something below has.
@@ -329,6 +339,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   uint64_t disk_error_at_ = 0;     // Number of the request before it.
   size_t serving_ = 0;             // Pieces that the engine's thread has taken out of pieces_.
   size_t active_calls_ = 0;
+  size_t blocked_calls_ = 0;  // Of those, which wait for what others do.
   bool is_closed_ = false;
   bool is_stopping_ = false;
   // Constant once made, under mutex_. On the heap so that a forked child can leave it alone.

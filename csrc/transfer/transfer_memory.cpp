@@ -27,13 +27,14 @@ size_t TransferEngine::limit_bytes() const {
 // Does not block, but for what mapping and pinning memory take. Evicts only what is used after
 // needed_at. Empty where there is no room; error then says why, where the pool knows.
 std::optional<HostBuffer> TransferEngine::try_acquire(size_t size_bytes, uint64_t needed_at,
-                                                      std::exception_ptr* error) {
+                                                      uint64_t since, std::exception_ptr* error) {
   for (;;) {
     {
       Garbage garbage;
       const Lock lock(mutex_);
+      since = std::min(since, requests_);
       while (size_bytes > limit_bytes() - std::min(limit_bytes(), host_bytes_)) {
-        if (!evict_farthest(needed_at, garbage)) return std::nullopt;
+        if (!evict_farthest(needed_at, since, garbage)) return std::nullopt;
       }
       host_bytes_ += size_bytes;
       host_bytes_peak_ = std::max(host_bytes_peak_, host_bytes_);
@@ -47,13 +48,13 @@ std::optional<HostBuffer> TransferEngine::try_acquire(size_t size_bytes, uint64_
     Garbage garbage;
     const Lock lock(mutex_);
     host_bytes_ -= size_bytes;
-    if (!evict_farthest(needed_at, garbage)) return std::nullopt;
+    if (!evict_farthest(needed_at, since, garbage)) return std::nullopt;
   }
 }
 
 // Called with the mutex held. Only what the disk lacks makes it pass a payload over for one that is
 // needed sooner: not, where that can be written.
-bool TransferEngine::evict_farthest(uint64_t needed_at, Garbage& garbage) {
+bool TransferEngine::evict_farthest(uint64_t needed_at, uint64_t since, Garbage& garbage) {
   for (auto it = on_host_.rbegin(); it != on_host_.rend(); ++it) {
     Payload& payload = **it;
     if (needed_at != kAnyUse && payload.next_use <= needed_at) return false;
@@ -62,7 +63,7 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, Garbage& garbage) {
     for (auto chunk = payload.chunks.rbegin(); chunk != payload.chunks.rend(); ++chunk) {
       const Residency& residency = chunk->residency;
       waits_for_write = waits_for_write || residency.disk() == DiskCopy::kWriting ||
-                        (residency.is_dirty() && chunk->write_failed_at < requests_);
+                        (residency.is_dirty() && chunk->write_failed_at < since);
       if (!residency.can_evict()) continue;
       change(*chunk, [](Residency& changed) { changed.evict(); });
       counters_->evicted_bytes += chunk->size_bytes;
@@ -74,41 +75,68 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, Garbage& garbage) {
   return false;
 }
 
-HostBuffer TransferEngine::acquire(size_t size_bytes, Asker asker) {
-  uint64_t since = 0;
-  {
-    const Lock lock(mutex_);
-    since = ++requests_;
-  }
+HostBuffer TransferEngine::acquire(size_t size_bytes) {
+  const uint64_t since = next_request();
   for (;;) {
     std::exception_ptr error;
-    if (std::optional<HostBuffer> host = try_acquire(size_bytes, kAnyUse, &error))
+    if (std::optional<HostBuffer> host = try_acquire(size_bytes, kAnyUse, since, &error))
       return std::move(*host);
-    while (disk_ != nullptr) {
-      {
-        const Lock lock(mutex_);
-        if (writing_bytes_ >= size_bytes) break;
-      }
-      if (!start_write(since, kAnyUse)) break;
-    }
-    const std::optional<Wait> wait = find_wait(asker);
-    if (wait) {
-      const Stall stall(*counters_, StallCause::kHostBudget);
-      perform(*wait, asker);
-      continue;
-    }
-    const Lock lock(mutex_);
-    if (is_closed_) throw StateError("the transfer engine was closed meanwhile");
-    if (disk_error_ && disk_error_at_ >= since)
-      std::rethrow_exception(std::exchange(disk_error_, nullptr));
-    if (error) std::rethrow_exception(error);
-    throw HostOutOfMemoryError(
-        "the host budget of " + format_bytes(limit_bytes()) + " does not allow " +
-            format_bytes(size_bytes) + " more: " + format_bytes(host_bytes_) +
-            " are in use. Raise the budget (the argument host=), put less, or give the engine a "
-            "disk (disk=)",
-        size_bytes);
+    if (!help_to_memory(size_bytes, since, Asker::kProgram))
+      throw_no_memory(size_bytes, since, error);
   }
+}
+
+uint64_t TransferEngine::next_request() {
+  const Lock lock(mutex_);
+  return ++requests_;
+}
+
+// Has something happen that may make memory free, and blocks until it has. False where nothing
+// will.
+bool TransferEngine::help_to_memory(size_t size_bytes, uint64_t since, Asker asker) {
+  while (disk_ != nullptr) {
+    {
+      const Lock lock(mutex_);
+      if (writing_bytes_ >= size_bytes) break;
+    }
+    if (!start_write(since, kAnyUse)) break;
+  }
+  const Stall stall(*counters_, StallCause::kHostBudget);
+  std::optional<Wait> wait;
+  {
+    Lock lock(mutex_);
+    if (is_closed_) return false;
+    wait = find_wait();
+    if (!wait) {
+      // What others are about to do may help, but for those who wait like this one.
+      const size_t mine = asker == Asker::kProgram ? 1 : 0;
+      const bool has_pieces = !pieces_.empty() || serving_ > 0;
+      if (active_calls_ <= blocked_calls_ + mine && !(asker == Asker::kProgram && has_pieces))
+        return false;
+      blocked_calls_ += mine;
+      changed_.notify_all();
+      changed_.wait(lock);
+      blocked_calls_ -= mine;
+      return true;
+    }
+  }
+  perform(*wait, asker);
+  return true;
+}
+
+void TransferEngine::throw_no_memory(size_t size_bytes, uint64_t since,
+                                     const std::exception_ptr& error) {
+  const Lock lock(mutex_);
+  if (is_closed_) throw StateError("the transfer engine was closed meanwhile");
+  if (disk_error_ && disk_error_at_ >= since)
+    std::rethrow_exception(std::exchange(disk_error_, nullptr));
+  if (error) std::rethrow_exception(error);
+  throw HostOutOfMemoryError(
+      "the host budget of " + format_bytes(limit_bytes()) + " does not allow " +
+          format_bytes(size_bytes) + " more: " + format_bytes(host_bytes_) +
+          " are in use. Raise the budget (the argument host=), put less, or give the engine a "
+          "disk (disk=)",
+      size_bytes);
 }
 
 // Starts to write what the host alone has and is used last, after needed_at. False where there is
@@ -181,11 +209,8 @@ void TransferEngine::write_behind() {
   }
 }
 
-// What will make memory free by itself. The engine's own thread does not wait for pieces: it is who
-// issues them.
-std::optional<TransferEngine::Wait> TransferEngine::find_wait(Asker asker) {
-  const Lock lock(mutex_);
-  if (is_closed_) return std::nullopt;
+// What will make memory free by itself. Called with the mutex held.
+std::optional<TransferEngine::Wait> TransferEngine::find_wait() const {
   Wait wait;
   if (!writes_.empty()) {
     wait.write = writes_.front();
@@ -197,35 +222,36 @@ std::optional<TransferEngine::Wait> TransferEngine::find_wait(Asker asker) {
     const auto found = std::find_if(reads_.begin(), reads_.end(), [](const DiskWork& read) {
       return read.ref.chunk().residency.readers() == 0;
     });
-    if (found != reads_.end()) {
-      wait.read = *found;
-    } else if (asker == Asker::kProgram && (!pieces_.empty() || serving_ > 0)) {
-      wait.is_for_pieces = true;
-    } else {
-      return std::nullopt;
-    }
+    if (found == reads_.end()) return std::nullopt;
+    wait.read = *found;
   }
   return wait;
 }
 
-// Whatever is under way at all.
-std::optional<TransferEngine::Wait> TransferEngine::find_end() {
-  std::optional<Wait> wait = find_wait(Asker::kProgram);
-  if (wait) return wait;
-  const Lock lock(mutex_);
-  if (reads_.empty()) return std::nullopt;
-  wait.emplace();
-  wait->read = reads_.front();
-  return wait;
+// Blocks until something that is under way at all is over. False where nothing is.
+bool TransferEngine::wait_for_anything() {
+  std::optional<Wait> wait;
+  {
+    Lock lock(mutex_);
+    wait = find_wait();
+    if (!wait && !reads_.empty()) {
+      wait.emplace();
+      wait->read = reads_.front();
+    }
+    if (!wait && pieces_.empty() && serving_ == 0) return false;
+    if (!wait) {
+      ++blocked_calls_;
+      changed_.notify_all();
+      changed_.wait(lock);
+      --blocked_calls_;
+      return true;
+    }
+  }
+  perform(*wait, Asker::kProgram);
+  return true;
 }
 
 void TransferEngine::perform(const Wait& wait, Asker asker) {
-  if (wait.is_for_pieces) {
-    Lock lock(mutex_);
-    const size_t before = pieces_.size() + serving_;
-    changed_.wait(lock, [&] { return is_closed_ || pieces_.size() + serving_ != before; });
-    return;
-  }
   if (wait.write) {
     wait.write->ticket->wait_quietly();
     finish_write(*wait.write);
@@ -311,7 +337,7 @@ void TransferEngine::prefetch() {
     }
   }
   for (auto& [ref, next_use] : wanted) {
-    std::optional<HostBuffer> host = try_acquire(ref.chunk().size_bytes, next_use);
+    std::optional<HostBuffer> host = try_acquire(ref.chunk().size_bytes, next_use, kLastRequest);
     if (!host) return make_room_after(next_use);
     try {
       if (start_read(ref, std::move(*host), nullptr))

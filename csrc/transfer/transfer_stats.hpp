@@ -1,10 +1,8 @@
 // Counters of a transfer engine, and the places where its threads stand still.
 //
-// Thread-safe. Shared by an engine and its tickets. Note [Where spans begin and end]: all that a
-// trace would show passes through few places. A copy begins where the engine puts it on a stream
-// (Flights::add) and ends where its mark was found passed (Flights::take_passed); disk requests
-// begin and end in start_write/finish_write and start_read/finish_read; a Stall is a thread that
-// waits.
+// Thread-safe. Shared by an engine and its tickets. In a trace a batch of copies is a span from
+// where the engine puts it on a stream to where its mark was found passed, on a track a direction;
+// the disk store has its own; a Stall is a span of the thread that waits.
 #pragma once
 
 #include <array>
@@ -12,6 +10,8 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+
+#include "trace/span.hpp"
 
 namespace spillover {
 
@@ -39,11 +39,19 @@ struct TransferCounters {
   std::array<std::atomic<uint64_t>, kStallCauses> stall_ns{};
 };
 
-// Counts the time from here to the end of its scope.
+inline constexpr std::array<TraceLabel, kStallCauses> kStallLabels{{
+    {"wait for host memory", "transfer"},
+    {"wait for the disk", "transfer"},
+    {"wait for a copy", "transfer"},
+}};
+
+// Counts the time from here to the end of its scope, and puts it in the trace.
 class Stall {
  public:
   Stall(TransferCounters& counters, StallCause cause)
-      : counters_(counters), cause_(static_cast<size_t>(cause)) {}
+      : counters_(counters),
+        cause_(static_cast<size_t>(cause)),
+        span_(kStallLabels[static_cast<size_t>(cause)]) {}
   ~Stall() {
     const auto elapsed = std::chrono::steady_clock::now() - start_;
     ++counters_.stalls[cause_];
@@ -56,6 +64,7 @@ class Stall {
  private:
   TransferCounters& counters_;
   const size_t cause_;
+  const TraceSpan span_;
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 

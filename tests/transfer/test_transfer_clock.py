@@ -48,13 +48,13 @@ found["left"] = now() - start
 engine.synchronize()
 found["stored"] = now() - start
 
-misses = engine.stats()["host_misses"]
+misses = engine.stats().host_misses
 start = now()
 target.zero_()
 ticket = engine.fetch(payload, target)
 found["fetch_returned"] = now() - start
 found["done_at_once"] = ticket.done()
-found["reads"] = engine.stats()["host_misses"] - misses
+found["reads"] = engine.stats().host_misses - misses
 ticket.stream_wait()
 found["issued"] = now() - start
 assert torch.equal(target, source)
@@ -74,13 +74,13 @@ for payload in payloads[:4]:
 
 # Device memory that a copy holds is not free before the copy is over in virtual time.
 _, ticket = engine.put(source)
-found["held"] = [engine.stats()["leaving_bytes"]]
+found["held"] = [engine.stats().leaving_bytes]
 emulator.advance(1000)
 engine.collect()
-found["held"].append(engine.stats()["leaving_bytes"])
+found["held"].append(engine.stats().leaving_bytes)
 emulator.advance(50_000_000)
 engine.collect()
-found["held"].append(engine.stats()["leaving_bytes"])
+found["held"].append(engine.stats().leaving_bytes)
 found["hazards"] = emulator.hazards()
 report = emulator.clock_report()
 found["makespan"], found["unseen"] = report.makespan_ns, report.unseen_waits

@@ -8,11 +8,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import chrome_format
 import spillover
 from spillover import (
     ConfigError,
@@ -23,6 +25,7 @@ from spillover import (
     StateError,
     StorageError,
     TransferEngine,
+    trace,
 )
 from spillover._core import HostPool
 from spillover._pinned import empty_pinned
@@ -60,17 +63,17 @@ def test_bytes_come_back(make_engine: MakeEngine, size: int, host: Any) -> None:
     assert {payload.state for payload in payloads} <= {"host", "disk", "host and disk"}
     del payloads, payload
     stats = engine.stats()
-    assert stats["host_bytes"] == stats["dirty_bytes"] == 0
-    assert stats["leaving_bytes"] == stats["writing_bytes"] == stats["reading_bytes"] == 0
-    assert stats["out_bytes"] == 5 * size
-    assert stats["in_bytes"] == 10 * size
+    assert stats.host_bytes == stats.dirty_bytes == 0
+    assert stats.leaving_bytes == stats.writing_bytes == stats.reading_bytes == 0
+    assert stats.out_bytes == 5 * size
+    assert stats.in_bytes == 10 * size
 
 
 def test_many_small_ones_share_a_batch(make_engine: MakeEngine) -> None:
     engine = make_engine()
     sources = [numbered(size, size) for size in range(1, 60)]
     payloads, ticket = engine.put_all(sources)
-    assert engine.stats()["copies_out"] == 1
+    assert engine.stats().copies_out == 1
     targets = [torch.zeros_like(source) for source in sources]
     engine.fetch_all(zip(payloads, targets, strict=True)).stream_wait()
     assert all(map(torch.equal, targets, sources))
@@ -97,9 +100,9 @@ def test_source_is_held_until_the_copy_is_over(make_engine: MakeEngine) -> None:
     _, ticket = engine.put(source)
     del source
     gc.collect()
-    assert engine.stats()["leaving_bytes"] == 100
+    assert engine.stats().leaving_bytes == 100
     ticket.wait()
-    assert engine.stats()["leaving_bytes"] == 0
+    assert engine.stats().leaving_bytes == 0
     assert died() is None
 
 
@@ -116,10 +119,10 @@ def test_copies_out_are_bounded(make_engine: MakeEngine) -> None:
     payloads = []
     for seed in range(10):
         payloads.append(engine.put(numbered(50 * KIB, seed))[0])
-        assert engine.stats()["leaving_bytes"] <= 128 * KIB
+        assert engine.stats().leaving_bytes <= 128 * KIB
     large, _ = engine.put(numbered(200 * KIB))  # It goes alone.
-    assert engine.stats()["leaving_bytes"] == 200 * KIB
-    assert engine.stats()["stalls"]["copy"] > 0
+    assert engine.stats().leaving_bytes == 200 * KIB
+    assert engine.stats().stalls["copy"] > 0
     assert large.size_bytes == 200 * KIB
 
 
@@ -182,7 +185,7 @@ def test_host_budget_without_a_disk(make_engine: MakeEngine) -> None:
         engine.put(source)
     with pytest.raises(HostOutOfMemory):
         engine.put(numbered(200 * KIB))
-    assert engine.stats()["host_bytes_max"] <= 128 * KIB
+    assert engine.stats().host_bytes_max <= 128 * KIB
     held.pop()
     payload, _ = engine.put(source)
     assert torch.equal(fetched(engine, payload), source)
@@ -207,9 +210,9 @@ def test_budget_holds_with_a_disk(make_engine: MakeEngine, host: Any) -> None:
     for seed, payload in enumerate(payloads):
         assert torch.equal(fetched(engine, payload), numbered(300 * KIB, seed))
     stats = engine.stats()
-    assert stats["host_bytes_max"] <= limit
-    assert stats["written_bytes"] >= 6 * 300 * KIB - limit
-    assert stats["read_bytes"] > 0
+    assert stats.host_bytes_max <= limit
+    assert stats.written_bytes >= 6 * 300 * KIB - limit
+    assert stats.read_bytes > 0
 
 
 def test_farthest_next_use_goes_first(make_engine: MakeEngine) -> None:
@@ -230,12 +233,12 @@ def test_clean_copies_cost_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine(on_disk=True, host=0)
     payloads = [engine.put(numbered(64 * KIB, seed))[0] for seed in range(8)]
     engine.synchronize()
-    written = engine.stats()["written_bytes"]
+    written = engine.stats().written_bytes
     assert written == 8 * 64 * KIB
     for _ in range(3):
         for seed, payload in enumerate(payloads):
             assert torch.equal(fetched(engine, payload), numbered(64 * KIB, seed))
-    assert engine.stats()["written_bytes"] == written
+    assert engine.stats().written_bytes == written
 
 
 def test_prefetch_comes_ahead_by_bytes(make_engine: MakeEngine) -> None:
@@ -248,13 +251,13 @@ def test_prefetch_comes_ahead_by_bytes(make_engine: MakeEngine) -> None:
     engine.synchronize()
     assert fetched(engine, away[0]).numel() == 64 * KIB
     stats = engine.stats()
-    assert stats["host_misses"] == 0
-    assert stats["prefetched_bytes"] == 3 * 64 * KIB  # The fetch has moved the window.
+    assert stats.host_misses == 0
+    assert stats.prefetched_bytes == 3 * 64 * KIB  # The fetch has moved the window.
     for payload in away[1:]:
         seed = payloads.index(payload)
         assert torch.equal(fetched(engine, payload), numbered(64 * KIB, seed))
         engine.synchronize()
-    assert engine.stats()["host_misses"] == 0
+    assert engine.stats().host_misses == 0
 
 
 @pytest.mark.parametrize("host", [0, "256KiB"])
@@ -284,7 +287,7 @@ def test_higher_priority_goes_first(make_engine: MakeEngine) -> None:
         high = engine.fetch(payloads[1], targets[1], priority=5)
         high.stream_wait()
         # Its last piece is on the stream, while pieces of the other are still to be read.
-        assert engine.stats()["waiting_pieces"] > 0
+        assert engine.stats().waiting_pieces > 0
         assert not low.done()
         low.wait()
     assert torch.equal(targets[0], numbered(512 * KIB, 0))
@@ -303,7 +306,7 @@ def test_cancel_a_put(make_engine: MakeEngine) -> None:
     with pytest.raises(StateError, match="dropped"):
         fetched(engine, payload)
     engine.synchronize()
-    assert engine.stats()["host_bytes"] == 0
+    assert engine.stats().host_bytes == 0
     done = engine.put(numbered(10))[1]
     done.wait()
     assert not done.cancel()
@@ -335,7 +338,7 @@ def test_drop_does_not_stop_a_fetch(make_engine: MakeEngine) -> None:
     ticket.wait()
     assert torch.equal(target, numbered(512 * KIB))
     engine.synchronize()
-    assert engine.stats()["host_bytes"] == 0
+    assert engine.stats().host_bytes == 0
 
 
 # ---- errors ----
@@ -365,7 +368,7 @@ def test_wrong_arguments(make_engine: MakeEngine) -> None:
             TransferEngine(**wrong)
     del payload
     engine.synchronize()
-    assert engine.stats()["host_bytes"] == 0
+    assert engine.stats().host_bytes == 0
 
 
 def test_staging_holds_two_chunks(make_engine: MakeEngine) -> None:
@@ -413,7 +416,7 @@ def test_a_failed_write_is_told_and_costs_nothing(make_engine: MakeEngine) -> No
             engine.synchronize()
     engine.synchronize()
     assert payload.state == "host"
-    assert engine.stats()["disk_errors"] == 1
+    assert engine.stats().disk_errors == 1
     assert torch.equal(fetched(engine, payload), numbered(64 * KIB))
 
 
@@ -462,8 +465,8 @@ def test_a_failed_copy_is_raised_and_keeps_nothing(make_engine: MakeEngine) -> N
         with faults(Fault(function, call=call)), pytest.raises(RuntimeError, match=function):
             engine.put(source)
         engine.synchronize()
-        assert engine.stats()["host_bytes"] == 0
-        assert engine.stats()["leaving_bytes"] == 0
+        assert engine.stats().host_bytes == 0
+        assert engine.stats().leaving_bytes == 0
     payload, _ = engine.put(source)
     with faults(Fault("cuMemcpyHtoDAsync", call=1)), pytest.raises(RuntimeError):
         fetched(engine, payload)
@@ -547,7 +550,7 @@ def test_threads(make_engine: MakeEngine) -> None:
     if errors:
         raise errors[0]
     engine.synchronize()
-    assert engine.stats()["host_bytes"] == 0
+    assert engine.stats().host_bytes == 0
 
 
 def test_is_exported_without_torch() -> None:
@@ -556,7 +559,7 @@ def test_is_exported_without_torch() -> None:
     assert "TransferEngine" in spillover.__all__
 
 
-def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path: Any) -> None:
+def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path: Path) -> None:
     with DiskStore(tmp_path / "shared") as store:
         engine = make_engine(disk=store, host=0)
         payload, _ = engine.put(numbered(300 * KIB))
@@ -566,3 +569,29 @@ def test_a_store_may_serve_engines_and_others(make_engine: MakeEngine, tmp_path:
         del payload, stored
         engine.close()
         assert store.stats().used_bytes == 0
+
+
+def test_spans_are_in_the_trace(make_engine: MakeEngine, tmp_path: Path) -> None:
+    engine = make_engine(on_disk=True, host=0)
+    source = numbered(512 * KIB)
+    with trace.record(tmp_path / "out.json"):
+        payload, _ = engine.put(source)
+        engine.synchronize()
+        assert torch.equal(fetched(engine, payload), source)
+        engine.synchronize()
+    found = chrome_format.read(tmp_path / "out.json")
+    for name in ("copy out", "copy in", "write", "read"):
+        spans = chrome_format.spans(found, name)
+        assert sum(span["args"]["bytes"] for span in spans) >= 256 * KIB, name
+    assert sum(span["args"]["bytes"] for span in chrome_format.spans(found, "copy in")) == 512 * KIB
+    assert chrome_format.spans(found, "wait for host memory")
+
+
+def test_figures_are_in_the_stats_of_the_process(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    payload, ticket = engine.put(numbered(1000))
+    ticket.wait()
+    stats = spillover.stats()
+    assert engine.stats() in stats.others["transfers"]
+    assert engine.stats().dirty_bytes == payload.size_bytes
+    assert "transfers" in str(stats)

@@ -151,13 +151,13 @@ class ModelledEngine:
     def collect(self, wait: bool) -> None:
         self.engine.collect(wait=wait)
         if wait:
-            assert self.engine.stats()["leaving_bytes"] == 0
+            assert self.engine.stats().leaving_bytes == 0
 
     def synchronize(self) -> None:
         self.engine.synchronize()
         stats = self.engine.stats()
         under_way = ("leaving_bytes", "writing_bytes", "reading_bytes", "waiting_pieces")
-        assert all(stats[name] == 0 for name in under_way), stats  # type: ignore[literal-required]
+        assert all(getattr(stats, name) == 0 for name in under_way), stats
         held = {kept.payload.state for kept in self.kept}
         assert held <= {"host", "disk", "host and disk"}, held
 
@@ -166,9 +166,9 @@ class ModelledEngine:
     def check(self) -> None:
         stats = self.engine.stats()
         if self.host is not None:
-            assert stats["host_bytes_max"] <= max(self.host, STAGING), stats
-        assert stats["dirty_bytes"] <= stats["host_bytes"], stats
-        assert stats["disk_errors"] == 0
+            assert stats.host_bytes_max <= max(self.host, STAGING), stats
+        assert stats.dirty_bytes <= stats.host_bytes, stats
+        assert stats.disk_errors == 0
 
     def finish(self) -> None:
         """Every payload still has its bytes, and nothing is left when all have gone."""
@@ -182,7 +182,7 @@ class ModelledEngine:
             self.drop(0)
         self.engine.synchronize()
         stats = self.engine.stats()
-        assert stats["host_bytes"] == stats["dirty_bytes"] == 0, stats
+        assert stats.host_bytes == stats.dirty_bytes == 0, stats
         self.engine.close()
         if self.store is not None:
             assert self.store.stats().used_bytes == 0
