@@ -350,7 +350,8 @@ spillover_status spillover_remove_reclaimer(int device, uint64_t number);
 spillover_status spillover_set_memory_fraction(int device, double fraction);
 spillover_status spillover_memory_fraction(int device, double* out);
 
-/* Size of the largest free block, bytes. */
+/* Size of the largest free block, bytes; chunks without an address, which any request can have side
+ * by side, count as one. */
 spillover_status spillover_largest_free(int device, size_t* out);
 
 spillover_status spillover_visit_segments(int device, spillover_segment_visitor visitor,

@@ -54,8 +54,9 @@ size_t Pool::largest_free_bytes() {
   return largest_free();
 }
 
+// Chunks without an address count as one block: that is what they are as soon as they are mapped.
 size_t Pool::largest_free() const {
-  size_t largest_bytes = 0;
+  size_t largest_bytes = backing_.cached_bytes();
   for (const auto& [key, stream] : streams_) {
     if (!stream.serves_others()) continue;
     for (const Heap& heap : stream.heaps) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from torch_process import TorchProcess
 
 
@@ -32,6 +33,27 @@ def test_error_and_recovery(torch_with_pool: TorchProcess) -> None:
         again = torch.ones(400 * MiB, dtype=torch.uint8, device="cuda")
         assert again[-1].item() == 1
         allocator.check_invariants()
+        """
+    )
+
+
+@pytest.mark.virtual_memory
+def test_what_could_be_put_together_is_not_fragmented(torch_with_pool: TorchProcess) -> None:
+    """Memory was not enough: the text must not blame holes that the pool would have filled."""
+    torch_with_pool.run(
+        """
+        held = [torch.empty(60 * MiB, dtype=torch.uint8, device="cuda") for _ in range(6)]
+        del held[::2]
+        try:
+            torch.empty(400 * MiB, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError as error:
+            assert "332.00 MiB is free; the largest free block has 332.00 MiB (0 %" in str(error), (
+                error
+            )
+        else:
+            raise AssertionError("no error")
+        fits = torch.ones(330 * MiB, dtype=torch.uint8, device="cuda")
+        assert fits[-1].item() == 1
         """
     )
 

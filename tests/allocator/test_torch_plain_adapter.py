@@ -417,6 +417,26 @@ def test_the_end_of_a_program_under_spillover_run(spillover_run: Run, tmp_path: 
     check_end(spillover_run("program.py"))
 
 
+def test_a_class_that_was_imported_too_early_says_so(run_emulated: RunEmulated) -> None:
+    run_emulated(
+        """
+        from torch.cuda import MemPool as early
+        import spillover
+        assert spillover.allocator.install(adapter="plain")
+        import torch
+
+        try:
+            early()
+        except spillover.StateError as error:
+            assert "imported by name before spillover.allocator.install()" in str(error), error
+        else:
+            raise AssertionError("no error")
+        with torch.cuda.use_mem_pool(torch.cuda.MemPool()):
+            torch.ones(1000, device="cuda")
+        """
+    )
+
+
 def test_a_forked_child_lets_go_of_pools_and_graphs(run_emulated: RunEmulated) -> None:
     result = run_emulated(
         """

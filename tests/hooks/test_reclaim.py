@@ -257,3 +257,35 @@ def test_torchs_own_allocator_asks_nobody(run_emulated: RunEmulated) -> None:
         assert not _reclaim._handles
         """
     )
+
+
+def test_a_holder_that_fails_leaves_the_others_to_be_asked(run: Callable[[str], None]) -> None:
+    run(
+        """
+class Holder:
+    def __init__(self, fails):
+        self.fails = fails
+        self.held = [make(80)]
+
+    def give_back(self, missing_bytes, device):
+        if self.fails:
+            raise RuntimeError("cannot give back")
+        given = len(self.held) * 80 * MIB
+        self.held.clear()
+        return given
+
+
+device = torch.device("cuda", 0)
+holders = [Holder(True), Holder(False)]
+for holder in holders:
+    _reclaim.offer(device, holder)
+kept = make(150)
+assert not holders[1].held and holders[0].held
+try:
+    _reclaim.ask(device, MIB)
+except RuntimeError as error:
+    assert "cannot give back" in str(error)
+else:
+    raise AssertionError("no error")
+"""
+    )

@@ -11,6 +11,7 @@ import weakref
 from typing import Any
 
 from spillover import _core
+from spillover._errors import StateError
 from spillover.allocator._plain_figures import live_blocks
 
 
@@ -96,10 +97,21 @@ def replace() -> None:
 
     cuda: Any = torch.cuda
     native: Any = torch._C
+    cuda.memory.MemPool.__init__ = _refuse_torchs_own
     cuda.MemPool = cuda.memory.MemPool = MemPool
     native._cuda_checkPoolLiveAllocations = _holds_exactly
     if hasattr(cuda.CUDAGraph, "_retain_pool"):
         _have_graphs_hold_pools(cuda.CUDAGraph)
+
+
+def _refuse_torchs_own(self: Any, *arguments: Any, **keywords: Any) -> None:
+    """In place of the constructor of torch's class, which some module may hold by name."""
+    raise StateError(
+        "this MemPool is torch's own class, which was imported by name before "
+        "spillover.allocator.install() and does not work with its plain adapter; write "
+        "torch.cuda.MemPool, import the class after install(), or start the script with "
+        "'spillover run'"
+    )
 
 
 def _holds_exactly(device: int, pool: tuple[int, int], expected: set[int]) -> bool:

@@ -77,16 +77,25 @@ def suspended() -> Iterator[None]:
 
 
 def ask(device: torch.device, missing_bytes: int) -> int:
-    """Have the holders free about as much as is missing; how much it was."""
+    """Have the holders free about as much as is missing; how much it was.
+
+    One that fails leaves the others to be asked; what it raised is raised where none gave anything.
+    """
     with _lock:
         holders = [reference() for reference in _holders.get(device.index, ())]
     freed_bytes = 0
+    failure: Exception | None = None
     for holder in holders:
         if holder is None:
             continue
-        freed_bytes += holder.give_back(missing_bytes - freed_bytes, device)
+        try:
+            freed_bytes += holder.give_back(missing_bytes - freed_bytes, device)
+        except Exception as error:
+            failure = failure or error
         if freed_bytes >= missing_bytes:
             break
+    if failure is not None and freed_bytes == 0:
+        raise failure
     return freed_bytes
 
 
