@@ -13,6 +13,7 @@
 #include "base/error.hpp"
 #include "tiers/thread_engine.hpp"
 #include "tiers/uring_engine.hpp"
+#include "trace/recorder.hpp"
 
 namespace spillover {
 namespace {
@@ -159,8 +160,11 @@ void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
 }
 
 void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
+  const int64_t now_ns = trace_now_ns();
   for (DiskPiece& piece : pieces) {
     ++pending_extents_;
+    piece.notes.requested_ns = now_ns;
+    piece.notes.flow_id = trace_flow();
     piece.work =
         annotate_work_submit(piece.direction == TransferDirection::kRead ? kDiskRead : kDiskWrite,
                              piece.extent.size_bytes);
@@ -184,10 +188,17 @@ void DiskStoreCore::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexce
 void DiskStoreCore::hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept {
   // Where it cannot be handed over the folder seems busy for no time.
   placement_->rates().begin(piece.extent.folder, FolderRates::Clock::now());
+  const int64_t submitted_ns = piece.notes.submitted_ns = trace_now_ns();
+  const TransferDirection direction = piece.direction;
+  Folder& folder = *folders_[piece.extent.folder];
+  folder.counters.begin(direction, piece.notes);
   if (!error) {
     try {
       // A piece that is not taken is left as it was, also where this throws.
-      if (folders_[piece.extent.folder]->engine->submit(std::move(piece))) return;
+      if (folder.engine->submit(std::move(piece))) {
+        folder.counters.add_submitting(direction, trace_now_ns() - submitted_ns);
+        return;
+      }
       error = closed_meanwhile();
     } catch (...) {
       error = std::current_exception();
@@ -202,6 +213,8 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
   annotate_work_done(piece.work);
   placement_->rates().end(piece.extent.folder, error ? 0 : piece.extent.size_bytes,
                           FolderRates::Clock::now());
+  folders_[piece.extent.folder]->counters.end(piece.direction, piece.notes, piece.extent.size_bytes,
+                                              error != nullptr);
   --pending_extents_;
   if (piece.direction == TransferDirection::kRead) {
     if (!error) read_bytes_ += piece.extent.size_bytes;
@@ -225,6 +238,7 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
 DiskStats DiskStoreCore::stats() const {
   DiskStats stats{written_bytes_, read_bytes_,   0, 0, pending_extents_, true,
                   engine_,        engine_notes_, {}};
+  stats.waits = waits_->stats();
   const std::vector<ExtentPlacement::FolderUse> use = placement_->use();
   const std::vector<double> bandwidths = placement_->rates().bandwidths();
   for (size_t i = 0; i < folders_.size(); ++i) {
@@ -232,8 +246,10 @@ DiskStats DiskStoreCore::stats() const {
     stats.used_bytes += use[i].used_bytes;
     stats.file_bytes += use[i].file_bytes;
     stats.is_direct = stats.is_direct && file.is_direct();
-    stats.folders.push_back(
-        {file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes, bandwidths[i]});
+    const FolderCounters& counters = folders_[i]->counters;
+    stats.folders.push_back({file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes,
+                             bandwidths[i], counters.stats(TransferDirection::kWrite),
+                             counters.stats(TransferDirection::kRead)});
   }
   return stats;
 }

@@ -41,12 +41,15 @@ class DiskStoreCore final : public DiskPieceOwner {
   void close() noexcept;
   void check_open() const;
   DiskStats stats() const;
+  // Of those who wait for a ticket of this store; outlives it.
+  const std::shared_ptr<WaitCounters>& waits() const { return waits_; }
   int descriptor(size_t folder) const { return folders_.at(folder)->file.descriptor(); }
 
  private:
   struct Folder {
-    explicit Folder(ScratchFile&& opened) : file(std::move(opened)) {}
+    explicit Folder(ScratchFile&& opened) : file(std::move(opened)), counters(file.folder()) {}
     ScratchFile file;
+    FolderCounters counters;
     std::unique_ptr<DiskEngine> engine;
   };
 
@@ -70,6 +73,7 @@ class DiskStoreCore final : public DiskPieceOwner {
   std::atomic<uint64_t> written_bytes_{0};
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};
+  const std::shared_ptr<WaitCounters> waits_ = std::make_shared<WaitCounters>();
 };
 
 }  // namespace spillover
