@@ -1,27 +1,31 @@
 """The disk store's engines beside a raw loop over the same files.
 
 The physical limit is the raw loop: plain O_DIRECT transfers without checksums, over queue depths,
-by threads and by io_uring, the best of them. It takes turns with ours. The store writes and reads
-with checksums, and what it read is compared with what was written, outside of the time.
+by threads and by io_uring, the best of them. It takes turns with ours, and with DeepSpeed's
+async_io where that is installed and builds. The store writes and reads with checksums, and what it
+read is compared with what was written, outside of the time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
-import importlib.util
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks._disk.deepspeed import DeepSpeed, DeepSpeedError, Setting
+from benchmarks._disk.memory import huge_memory
 from benchmarks._disk.raw import RawDisk, Way, fio_gb_s
 from benchmarks._harness import spread
 from spillover import DiskStore, StorageError
-from spillover._core import HostPool, crc32c
+from spillover._core import crc32c
 from spillover._units import parse_bytes
 
 DIRECTIONS = ("write", "read")
@@ -44,45 +48,112 @@ def run(*, quick: bool, folder: Path | None = None, size: str | None = None) -> 
     pairs = 2 if quick else 7
     notes = [
         f"{size_bytes >> 20} MiB a round in {folder}, medians of {pairs} pairs that take turns",
-        "ratio_to_raw: ours over the raw loop right after it, median of the pairs; io_uring's, "
+        "ratio_to_raw: ours over the raw loop beside it, median of the pairs; io_uring's, "
         "and with .threads the other engine's; our checksums on, none in the raw loop",
+        "memory of both: private, huge pages where the system has them; DeepSpeed's is its own",
         "crc_gb_s: checksums of one core over memory beyond its caches",
     ]
     metrics: dict[str, float] = {"crc_gb_s": _crc_gb_s(5 if quick else 15)}
     details: dict[str, Any] = {}
-    engines = [engine for engine in ("io_uring", "threads") if _works(folder, engine, notes)]
-    ours = {engine: _Ours(folder, engine, size_bytes) for engine in engines}
-    with RawDisk([each.descriptor for each in ours.values()]) as raw:
+    with contextlib.ExitStack() as stack:
+        ours = {
+            engine: stack.enter_context(_Ours(folder, engine, size_bytes))
+            for engine in ("io_uring", "threads")
+            if _works(folder, engine, notes)
+        }
+        raw = stack.enter_context(RawDisk([each.descriptor for each in ours.values()]))
+        peer = _deepspeed(stack, folder, size_bytes, quick, notes, details)
         for each in ours.values():  # Files have their blocks from then on.
             each.seconds("write")
             notes += each.notes
         first = next(iter(ours.values()))
-        best = _best_ways(raw, first.descriptor, min(size_bytes, 512 * _MIB), quick, details)
+        best = _best_ways(raw, first.descriptor, size_bytes, quick, details)
         for direction in DIRECTIONS:
-            rows: dict[str, list[float]] = {}
             for each in ours.values():
                 each.seconds("write")  # The raw loop has written over it.
-            for _ in range(pairs):
-                for engine, each in ours.items():
-                    mine = size_bytes / each.seconds(direction) / 1e9
-                    limit = (
-                        size_bytes
-                        / 1e9
-                        / raw.seconds(direction, best[direction], size_bytes, each.descriptor)
-                    )
-                    rows.setdefault(f"ours_{_short(engine)}", []).append(mine)
-                    rows.setdefault("raw", []).append(limit)
-                    rows.setdefault(f"ratio_{engine}", []).append(mine / limit)
+            rows = _take_turns(direction, pairs, size_bytes, ours, raw, best[direction], peer)
             _add(metrics, direction, rows)
             details[direction] = {name: spread(values) for name, values in rows.items()}
-    for each in ours.values():
-        each.close()
     _ask_fio(folder, size_bytes, best, metrics, notes)
-    if importlib.util.find_spec("deepspeed") is None:
-        notes.append("DeepSpeed's async_io: deepspeed is not installed (needs libaio-dev, too)")
-    else:
-        notes.append("DeepSpeed's async_io is installed and not measured by this benchmark yet")
     return {"metrics": metrics, "details": details, "notes": notes}
+
+
+Peer = tuple[DeepSpeed, dict[str, Setting]]
+
+
+def _take_turns(
+    direction: str,
+    pairs: int,
+    size_bytes: int,
+    ours: dict[str, _Ours],
+    raw: RawDisk,
+    way: Way,
+    peer: Peer | None,
+) -> dict[str, list[float]]:
+    """GB/s of each, and ratios of neighbours in time; who goes first takes turns, too."""
+    rows: dict[str, list[float]] = {}
+    for pair in range(pairs):
+        for engine, each in ours.items():
+            turns: dict[str, Callable[[], float]] = {
+                "raw": functools.partial(raw.seconds, direction, way, size_bytes, each.descriptor),
+                "ours": functools.partial(each.seconds, direction),
+            }
+            if peer is not None and engine == "io_uring":
+                library, settings = peer
+                turns["deepspeed"] = functools.partial(
+                    library.seconds, direction, settings[direction], size_bytes
+                )
+            order = list(turns) if pair % 2 else list(turns)[::-1]
+            rates = {name: size_bytes / turns[name]() / 1e9 for name in order}
+            rows.setdefault(f"ours_{_short(engine)}", []).append(rates["ours"])
+            rows.setdefault("raw", []).append(rates["raw"])
+            rows.setdefault(f"ratio_{engine}", []).append(rates["ours"] / rates["raw"])
+            if "deepspeed" in rates:
+                rows.setdefault("deepspeed", []).append(rates["deepspeed"])
+                rows.setdefault("ratio_to_deepspeed", []).append(rates["ours"] / rates["deepspeed"])
+    return rows
+
+
+def _deepspeed(
+    stack: contextlib.ExitStack,
+    folder: Path,
+    size_bytes: int,
+    quick: bool,
+    notes: list[str],
+    details: dict[str, Any],
+) -> Peer | None:
+    """It and its best settings, where it works; its defects go to the notes."""
+    try:
+        peer = stack.enter_context(DeepSpeed(folder))
+    except DeepSpeedError as error:
+        notes.append(f"DeepSpeed's async_io: {error}")
+        return None
+    details["deepspeed_defects"] = defects = peer.defects()
+    notes += [f"DeepSpeed's async_io, {name}: {_told(found)}" for name, found in defects.items()]
+    settings = [
+        Setting(block_bytes, depth, threads)
+        for block_bytes in ((_MIB,) if quick else (_MIB, 8 * _MIB))
+        for depth in ((32,) if quick else (8, 32, 128))
+        for threads in ((1,) if quick else (1, 2, 4))
+    ]
+    some_bytes = min(size_bytes, 512 * _MIB)
+    best = {}
+    peer.seconds("write", settings[0], size_bytes)
+    for direction in DIRECTIONS:
+        found = {each: peer.seconds(direction, each, some_bytes) for each in settings}
+        best[direction] = min(settings, key=lambda each: found[each])
+        details[f"deepspeed_{direction}_best"] = repr(best[direction])
+    return peer, best
+
+
+def _told(found: dict[str, Any] | str) -> str:
+    """What a write said, and what became of it."""
+    if isinstance(found, str):
+        return found
+    said = f"raised {found['raised']}" if "raised" in found else f"returned {found['returned']}"
+    stored = f"{found['stored_bytes']} bytes are in the file"
+    right = ", the right ones" if found["is_right"] else ""
+    return f"a write of {found['bytes']} bytes {said}; {stored}{right}"
 
 
 def _short(engine: str) -> str:
@@ -96,6 +167,8 @@ def _add(metrics: dict[str, float], direction: str, rows: dict[str, list[float]]
             metrics[f"ratio_to_raw.{direction}"] = median
         elif name == "ratio_threads":
             metrics[f"ratio_to_raw.{direction}.threads"] = median
+        elif name == "ratio_to_deepspeed":
+            metrics[f"ratio_to_deepspeed.{direction}"] = median
         else:
             metrics[f"{direction}_gb_s.{name}"] = median
 
@@ -152,7 +225,10 @@ class _Ours:
             ), "read is not what was written"
         return end - start
 
-    def close(self) -> None:
+    def __enter__(self) -> _Ours:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._payloads.clear()
         for registration in self._registrations:
             registration.remove()
@@ -161,8 +237,7 @@ class _Ours:
 
 @functools.lru_cache(maxsize=1)
 def _halves() -> list[memoryview]:
-    pool = HostPool(pinned=False)
-    return [memoryview(pool.allocate(_BUFFER_BYTES)) for _ in range(2)]
+    return [huge_memory(_BUFFER_BYTES) for _ in range(2)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -182,26 +257,27 @@ def _buffers() -> tuple[list[memoryview], list[memoryview]]:
 def _best_ways(
     raw: RawDisk, descriptor: int, size_bytes: int, quick: bool, details: dict[str, Any]
 ) -> dict[str, Way]:
+    """All ways over a part of the file, then the best of them over more of it."""
     ways = [
         Way(engine, depth, block_bytes)
         for engine in ("io_uring", "threads")
-        for depth in ((4, 16) if quick else (1, 2, 4, 8, 16, 32))
-        for block_bytes in ((_MIB,) if quick else (_MIB // 2, _MIB))
+        for depth in ((4, 16) if quick else (1, 2, 4, 8, 16, 32, 64))
+        for block_bytes in ((_MIB,) if quick else [(256 << 10) << shift for shift in range(6)])
     ]
     best = {}
     for direction in DIRECTIONS:
-        found = {
-            way: min(
-                raw.seconds(direction, way, size_bytes, descriptor)
-                for _ in range(1 if quick else 2)
-            )
-            for way in ways
-        }
-        best[direction] = min(ways, key=lambda way: found[way])
+        some_bytes = min(size_bytes, 256 * _MIB)
+        found = {way: raw.seconds(direction, way, some_bytes, descriptor) for way in ways}
         details[f"raw_{direction}_gb_s"] = {
-            f"{way.engine} {way.depth} x {way.block_bytes >> 10} KiB": size_bytes / seconds / 1e9
+            f"{way.engine} {way.depth} x {way.block_bytes >> 10} KiB": some_bytes / seconds / 1e9
             for way, seconds in found.items()
         }
+        finalists = sorted(ways, key=lambda way: found[way])[: 2 if quick else 6]
+        again: dict[Way, list[float]] = {way: [] for way in finalists}
+        for _ in range(1 if quick else 3):
+            for way in finalists:
+                again[way].append(raw.seconds(direction, way, size_bytes, descriptor))
+        best[direction] = min(finalists, key=lambda way: statistics.median(again[way]))
         details[f"raw_{direction}_best"] = repr(best[direction])
     return best
 
@@ -219,6 +295,7 @@ def _ask_fio(
             notes.append(found)
             return
         metrics[f"{direction}_gb_s.fio"] = found
+    notes.append("fio: the same way over a file and memory of its own, without huge pages")
 
 
 def _crc_gb_s(repeats: int) -> float:

@@ -201,11 +201,10 @@ class Exchange {
       const auto at = static_cast<off_t>(done);
       return functions_.write(file.handle(), memory, kProbeBytes - done, at, at);
     });
-    uint32_t resubmits = 0;  // Of no interest in a probe.
-    file_.transfer(TransferDirection::kRead, received(), kProbeBytes, 0, resubmits);
+    file_.transfer(TransferDirection::kRead, received(), kProbeBytes, 0, repeats_);
     compare("cuFileWrite");
     fill(2);
-    file_.transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0, resubmits);
+    file_.transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0, repeats_);
     move_all("cuFileRead", [&](size_t done) {
       const auto at = static_cast<off_t>(done);
       return functions_.read(file.handle(), memory, kProbeBytes - done, at, at);
@@ -237,6 +236,7 @@ class Exchange {
   PinnedRegion pinned_;
   Stream stream_;
   std::optional<DeviceMemory> memory_;
+  uint32_t repeats_ = 0;  // Nobody asks.
 };
 
 }  // namespace
