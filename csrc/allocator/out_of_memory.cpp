@@ -81,9 +81,13 @@ std::string describe_settings(const OutOfMemoryReport& report) {
         "does not serve the pool. ";
   }
   if (report.is_limited()) {
-    const size_t needed_bytes =
-        round_up(report.reserved_bytes - report.cached_bytes, kMiB) +
-        round_up(std::min(report.requested_bytes, report.total_bytes), kMiB);
+    const size_t request_bytes = std::min(report.requested_bytes, report.total_bytes);
+    size_t needed_bytes =
+        round_up(report.reserved_bytes - report.cached_bytes, kMiB) + round_up(request_bytes, kMiB);
+    // What is free lies between live blocks, in chunks that these keep.
+    if (needed_bytes <= report.limit_bytes) {
+      needed_bytes = round_up(report.reserved_bytes, kMiB) + round_up(request_bytes, 2 * kMiB);
+    }
     text += std::string(report.is_limit_fraction ? "The memory fraction" : "The setting 'limit'") +
             " allows the pool " + format_bytes(report.limit_bytes) + "; raise it to at least " +
             format_bytes(needed_bytes) + " with " +

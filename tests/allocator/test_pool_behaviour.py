@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cuda_calls import Cuda, live_blocks
 
@@ -248,6 +250,27 @@ def test_out_of_memory_says_what_was_tried(pool: _core.Pool, cuda: Cuda) -> None
         pool.free(kept)
         pool.free(weights)
         cuda.destroy_stream(stream)
+    finally:
+        pool.configure("limit=none,wait_max=60s", "the tests")
+
+
+def test_a_limit_that_would_help_is_above_the_one_that_did_not(pool: _core.Pool) -> None:
+    pool.configure(f"limit={64 * MIB},wait_max=0", "the tests")
+    try:
+        # 1.5 MiB each: of those that are freed none covers a page of 2 MiB.
+        blocks = [pool.alloc(3 * MIB // 2) for _ in range(40)]
+        for block in blocks[::2]:
+            pool.free(block)
+        with pytest.raises(spillover.SpilloverError) as caught:
+            pool.alloc(16 * MIB)
+        found = re.search(
+            r"allows the pool 64.00 MiB; raise it to at least (\d+)", str(caught.value)
+        )
+        assert found, str(caught.value)
+        pool.configure(f"limit={int(found[1]) * MIB}", "the tests")
+        pool.free(pool.alloc(16 * MIB))
+        for block in blocks[1::2]:
+            pool.free(block)
     finally:
         pool.configure("limit=none,wait_max=60s", "the tests")
 

@@ -96,7 +96,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, float):
-        return f"{Decimal(value):f}"  # all of it, and never with an exponent
+        return f"{Decimal(repr(value)):f}"  # all of it, and never with an exponent
     if not isinstance(value, int | str):
         raise ConfigError(f"{key}={value!r} is not understood; a setting is a number or a text")
     if "," in (text := str(value)):
