@@ -14,6 +14,12 @@
 //   Every block of a magazine is cached, of its stream, in the list of its size, in no other list;
 //   small_bytes and large_bytes are the sums of the lists, and at most their maxima.
 //
+// Two threads that free one block at the same instant are not told of it: each may see it live and
+// put it into its own magazine. One after the other is an error, as any thread sees that the block
+// is cached. To exclude the rest the state would have to be exchanged atomically, a second locked
+// instruction a free: the one of the cache's lock is the thread's own and orders nothing between
+// the two.
+//
 // A thread's cache has a lock of its own, which its thread takes for every operation and others
 // only to empty it. Order of locks: a pool's mutex, then a cache's lock, and nothing under that.
 #pragma once
