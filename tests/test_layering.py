@@ -119,6 +119,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._disk",
         "spillover._errors",
         "spillover._first_use",
+        "spillover._host",
         "spillover._layout",
         "spillover._paths",
         "spillover._pinned",
