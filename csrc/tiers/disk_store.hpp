@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "tiers/extent_io.hpp"
+#include "tiers/scratch_file.hpp"
 #include "tiers/ticket.hpp"
 
 namespace spillover {

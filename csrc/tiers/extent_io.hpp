@@ -1,4 +1,4 @@
-// Moves one extent between host memory of any alignment and a scratch file, with its checksum.
+// Moves one extent between host memory of any alignment and a file, with its checksum.
 //
 // An ExtentIo belongs to one I/O thread. Blocks. Memory that is not aligned to the disk's block,
 // and the last part of a block, go through a bounce buffer.
@@ -8,8 +8,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "tiers/block_file.hpp"
 #include "tiers/extent_space.hpp"
-#include "tiers/scratch_file.hpp"
 
 namespace spillover {
 
@@ -24,7 +24,7 @@ struct Extent {
 size_t direct_bytes(const std::byte* data, size_t size_bytes);
 
 // Throws CorruptDataError unless crc32c is the extent's.
-void check_sum(const ScratchFile& file, const Extent& extent, uint32_t crc32c);
+void check_sum(const BlockFile& file, const Extent& extent, uint32_t crc32c);
 
 struct FreeMemory {
   void operator()(std::byte* pointer) const noexcept;
@@ -38,12 +38,12 @@ class ExtentIo {
  public:
   ExtentIo();
 
-  // Throws what ScratchFile throws. Returns the checksum of data, which is only read from.
-  uint32_t write(const ScratchFile& file, const Extent& extent, std::byte* data);
+  // Throws what BlockFile throws. Returns the checksum of data, which is only read from.
+  uint32_t write(const BlockFile& file, const Extent& extent, std::byte* data);
 
-  // Throws what ScratchFile throws, and CorruptDataError when the checksum differs; data then holds
+  // Throws what BlockFile throws, and CorruptDataError when the checksum differs; data then holds
   // the corrupt bytes.
-  void read(const ScratchFile& file, const Extent& extent, std::byte* data);
+  void read(const BlockFile& file, const Extent& extent, std::byte* data);
 
  private:
   BlockMemory bounce_;

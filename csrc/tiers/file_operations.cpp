@@ -1,12 +1,14 @@
 #include "tiers/file_operations.hpp"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <thread>
 
 namespace spillover {
@@ -28,6 +30,18 @@ int FileOperations::unlink(int folder, const char* name) {
   return unlinkat(folder, name, 0);
 }
 
+int FileOperations::rename(int folder, const char* name, const char* new_name) {
+  return renameat(folder, name, folder, new_name);
+}
+
+int FileOperations::lock(int file) {
+  return flock(file, LOCK_EX | LOCK_NB);
+}
+
+int FileOperations::unlock(int file) {
+  return flock(file, LOCK_UN);
+}
+
 int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {
   // Not posix_fallocate: where the file system cannot, that one writes zeros instead.
   return fallocate(file, 0, static_cast<off_t>(offset), static_cast<off_t>(size_bytes));
@@ -35,6 +49,10 @@ int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {
 
 int FileOperations::truncate(int file, uint64_t size_bytes) {
   return ftruncate(file, static_cast<off_t>(size_bytes));
+}
+
+int FileOperations::sync(int file, SyncKind kind) {
+  return kind == SyncKind::kData ? fdatasync(file) : fsync(file);
 }
 
 std::unique_ptr<TransferPlan> FileOperations::plan(int /*file*/, TransferDirection /*direction*/,

@@ -20,8 +20,9 @@
 namespace spillover {
 namespace {
 
-constexpr std::array<std::string_view, 7> kOperations = {
-    "make_folder", "open", "unlink", "allocate", "truncate", "read", "write"};
+constexpr std::array<std::string_view, 10> kOperations = {
+    "make_folder", "open",     "unlink", "rename", "lock",
+    "allocate",    "truncate", "sync",   "read",   "write"};
 
 // Short transfers end on a sector of the disk, which need not be a block of ours.
 constexpr size_t kSectorBytes = 512;
@@ -68,7 +69,7 @@ void check(const StorageFault& fault) {
                     (fault.kind == StorageFaultKind::kTorn ? is_write : is_transfer);
   if (!fits) throw ConfigError(fault.operation + " cannot have the fault " + describe(fault));
   if (!fault.folder.empty() && !is_transfer && fault.operation != "allocate" &&
-      fault.operation != "truncate") {
+      fault.operation != "truncate" && fault.operation != "sync" && fault.operation != "lock") {
     throw ConfigError(fault.operation + " has no file, so folder cannot choose among its calls");
   }
   if (fault.kind == StorageFaultKind::kError && fault.native_error <= 0) {
@@ -238,12 +239,24 @@ int StorageFaults::unlink(int folder, const char* name) {
   return run("unlink", -1, [&] { return FileOperations::unlink(folder, name); });
 }
 
+int StorageFaults::rename(int folder, const char* name, const char* new_name) {
+  return run("rename", -1, [&] { return FileOperations::rename(folder, name, new_name); });
+}
+
+int StorageFaults::lock(int file) {
+  return run("lock", file, [&] { return FileOperations::lock(file); });
+}
+
 int StorageFaults::allocate(int file, uint64_t offset, uint64_t size_bytes) {
   return run("allocate", file, [&] { return FileOperations::allocate(file, offset, size_bytes); });
 }
 
 int StorageFaults::truncate(int file, uint64_t size_bytes) {
   return run("truncate", file, [&] { return FileOperations::truncate(file, size_bytes); });
+}
+
+int StorageFaults::sync(int file, SyncKind kind) {
+  return run("sync", file, [&] { return FileOperations::sync(file, kind); });
 }
 
 std::unique_ptr<TransferPlan> StorageFaults::plan(int file, TransferDirection direction,

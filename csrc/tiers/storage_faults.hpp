@@ -63,8 +63,11 @@ class StorageFaults : public FileOperations {
   int make_folder(const char* path, mode_t mode) override;
   int open(int folder, const char* name, int flags, mode_t mode) override;
   int unlink(int folder, const char* name) override;
+  int rename(int folder, const char* name, const char* new_name) override;
+  int lock(int file) override;
   int allocate(int file, uint64_t offset, uint64_t size_bytes) override;
   int truncate(int file, uint64_t size_bytes) override;
+  int sync(int file, SyncKind kind) override;
   std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
                                      size_t size_bytes) override;
 

@@ -80,7 +80,7 @@ struct UringEngine::Chunk {
   bool is_delayed = false;
 };
 
-UringEngine::UringEngine(const ScratchFile& file, DiskPieceOwner& owner, size_t queue_length_max)
+UringEngine::UringEngine(const BlockFile& file, DiskPieceOwner& owner, size_t queue_length_max)
     : file_(file), owner_(owner), queue_(queue_length_max) {
   std::promise<void> ready;
   std::future<void> is_ready = ready.get_future();

@@ -25,7 +25,18 @@ if TYPE_CHECKING:
     import torch
 
 Timing = Literal["before", "after"]
-StorageOperation = Literal["make_folder", "open", "unlink", "allocate", "truncate", "read", "write"]
+StorageOperation = Literal[
+    "make_folder",
+    "open",
+    "unlink",
+    "rename",
+    "lock",
+    "allocate",
+    "truncate",
+    "sync",
+    "read",
+    "write",
+]
 StorageFaultKind = Literal["error", "short", "flip", "torn", "delay"]
 
 _TIMINGS = {None: 0, "before": 1, "after": 2}
@@ -100,8 +111,9 @@ class StorageFault(_When):
     Parameters
     ----------
     operation
-        ``make_folder``, ``open``, ``unlink``, ``allocate`` (space ahead of writing),
-        ``truncate`` (which gives it back), ``read`` or ``write``.
+        ``make_folder``, ``open``, ``unlink``, ``rename``, ``lock`` (of a durable store),
+        ``allocate`` (space ahead of writing), ``truncate`` (which gives it back), ``sync`` (of a
+        file or a folder), ``read`` or ``write``.
     kind
         ``error``: the operation has no effect and fails. ``short``: a transfer moves about half of
         its bytes and says so. ``flip``: a transfer flips one bit and reports success. ``torn``: a
