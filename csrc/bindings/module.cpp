@@ -10,5 +10,7 @@ PYBIND11_MODULE(_core, module) {
   spillover::register_plain_adapter(module);
   spillover::register_dlpack(module);
   spillover::register_tiers(module);
+  spillover::register_durable_store(module);
   spillover::register_storage_faults(module);
+  spillover::register_simulated_disk(module);
 }

@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cerrno>
 #include <chrono>
-#include <cstdio>
 #include <thread>
 
 namespace spillover {
@@ -56,13 +55,14 @@ int FileOperations::sync(int file, SyncKind kind) {
 }
 
 std::unique_ptr<TransferPlan> FileOperations::plan(int /*file*/, TransferDirection /*direction*/,
-                                                   std::byte* /*data*/, size_t /*size_bytes*/) {
+                                                   std::byte* /*data*/, size_t /*size_bytes*/,
+                                                   uint64_t /*offset*/) {
   return nullptr;
 }
 
 ssize_t FileOperations::transfer(int file, TransferDirection direction, std::byte* data,
                                  size_t size_bytes, uint64_t offset) {
-  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes);
+  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes, offset);
   if (planned != nullptr) {
     std::this_thread::sleep_for(std::chrono::microseconds(planned->delay_us));
     if (planned->native_error != 0) return -planned->native_error;

@@ -70,7 +70,7 @@ class FileOperations {
   // Asked once for each attempt of a transfer, whichever way it is made. Null: it goes ahead as it
   // is. data is only read from in a write.
   virtual std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
-                                             size_t size_bytes);
+                                             size_t size_bytes, uint64_t offset);
 
   // One attempt by the calling thread, as planned. Bytes moved, or an errno below zero.
   ssize_t transfer(int file, TransferDirection direction, std::byte* data, size_t size_bytes,

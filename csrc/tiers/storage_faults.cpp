@@ -260,7 +260,8 @@ int StorageFaults::sync(int file, SyncKind kind) {
 }
 
 std::unique_ptr<TransferPlan> StorageFaults::plan(int file, TransferDirection direction,
-                                                  std::byte* data, size_t size_bytes) {
+                                                  std::byte* data, size_t size_bytes,
+                                                  uint64_t /*offset*/) {
   const bool is_write = direction == TransferDirection::kWrite;
   const StorageFaultOutcome outcome = next_call(is_write ? "write" : "read", file);
   std::unique_ptr<TransferPlan> plan;

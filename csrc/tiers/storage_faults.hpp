@@ -69,7 +69,7 @@ class StorageFaults : public FileOperations {
   int truncate(int file, uint64_t size_bytes) override;
   int sync(int file, SyncKind kind) override;
   std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
-                                     size_t size_bytes) override;
+                                     size_t size_bytes, uint64_t offset) override;
 
  private:
   struct Rule {

@@ -349,7 +349,8 @@ void UringEngine::issue(Chunk& chunk) noexcept {
     const size_t done_bytes = chunk.progress.done_bytes();
     try {
       chunk.plan = file_operations().plan(file_.descriptor(), chunk.progress.direction(),
-                                          chunk.memory + done_bytes, chunk.progress.left_bytes());
+                                          chunk.memory + done_bytes, chunk.progress.left_bytes(),
+                                          chunk.offset + done_bytes);
     } catch (...) {
       end_chunk(chunk, std::current_exception());
       return;

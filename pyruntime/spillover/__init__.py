@@ -29,6 +29,7 @@ from spillover._torch_import import after_torch_import
 if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner
     from spillover._disk import DiskStore
+    from spillover._durable import DurableStore
     from spillover._errors import DeviceOutOfMemory
     from spillover.hooks import offload_activations, stream_parameters
 
@@ -42,6 +43,7 @@ __all__ = [
     "DiskFull",
     "DiskStore",
     "DriverError",
+    "DurableStore",
     "HostOutOfMemory",
     "SpilloverError",
     "StateError",
@@ -59,6 +61,7 @@ _LAZY_MODULES = {"allocator", "emulator", "optim", "planner"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
+    "DurableStore": "spillover._durable",
     "offload_activations": "spillover.hooks",
     "stream_parameters": "spillover.hooks",
 }
