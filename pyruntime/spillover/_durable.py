@@ -304,8 +304,6 @@ def _is_same(back: Any, given: Any) -> bool:
         )
     if isinstance(given, list):
         return (
-            isinstance(back, list)
-            and len(back) == len(given)
-            and all(map(_is_same, back, given))
+            isinstance(back, list) and len(back) == len(given) and all(map(_is_same, back, given))
         )
     return type(back) is type(given) and (back == given or back != back)
