@@ -1,8 +1,9 @@
 """Durable stores that lose power on a simulated disk, and whose processes are killed.
 
-A point is survived when the store opens by itself afterwards and everything in it is that of the last
-commit that was acknowledged, or of the one under way, as a whole. ``crash_points_lost_without_syncs``
-is the control: the same check on a disk that forgets what was flushed must find losses.
+A point is survived when the store opens by itself afterwards and everything in it is that of the
+last commit that was acknowledged, or of the one under way, as a whole.
+``crash_points_lost_without_syncs`` is the control: the same check on a disk that forgets what was
+flushed must find losses.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def run(*, quick: bool, folder: Path | None = None) -> dict[str, Any]:
         },
         "details": {"problems": (problems + kill_problems)[:100]},
         "notes": [
-            f"{first} workloads, each cut after every event of its history, with {seeds} seeds a cut; "
-            "every fourth one crashes again while it is opened and used",
+            f"{first} workloads, each cut after every event of its history, with {seeds} seeds "
+            "a cut; every fourth one crashes again while it is opened and used",
             "processes end by SIGKILL within 80 ms of their start of opening the store; each third "
             "one while there is no store yet, or while it is made",
             *problems[:5],

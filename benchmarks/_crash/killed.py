@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,9 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-from spillover import DurableStore, SpilloverError
+from spillover import DurableStore, SpilloverError, StorageError
 
 EXTENT_BYTES = 16384
 #: Each is written at every so many commits, so that slots change roles at different times.
@@ -76,12 +76,10 @@ def _found(names: list[str]) -> int | None:
     try:
         with DurableStore(names) as store:
             return store.sequence
-    except FileNotFoundError:
+    except StorageError as error:
+        if error.errno != errno.ENOENT:
+            raise
         return None
-    except SpilloverError as error:
-        if getattr(error, "errno", None) == 2:
-            return None
-        raise
 
 
 def _check(names: list[str], least: int | None) -> str | None:
@@ -104,7 +102,7 @@ def _check(names: list[str], least: int | None) -> str | None:
     return None
 
 
-def kill_many(root: Path, count: int, *, seed: int = 0, window_s: float = 0.08) -> list[Any]:
+def kill_many(root: Path, count: int, *, seed: int = 0, window_s: float = 0.08) -> list[str]:
     """So many kills, each third of a store that is not there yet; the problems."""
     problems = []
     generation = 0
@@ -115,6 +113,6 @@ def kill_many(root: Path, count: int, *, seed: int = 0, window_s: float = 0.08) 
         problem = kill_once(folders, seed + index, window_s)
         if problem is not None:
             problems.append(problem)
-        if index % 3 == 2:
+        if index % 3 == 2 and _found([str(folder) for folder in folders]) is not None:
             DurableStore.delete(folders)
     return problems

@@ -122,13 +122,22 @@ def _step(
         ticket.wait()
 
 
-def check(recording: Recording, cut: int, seed: int, *, ignores_syncs: bool = False) -> str | None:
+def check(
+    recording: Recording,
+    cut: int,
+    seed: int,
+    *,
+    ignores_syncs: bool = False,
+    ignored_sync: int | None = None,
+) -> str | None:
     """Crash there, open, and say what is wrong; None where all is well.
 
     The store then goes on, and crashes again while it is opened or used.
     """
     history = recording.history
-    _core.simulated_disk_crash(history, cut, seed, ignores_syncs=ignores_syncs)
+    _core.simulated_disk_crash(
+        history, cut, seed, ignores_syncs=ignores_syncs, ignored_sync=ignored_sync
+    )
     problem = _find_problem(recording, cut)
     if problem is None and seed % 4 == 0:
         again = _core.simulated_disk_take_history()
@@ -216,3 +225,20 @@ def lost_without_syncs(workload: Workload, seeds: int) -> int:
             for cut in range(created, len(recording.history) + 1, 5)
             for seed in range(seeds)
         )
+
+
+def losing_syncs(workload: Workload, seeds: int) -> list[tuple[str, bool]]:
+    """Each sync of the last commit, and whether leaving out that one alone loses something."""
+    with simulated_disk():
+        recording = record(workload)
+        history, last = recording.history, recording.commits[-1]
+        found = []
+        for event in range(last.begun, last.acknowledged):
+            if history.describe(event).startswith("return of sync"):
+                loses = any(
+                    check(recording, cut, seed, ignored_sync=event) is not None
+                    for cut in range(event, last.acknowledged + 1)
+                    for seed in range(seeds)
+                )
+                found.append((history.describe(event), loses))
+    return found

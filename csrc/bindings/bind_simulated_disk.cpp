@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 
 #include "bindings/bindings.hpp"
 #include "tiers/simulated_disk.hpp"
@@ -22,12 +23,16 @@ void register_simulated_disk(py::module_& module) {
              [] { return SimulatedDisk::instance().take_history(); });
   module.def(
       "simulated_disk_crash",
-      [](const std::shared_ptr<DiskHistory>& history, size_t cut, uint64_t seed,
-         bool ignores_syncs) {
-        SimulatedDisk::instance().crash(*history, {cut, seed, ignores_syncs});
+      [](const std::shared_ptr<DiskHistory>& history, size_t cut, uint64_t seed, bool ignores_syncs,
+         std::optional<size_t> ignored_sync) {
+        using Ignored = DiskHistory::Cut::Ignored;
+        const Ignored ignored = ignores_syncs  ? Ignored::kAll
+                                : ignored_sync ? Ignored::kOne
+                                               : Ignored::kNone;
+        SimulatedDisk::instance().crash(*history, {cut, seed, ignored, ignored_sync.value_or(0)});
       },
       py::arg("history"), py::arg("cut"), py::arg("seed"), py::kw_only(),
-      py::arg("ignores_syncs") = false);
+      py::arg("ignores_syncs") = false, py::arg("ignored_sync") = py::none());
 }
 
 }  // namespace spillover

@@ -29,7 +29,7 @@ class Crash {
       if (count > image_.nodes.size()) image_.nodes.resize(count);
       if (event.kind == Kind::kLink) image_.nodes[event.of].is_folder = event.offset == 1;
     }
-    find_covered(cut.ignores_syncs);
+    find_covered(cut);
   }
 
   DiskImage take() {
@@ -54,12 +54,16 @@ class Crash {
  private:
   bool coin() { return random_() % 2 == 0; }
 
-  void find_covered(bool ignores_syncs) {
+  void find_covered(const DiskHistory::Cut& cut) {
+    using Ignored = DiskHistory::Cut::Ignored;
     std::vector<size_t> synced_before(image_.nodes.size(), 0);
     std::vector<size_t> completed(events_.size(), SIZE_MAX);
     for (size_t i = 0; i < events_.size(); ++i) {
       const DiskEvent& event = events_[i];
-      if (event.kind == Kind::kSynced && !ignores_syncs) {
+      const bool is_ignored =
+          cut.ignored == Ignored::kAll || (cut.ignored == Ignored::kOne && cut.ignored_event == i);
+      if (event.kind == Kind::kSynced) {
+        if (is_ignored) continue;
         synced_before[event.node] = std::max(synced_before[event.node], event.of);
       } else if (event.kind == Kind::kWritten) {
         completed[event.of] = i;

@@ -22,7 +22,7 @@
 // Fault", FAST 2013, shorn and reordered writes; TigerBeetle's src/testing/storage.zig damages the
 // sectors of writes that are pending.) What it leaves out: sectors that go bad by themselves, which
 // other tests do, and a drive that loses what it said was flushed, except where a test asks for it
-// in order to see itself fail (ignores_syncs).
+// in order to see itself fail.
 //
 // One object a process, leaked on purpose; thread-safe. Stores are opened after begin() and closed
 // before end(); crash() needs all of them closed.
@@ -76,7 +76,9 @@ class DiskHistory {
   struct Cut {
     size_t event_count;  // That happened.
     uint64_t seed;
-    bool ignores_syncs;
+    // What a broken disk, or a program without a sync, would be like: for seeing a test fail.
+    enum class Ignored { kNone, kAll, kOne } ignored = Ignored::kNone;
+    size_t ignored_event = 0;  // The kSynced of kOne.
   };
   // What is on the disk after the cut.
   DiskImage image(const Cut& cut) const;

@@ -27,12 +27,12 @@ class DurableStore(_core.DurableStore):
     """Named entries of fixed sizes in one or more folders, and atomic commits of all of them.
 
     A step reads entries and writes them; :meth:`commit` makes what was written the store's
-    contents, all or nothing, with a little data of the caller's beside it. A process that is killed,
-    or a machine that loses power, at whatever instant, leaves the last commit for the next who opens
-    the store. Each part of an entry has two slots on the disk: writing goes to the one that is not
-    committed, and a commit makes them change roles, so that nothing is copied and parts that were not
-    written stay where they are. Steps between two commits write the uncommitted slot in place;
-    :meth:`rollback` goes back to the last commit, to retained bytes.
+    contents, all or nothing, with a little data of the caller's beside it. A process that is
+    killed, or a machine that loses power, at whatever instant, leaves the last commit for the next
+    who opens the store. Each part of an entry has two slots on the disk: writing goes to the one
+    that is not committed, and a commit makes them change roles, so that nothing is copied and parts
+    that were not written stay where they are. Steps between two commits write the uncommitted slot
+    in place; :meth:`rollback` goes back to the last commit, to retained bytes.
 
     Parameters
     ----------
@@ -64,13 +64,14 @@ class DurableStore(_core.DurableStore):
         What is on the disk is not what was written, and no loss of power explains it.
     StorageError
         Somebody else has the store open (the message names the lock file), a folder cannot be used
-        or is lost, or there is no store and ``entries`` is None. ``errno`` and ``filename`` are set.
+        or is lost, or there is no store and ``entries`` is None. ``errno`` and ``filename`` are
+        set.
 
     Notes
     -----
-    Methods may be called from any thread. Memory at a multiple of 4096 bytes is given to the disk as
-    it is; other memory is copied on the way. Files are private (mode 0600, in folders of mode 0700
-    where they are made). They stay until :meth:`delete`, or ``spillover store delete``.
+    Methods may be called from any thread. Memory at a multiple of 4096 bytes is given to the disk
+    as it is; other memory is copied on the way. Files are private (mode 0600, in folders of mode
+    0700 where they are made). They stay until :meth:`delete`, or ``spillover store delete``.
 
     A store is a context manager; :meth:`close` ends it, and forgets what is not committed. In a
     forked child every call raises :class:`StateError`.
@@ -165,8 +166,9 @@ class DurableStore(_core.DurableStore):
 
         Returns
         -------
-        The ticket; ``wait()`` raises what went wrong. The entry then has no newest contents until it
-        is written again or rolled back, and cannot be committed; committed contents are untouched.
+        The ticket; ``wait()`` raises what went wrong. The entry then has no newest contents until
+        it is written again or rolled back, and cannot be committed; committed contents are
+        untouched.
 
         Raises
         ------
@@ -203,8 +205,8 @@ class DurableStore(_core.DurableStore):
     def commit(self, extra: Any = None) -> int:
         """Make what was written the store's contents, durably, and return the commit's number.
 
-        Blocks until every write that is under way is over and the disks have flushed. When it returns
-        the commit outlasts the process and a loss of power.
+        Blocks until every write that is under way is over and the disks have flushed. When it
+        returns the commit outlasts the process and a loss of power.
 
         Parameters
         ----------
