@@ -99,21 +99,24 @@ uint64_t DurableStoreCore::commit(const DurableExtra& extra) {
   return sequence;
 }
 
+void DurableStoreCore::check_in_place() const {
+  for (const auto& folder : store_.folders) {
+    if (folder->is_in_place()) continue;
+    throw StorageError("the durable store's file in " + folder->path() +
+                           " was removed or replaced while the store was open: what is committed "
+                           "now would be lost",
+                       folder->path(), ENOENT);
+  }
+}
+
 // Steps 1 to 4 of Note [Commit].
 void DurableStoreCore::make_durable(const DurableManifest& manifest, uint64_t sequence) {
   const DurableFolder& primary = *store_.folders.front();
+  check_in_place();
   const DurableRecord record = write_manifest(primary, layout(), manifest, sequence);
   try {
     for (size_t i = 0; i < store_.folders.size(); ++i) {
-      const DurableFolder& folder = *store_.folders[i];
-      if (!folder.is_in_place()) {
-        throw StorageError("the durable store's file in " + folder.path() +
-                               " was removed or replaced while the store was open: what is "
-                               "committed now would be lost",
-                           folder.path(), ENOENT);
-      }
-      if (i > 0 && !unsynced_[i]) continue;
-      folder.sync(SyncKind::kData);
+      if (i == 0 || unsynced_[i]) store_.folders[i]->sync(SyncKind::kData);
     }
     for (const size_t copy : {0, 1}) {
       write_record(primary, store_, record, copy);

@@ -195,6 +195,7 @@ bool DurableFolder::is_in_place() const {
 
 bool DurableFolder::is_same(const char* name, int file) const {
   const FileDescriptor found(open_raw(name, O_RDONLY));
+  if (!found.is_open() && errno != ENOENT) fail("cannot open " + path_of(name), errno);
   struct stat ours{};
   struct stat theirs{};
   return found.is_open() && fstat(found.number(), &theirs) == 0 && fstat(file, &ours) == 0 &&

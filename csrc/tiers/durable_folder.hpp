@@ -57,7 +57,7 @@ class DurableFolder {
   void remove(const char* name);
   void sync_folder() const;
   void sync(SyncKind kind) const;
-  // Whether kDurableName still is this file.
+  // Whether kDurableName still is this file. An error where that cannot be seen.
   bool is_in_place() const;
 
   // Of the open file.

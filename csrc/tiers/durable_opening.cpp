@@ -108,7 +108,14 @@ Folders lock_folders(const std::vector<std::string>& paths, DurableFolder::WhenM
   if (missing == DurableFolder::WhenMissing::kFail && !std::ranges::any_of(folders, has_one)) {
     throw_no_store(folders);
   }
-  for (const auto& folder : folders) folder->lock();
+  size_t locked = 0;
+  try {
+    for (; locked < folders.size(); ++locked) folders[locked]->lock();
+  } catch (...) {
+    folders.resize(locked);  // The others' lock files may be somebody else's.
+    tidy(folders);
+    throw;
+  }
   return folders;
 }
 

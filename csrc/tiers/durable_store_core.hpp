@@ -66,6 +66,7 @@ class DurableStoreCore final : public DiskPieceOwner {
   void finish(DiskPiece& piece, std::exception_ptr error) noexcept override;
 
   DurableManifest next_manifest(const DurableExtra& extra) const;
+  void check_in_place() const;
   void make_durable(const DurableManifest& manifest, uint64_t sequence);
   void take_over(DurableManifest&& manifest);
 

@@ -289,8 +289,8 @@ def test_lost_folder_is_named(open_store: Open, folders: list[Path]) -> None:
     for lost, kept in ((0, 1), (1, 0)):
         away = folders[lost].rename(folders[lost].with_name("away"))
         for entries in (None, ENTRIES):
+            folders[lost].mkdir(exist_ok=True)
             with pytest.raises(StorageError) as caught:
-                folders[lost].mkdir(exist_ok=True)
                 open_store(entries)
             assert str(folders[lost]) in str(caught.value)
             assert "lost, or not mounted" in str(caught.value)
@@ -397,7 +397,7 @@ def test_full_disk_says_how_much_is_needed_and_leaves_nothing(tmp_path: Path) ->
     try:
         other = tmp_path / "other"
         with pytest.raises(DiskFull, match=rf"needs \d.*bytes\) in {full}") as caught:
-            DurableStore([other, full], {"a": 8 << 20})
+            DurableStore([other, full], {"a": 8 << 20}, extent_bytes=1 << 20)
         assert caught.value.filename == str(full)
         assert list(full.iterdir()) == list(other.iterdir()) == []
         with DurableStore([other, full], {"a": 4096}) as store:
@@ -427,7 +427,7 @@ def flip(path: Path, offset: int) -> None:
 
 
 def damage(folder: Path, where: str) -> None:
-    """Flip a bit of the primary's file; the table has one block, the manifest slot 1 is commit 1's."""
+    """Flip a bit of the primary's file, of which the table has one block."""
     manifest_bytes = 4096 * 257
     offsets = {
         "header": [100],
@@ -435,7 +435,7 @@ def damage(folder: Path, where: str) -> None:
         "first": [8200],
         "second": [12300],
         "both": [8200, 12300],
-        "manifest": [16384 + manifest_bytes + 3],
+        "manifest": [16384 + manifest_bytes + 3],  # The second slot, which has commit 1.
     }
     for offset in offsets[where]:
         flip(folder / FILE, offset)

@@ -51,7 +51,5 @@ def delete(
 
     if not yes:
         names = ", ".join(map(str, folders))
-        typer.confirm(
-            f"Delete the durable store in {names} and all that was committed?", abort=True
-        )
+        typer.confirm(f"Delete the durable store in {names} and all its commits?", abort=True)
     DurableStore.delete(folders)
