@@ -16,14 +16,22 @@ PACKAGE = ROOT / "pyruntime" / "spillover"
 ALLOWED = {
     "base": set(),
     "driver": {"base"},
-    "allocator": {"base", "driver"},
+    "trace": {"base"},
+    "allocator": {"base", "driver", "trace"},
     # Adapters see only the C interface, so that the full one can be built without other sources.
     "plain_adapter": {"allocator/c_api.h"},
     "replay": {"allocator/c_api.h"},
-    "tiers": {"base", "driver"},
+    "tiers": {"base", "driver", "trace"},
     # What the pool lets others do for it is in a header that includes nothing of the pool.
-    "transfer": {"base", "driver", "tiers", "allocator/content_store.hpp", "allocator/c_api.h"},
-    "bindings": {"base", "driver", "allocator", "plain_adapter", "tiers", "transfer"},
+    "transfer": {
+        "base",
+        "driver",
+        "trace",
+        "tiers",
+        "allocator/content_store.hpp",
+        "allocator/c_api.h",
+    },
+    "bindings": {"base", "driver", "trace", "allocator", "plain_adapter", "tiers", "transfer"},
     "torch_adapter": {"allocator/c_api.h"},
     "torch_replay": {"replay/c_api.h", "replay/timed_threads.hpp"},
     "emulator/core": set(),
@@ -106,6 +114,7 @@ def test_python_private_modules_stay_private() -> None:
     shared = {
         "spillover._build",
         "spillover._children",
+        "spillover._copy_times",
         "spillover._core",
         "spillover._disk",
         "spillover._durable",
@@ -115,6 +124,8 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._paths",
         "spillover._pinned",
         "spillover._settings",
+        "spillover._sources",
+        "spillover._stalls",
         "spillover._streams",
         "spillover._torch_import",
         "spillover._units",

@@ -18,6 +18,7 @@
 #include "base/error.hpp"
 #include "driver/context.hpp"
 #include "driver/device.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 namespace {
@@ -48,6 +49,13 @@ bool uses_virtual_memory(int device, VirtualMemory wanted) {
   }
   return has_it;
 }
+
+constexpr TraceLabel kCreate{"cuMemCreate", "allocator"};
+constexpr TraceLabel kMap{"cuMemMap", "allocator"};
+constexpr TraceLabel kUnmap{"cuMemUnmap", "allocator"};
+constexpr TraceLabel kRelease{"cuMemRelease", "allocator"};
+constexpr TraceLabel kAllocate{"cuMemAlloc", "allocator"};
+constexpr TraceLabel kMapped{"mapped", "allocator"};
 
 // A driver may say that it has file handles and refuse them, where a virtual machine is restricted.
 bool refuses_sharing(const DriverError& error) {
@@ -88,13 +96,15 @@ Backing::Backing(int device, VirtualMemory virtual_memory)
       sharing_(is_virtual_ && supports_file_handles(device) ? PhysicalMemory::Sharing::kExportable
                                                             : PhysicalMemory::Sharing::kPrivate),
       space_(device, round_up(memory_info(device).total_bytes, unit_bytes_), unit_bytes_),
-      devices_{device} {}
+      devices_{device},
+      track_(TrackKind::kCounter, "device memory " + std::to_string(device)) {}
 
 DeviceAddress Backing::find_gap(const void* owner, size_t size_bytes) {
   return space_.find(owner, size_bytes);
 }
 
 std::optional<PhysicalMemory> Backing::create(size_t size_bytes) {
+  const TraceSpan span(kCreate, size_bytes);
   if (sharing_ == PhysicalMemory::Sharing::kPrivate) {
     return PhysicalMemory::try_create(device_, size_bytes);
   }
@@ -179,6 +189,7 @@ std::optional<AddressRange> Backing::map(DeviceAddress address, size_t size_byte
 // All or nothing; what is mapped moves out of chunks.
 void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chunks,
                          size_t size_bytes) {
+  const TraceSpan span(kMap, size_bytes);
   size_t mapped_bytes = 0;
   try {
     for (const PhysicalMemory& chunk : chunks) {
@@ -206,14 +217,21 @@ void Backing::map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chu
   }
   chunks.clear();
   mapped_bytes_ += size_bytes;
+  trace_mapped();
+}
+
+void Backing::trace_mapped() noexcept {
+  if (trace_is_on()) trace_counter(kMapped, track_.get(), mapped_bytes_);
 }
 
 std::optional<AddressRange> Backing::allocate(size_t size_bytes) {
+  const TraceSpan span(kAllocate, size_bytes);
   auto memory = DeviceMemory::try_allocate(device_, size_bytes);
   if (!memory) return std::nullopt;
   const DeviceAddress address = memory->address();
   mapped_.emplace(address, Chunk{.size_bytes = size_bytes, .fixed = std::move(*memory)});
   mapped_bytes_ += size_bytes;
+  trace_mapped();
   return AddressRange{address, address + size_bytes};
 }
 
@@ -222,6 +240,7 @@ AddressRange Backing::take_over(UpstreamMemory memory) {
   const size_t size_bytes = memory.size_bytes();
   mapped_.emplace(address, Chunk{.size_bytes = size_bytes, .upstream = std::move(memory)});
   mapped_bytes_ += size_bytes;
+  trace_mapped();
   upstream_bytes_ += size_bytes;
   return {address, address + size_bytes};
 }
@@ -255,6 +274,7 @@ void Backing::unmap(const AddressRange& chunks) {
   }
   mapped_.erase(begin, end);
   mapped_bytes_ -= chunks.size_bytes();
+  trace_mapped();
   // All are of one heap, hence of one kind.
   if (!taken.empty() && taken.front().upstream) {
     upstream_bytes_ -= chunks.size_bytes();
@@ -265,6 +285,7 @@ void Backing::unmap(const AddressRange& chunks) {
     for (Chunk& chunk : taken) released_.push_back(std::move(*chunk.fixed));
     return;
   }
+  const TraceSpan span(kUnmap, chunks.size_bytes());
   try {
     unmap_memory(device_, chunks.begin, chunks.size_bytes());
   } catch (const Error&) {
@@ -288,6 +309,7 @@ void Backing::release_cached(size_t size_bytes) {
   const size_t kept_bytes = cached_bytes_ - std::min(cached_bytes_, size_bytes);
   while (cached_bytes_ > kept_bytes) {
     std::optional<PhysicalMemory> memory = take_cached(kLargeChunkUnits * unit_bytes_);
+    const TraceSpan span(kRelease, memory->size_bytes());
     try {
       memory->release();
     } catch (const Error&) {

@@ -35,6 +35,7 @@
 #include "base/file_descriptor.hpp"
 #include "driver/device_memory.hpp"
 #include "driver/virtual_memory.hpp"
+#include "trace/tracks.hpp"
 
 namespace spillover {
 
@@ -172,6 +173,7 @@ class Backing {
   void set_doubtful(const AddressRange& range, bool is_doubtful);
   void clear_doubts(const AddressRange& range);
   void map_chunks(DeviceAddress address, std::vector<PhysicalMemory>& chunks, size_t size_bytes);
+  void trace_mapped() noexcept;
 
   const int device_;
   const bool is_virtual_;
@@ -183,6 +185,7 @@ class Backing {
   std::vector<DeviceMemory> released_;
   std::vector<UpstreamMemory> returned_;
   std::vector<int> devices_;  // That may use the memory; this one first.
+  LazyTrack track_;           // Of mapped_bytes_.
   size_t mapped_bytes_ = 0;
   size_t cached_bytes_ = 0;
   size_t detached_bytes_ = 0;

@@ -38,6 +38,7 @@ void Backing::detach(const AddressRange& chunks) {
     chunk->second.is_mapped = false;
   }
   mapped_bytes_ -= chunks.size_bytes();
+  trace_mapped();
   detached_bytes_ += chunks.size_bytes();
   set_doubtful(chunks, true);
   unmap_memory(device_, chunks.begin, chunks.size_bytes());
@@ -61,6 +62,7 @@ void Backing::attach(const AddressRange& range) {
     mapped_bytes_ += chunk->second.size_bytes;
     detached_bytes_ -= chunk->second.size_bytes;
   }
+  trace_mapped();
 }
 
 // The range has no chunks any more and gets some that sleep.
@@ -137,6 +139,7 @@ void Backing::map_provided(const AddressRange& range, std::vector<PhysicalMemory
   chunks.clear();
   asleep_bytes_ -= range.size_bytes();
   mapped_bytes_ += range.size_bytes();
+  trace_mapped();
 }
 
 void Backing::withdraw(const AddressRange& chunks) noexcept {
@@ -148,6 +151,7 @@ void Backing::withdraw(const AddressRange& chunks) noexcept {
   }
   mapped_.erase(begin, chunk);
   mapped_bytes_ -= chunks.size_bytes();
+  trace_mapped();
   make_asleep(chunks, true);
   try {
     unmap_memory(device_, chunks.begin, chunks.size_bytes());

@@ -11,6 +11,7 @@
 #include "allocator/statistics.hpp"
 #include "base/error.hpp"
 #include "driver/device.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 namespace {
@@ -23,10 +24,18 @@ constexpr std::chrono::microseconds kPauseMax{1000};
 // Ends the asking of reclaimers that say each time that they have freed something.
 constexpr size_t kReclaimRoundsMax = 16;
 
+constexpr TraceLabel kLadder{"out of memory: look for more", "allocator"};
+constexpr TraceLabel kWaitForStreams{"wait for streams", "stall"};
+constexpr TraceLabel kWaitForDevice{"wait for the device", "stall"};
+constexpr TraceLabel kGiveBackIdle{"give idle memory back", "allocator"};
+constexpr TraceLabel kReclaim{"ask reclaimers", "allocator"};
+constexpr TraceLabel kFree{"cuMemFree", "allocator"};
+
 }  // namespace
 
 // Null is never the answer: throws DeviceOutOfMemoryError.
 Block* Pool::obtain_by_waiting(Lock& lock, const Request& request, LadderAttempts& attempts) {
+  const TraceSpan span(kLadder, request.size_bytes);
   ++statistics_.alloc_retries;
   if (Block* block = search_again(lock, request, attempts)) return block;
   if (Block* block = borrow(request)) return block;
@@ -77,6 +86,7 @@ Block* Pool::search_again(Lock& lock, const Request& request, LadderAttempts& at
 // Asks the reclaimers in turn, with the mutex released, until the request fits or none has more to
 // give; null then. See Note [Reclaimers].
 Block* Pool::reclaim(Lock& lock, const Request& request, LadderAttempts& attempts) {
+  const TraceSpan span(kReclaim, request.size_bytes);
   const auto count_frees = [&] { return totals().allocation[SPILLOVER_CLASS_ALL].freed; };
   for (size_t round = 0; round < kReclaimRoundsMax; ++round) {
     const int64_t free_count = count_frees();
@@ -124,6 +134,7 @@ size_t Pool::usable_bytes(const Request& request) const {
 // be had from marks, no value where the time ran out: streams may wait for something that the
 // caller submits after it has got its memory.
 std::optional<Block*> Pool::poll_until_fit(Lock& lock, const Request& request) {
+  const TraceSpan span(kWaitForStreams, request.size_bytes);
   const auto deadline = Clock::now() + settings_.wait_max;
   auto pause = kPauseMin;
   for (;;) {
@@ -176,7 +187,10 @@ void Pool::wait_for_device(Lock& lock, const std::vector<int>& other_devices) {
   devices.insert(device_);
   devices.insert(other_devices.begin(), other_devices.end());
   lock.unlock();
-  for (const int device : devices) synchronize_device(device);
+  {
+    const TraceSpan span(kWaitForDevice);
+    for (const int device : devices) synchronize_device(device);
+  }
   lock.lock();
   pending_.complete(latest_use);
   pending_.poll();
@@ -190,6 +204,7 @@ void Pool::wait_for_device(Lock& lock, const std::vector<int>& other_devices) {
 // Gives idle chunks to where they came from until at most keep_bytes are held, and forgets streams
 // that have nothing any more. May release the mutex in between.
 void Pool::release_idle(Lock& lock, size_t keep_bytes) {
+  const TraceSpan span(kGiveBackIdle);
   {
     const CountOnExit count(*this);
     if (backing_.held_bytes() > keep_bytes) evict_upstreams();  // What serves nobody goes first.
@@ -219,6 +234,7 @@ void Pool::return_released(Lock& lock) {
     ++releases_in_flight_;
     lock.unlock();
     for (DeviceMemory& memory : released) {
+      const TraceSpan span(kFree, memory.size_bytes());
       try {
         memory.release();
       } catch (const Error&) {

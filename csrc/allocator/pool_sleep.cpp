@@ -27,6 +27,7 @@
 #include "allocator/pool.hpp"
 #include "base/error.hpp"
 #include "driver/context.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 namespace {
@@ -133,6 +134,8 @@ void Pool::count_asleep(const AddressRange& chunks, bool is_asleep) {
 }
 
 size_t Pool::sleep(const std::vector<ArenaId>& tags, ContentStore* store) {
+  static constexpr TraceLabel kSleep{"sleep", "allocator"};
+  const TraceSpan span(kSleep);
   if (!backing_.is_virtual()) {
     throw ConfigError("device " + std::to_string(device_) +
                       "'s pool has memory at fixed addresses (the device has no virtual memory "

@@ -9,10 +9,13 @@
 #include "base/error.hpp"
 #include "driver/context.hpp"
 #include "driver/device.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 
 size_t Pool::wake(const std::vector<ArenaId>& tags) {
+  static constexpr TraceLabel kWake{"wake", "allocator"};
+  const TraceSpan span(kWake);
   Lock lock(mutex_);
   std::vector<ArenaId> asleep;
   for (const ArenaId tag : tags) {

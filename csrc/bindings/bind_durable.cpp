@@ -86,7 +86,9 @@ void register_durable_store(py::module_& module) {
   py::class_<DurableFolderStats>(module, "DurableFolderStats", "One folder of a DurableStore.")
       .def_readonly("folder", &DurableFolderStats::folder)
       .def_readonly("is_direct", &DurableFolderStats::is_direct)
-      .def_readonly("file_bytes", &DurableFolderStats::file_bytes);
+      .def_readonly("file_bytes", &DurableFolderStats::file_bytes)
+      .def_readonly("writes", &DurableFolderStats::writes)
+      .def_readonly("reads", &DurableFolderStats::reads);
   py::class_<DurableStats>(module, "DurableStats", "A DurableStore at one moment.")
       .def_readonly("sequence", &DurableStats::sequence)
       .def_readonly("written_bytes", &DurableStats::written_bytes)
@@ -98,7 +100,8 @@ void register_durable_store(py::module_& module) {
                              [](const DurableStats& stats) { return name_of(stats.engine); })
       .def_readonly("engine_notes", &DurableStats::engine_notes)
       .def_readonly("notes", &DurableStats::notes)
-      .def_readonly("folders", &DurableStats::folders);
+      .def_readonly("folders", &DurableStats::folders)
+      .def_readonly("waits", &DurableStats::waits);
   py::class_<DurableStore>(module, "DurableStore", "Storage that outlives its process.")
       .def(py::init(&make), py::arg("folders"), py::arg("entries"), py::kw_only(),
            py::arg("extent_bytes") = py::none(), py::arg("extra_limit_bytes") = py::none(),

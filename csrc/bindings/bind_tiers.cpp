@@ -1,8 +1,10 @@
 // Python's view of the tiers: HostPool, HostBuffer, DiskStore, DiskPayload, Ticket.
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -51,16 +53,55 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
   return ticket;
 }
 
+// Every pool and store of this process that Python has made and that is alive, for statistics.
+template <class Object>
+class Living {
+ public:
+  std::shared_ptr<Object> add(std::shared_ptr<Object> object) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(known_, [](const Known& one) { return one.object.expired(); });
+    known_.push_back({object, getpid()});
+    return object;
+  }
+
+  // Not those of a parent: one of its threads may have held their locks at the fork.
+  std::vector<std::shared_ptr<Object>> all() {
+    std::vector<std::shared_ptr<Object>> found;
+    const std::lock_guard lock(mutex_);
+    for (const Known& one : known_) {
+      if (one.process != getpid()) continue;
+      if (auto object = one.object.lock()) found.push_back(std::move(object));
+    }
+    return found;
+  }
+
+ private:
+  struct Known {
+    std::weak_ptr<Object> object;
+    pid_t process;
+  };
+  std::mutex mutex_;
+  std::vector<Known> known_;  // Guarded by mutex_.
+};
+
+// Leaked on purpose: Python may drop objects while static destructors run. Both are used with the
+// GIL held, so that no fork of Python's finds the mutex locked.
+template <class Object>
+Living<Object>& living() {
+  static auto& objects = *new Living<Object>;
+  return objects;
+}
+
 std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes, int device,
                                          bool pinned) {
   HostPoolOptions options;
   if (limit_bytes) options.limit_bytes = *limit_bytes;
   options.device = device;
   options.pinning = pinned ? Pinning::kPinned : Pinning::kPageable;
-  return HostPool::create(options);
+  return living<HostPool>().add(HostPool::create(options));
 }
 
-std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
+std::shared_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
                                            const std::string& engine,
                                            std::optional<uint64_t> limit_bytes,
                                            std::optional<uint64_t> write_limit_bytes,
@@ -75,8 +116,12 @@ std::unique_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
   options.queue_length_max = queue_length_max;
   options.extent_bytes_max = extent_bytes_max;
   options.preallocation = preallocate ? Preallocation::kReserve : Preallocation::kNone;
-  const GilRelease released;
-  return std::make_unique<DiskStore>(options);
+  std::shared_ptr<DiskStore> store;
+  {
+    const GilRelease released;
+    store = std::make_shared<DiskStore>(options);
+  }
+  return living<DiskStore>().add(std::move(store));
 }
 
 void register_host_pool(py::module_& module) {
@@ -108,6 +153,15 @@ void register_host_pool(py::module_& module) {
       .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
       .def("trim", &HostPool::trim, ReleaseGil())
       .def("stats", &HostPool::stats, ReleaseGil());
+  py::class_<PinStats>(module, "PinStats", "Pinning of host memory, of all pools together.")
+      .def_readonly("count", &PinStats::count)
+      .def_readonly("bytes", &PinStats::bytes)
+      .def_readonly("pin_s", &PinStats::pin_s)
+      .def_readonly("unpin_s", &PinStats::unpin_s);
+  module.def("pin_stats", &pin_stats, "What this process has pinned so far.");
+  module.def(
+      "living_host_pools", [] { return living<HostPool>().all(); },
+      "The host pools of this process, for statistics.");
   module.def("begin_work", &annotate_work_begin, py::arg("resource"), py::arg("size_bytes"),
              ReleaseGil(),
              "Tell a virtual clock, where there is one, that this thread begins to do something.");
@@ -117,13 +171,34 @@ void register_host_pool(py::module_& module) {
              "What the machine and the process's memory control groups leave, in bytes.");
 }
 
-void register_disk_store(py::module_& module) {
+void register_disk_stats(py::module_& module) {
+  py::class_<WaitStats>(module, "WaitStats", "Host threads that waited.")
+      .def_readonly("count", &WaitStats::count)
+      .def_readonly("seconds", &WaitStats::seconds);
+  py::class_<DiskDirectionStats>(module, "DiskDirectionStats", "One direction of a folder.")
+      .def_readonly("bytes", &DiskDirectionStats::bytes)
+      .def_readonly("extents", &DiskDirectionStats::extents)
+      .def_readonly("errors", &DiskDirectionStats::errors)
+      .def_readonly("resubmits", &DiskDirectionStats::resubmits)
+      .def_readonly("queue_depth", &DiskDirectionStats::queue_depth)
+      .def_readonly("queue_depth_max", &DiskDirectionStats::queue_depth_max)
+      .def_readonly("busy_s", &DiskDirectionStats::busy_s)
+      .def_readonly("queued_s", &DiskDirectionStats::queued_s)
+      .def_readonly("moving_s", &DiskDirectionStats::moving_s)
+      .def_readonly("checksum_s", &DiskDirectionStats::checksum_s)
+      .def_readonly("submitting_s", &DiskDirectionStats::submitting_s);
   py::class_<DiskFolderStats>(module, "DiskFolderStats", "One folder of a DiskStore.")
       .def_readonly("folder", &DiskFolderStats::folder)
       .def_readonly("is_direct", &DiskFolderStats::is_direct)
       .def_readonly("used_bytes", &DiskFolderStats::used_bytes)
       .def_readonly("file_bytes", &DiskFolderStats::file_bytes)
-      .def_readonly("bandwidth_bytes_s", &DiskFolderStats::bandwidth_bytes_s);
+      .def_readonly("bandwidth_bytes_s", &DiskFolderStats::bandwidth_bytes_s)
+      .def_readonly("writes", &DiskFolderStats::writes)
+      .def_readonly("reads", &DiskFolderStats::reads);
+}
+
+void register_disk_store(py::module_& module) {
+  register_disk_stats(module);
   py::class_<DiskStats>(module, "DiskStats", "Counters of a DiskStore at one moment.")
       .def_readonly("written_bytes", &DiskStats::written_bytes)
       .def_readonly("read_bytes", &DiskStats::read_bytes)
@@ -133,7 +208,8 @@ void register_disk_store(py::module_& module) {
       .def_readonly("is_direct", &DiskStats::is_direct)
       .def_property_readonly("engine", [](const DiskStats& stats) { return name_of(stats.engine); })
       .def_readonly("engine_notes", &DiskStats::engine_notes)
-      .def_readonly("folders", &DiskStats::folders);
+      .def_readonly("folders", &DiskStats::folders)
+      .def_readonly("waits", &DiskStats::waits);
   py::class_<PythonTicket>(module, "Ticket", "Completion of a disk request.")
       .def("is_done", &PythonTicket::is_done)
       .def("wait", &PythonTicket::wait);
@@ -155,7 +231,11 @@ void register_disk_store(py::module_& module) {
                                  "Memory that a DiskStore has prepared for many requests.")
       .def_property_readonly("registered_bytes", &MemoryRegistration::registered_bytes)
       .def("remove", &MemoryRegistration::remove);
-  py::class_<DiskStore>(module, "DiskStore", "Scratch storage in folders, asynchronous.")
+  module.def(
+      "living_disk_stores", [] { return living<DiskStore>().all(); },
+      "The disk stores of this process, for statistics.");
+  py::class_<DiskStore, std::shared_ptr<DiskStore>>(module, "DiskStore",
+                                                    "Scratch storage in folders, asynchronous.")
       .def(py::init(&make_disk_store), py::arg("folders"), py::kw_only(),
            py::arg("engine") = "auto", py::arg("limit_bytes") = py::none(),
            py::arg("write_limit_bytes") = py::none(), py::arg("threads_per_folder") = 4,

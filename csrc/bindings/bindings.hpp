@@ -15,6 +15,7 @@ void register_driver(pybind11::module_& module);
 void register_allocator(pybind11::module_& module);
 void register_plain_adapter(pybind11::module_& module);
 void register_dlpack(pybind11::module_& module);
+void register_trace(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_durable_store(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);

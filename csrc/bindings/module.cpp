@@ -9,6 +9,7 @@ PYBIND11_MODULE(_core, module) {
   spillover::register_allocator(module);
   spillover::register_plain_adapter(module);
   spillover::register_dlpack(module);
+  spillover::register_trace(module);
   spillover::register_tiers(module);
   spillover::register_durable_store(module);
   spillover::register_storage_faults(module);

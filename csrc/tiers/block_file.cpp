@@ -10,10 +10,11 @@
 namespace spillover {
 
 void BlockFile::transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
-                         uint64_t offset) const {
+                         uint64_t offset, uint32_t& resubmits) const {
   TransferProgress progress(direction, size_bytes);
   auto next = TransferProgress::Next::kRepeat;
-  while (next == TransferProgress::Next::kRepeat) {
+  for (bool is_first = true; next == TransferProgress::Next::kRepeat; is_first = false) {
+    if (!is_first) ++resubmits;
     const size_t done_bytes = progress.done_bytes();
     next = progress.advance(file_operations().transfer(descriptor_, direction, data + done_bytes,
                                                        progress.left_bytes(), offset + done_bytes));

@@ -26,10 +26,11 @@ class BlockFile {
   std::string name() const { return std::string("the ") + noun_ + " in " + folder_; }
 
   // Blocks until all bytes are moved: short transfers are taken up again, and interrupted ones
-  // repeated. Throws DiskFullError or StorageError with folder, offset and errno, and
-  // CorruptDataError where the file ends early. data is only read from in a write.
-  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
-                uint64_t offset) const;
+  // repeated, which is counted in resubmits. Throws DiskFullError or StorageError with folder,
+  // offset and errno, and CorruptDataError where the file ends early. data is only read from in a
+  // write.
+  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes, uint64_t offset,
+                uint32_t& resubmits) const;
 
   // For whoever makes transfers of this file another way: throws what transfer() would, of one that
   // began at offset and failed.

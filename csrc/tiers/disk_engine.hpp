@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "tiers/extent_io.hpp"
+#include "tiers/folder_counters.hpp"
 #include "tiers/ticket.hpp"
 #include "tiers/transfer_progress.hpp"
 #include "tiers/work_annotation.hpp"
@@ -17,8 +18,8 @@ namespace spillover {
 
 class DiskPayload;
 
-// One extent of a request. An engine looks at direction, extent and data, and sets the checksum of
-// an extent that it wrote; the rest is the store's.
+// One extent of a request. An engine looks at direction, extent and data, sets the checksum of an
+// extent that it wrote and notes what happens; the rest is the store's.
 struct DiskPiece {
   TransferDirection direction;
   Extent extent;
@@ -27,6 +28,7 @@ struct DiskPiece {
   size_t index;                          // Of the payload's extent, or of the store's.
   std::shared_ptr<Ticket> ticket;
   WorkId work = 0;  // What the virtual clock calls it.
+  ExtentNotes notes{};
 };
 
 // The store, as its engines see it. Thread-safe.

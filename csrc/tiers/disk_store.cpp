@@ -11,9 +11,10 @@ namespace {
 
 // One piece for each extent; all have the ticket that is made for them.
 std::vector<DiskPiece> cut(TransferDirection direction, std::shared_ptr<DiskPayload> payload,
-                           std::byte* data, std::shared_ptr<Ticket>* ticket) {
+                           std::byte* data, std::shared_ptr<WaitCounters> waits,
+                           std::shared_ptr<Ticket>* ticket) {
   const std::vector<Extent>& extents = payload->extents();
-  *ticket = std::make_shared<Ticket>(extents.size());
+  *ticket = std::make_shared<Ticket>(extents.size(), std::move(waits));
   std::vector<DiskPiece> pieces;
   pieces.reserve(extents.size());
   for (size_t i = 0; i < extents.size(); ++i) {
@@ -53,7 +54,7 @@ WriteRequest DiskStore::write(const void* data, size_t size_bytes, WriteGate gat
     request.payload = std::make_shared<DiskPayload>(core_, size_bytes, core_->allocate(size_bytes));
     // They only read through this pointer: the direction says so.
     pieces = cut(TransferDirection::kWrite, request.payload,
-                 static_cast<std::byte*>(const_cast<void*>(data)), &request.ticket);
+                 static_cast<std::byte*>(const_cast<void*>(data)), core_->waits(), &request.ticket);
   } catch (...) {
     core_->cancel_write(size_bytes);
     throw;
@@ -73,9 +74,9 @@ std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, vo
                          : "the payload was not stored: its write failed");
   }
   std::shared_ptr<Ticket> ticket;
-  core_->submit(
-      cut(TransferDirection::kRead, std::move(payload), static_cast<std::byte*>(data), &ticket),
-      nullptr);
+  core_->submit(cut(TransferDirection::kRead, std::move(payload), static_cast<std::byte*>(data),
+                    core_->waits(), &ticket),
+                nullptr);
   return ticket;
 }
 

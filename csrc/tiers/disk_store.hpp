@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "tiers/extent_io.hpp"
+#include "tiers/folder_counters.hpp"
 #include "tiers/scratch_file.hpp"
 #include "tiers/ticket.hpp"
 
@@ -48,6 +49,8 @@ struct DiskFolderStats {
   uint64_t used_bytes;       // Taken by payloads, whole blocks.
   uint64_t file_bytes;       // Up to the last extent.
   double bandwidth_bytes_s;  // Measured, of both directions; 0 before anything was moved.
+  DiskDirectionStats writes;
+  DiskDirectionStats reads;
 };
 
 struct DiskStats {
@@ -60,6 +63,7 @@ struct DiskStats {
   DiskEngineKind engine;     // The one in use, never kAuto.
   std::string engine_notes;  // Why it is not io_uring, or what that lacks; empty where all is well.
   std::vector<DiskFolderStats> folders;
+  WaitStats waits{};  // For tickets that were not done yet.
 };
 
 class DiskStoreCore;

@@ -10,7 +10,6 @@
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
-#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 namespace {
@@ -97,9 +96,9 @@ void DiskStoreCore::start(const DiskPiece& piece) noexcept {
 // The payload is settled, and this thread's hold on it gone, before anybody who waits for the
 // ticket can look.
 void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept {
-  annotate_work_done(piece.work);
   placement_->rates().end(piece.extent.folder, error ? 0 : piece.extent.size_bytes,
                           FolderRates::Clock::now());
+  engines_->note_end(piece, error != nullptr);
   --pending_extents_;
   if (piece.direction == TransferDirection::kRead) {
     if (!error) read_bytes_ += piece.extent.size_bytes;
@@ -123,6 +122,7 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
 DiskStats DiskStoreCore::stats() const {
   DiskStats stats{written_bytes_,   read_bytes_,       0, 0, pending_extents_, true,
                   engines_->kind(), engines_->notes(), {}};
+  stats.waits = waits_->stats();
   const std::vector<ExtentPlacement::FolderUse> use = placement_->use();
   const std::vector<double> bandwidths = placement_->rates().bandwidths();
   for (size_t i = 0; i < files_.size(); ++i) {
@@ -130,8 +130,10 @@ DiskStats DiskStoreCore::stats() const {
     stats.used_bytes += use[i].used_bytes;
     stats.file_bytes += use[i].file_bytes;
     stats.is_direct = stats.is_direct && file.is_direct();
-    stats.folders.push_back(
-        {file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes, bandwidths[i]});
+    const FolderCounters& counters = engines_->counters(i);
+    stats.folders.push_back({file.folder(), file.is_direct(), use[i].used_bytes, use[i].file_bytes,
+                             bandwidths[i], counters.stats(TransferDirection::kWrite),
+                             counters.stats(TransferDirection::kRead)});
   }
   return stats;
 }

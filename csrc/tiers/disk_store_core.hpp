@@ -35,6 +35,8 @@ class DiskStoreCore final : public DiskPieceOwner {
   void close() noexcept;
   void check_open() const;
   DiskStats stats() const;
+  // Of those who wait for a ticket of this store; outlives it.
+  const std::shared_ptr<WaitCounters>& waits() const { return waits_; }
   int descriptor(size_t folder) const { return files_.at(folder)->descriptor(); }
 
  private:
@@ -51,6 +53,7 @@ class DiskStoreCore final : public DiskPieceOwner {
   std::atomic<uint64_t> written_bytes_{0};
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};
+  const std::shared_ptr<WaitCounters> waits_ = std::make_shared<WaitCounters>();
 };
 
 }  // namespace spillover

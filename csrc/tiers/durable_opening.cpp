@@ -28,13 +28,15 @@ void write_blocks(const BlockFile& file, ByteSpan bytes, uint64_t offset) {
   const BlockMemory memory = allocate_blocks(padded_bytes);
   std::memcpy(memory.get(), bytes.data(), bytes.size());
   std::memset(memory.get() + bytes.size(), 0, padded_bytes - bytes.size());
-  file.transfer(TransferDirection::kWrite, memory.get(), padded_bytes, offset);
+  uint32_t resubmits = 0;
+  file.transfer(TransferDirection::kWrite, memory.get(), padded_bytes, offset, resubmits);
 }
 
 Bytes read_blocks(const BlockFile& file, uint64_t size_bytes, uint64_t offset) {
   const size_t padded_bytes = round_up(size_bytes, kDiskBlockBytes);
   const BlockMemory memory = allocate_blocks(padded_bytes);
-  file.transfer(TransferDirection::kRead, memory.get(), padded_bytes, offset);
+  uint32_t resubmits = 0;
+  file.transfer(TransferDirection::kRead, memory.get(), padded_bytes, offset, resubmits);
   return {memory.get(), memory.get() + size_bytes};
 }
 

@@ -39,6 +39,8 @@ struct DurableFolderStats {
   std::string folder;
   bool is_direct;       // The file system takes O_DIRECT.
   uint64_t file_bytes;  // Reserved.
+  DiskDirectionStats writes;
+  DiskDirectionStats reads;
 };
 
 struct DurableStats {
@@ -52,6 +54,7 @@ struct DurableStats {
   std::string engine_notes;  // Why it is not io_uring, or what that lacks.
   std::string notes;         // What the file system lacks.
   std::vector<DurableFolderStats> folders;
+  WaitStats waits;  // For tickets that were not done yet.
 };
 
 struct DurableExtra {

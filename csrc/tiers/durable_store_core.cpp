@@ -9,7 +9,6 @@
 #include "base/bytes.hpp"
 #include "base/error.hpp"
 #include "tiers/extent_io.hpp"
-#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 namespace {
@@ -113,7 +112,7 @@ std::shared_ptr<Ticket> DurableStoreCore::write(const DurableStore::Part& part, 
                                                 WriteGate gate) {
   check_open();
   const auto range = layout().part(layout().find(part.entry), part.offset, part.size_bytes);
-  auto ticket = std::make_shared<Ticket>(range.count);
+  auto ticket = std::make_shared<Ticket>(range.count, waits_);
   std::vector<DiskPiece> pieces;
   pieces.reserve(range.count);
   {
@@ -164,7 +163,7 @@ std::shared_ptr<Ticket> DurableStoreCore::read(const DurableStore::Part& part, s
                                                DurableContents contents) {
   check_open();
   const auto range = layout().part(layout().find(part.entry), part.offset, part.size_bytes);
-  auto ticket = std::make_shared<Ticket>(range.count);
+  auto ticket = std::make_shared<Ticket>(range.count, waits_);
   std::vector<DiskPiece> pieces;
   pieces.reserve(range.count);
   {
@@ -185,7 +184,7 @@ std::shared_ptr<Ticket> DurableStoreCore::read(const DurableStore::Part& part, s
 
 // The state is settled before anybody who waits for the ticket can look.
 void DurableStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept {
-  annotate_work_done(piece.work);
+  engines_->note_end(piece, error != nullptr);
   const DurableLayout::ExtentPlace& place = layout().extents()[piece.index];
   if (error) error = named(error, layout().name_of(piece.index));
   {
@@ -222,7 +221,8 @@ void DurableStoreCore::verify() {
     }
     std::exception_ptr error;
     try {
-      io.read(store_.folders[extent.folder]->file(), extent, memory.get());
+      ExtentNotes notes;
+      io.read(store_.folders[extent.folder]->file(), extent, memory.get(), notes);
     } catch (...) {
       error = named(std::current_exception(), layout().name_of(i));
     }
@@ -260,11 +260,15 @@ DurableStats DurableStoreCore::stats() const {
   stats.engine = engines_->kind();
   stats.engine_notes = engines_->notes();
   stats.notes = store_.notes;
+  stats.waits = waits_->stats();
   stats.is_direct = true;
   for (size_t i = 0; i < store_.folders.size(); ++i) {
     const DurableFolder& folder = *store_.folders[i];
     const uint64_t file_bytes = layout().file_bytes(i);
-    stats.folders.push_back({folder.path(), folder.is_direct(), file_bytes});
+    const FolderCounters& counters = engines_->counters(i);
+    stats.folders.push_back({folder.path(), folder.is_direct(), file_bytes,
+                             counters.stats(TransferDirection::kWrite),
+                             counters.stats(TransferDirection::kRead)});
     stats.is_direct = stats.is_direct && folder.is_direct();
     stats.file_bytes += file_bytes;
   }

@@ -77,6 +77,7 @@ class DurableStoreCore final : public DiskPieceOwner {
   std::atomic<bool> is_closed_{false};
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};
+  const std::shared_ptr<WaitCounters> waits_ = std::make_shared<WaitCounters>();
 
   std::mutex exclusive_mutex_;
   mutable std::mutex mutex_;

@@ -10,6 +10,7 @@
 #include "tiers/thread_engine.hpp"
 #include "tiers/uring_engine.hpp"
 #include "tiers/work_annotation.hpp"
+#include "trace/recorder.hpp"
 
 namespace spillover {
 namespace {
@@ -29,6 +30,9 @@ void check_engine_options(const EngineOptions& options) {
 EngineSet::EngineSet(const std::vector<BlockFile>& files, DiskPieceOwner& owner,
                      const EngineOptions& options)
     : owner_(owner), options_(options), process_(getpid()) {
+  for (const BlockFile& file : files) {
+    counters_.push_back(std::make_unique<FolderCounters>(file.folder()));
+  }
   gates_ = std::make_unique<WriteGates>(options.queue_length_max,
                                         [this](DiskPiece&& piece, std::exception_ptr error) {
                                           hand_over(std::move(piece), std::move(error));
@@ -91,7 +95,10 @@ void EngineSet::close() noexcept {
 }
 
 void EngineSet::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
+  const int64_t now_ns = trace_now_ns();
   for (DiskPiece& piece : pieces) {
+    piece.notes.requested_ns = now_ns;
+    piece.notes.flow_id = trace_flow();
     piece.work =
         annotate_work_submit(piece.direction == TransferDirection::kRead ? kDiskRead : kDiskWrite,
                              piece.extent.size_bytes);
@@ -115,16 +122,30 @@ void EngineSet::submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept {
 void EngineSet::hand_over(DiskPiece&& piece, std::exception_ptr error) noexcept {
   // Where it cannot be handed over the folder seems busy for no time.
   owner_.start(piece);
+  const int64_t submitted_ns = piece.notes.submitted_ns = trace_now_ns();
+  const TransferDirection direction = piece.direction;
+  const size_t folder = piece.extent.folder;
+  FolderCounters& counters = *counters_[folder];
+  counters.begin(direction, piece.notes);
   if (!error) {
     try {
       // A piece that is not taken is left as it was, also where this throws.
-      if (engines_[piece.extent.folder]->submit(std::move(piece))) return;
+      if (engines_[folder]->submit(std::move(piece))) {
+        counters.add_submitting(direction, trace_now_ns() - submitted_ns);
+        return;
+      }
       error = closed_meanwhile();
     } catch (...) {
       error = std::current_exception();
     }
   }
   owner_.finish(piece, std::move(error));
+}
+
+void EngineSet::note_end(const DiskPiece& piece, bool has_failed) noexcept {
+  annotate_work_done(piece.work);
+  counters_[piece.extent.folder]->end(piece.direction, piece.notes, piece.extent.size_bytes,
+                                      has_failed);
 }
 
 size_t EngineSet::register_memory(std::byte* address, size_t size_bytes) {

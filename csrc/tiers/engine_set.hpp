@@ -17,6 +17,7 @@
 #include "tiers/block_file.hpp"
 #include "tiers/disk_engine.hpp"
 #include "tiers/disk_store.hpp"
+#include "tiers/folder_counters.hpp"
 #include "tiers/write_gates.hpp"
 
 namespace spillover {
@@ -44,6 +45,10 @@ class EngineSet {
   // others of its request may be under way, so the caller's memory must be held all the same.
   void submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept;
 
+  // For the owner, first thing in finish(): counters, trace and virtual clock hear of it.
+  void note_end(const DiskPiece& piece, bool has_failed) noexcept;
+  const FolderCounters& counters(size_t folder) const { return *counters_[folder]; }
+
   // As DiskStore's.
   size_t register_memory(std::byte* address, size_t size_bytes);
   void unregister_memory(std::byte* address) noexcept;
@@ -63,11 +68,12 @@ class EngineSet {
 
   DiskPieceOwner& owner_;
   const EngineOptions options_;
-  const pid_t process_;                               // Threads do not survive a fork.
-  DiskEngineKind kind_ = DiskEngineKind::kThreads;    // Constant after construction.
-  std::string notes_;                                 // Constant after construction.
-  std::vector<std::unique_ptr<DiskEngine>> engines_;  // Constant after construction.
-  std::unique_ptr<WriteGates> gates_;                 // Constant after construction.
+  const pid_t process_;                                    // Threads do not survive a fork.
+  DiskEngineKind kind_ = DiskEngineKind::kThreads;         // Constant after construction.
+  std::string notes_;                                      // Constant after construction.
+  std::vector<std::unique_ptr<FolderCounters>> counters_;  // Constant after construction.
+  std::vector<std::unique_ptr<DiskEngine>> engines_;       // Constant after construction.
+  std::unique_ptr<WriteGates> gates_;                      // Constant after construction.
   std::mutex memory_mutex_;
   std::map<std::byte*, size_t> registered_memory_;  // Guarded by memory_mutex_. None overlap.
   std::mutex close_mutex_;                          // Guards the threads' joining.

@@ -10,6 +10,7 @@
 
 #include "tiers/block_file.hpp"
 #include "tiers/extent_space.hpp"
+#include "tiers/folder_counters.hpp"
 
 namespace spillover {
 
@@ -22,6 +23,9 @@ struct Extent {
 
 // How much of the memory, from its beginning on, can be given to the disk as it is.
 size_t direct_bytes(const std::byte* data, size_t size_bytes);
+
+// The checksum of an extent or of a part of it; the time that it takes is noted and traced.
+uint32_t timed_crc32c(const std::byte* data, size_t size_bytes, ExtentNotes& notes);
 
 // Throws CorruptDataError unless crc32c is the extent's.
 void check_sum(const BlockFile& file, const Extent& extent, uint32_t crc32c);
@@ -39,11 +43,11 @@ class ExtentIo {
   ExtentIo();
 
   // Throws what BlockFile throws. Returns the checksum of data, which is only read from.
-  uint32_t write(const BlockFile& file, const Extent& extent, std::byte* data);
+  uint32_t write(const BlockFile& file, const Extent& extent, std::byte* data, ExtentNotes& notes);
 
   // Throws what BlockFile throws, and CorruptDataError when the checksum differs; data then holds
   // the corrupt bytes.
-  void read(const BlockFile& file, const Extent& extent, std::byte* data);
+  void read(const BlockFile& file, const Extent& extent, std::byte* data, ExtentNotes& notes);
 
  private:
   BlockMemory bounce_;

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <optional>
 
 #include "driver/pinned_region.hpp"
@@ -38,5 +39,15 @@ class HostMapping {
 };
 
 size_t host_page_bytes();
+
+// Of all mappings of the process. Any thread may ask.
+struct PinStats {
+  uint64_t count;  // Regions that were pinned,
+  uint64_t bytes;  // and what they have together.
+  double pin_s;    // Summed over threads.
+  double unpin_s;  // Unmapping included.
+};
+
+PinStats pin_stats();
 
 }  // namespace spillover

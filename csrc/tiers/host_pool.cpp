@@ -1,6 +1,7 @@
 #include "tiers/host_pool.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <string>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "base/error.hpp"
 #include "driver/fork_guard.hpp"
 #include "tiers/system_memory.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 namespace {
@@ -21,6 +23,14 @@ constexpr size_t kHeadroomBytes = 64 * kMiB;
 // Idle memory that is kept for reuse beside an eighth of the peak use. Sizes that do not come back
 // (sequences of varying length) would otherwise pile up until the budget or the machine is full.
 constexpr size_t kIdleBytesMin = 64 * kMiB;
+
+constexpr TraceLabel kUsed{"used", "host"};
+constexpr TraceLabel kReserved{"reserved", "host"};
+
+std::string next_track_name() {
+  static std::atomic<int> count{0};
+  return "host pool " + std::to_string(++count);
+}
 
 size_t slot_bytes_for(size_t size_bytes) {
   if (size_bytes <= kKiB) return round_up(std::max<size_t>(size_bytes, 1), 64);
@@ -43,6 +53,18 @@ HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
   std::swap(address_, other.address_);
   std::swap(size_bytes_, other.size_bytes_);
   return *this;
+}
+
+HostPool::HostPool(const HostPoolOptions& options)
+    : options_(options), track_(TrackKind::kCounter, next_track_name()) {}
+
+// The caller holds the mutex.
+void HostPool::trace_used() noexcept {
+  if (trace_is_on()) trace_counter(kUsed, track_.get(), used_bytes_);
+}
+
+void HostPool::trace_reserved() noexcept {
+  if (trace_is_on()) trace_counter(kReserved, track_.get(), reserved_bytes_);
 }
 
 std::shared_ptr<HostPool> HostPool::create(const HostPoolOptions& options) {
@@ -123,6 +145,7 @@ void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
   --buffer_count_;
   if (const auto found = in_use_.find(address); found != in_use_.end()) {
     used_bytes_ -= found->second.size_bytes();
+    trace_used();
     const auto entry = idle_.insert(idle_.end(), std::move(found->second));
     in_use_.erase(found);
     idle_by_size_.emplace(entry->size_bytes(), entry);
@@ -136,6 +159,7 @@ void HostPool::release(std::byte* address, size_t size_bytes) noexcept {
                       slab.free_slots.size() < slab.slot_count && size_bytes <= slab.slot_bytes,
                   "a host buffer does not fit its slab");
   used_bytes_ -= slab.slot_bytes;
+  trace_used();
   slab.free_slots.push_back(static_cast<uint32_t>(offset / slab.slot_bytes));
   if (slab.free_slots.size() == 1) open_slabs_[slab.slot_bytes].push_back(&slab);
 }
@@ -152,6 +176,7 @@ HostMapping HostPool::map(size_t size_bytes, size_t requested_bytes) {
   } catch (...) {
     const std::lock_guard lock(mutex_);
     reserved_bytes_ -= size_bytes;
+    trace_reserved();
     throw;
   }
 }
@@ -182,6 +207,7 @@ void HostPool::reserve(std::unique_lock<std::mutex>& lock, size_t size_bytes,
     lock.lock();
   }
   reserved_bytes_ += size_bytes;
+  trace_reserved();
   reserved_bytes_max_ = std::max(reserved_bytes_max_, reserved_bytes_);
 }
 
@@ -207,6 +233,7 @@ size_t HostPool::unmap(std::vector<HostMapping> victims) {
   const std::lock_guard lock(mutex_);
   // Only now: the budget holds for what is really mapped.
   reserved_bytes_ -= freed_bytes;
+  trace_reserved();
   return freed_bytes;
 }
 
@@ -259,6 +286,7 @@ HostStats HostPool::stats() const {
 void HostPool::add_used(size_t size_bytes) {
   used_bytes_ += size_bytes;
   used_bytes_max_ = std::max(used_bytes_max_, used_bytes_);
+  trace_used();
   ++buffer_count_;
 }
 

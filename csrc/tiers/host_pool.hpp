@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "tiers/host_mapping.hpp"
+#include "trace/tracks.hpp"
 
 namespace spillover {
 
@@ -97,7 +98,7 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
     size_t slot_count;
   };
 
-  explicit HostPool(const HostPoolOptions& options) : options_(options) {}
+  explicit HostPool(const HostPoolOptions& options);
   HostBuffer allocate_large(size_t size_bytes);
   HostBuffer allocate_small(size_t size_bytes);
   HostBuffer take_slot(Slab& slab, size_t size_bytes);
@@ -109,9 +110,12 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   std::vector<HostMapping> take_idle(size_t wanted_bytes);
   size_t unmap(std::vector<HostMapping> victims);
   void add_used(size_t size_bytes);
+  void trace_used() noexcept;
+  void trace_reserved() noexcept;
   [[noreturn]] void throw_over_budget(size_t size_bytes, size_t requested_bytes) const;
 
   const HostPoolOptions options_;
+  LazyTrack track_;
 
   mutable std::mutex mutex_;
   // Guarded by mutex_. Invariants: reserved = bytes of all mappings, used ones, idle ones, slabs

@@ -43,10 +43,10 @@ class ScratchFile {
   void give_back(uint64_t end) noexcept;
 
   // Blocks until all bytes are moved: short transfers are taken up again, and interrupted ones
-  // repeated. Throws DiskFullError or StorageError with folder, offset and errno. data is only read
-  // from in a write.
-  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
-                uint64_t offset) const;
+  // repeated, which is counted in resubmits. Throws DiskFullError or StorageError with folder,
+  // offset and errno. data is only read from in a write.
+  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes, uint64_t offset,
+                uint32_t& resubmits) const;
 
   // For whoever makes transfers of this file another way: throws what transfer() would, of one that
   // began at offset and failed.

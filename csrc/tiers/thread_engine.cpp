@@ -6,6 +6,8 @@
 #include <optional>
 #include <utility>
 
+#include "trace/recorder.hpp"
+
 namespace spillover {
 
 ThreadEngine::ThreadEngine(const BlockFile& file, DiskPieceOwner& owner, size_t thread_count,
@@ -30,12 +32,13 @@ void ThreadEngine::serve() noexcept {
   std::optional<ExtentIo> io;
   while (auto piece = queue_.pop()) {
     std::exception_ptr error;
+    piece->notes.begun_ns = trace_now_ns();
     try {
       if (!io) io.emplace();
       if (piece->direction == TransferDirection::kRead) {
-        io->read(file_, piece->extent, piece->data);
+        io->read(file_, piece->extent, piece->data, piece->notes);
       } else {
-        piece->extent.crc32c = io->write(file_, piece->extent, piece->data);
+        piece->extent.crc32c = io->write(file_, piece->extent, piece->data, piece->notes);
       }
     } catch (...) {
       error = std::current_exception();

@@ -4,11 +4,21 @@
 
 #include "base/check.hpp"
 #include "base/error.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
+namespace {
+
+constexpr TraceLabel kWait{"wait for the disk", "stall"};
+
+}  // namespace
 
 void Ticket::wait_for_pieces(std::unique_lock<std::mutex>& lock) const {
+  if (pieces_left_ == 0) return;
+  const TraceSpan span(kWait);
+  const int64_t begin_ns = trace_now_ns();
   done_.wait(lock, [&] { return pieces_left_ == 0; });
+  if (waits_ != nullptr) waits_->add(trace_now_ns() - begin_ns);
 }
 
 void Ticket::check_owner() const {

@@ -7,19 +7,44 @@
 #include <sys/types.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "tiers/work_annotation.hpp"
 
 namespace spillover {
 
+struct WaitStats {
+  uint64_t count;
+  double seconds;  // Summed over threads.
+};
+
+// Host threads that waited for requests. Thread-safe.
+class WaitCounters {
+ public:
+  void add(int64_t nanoseconds) noexcept {
+    ++count_;
+    nanoseconds_ += nanoseconds;
+  }
+  WaitStats stats() const { return {count_, static_cast<double>(nanoseconds_) / 1e9}; }
+
+ private:
+  std::atomic<uint64_t> count_{0};
+  std::atomic<int64_t> nanoseconds_{0};
+};
+
 class Ticket {
  public:
-  explicit Ticket(size_t piece_count) : pieces_left_(piece_count) {}
+  // Waits for it are counted there, unless it is null.
+  explicit Ticket(size_t piece_count, std::shared_ptr<WaitCounters> waits = nullptr)
+      : waits_(std::move(waits)), pieces_left_(piece_count) {}
 
   // For the store, before anybody else has the ticket: what the virtual clock knows of the request.
   void add_work(WorkId work) {
@@ -44,6 +69,7 @@ class Ticket {
   void wait_for_pieces(std::unique_lock<std::mutex>& lock) const;
 
   const pid_t owner_ = getpid();
+  const std::shared_ptr<WaitCounters> waits_;
   std::vector<WorkId> work_;  // constant once the request has been made
   mutable std::mutex mutex_;
   mutable std::condition_variable done_;

@@ -17,6 +17,7 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "tiers/host_annotation.hpp"
+#include "trace/recorder.hpp"
 
 namespace spillover {
 namespace {
@@ -284,6 +285,7 @@ bool UringEngine::take_pieces() {
 }
 
 void UringEngine::begin(DiskPiece& piece) {
+  piece.notes.begun_ns = trace_now_ns();
   try {
     const bool is_write = piece.direction == TransferDirection::kWrite;
     const size_t size_bytes = piece.extent.size_bytes;
@@ -322,7 +324,7 @@ bool UringEngine::start_chunk(Requests::iterator place) {
   std::byte* const data = request.piece.data + begin;
   const TransferDirection direction = request.piece.direction;
   if (direction == TransferDirection::kWrite) {
-    request.sums[chunk.index] = crc32c(data, size_bytes);
+    request.sums[chunk.index] = timed_crc32c(data, size_bytes, request.piece.notes);
   }
   chunk.bounce = kNoBounce;
   chunk.memory = data;
@@ -389,6 +391,7 @@ void UringEngine::hand_over(Chunk& chunk) noexcept {
 bool UringEngine::advance(Chunk& chunk, ssize_t result) noexcept {
   switch (chunk.progress.advance(result)) {
     case TransferProgress::Next::kRepeat:
+      ++chunk.request->piece.notes.resubmits;
       return true;
     case TransferProgress::Next::kDone:
       end_chunk(chunk, nullptr);
@@ -410,7 +413,7 @@ void UringEngine::end_chunk(Chunk& chunk, std::exception_ptr error) noexcept {
     const size_t size_bytes = request->bytes_of(chunk.index);
     std::byte* const data = request->piece.data + request->begin_of(chunk.index);
     if (chunk.bounce != kNoBounce) std::memcpy(data, chunk.memory, size_bytes);
-    request->sums[chunk.index] = crc32c(data, size_bytes);
+    request->sums[chunk.index] = timed_crc32c(data, size_bytes, request->piece.notes);
   }
   if (error && !request->error) request->error = std::move(error);
   if (chunk.bounce != kNoBounce) free_bounces_.push_back(chunk.bounce);

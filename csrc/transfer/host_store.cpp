@@ -4,10 +4,14 @@
 
 #include "driver/copy.hpp"
 #include "driver/event.hpp"
+#include "trace/span.hpp"
 #include "transfer/copy_streams.hpp"
 
 namespace spillover {
 namespace {
+
+constexpr TraceLabel kWaitForSave{"wait for a copy out (sleep)", "stall"};
+constexpr TraceLabel kWaitForLoads{"wait for copies in (wake)", "stall"};
 
 class HostContents : public SavedContents {
  public:
@@ -28,6 +32,7 @@ class HostContents : public SavedContents {
   }
 
   void finish_save(size_t index) override {
+    const TraceSpan span(kWaitForSave, pieces_[index].what.size_bytes);
     pieces_[index].is_saved->synchronize();
     pieces_[index].is_saved.reset();
   }
@@ -40,7 +45,10 @@ class HostContents : public SavedContents {
     }
   }
 
-  void finish_loads() override { streams_.in().synchronize(); }
+  void finish_loads() override {
+    const TraceSpan span(kWaitForLoads);
+    streams_.in().synchronize();
+  }
 
   void drop(size_t index) noexcept override { pieces_[index].buffer = HostBuffer(); }
 

@@ -7,6 +7,7 @@ is first used.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,11 @@ from spillover._errors import (
 from spillover._torch_import import after_torch_import
 
 if TYPE_CHECKING:
-    from spillover import allocator, emulator, optim, planner
+    from spillover import allocator, emulator, optim, planner, trace
     from spillover._disk import DiskStore
     from spillover._durable import DurableStore
     from spillover._errors import DeviceOutOfMemory
+    from spillover._statistics import stats
     from spillover.hooks import offload_activations, stream_parameters
 
 __version__ = "0.1.0"
@@ -54,15 +56,18 @@ __all__ = [
     "offload_activations",
     "optim",
     "planner",
+    "stats",
     "stream_parameters",
+    "trace",
 ]
 
-_LAZY_MODULES = {"allocator", "emulator", "optim", "planner"}
+_LAZY_MODULES = {"allocator", "emulator", "optim", "planner", "trace"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
     "DurableStore": "spillover._durable",
     "offload_activations": "spillover.hooks",
+    "stats": "spillover._statistics",
     "stream_parameters": "spillover.hooks",
 }
 
@@ -101,3 +106,6 @@ def _when_torch_is_imported() -> None:
 
 
 after_torch_import(_when_torch_is_imported)
+
+if os.environ.get("SPILLOVER_TRACE"):
+    importlib.import_module("spillover.trace._whole_run").begin()

@@ -12,6 +12,9 @@ from pathlib import Path
 RUN_VARIABLE = "SPILLOVER_RUN"
 #: The file of what the first of them allocates on device 0; it takes the variable away.
 RUN_TRACE_VARIABLE = "SPILLOVER_RUN_TRACE"
+#: The file of a trace of the whole run, and the number of the process that writes it.
+TRACE_VARIABLE = "SPILLOVER_TRACE"
+TRACE_OWNER_VARIABLE = "SPILLOVER_TRACE_OWNER"
 
 
 def with_site(environment: Mapping[str, str]) -> dict[str, str]:

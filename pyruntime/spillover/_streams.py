@@ -7,21 +7,166 @@ at each call, since a training loop may switch streams at any time.
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from spillover import _core
+from spillover._copy_times import StreamTimes, TimedStream
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
+class CopyStreamStats:
+    """What one copy stream of a device was given.
+
+    Attributes
+    ----------
+    device
+        Index of the device.
+    direction
+        ``"in"``: host to device; ``"out"``: device to host.
+    copies, bytes
+        Asked for so far. A copy may be of several tensors.
+    timed
+        Of them, those that ran while tracing was on and are over; without tracing nobody knows when
+        a copy ran. ``timed.in_flight`` is how many were asked for and are not known to be over.
+    """
+
+    device: int
+    direction: str
+    copies: int
+    bytes: int
+    timed: StreamTimes
+
+    @property
+    def bandwidth_bytes_s(self) -> float | None:
+        """Bytes a second while a timed copy ran; None where none was timed."""
+        return self.timed.bytes / self.timed.busy_s if self.timed.busy_s else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeWaitStats:
+    """Waits of compute streams for copies of ours that ran while tracing was on.
+
+    Attributes
+    ----------
+    device
+        Index of the device.
+    count, seconds
+        Waits of more than 3 microseconds, on the device's clock.
+    """
+
+    device: int
+    count: int
+    seconds: float
+
+
+class _Direction:
+    """One copy stream, and its figures."""
+
+    def __init__(self, device: torch.device, direction: str) -> None:
+        self.stream = _new_stream(device.index)
+        self.times = TimedStream(device, f"copies {direction}")
+        self._direction = direction
+        self._device = device
+        self._lock = threading.RLock()
+        self._copies = 0  # Guarded by the lock, as are the bytes.
+        self._bytes = 0
+
+    @contextmanager
+    def copying(self, label: _core.TraceLabel, size_bytes: int, flow_id: int) -> Iterator[None]:
+        with torch.cuda.stream(self.stream):
+            begun = self.times.begin(self.stream)
+            yield
+            self.times.end(begun, self.stream, label, size_bytes, flow_id)
+        with self._lock:
+            self._copies += 1
+            self._bytes += size_bytes
+
+    def stats(self) -> CopyStreamStats:
+        with self._lock:
+            copies, size_bytes = self._copies, self._bytes
+        return CopyStreamStats(
+            device=self._device.index,
+            direction=self._direction,
+            copies=copies,
+            bytes=size_bytes,
+            timed=self.times.stats(),
+        )
+
+    def start_again(self) -> None:
+        self._lock = threading.RLock()
+        self._copies = self._bytes = 0
+        self.times.forget()
+
+
 class CopyStreams:
     """Streams of one device: ``copy_in`` host to device, ``copy_out`` device to host."""
 
-    copy_in: torch.cuda.Stream
-    copy_out: torch.cuda.Stream
+    def __init__(self, index: int) -> None:
+        device = torch.device("cuda", index)
+        self._index = index
+        self._in = _Direction(device, "in")
+        self._out = _Direction(device, "out")
+        self._waits = TimedStream(device, "compute waits", ignores_short=True)
+
+    @property
+    def copy_in(self) -> torch.cuda.Stream:
+        """Host to device."""
+        return self._in.stream
+
+    @property
+    def copy_out(self) -> torch.cuda.Stream:
+        """Device to host."""
+        return self._out.stream
+
+    def copying_in(self, what: _core.TraceLabel, size_bytes: int) -> AbstractContextManager[None]:
+        """Have what is called within run on ``copy_in``, counted as one copy of ``what``."""
+        return self._in.copying(what, size_bytes, 0)
+
+    def copying_out(
+        self, what: _core.TraceLabel, size_bytes: int, flow_id: int = 0
+    ) -> AbstractContextManager[None]:
+        """Have what is called within run on ``copy_out``, counted as one copy of ``what``.
+
+        ``flow_id`` is the number of an arrow that leads from it to something else in a trace.
+        """
+        return self._out.copying(what, size_bytes, flow_id)
+
+    def wait(
+        self, compute: torch.cuda.Stream, event: torch.cuda.Event, cause: _core.TraceLabel
+    ) -> None:
+        """Have ``compute`` wait for ``event``; while somebody traces, how long is measured."""
+        begun = self._waits.begin(compute)
+        compute.wait_event(event)
+        self._waits.end(begun, compute, cause)
+
+    def collect(self, *, waits: bool = False) -> None:
+        """Record the times of what is over; with ``waits``, after waiting for all of it."""
+        for times in (self._in.times, self._out.times, self._waits):
+            times.collect(waits=waits)
+
+    def stats(self) -> tuple[CopyStreamStats, CopyStreamStats]:
+        """Figures of this moment."""
+        return self._in.stats(), self._out.stats()
+
+    def compute_waits(self) -> ComputeWaitStats:
+        """Figures of this moment."""
+        waits = self._waits.stats()
+        return ComputeWaitStats(device=self._index, count=waits.count, seconds=waits.busy_s)
+
+    def start_again(self) -> None:
+        """In a forked child."""
+        self._in.start_again()
+        self._out.start_again()
+        self._waits.forget()
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _streams: dict[int, CopyStreams] = {}
 
 
@@ -31,9 +176,14 @@ def copy_streams(device: torch.device) -> CopyStreams:
     with _lock:
         streams = _streams.get(index)
         if streams is None:
-            streams = CopyStreams(copy_in=_new_stream(index), copy_out=_new_stream(index))
-            _streams[index] = streams
+            streams = _streams[index] = CopyStreams(index)
         return streams
+
+
+def all_copy_streams() -> list[CopyStreams]:
+    """Those that were made so far, by device."""
+    with _lock:
+        return [streams for _, streams in sorted(_streams.items())]
 
 
 def new_event() -> torch.cuda.Event:
@@ -43,3 +193,13 @@ def new_event() -> torch.cuda.Event:
 
 def _new_stream(index: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
+def _start_again() -> None:
+    global _lock
+    _lock = threading.RLock()
+    for streams in _streams.values():
+        streams.start_again()
+
+
+os.register_at_fork(after_in_child=_start_again)

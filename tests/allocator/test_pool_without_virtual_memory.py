@@ -21,6 +21,7 @@ GROUPS = {
         "tags",
         "settings",
         "arenas",
+        "trace",
     ],
     "waiting": ["reclaim", "threads", "python", "c_api", "upstream", "watermarks", "sharing"],
     "model": ["model"],

@@ -199,6 +199,14 @@ def run(
         Path | None,
         typer.Option(help="Write what it allocates on device 0, for replay.", metavar="FILE.csv"),
     ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Write when bytes moved and who waited, for Perfetto; %p in the name is the "
+            "process, and then those that it starts write, too.",
+            metavar="FILE.json",
+        ),
+    ] = None,
 ) -> None:
     """Run an unmodified script or module with Spillover's allocator in place of PyTorch's own.
 
@@ -214,4 +222,4 @@ def run(
                 f"--limit {limit!r} is more than a size; give other settings by --set KEY=VALUE"
             )
         settings.append(f"limit={limit}")
-    _run.replace_process([script, *(arguments or [])], settings, record_trace)
+    _run.replace_process([script, *(arguments or [])], settings, record_trace, trace)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from spillover import _core
-from spillover._children import RUN_TRACE_VARIABLE, RUN_VARIABLE, with_site
+from spillover._children import (
+    RUN_TRACE_VARIABLE,
+    RUN_VARIABLE,
+    TRACE_OWNER_VARIABLE,
+    TRACE_VARIABLE,
+    with_site,
+)
 from spillover._errors import ConfigError
 from spillover._settings import enabled
 from spillover.cli._places import require_file_place
@@ -18,7 +24,10 @@ _SETTINGS_VARIABLE = "SPILLOVER_ALLOCATOR"
 
 
 def replace_process(
-    program: Sequence[str], settings: Sequence[str], record_trace: Path | None
+    program: Sequence[str],
+    settings: Sequence[str],
+    record_trace: Path | None,
+    trace: str | None,
 ) -> NoReturn:
     """Become ``python`` with the program: its exceptions, signals and exit code are then its own.
 
@@ -33,6 +42,8 @@ def replace_process(
         Settings of the pool as ``key=value``; they come before those of the environment.
     record_trace
         Where to write what the program itself allocates on device 0.
+    trace
+        Where to write a trace of the whole run.
 
     Raises
     ------
@@ -48,6 +59,10 @@ def replace_process(
     if record_trace is not None:
         require_file_place(record_trace)
         environment[RUN_TRACE_VARIABLE] = str(record_trace.absolute())
+    if trace is not None:
+        require_file_place(Path(trace))
+        environment[TRACE_VARIABLE] = str(Path(trace).absolute())
+        environment.pop(TRACE_OWNER_VARIABLE, None)
     # Before the program begins, not when it imports torch after an hour.
     if enabled():
         _core.check_settings(environment.get(_SETTINGS_VARIABLE, ""), _SETTINGS_VARIABLE)
@@ -64,7 +79,7 @@ def _require_program(program: Sequence[str]) -> None:
     elif first.startswith("-") and first != "-":
         raise ConfigError(
             f"there is no option {first!r}; before the script there may be --limit, --set, "
-            "--record-trace, and -m MODULE in its place"
+            "--record-trace, --trace, and -m MODULE in its place"
         )
     elif first != "-" and not Path(first).exists():
         raise ConfigError(f"there is no script {first!r}")

@@ -7,6 +7,7 @@ One engine belongs to one ``offload_activations`` object and lives as long as sa
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -16,8 +17,17 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spillover._core import DiskStore, HostPool
+from spillover._core import (
+    DiskStore,
+    HostPool,
+    TraceLabel,
+    next_trace_flow,
+    set_trace_flow,
+    trace_is_on,
+)
 from spillover._errors import HostOutOfMemory
+from spillover._stalls import Stall
+from spillover._streams import copy_streams
 from spillover.hooks import _reclaim
 from spillover.hooks._activation_order import BackwardOrder
 from spillover.hooks._backward_end import queue_backward_end
@@ -41,6 +51,12 @@ _NO_GRAPH_TASK = -1
 _PREFETCH_BYTES = 128 << 20
 _INFLIGHT_BYTES = 256 << 20
 _DEVICE_SHARE = 16
+
+_COPIES_OUT = Stall("activations", "copies out (inflight=)")
+_WRITES = Stall("activations", "writes to disk (inflight=)")
+_HOST_MEMORY = Stall("activations", "pinned memory to be free")
+_READS = Stall("activations", "reads from disk")
+_COMPUTE_WAITS = TraceLabel("activations: reload", "stall")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +207,21 @@ class ActivationEngine:
         )
         source = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         source.set_(storage, extent.start, (extent.size_bytes,), (1,))
-        transfers.send(copy, source, block)
+        # An arrow in the trace, from the copy out to the write on disk.
+        traced = self._store is not None and trace_is_on()
+        flow_id = next_trace_flow() if traced else 0
+        transfers.send(copy, source, block, flow_id)
         self._copies.setdefault(storage._cdata, []).append(weakref.ref(copy))
         if self._store is None:
             self.counters.host_bytes += extent.size_bytes
             return copy
-        payload, ticket = self._store.write(block.buffer, after=copy.left)
+        if flow_id:
+            set_trace_flow(flow_id)
+        try:
+            payload, ticket = self._store.write(block.buffer, after=copy.left)
+        finally:
+            if flow_id:
+                set_trace_flow(0)
         transfers.track_write(copy, ticket, block, payload, self._errors)
         self.counters.disk_bytes += extent.size_bytes
         return copy
@@ -259,9 +284,9 @@ class ActivationEngine:
                     return
                 self.counters.waits += 1
             if event is not None:
-                event.synchronize()
+                _COPIES_OUT.wait(event.synchronize)
             elif ticket is not None:
-                wait_quietly(ticket)
+                _WRITES.wait(functools.partial(wait_quietly, ticket))
 
     def _allocate(self, size_bytes: int) -> HostBlock:
         """Pinned memory; where the budget is used up, copies and writes under way may free some."""
@@ -276,9 +301,9 @@ class ActivationEngine:
                         raise
                     self.counters.waits += 1
             if event is not None:
-                event.synchronize()
+                _HOST_MEMORY.wait(event.synchronize)
             elif ticket is not None:
-                wait_quietly(ticket)
+                _HOST_MEMORY.wait(functools.partial(wait_quietly, ticket))
             with lock:
                 transfers.collect()
 
@@ -354,7 +379,7 @@ class ActivationEngine:
                     break
             block = self._allocate(copy.extent.size_bytes)
         try:
-            ticket.wait()
+            _READS.wait(ticket.wait)
         except BaseException:
             with lock:
                 if copy.reading is not None and copy.reading[0] is ticket:
@@ -380,7 +405,7 @@ class ActivationEngine:
                 self._bring(copy, compute)
             assert copy.flat is not None
             assert copy.arrived is not None
-            compute.wait_event(copy.arrived)
+            copy_streams(copy.device).wait(compute, copy.arrived, _COMPUTE_WAITS)
             storage = copy.flat.untyped_storage()
             storage_offset -= copy.extent.start // view.dtype.itemsize
         tensor = torch.empty(0, dtype=view.dtype, device=copy.device)

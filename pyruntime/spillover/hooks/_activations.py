@@ -26,6 +26,7 @@ from spillover._core import DiskStore, HostPool
 from spillover._errors import ConfigError
 from spillover._pinned import host_pool
 from spillover._settings import enabled
+from spillover._sources import register
 from spillover._units import parse_bytes
 from spillover.hooks._activation_engine import ActivationEngine, EngineOptions, PoolSource
 from spillover.hooks._saved_transfers import finish_departures, lock, transfers
@@ -117,6 +118,8 @@ class OffloadedActivations(contextlib.ContextDecorator):
         self._engine = engine
         self._model = model
         self._entered = threading.local()
+        if engine is not None:
+            register("activations", self, _read_stats)
 
     @property
     def stats(self) -> ActivationStats:
@@ -161,6 +164,10 @@ class OffloadedActivations(contextlib.ContextDecorator):
         if error is None:
             with lock:
                 engine.raise_errors()
+
+
+def _read_stats(context: OffloadedActivations) -> ActivationStats:
+    return context.stats
 
 
 def offload_activations(

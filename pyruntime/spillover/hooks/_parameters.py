@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from spillover._errors import ConfigError, StateError
 from spillover._settings import enabled, logger
+from spillover._sources import register
 from spillover._units import format_bytes
 from spillover.hooks import _parameters_scaler
 from spillover.hooks._parameters_block import StreamedBlock, build_block
@@ -78,6 +79,8 @@ class StreamedParameters:
         self._streamer = streamer
         self._blocks_resident = resident
         self._undo: list[Callable[[], Any]] = []
+        if streamer is not None:
+            register("weights", self, _read_stats)
 
     @property
     def stats(self) -> StreamStats:
@@ -142,6 +145,10 @@ class StreamedParameters:
             # An interrupt may have left a forward that looks as if it were running.
             self._streamer.settle()
         self.remove()
+
+
+def _read_stats(handle: StreamedParameters) -> StreamStats:
+    return handle.stats
 
 
 class _Bound:

@@ -25,10 +25,16 @@ from collections.abc import Iterator
 
 import torch
 
+from spillover._core import TraceLabel
 from spillover._errors import StateError
+from spillover._stalls import Stall
 from spillover._streams import copy_streams
 from spillover.hooks import _reclaim
 from spillover.hooks._parameters_block import StreamedBlock
+
+_WEIGHTS = TraceLabel("weights: block", "copy")
+_COMPUTE_WAITS = TraceLabel("weights: block", "stall")
+_COPIES_IN = Stall("weights", "copies in to end")
 
 
 class DeviceCopies:
@@ -45,7 +51,7 @@ class DeviceCopies:
         self._ahead_max = ahead_max
         #: Held while a copy must stay; an allocation may be made under it.
         self.lock = threading.RLock()
-        self._copy_in = copy_streams(device).copy_in
+        self._streams = copy_streams(device)
         self._latest_copy: torch.cuda.Event | None = None
         self._by_address: dict[int, StreamedBlock] = {}
         self._clock = 0
@@ -93,7 +99,7 @@ class DeviceCopies:
         """Make the current stream wait for the copy, and the copy wait for it before it goes."""
         with self.lock:
             compute = torch.cuda.current_stream(self.device)
-            compute.wait_event(block.ready)
+            self._streams.wait(compute, block.ready, _COMPUTE_WAITS)
             if compute not in block.consumers:
                 block.consumers.append(compute)
             self._touch(block)
@@ -143,18 +149,19 @@ class DeviceCopies:
     def synchronize(self) -> None:
         """Block the host until no copy reads host weights."""
         if self._latest_copy is not None:  # Of copies that were given up since, too.
-            self._latest_copy.synchronize()
+            _COPIES_IN.wait(self._latest_copy.synchronize)
 
     def _fetch(self, block: StreamedBlock) -> None:
         self._make_room()
         compute = torch.cuda.current_stream(self.device)
         with torch.inference_mode(False), torch.no_grad():
             buffer = self._allocate(block.size_bytes)
-            self._copy_in.wait_stream(compute)
-            with torch.cuda.stream(self._copy_in):
+            copy_in = self._streams.copy_in
+            copy_in.wait_stream(compute)
+            with self._streams.copying_in(_WEIGHTS, block.size_bytes):
                 buffer.copy_(block.host, non_blocking=True)
-                block.ready.record(self._copy_in)
-                self._latest_copy = block.ready
+            block.ready.record(copy_in)
+            self._latest_copy = block.ready
         block.buffer = buffer
         block.home = compute
         block.versions = block.current_versions()

@@ -16,11 +16,16 @@ from dataclasses import dataclass
 
 import torch
 
+from spillover._core import TraceLabel
 from spillover._errors import StateError
 from spillover._pinned import empty_pinned
 from spillover._settings import logger
+from spillover._stalls import Stall
 from spillover._streams import copy_streams, new_event
 from spillover.hooks._parameters_block import StreamedBlock, StreamedWeight
+
+_GRADIENT = TraceLabel("weights: gradient", "copy")
+_COPIES_OUT = Stall("weights", "gradients to leave")
 
 
 @dataclass(eq=False)
@@ -40,7 +45,7 @@ class GradientQueue:
     def __init__(self, device: torch.device, inflight_bytes_max: int) -> None:
         self._device = device
         self._inflight_bytes_max = inflight_bytes_max
-        self._copy_out = copy_streams(device).copy_out
+        self._streams = copy_streams(device)
         self._leaving: deque[_Leaving] = deque()
         self._inflight_bytes = 0
         self._events: list[torch.cuda.Event] = []
@@ -74,10 +79,11 @@ class GradientQueue:
             ).copy_(source)
         target, staging = self._target(block, weight)
         copied = self._events.pop() if self._events else new_event()
-        self._copy_out.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._copy_out):
+        copy_out = self._streams.copy_out
+        copy_out.wait_stream(torch.cuda.current_stream(self._device))
+        with self._streams.copying_out(_GRADIENT, source.nbytes):
             target.copy_(source, non_blocking=True)
-            copied.record(self._copy_out)
+        copied.record(copy_out)
         weight.gradients_pending += 1
         self._inflight_bytes += source.nbytes
         self.copied_bytes += source.nbytes
@@ -97,7 +103,7 @@ class GradientQueue:
 
     def _deliver(self, item: _Leaving) -> None:
         """Wait for one copy and hand the gradient to the host Parameter."""
-        item.copied.synchronize()
+        _COPIES_OUT.wait(item.copied.synchronize)
         self._retire(item)
         parameter = item.weight.parameter
         with torch.no_grad():

@@ -18,6 +18,7 @@ disk: that could wait for another thread, which wants the lock.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 import weakref
@@ -26,13 +27,19 @@ from dataclasses import dataclass
 
 import torch
 
-from spillover._core import DiskPayload, Ticket
+from spillover._core import DiskPayload, Ticket, TraceLabel
 from spillover._settings import logger
+from spillover._stalls import Stall
 from spillover._streams import copy_streams, new_event
 from spillover.hooks._saved_storage import HostBlock, SavedCopy
 
 #: Reentrant, since Python's collector may run a destructor on a thread that holds it.
 lock = threading.RLock()
+
+_DEPARTURE = TraceLabel("activations: saved tensor", "copy")
+_ARRIVAL = TraceLabel("activations: reload", "copy")
+_DEPARTURES = Stall("activations", "device memory to be given up")
+_SETTLE = Stall("activations", "copies and writes to end")
 
 
 @dataclass(eq=False, slots=True)
@@ -87,13 +94,18 @@ class Transfers:
             queues = self._devices[device] = _DeviceQueues(deque(), deque())
         return queues
 
-    def send(self, copy: SavedCopy, source: torch.Tensor, block: HostBlock) -> None:
-        """Start the copy of ``source``, which was produced on the copy's home stream."""
-        stream = copy_streams(copy.device).copy_out
-        stream.wait_event(copy.produced)
-        with torch.cuda.stream(stream):
+    def send(
+        self, copy: SavedCopy, source: torch.Tensor, block: HostBlock, flow_id: int = 0
+    ) -> None:
+        """Start the copy of ``source``, which was produced on the copy's home stream.
+
+        ``flow_id`` numbers the arrow that leads on from it in a trace, 0 for none.
+        """
+        streams = copy_streams(copy.device)
+        streams.copy_out.wait_event(copy.produced)
+        with streams.copying_out(_DEPARTURE, source.nbytes, flow_id):
             block.tensor.copy_(source, non_blocking=True)
-        copy.left.record(stream)
+        copy.left.record(streams.copy_out)
         copy.source = source
         copy.block = block
         self._queues(copy.device).departures.append(
@@ -105,13 +117,13 @@ class Transfers:
         self, copy: SavedCopy, block: HostBlock, flat: torch.Tensor, compute: torch.cuda.Stream
     ) -> None:
         """Start the copy of ``block`` to ``flat``, just allocated on ``compute``."""
-        stream = copy_streams(copy.device).copy_in
-        stream.wait_stream(compute)
-        stream.wait_event(copy.left)
-        with torch.cuda.stream(stream):
+        streams = copy_streams(copy.device)
+        streams.copy_in.wait_stream(compute)
+        streams.copy_in.wait_event(copy.left)
+        with streams.copying_in(_ARRIVAL, flat.nbytes):
             flat.copy_(block.tensor, non_blocking=True)
         arrived = new_event()
-        arrived.record(stream)
+        arrived.record(streams.copy_in)
         copy.flat, copy.flat_home, copy.arrived = flat, compute, arrived
         self._queues(copy.device).arrivals.append(_Arrival(arrived, block))
 
@@ -212,7 +224,7 @@ def finish_departures() -> None:
     with lock:
         events = transfers.newest_departures() if os.getpid() == _owner else []
     for event in events:
-        event.synchronize()
+        _DEPARTURES.wait(event.synchronize)
     with lock:
         transfers.collect()
 
@@ -226,9 +238,9 @@ def settle() -> None:
             event = transfers.oldest_departure() or transfers.oldest_arrival()
             ticket = transfers.oldest_write() if event is None else None
         if event is not None:
-            event.synchronize()
+            _SETTLE.wait(event.synchronize)
         elif ticket is not None:
-            wait_quietly(ticket)
+            _SETTLE.wait(functools.partial(wait_quietly, ticket))
         else:
             return
 

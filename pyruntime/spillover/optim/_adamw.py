@@ -28,12 +28,17 @@ from spillover._errors import ConfigError
 from spillover._layout import dense_stride, flat_view
 from spillover._pinned import empty_pinned
 from spillover._settings import enabled
+from spillover._stalls import Stall, Timed
 from spillover.optim._adamw_work import Work, batches, check_parameter, is_plain, update
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
 
 # Elements of a low-precision host weight that are updated at a time: their float32 gradients are a
 # temporary that should not grow with the weight.
 _SCRATCH_ELEMENTS_MAX = 4 << 20
+
+_STEP = Timed("optimizer", "step")
+_ARRIVAL = Stall("optimizer", "gradients to arrive")
+_OTHER_STEP = Stall("optimizer", "another optimizer's step")
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,20 +196,26 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _STEP.call(self._step)
+        return loss
+
+    def _step(self) -> None:
         groups = [
             [work for parameter in group["params"] for work in self._prepare(parameter, group)]
             for group in self.param_groups
         ]
         steps = [work.state["step"] for works in groups for work in works]
         if not steps:
-            return loss
+            return
         by_device = _by_device(groups)
         with contextlib.ExitStack() as held:
             # All memory is there before anything changes, so that a step that fails for want of
             # it can be repeated. Every step takes the locks in one order.
             for device in sorted(by_device, key=str):
                 staging = staging_of(device)
-                held.enter_context(staging.lock)
+                if not staging.lock.acquire(blocking=False):
+                    _OTHER_STEP.wait(staging.lock.acquire)
+                held.callback(staging.lock.release)
                 staging.reserve(_wanted_bytes(by_device[device]))
             torch._foreach_add_(steps, 1)
             for device, device_groups in by_device.items():
@@ -216,7 +227,6 @@ class AdamW(torch.optim.Optimizer):
             for work in works:
                 if "master" in work.state:
                     self._versions[work.parameter] = _identity(work.parameter)
-        return loss
 
     # ---- state ---------------------------------------------------------------------------------
 
@@ -322,7 +332,7 @@ class AdamW(torch.optim.Optimizer):
             self._update_batch(staging, *waiting)
 
     def _update_batch(self, staging: Staging, slot: Slot, batch: list[tuple[Work, Piece]]) -> None:
-        slot.arrived.synchronize()
+        _ARRIVAL.wait(slot.arrived.synchronize)
         weights = []
         gradients = []
         targets = []

@@ -11,7 +11,10 @@ import torch
 from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
+from spillover._stalls import Timed
 from spillover.optim._staging import Piece, cut, end_of
+
+_UPDATE = Timed("optimizer", "update")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,6 +40,15 @@ def update(
     gradients: list[torch.Tensor],
 ) -> None:
     """One AdamW step of flat float32 ``weights``, in place, with torch's fused CPU kernel."""
+    _UPDATE.call(lambda: _update(group, ranges, weights, gradients))
+
+
+def _update(
+    group: dict[str, Any],
+    ranges: list[tuple[Work, int, int]],
+    weights: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+) -> None:
     amsgrad = bool(group["amsgrad"])
     # Weights and moments are read and written, gradients read.
     passes = 9 if amsgrad else 7

@@ -22,13 +22,19 @@ from dataclasses import dataclass
 
 import torch
 
+from spillover._core import TraceLabel
 from spillover._pinned import empty_pinned
+from spillover._stalls import Stall
 from spillover._streams import CopyStreams, copy_streams, new_event
 
 # Pinned bytes of one slot. Large enough that a copy reaches the link's speed, small enough that two
 # of them do not count beside the state of a model that needs them.
 _SLOT_BYTES_MAX = 32 << 20
 _ALIGNMENT = 64
+
+_GRADIENTS = TraceLabel("optimizer: gradients", "copy")
+_WEIGHTS = TraceLabel("optimizer: new weights", "copy")
+_DRAIN = Stall("optimizer", "staging to be free")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +91,8 @@ class Staging:
     def drain(self) -> None:
         """Block the host until no copy reads or writes the slots, also after an aborted step."""
         for slot in self._slots:
-            slot.arrived.synchronize()
-            slot.left.synchronize()
+            _DRAIN.wait(slot.arrived.synchronize)
+            _DRAIN.wait(slot.left.synchronize)
 
     @property
     def slot_bytes(self) -> int:
@@ -101,24 +107,23 @@ class Staging:
     def start_arrival(self, slot: Slot, batch: list[Piece]) -> None:
         """Copy the gradients (and weights) of ``batch`` to the slot, asynchronously."""
         copy_out = self.streams.copy_out
-        with torch.cuda.stream(copy_out):
-            copy_out.wait_event(slot.left)
+        copy_out.wait_event(slot.left)
+        with self.streams.copying_out(_GRADIENTS, arrival_bytes(batch)):
             for piece in batch:
                 gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
                 gradient.copy_(piece.gradient, non_blocking=True)
                 if piece.reads_weight:
                     weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
                     weight.copy_(piece.weight, non_blocking=True)
-            slot.arrived.record(copy_out)
+        slot.arrived.record(copy_out)
 
     def start_departure(self, slot: Slot, batch: list[Piece]) -> None:
         """Copy the new weights of ``batch`` from the slot to the device, asynchronously."""
-        copy_in = self.streams.copy_in
-        with torch.cuda.stream(copy_in):
+        with self.streams.copying_in(_WEIGHTS, sum(piece.weight.nbytes for piece in batch)):
             for piece in batch:
                 weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
                 piece.weight.copy_(weight, non_blocking=True)
-            slot.left.record(copy_in)
+        slot.left.record(self.streams.copy_in)
 
 
 _stagings_lock = threading.Lock()
@@ -164,6 +169,14 @@ def cut(
         reads_weight=reads_weight,
         gradient_offset=gradient_offset,
         weight_offset=weight_offset,
+    )
+
+
+def arrival_bytes(batch: list[Piece]) -> int:
+    """What comes to the host of ``batch``."""
+    return sum(
+        piece.gradient.nbytes + (piece.weight.nbytes if piece.reads_weight else 0)
+        for piece in batch
     )
 
 
