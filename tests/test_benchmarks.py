@@ -32,6 +32,13 @@ EXPECTED = {
         "simulated_slowdown.h100-pcie.save_on_cpu",
         "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
+    "crash": {
+        "kill_points_survived",
+        "kill_points_tried",
+        "crash_points_survived",
+        "crash_points_tried",
+        "crash_points_lost_without_syncs",
+    },
     "disk": {
         "write_gb_s.ours_threads",
         "write_gb_s.raw",

@@ -117,6 +117,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._copy_times",
         "spillover._core",
         "spillover._disk",
+        "spillover._durable",
         "spillover._errors",
         "spillover._first_use",
         "spillover._host",

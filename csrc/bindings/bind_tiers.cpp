@@ -1,8 +1,4 @@
 // Python's view of the disk tier: DiskStore, DiskPayload, Ticket.
-//
-// Note [Memory of a pending request]. The I/O threads know nothing of Python, so a Ticket holds the
-// buffer of its request and, when it is dropped early, waits for the request without the GIL before
-// it lets the buffer go.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -15,121 +11,14 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/disk_requests.hpp"
 #include "bindings/living.hpp"
-#include "driver/event.hpp"
 #include "tiers/disk_store.hpp"
 
 namespace py = pybind11;
 
 namespace spillover {
 namespace {
-
-// Every method is called with the GIL held.
-class PythonTicket {
- public:
-  // Made before the request starts: what follows the start must not fail, as the I/O threads have
-  // the memory by then.
-  PythonTicket(py::buffer_info&& memory, py::object gate_event)
-      : memory_(std::make_unique<py::buffer_info>(std::move(memory))),
-        gate_event_(std::move(gate_event)) {}
-  PythonTicket(const PythonTicket&) = delete;
-  PythonTicket& operator=(const PythonTicket&) = delete;
-
-  void* address() const { return memory_->ptr; }
-  void started(std::shared_ptr<Ticket> ticket) noexcept { ticket_ = std::move(ticket); }
-
-  ~PythonTicket() {
-    if (ticket_ == nullptr) return;  // The request did not start.
-    const GilRelease released;
-    ticket_->wait_quietly();
-  }
-
-  bool is_done() {
-    const bool done = ticket_->is_done();
-    if (done) let_go();
-    return done;
-  }
-
-  void wait() {
-    {
-      const GilRelease released;
-      ticket_->wait_quietly();
-    }
-    let_go();
-    ticket_->wait();
-  }
-
- private:
-  void let_go() {
-    memory_.reset();
-    gate_event_ = py::none();
-  }
-
-  std::shared_ptr<Ticket> ticket_;
-  std::unique_ptr<py::buffer_info> memory_;
-  py::object gate_event_;
-};
-
-py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable);
-size_t size_of(const py::buffer_info& info);
-
-// Memory that a store's engines have prepared; holds both until it is removed. Every method is
-// called with the GIL held.
-class MemoryRegistration {
- public:
-  MemoryRegistration(py::object store, const py::buffer& buffer)
-      : store_(std::move(store)),
-        memory_(std::make_unique<py::buffer_info>(contiguous_memory(buffer, true))) {
-    auto& store_of_it = store_.cast<DiskStore&>();
-    const size_t size_bytes = size_of(*memory_);
-    const GilRelease released;
-    registered_bytes_ = store_of_it.register_memory(memory_->ptr, size_bytes);
-  }
-  MemoryRegistration(const MemoryRegistration&) = delete;
-  MemoryRegistration& operator=(const MemoryRegistration&) = delete;
-  ~MemoryRegistration() { remove(); }
-
-  size_t registered_bytes() const { return registered_bytes_; }
-
-  void remove() {
-    if (memory_ == nullptr) return;
-    const std::unique_ptr<py::buffer_info> memory = std::move(memory_);
-    auto& store = store_.cast<DiskStore&>();
-    registered_bytes_ = 0;
-    const GilRelease released;
-    store.unregister_memory(memory->ptr);
-  }
-
- private:
-  py::object store_;
-  std::unique_ptr<py::buffer_info> memory_;
-  size_t registered_bytes_ = 0;
-};
-
-py::buffer_info contiguous_memory(const py::buffer& buffer, bool writable) {
-  py::buffer_info info = buffer.request(writable);
-  py::ssize_t stride = info.itemsize;
-  for (py::ssize_t axis = info.ndim - 1; axis >= 0; --axis) {
-    const auto index = static_cast<size_t>(axis);
-    if (info.shape[index] != 1 && info.strides[index] != stride) {
-      throw ConfigError("only contiguous buffers can be read and written");
-    }
-    stride *= info.shape[index];
-  }
-  return info;
-}
-
-size_t size_of(const py::buffer_info& info) {
-  return static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
-}
-
-// event is a torch.cuda.Event or None. The ticket holds it, so it outlives the gate.
-WriteGate gate_for(const py::object& event) {
-  if (event.is_none()) return nullptr;
-  const auto handle = event.attr("cuda_event").cast<uintptr_t>();
-  const int device = event.attr("device").attr("index").cast<int>();
-  return [handle, device] { synchronize_event(device, reinterpret_cast<EventHandle>(handle)); };
-}
 
 py::tuple write(DiskStore& store, const py::buffer& buffer, py::object after) {
   py::buffer_info info = contiguous_memory(buffer, false);
@@ -160,11 +49,6 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
   return ticket;
 }
 
-DiskEngineKind engine_named(const std::string& name) {
-  if (name == "auto") return DiskEngineKind::kAuto;
-  if (name == "io_uring") return DiskEngineKind::kIoUring;
-  if (name == "threads") return DiskEngineKind::kThreads;
-  throw ConfigError("engine='" + name + "' is not known; choose auto, io_uring or threads");
 }
 
 std::shared_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
@@ -225,11 +109,7 @@ void register_disk_store(py::module_& module) {
       .def_readonly("file_bytes", &DiskStats::file_bytes)
       .def_readonly("pending_extents", &DiskStats::pending_extents)
       .def_readonly("is_direct", &DiskStats::is_direct)
-      .def_property_readonly("engine",
-                             [](const DiskStats& stats) {
-                               return stats.engine == DiskEngineKind::kIoUring ? "io_uring"
-                                                                               : "threads";
-                             })
+      .def_property_readonly("engine", [](const DiskStats& stats) { return name_of(stats.engine); })
       .def_readonly("engine_notes", &DiskStats::engine_notes)
       .def_readonly("folders", &DiskStats::folders)
       .def_readonly("waits", &DiskStats::waits);
@@ -269,7 +149,7 @@ void register_disk_store(py::module_& module) {
       .def(
           "register",
           [](py::object store, const py::buffer& buffer) {
-            return std::make_unique<MemoryRegistration>(std::move(store), buffer);
+            return MemoryRegistration::make<DiskStore>(std::move(store), buffer);
           },
           py::arg("buffer"))
       .def("close", &DiskStore::close, ReleaseGil())

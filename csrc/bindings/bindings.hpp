@@ -20,7 +20,9 @@ void register_host_pool(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_transfer(pybind11::module_& module);
 void register_gpu_direct(pybind11::module_& module);
+void register_durable_store(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);
+void register_simulated_disk(pybind11::module_& module);
 
 // Calls what runs Python code or wants the GIL, from below frames that must not be unwound. Once
 // the program is over, the interpreter ends a daemon thread that wants the GIL by unwinding its

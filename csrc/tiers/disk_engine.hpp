@@ -23,9 +23,9 @@ class DiskPayload;
 struct DiskPiece {
   TransferDirection direction;
   Extent extent;
-  std::byte* data;  // Only read from in a write.
-  std::shared_ptr<DiskPayload> payload;
-  size_t index;  // Of the payload's extent.
+  std::byte* data;                       // Only read from in a write.
+  std::shared_ptr<DiskPayload> payload;  // Of a scratch store; others need none.
+  size_t index;                          // Of the payload's extent, or of the store's.
   std::shared_ptr<Ticket> ticket;
   WorkId work = 0;  // What the virtual clock calls it.
   ExtentNotes notes{};
@@ -34,6 +34,9 @@ struct DiskPiece {
 // The store, as its engines see it. Thread-safe.
 class DiskPieceOwner {
  public:
+  // The piece goes to its folder's engine now: its gate, if it had one, is open.
+  virtual void start(const DiskPiece& /*piece*/) noexcept {}
+
   // The engine is done with the piece and its memory; error is null where all went well.
   virtual void finish(DiskPiece& piece, std::exception_ptr error) noexcept = 0;
 

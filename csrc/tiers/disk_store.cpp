@@ -83,11 +83,11 @@ std::shared_ptr<Ticket> DiskStore::read(std::shared_ptr<DiskPayload> payload, vo
 size_t DiskStore::register_memory(void* address, size_t size_bytes) {
   if (address == nullptr || size_bytes == 0) throw ConfigError("there is no memory to register");
   core_->check_open();
-  return core_->register_memory(static_cast<std::byte*>(address), size_bytes);
+  return core_->engines().register_memory(static_cast<std::byte*>(address), size_bytes);
 }
 
 void DiskStore::unregister_memory(void* address) noexcept {
-  core_->unregister_memory(static_cast<std::byte*>(address));
+  core_->engines().unregister_memory(static_cast<std::byte*>(address));
 }
 
 void DiskStore::close() {

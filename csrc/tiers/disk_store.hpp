@@ -21,6 +21,7 @@
 
 #include "tiers/extent_io.hpp"
 #include "tiers/folder_counters.hpp"
+#include "tiers/scratch_file.hpp"
 #include "tiers/ticket.hpp"
 
 namespace spillover {

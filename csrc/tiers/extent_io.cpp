@@ -47,20 +47,20 @@ uint32_t timed_crc32c(const std::byte* data, size_t size_bytes, ExtentNotes& not
   return sum;
 }
 
-void check_sum(const ScratchFile& file, const Extent& extent, uint32_t crc32c) {
+void check_sum(const BlockFile& file, const Extent& extent, uint32_t crc32c) {
   if (crc32c == extent.crc32c) return;
   std::array<char, 64> sums{};
   std::snprintf(sums.data(), sums.size(), "CRC32C is %08x and was %08x", crc32c, extent.crc32c);
   throw CorruptDataError(format_bytes(extent.size_bytes) + " at offset " +
-                             std::to_string(extent.offset) + " of the scratch file in " +
-                             file.folder() + " changed on the disk: " + sums.data() +
+                             std::to_string(extent.offset) + " of " + file.name() +
+                             " changed on the disk: " + sums.data() +
                              ". Check that device; the run cannot go on with this data",
                          file.folder(), EIO);
 }
 
 ExtentIo::ExtentIo() : bounce_(allocate_blocks(kBounceBytes)) {}
 
-uint32_t ExtentIo::write(const ScratchFile& file, const Extent& extent, std::byte* data,
+uint32_t ExtentIo::write(const BlockFile& file, const Extent& extent, std::byte* data,
                          ExtentNotes& notes) {
   annotate_host_access("disk write", data, extent.size_bytes, HostAccess::kRead);
   const uint32_t crc = timed_crc32c(data, extent.size_bytes, notes);
@@ -80,7 +80,7 @@ uint32_t ExtentIo::write(const ScratchFile& file, const Extent& extent, std::byt
   return crc;
 }
 
-void ExtentIo::read(const ScratchFile& file, const Extent& extent, std::byte* data,
+void ExtentIo::read(const BlockFile& file, const Extent& extent, std::byte* data,
                     ExtentNotes& notes) {
   annotate_host_access("disk read", data, extent.size_bytes, HostAccess::kWrite);
   size_t done = direct_bytes(data, extent.size_bytes);

@@ -1,4 +1,4 @@
-// Moves one extent between host memory of any alignment and a scratch file, with its checksum.
+// Moves one extent between host memory of any alignment and a file, with its checksum.
 //
 // An ExtentIo belongs to one I/O thread. Blocks. Memory that is not aligned to the disk's block,
 // and the last part of a block, go through a bounce buffer.
@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <memory>
 
+#include "tiers/block_file.hpp"
 #include "tiers/extent_space.hpp"
 #include "tiers/folder_counters.hpp"
-#include "tiers/scratch_file.hpp"
 
 namespace spillover {
 
@@ -28,7 +28,7 @@ size_t direct_bytes(const std::byte* data, size_t size_bytes);
 uint32_t timed_crc32c(const std::byte* data, size_t size_bytes, ExtentNotes& notes);
 
 // Throws CorruptDataError unless crc32c is the extent's.
-void check_sum(const ScratchFile& file, const Extent& extent, uint32_t crc32c);
+void check_sum(const BlockFile& file, const Extent& extent, uint32_t crc32c);
 
 struct FreeMemory {
   void operator()(std::byte* pointer) const noexcept;
@@ -42,13 +42,12 @@ class ExtentIo {
  public:
   ExtentIo();
 
-  // Throws what ScratchFile throws. Returns the checksum of data, which is only read from.
-  uint32_t write(const ScratchFile& file, const Extent& extent, std::byte* data,
-                 ExtentNotes& notes);
+  // Throws what BlockFile throws. Returns the checksum of data, which is only read from.
+  uint32_t write(const BlockFile& file, const Extent& extent, std::byte* data, ExtentNotes& notes);
 
-  // Throws what ScratchFile throws, and CorruptDataError when the checksum differs; data then holds
+  // Throws what BlockFile throws, and CorruptDataError when the checksum differs; data then holds
   // the corrupt bytes.
-  void read(const ScratchFile& file, const Extent& extent, std::byte* data, ExtentNotes& notes);
+  void read(const BlockFile& file, const Extent& extent, std::byte* data, ExtentNotes& notes);
 
  private:
   BlockMemory bounce_;

@@ -46,8 +46,16 @@ int FileOperations::list(int folder, std::vector<std::string>& names) {
   }
 }
 
+int FileOperations::rename(int folder, const char* name, const char* new_name) {
+  return renameat(folder, name, folder, new_name);
+}
+
 int FileOperations::lock(int file) {
   return flock(file, LOCK_EX | LOCK_NB);
+}
+
+int FileOperations::unlock(int file) {
+  return flock(file, LOCK_UN);
 }
 
 int FileOperations::allocate(int file, uint64_t offset, uint64_t size_bytes) {
@@ -59,14 +67,19 @@ int FileOperations::truncate(int file, uint64_t size_bytes) {
   return ftruncate(file, static_cast<off_t>(size_bytes));
 }
 
+int FileOperations::sync(int file, SyncKind kind) {
+  return kind == SyncKind::kData ? fdatasync(file) : fsync(file);
+}
+
 std::unique_ptr<TransferPlan> FileOperations::plan(int /*file*/, TransferDirection /*direction*/,
-                                                   std::byte* /*data*/, size_t /*size_bytes*/) {
+                                                   std::byte* /*data*/, size_t /*size_bytes*/,
+                                                   uint64_t /*offset*/) {
   return nullptr;
 }
 
 ssize_t FileOperations::transfer(int file, TransferDirection direction, std::byte* data,
                                  size_t size_bytes, uint64_t offset) {
-  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes);
+  const std::unique_ptr<TransferPlan> planned = plan(file, direction, data, size_bytes, offset);
   if (planned != nullptr) {
     std::this_thread::sleep_for(std::chrono::microseconds(planned->delay_us));
     if (planned->native_error != 0) return -planned->native_error;

@@ -39,6 +39,12 @@ class TransferPlan {
   size_t size_bytes;
 };
 
+// What a flush makes durable of a file.
+enum class SyncKind {
+  kData,  // Its contents, and of what is kept about it as much as reading them needs: its size.
+  kAll,   // Everything about it; of a folder, which names are in it.
+};
+
 // The base class is the system itself.
 class FileOperations {
  public:
@@ -52,17 +58,23 @@ class FileOperations {
   virtual int unlink(int folder, const char* name);
   // Appends the names in the folder.
   virtual int list(int folder, std::vector<std::string>& names);
-  // Takes the file's exclusive lock (flock) until it is closed, or fails at once.
+  // Replaces a file that has the new name.
+  virtual int rename(int folder, const char* name, const char* new_name);
+  // Takes the file's lock for this process alone, or fails with EWOULDBLOCK; of this process, too,
+  // a second opening of the file is refused. unlock() gives it back whoever has inherited the file.
   virtual int lock(int file);
+  virtual int unlock(int file);
   // Takes space for [offset, offset + size_bytes) of the file.
   virtual int allocate(int file, uint64_t offset, uint64_t size_bytes);
   // Gives back the space behind.
   virtual int truncate(int file, uint64_t size_bytes);
+  // Returns when what was done to the file before will outlast a loss of power.
+  virtual int sync(int file, SyncKind kind);
 
   // Asked once for each attempt of a transfer, whichever way it is made. Null: it goes ahead as it
   // is. data is only read from in a write.
   virtual std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
-                                             size_t size_bytes);
+                                             size_t size_bytes, uint64_t offset);
 
   // One attempt by the calling thread, as planned. Bytes moved, or an errno below zero.
   ssize_t transfer(int file, TransferDirection direction, std::byte* data, size_t size_bytes,

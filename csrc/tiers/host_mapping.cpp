@@ -4,8 +4,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -19,8 +21,6 @@
 
 namespace spillover {
 namespace {
-
-constexpr size_t kHugePageBytes = 2 * kMiB;
 
 constexpr TraceLabel kPin{"pin host memory", "host"};
 constexpr TraceLabel kUnpin{"unpin host memory", "host"};
@@ -43,6 +43,30 @@ class Timer {
   const int64_t begin_ns_;
 };
 
+constexpr int kProtection = PROT_READ | PROT_WRITE;
+constexpr int kFlags = MAP_SHARED | MAP_ANONYMOUS;
+
+// At a multiple of alignment, from its first byte: addresses are taken first, and the memory put
+// there, since a huge page's place in the memory and its address must agree.
+void* map_aligned(size_t size_bytes, size_t alignment) {
+  const size_t spare_bytes = alignment - host_page_bytes();
+  if (spare_bytes == 0) return mmap(nullptr, size_bytes, kProtection, kFlags, -1, 0);
+  constexpr int kReserve = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* const taken = mmap(nullptr, size_bytes + spare_bytes, PROT_NONE, kReserve, -1, 0);
+  if (taken == MAP_FAILED) return taken;
+  auto* const first = static_cast<std::byte*>(taken);
+  const size_t over = reinterpret_cast<uintptr_t>(first) % alignment;
+  std::byte* const begin = first + (over == 0 ? 0 : alignment - over);
+  const auto before_bytes = static_cast<size_t>(begin - first);
+  void* const mapped = mmap(begin, size_bytes, kProtection, kFlags | MAP_FIXED, -1, 0);
+  const int native_error = errno;
+  if (before_bytes > 0) munmap(first, before_bytes);
+  if (spare_bytes > before_bytes) munmap(begin + size_bytes, spare_bytes - before_bytes);
+  if (mapped == MAP_FAILED) munmap(begin, size_bytes);
+  errno = native_error;
+  return mapped;
+}
+
 }  // namespace
 
 PinStats pin_stats() {
@@ -63,14 +87,16 @@ size_t mapped_bytes_for(size_t size_bytes, HugePages huge_pages) {
 }
 
 HostMapping::HostMapping(size_t size_bytes, const HostMappingOptions& options,
-                         const std::function<void(std::byte*)>& before_pinning)
+                         const std::function<size_t(std::byte*)>& before_pinning)
     : size_bytes_(size_bytes) {
   SPILLOVER_CHECK(size_bytes > 0 && size_bytes % host_page_bytes() == 0,
                   "host mappings are whole pages");
   map_pages(options.huge_pages);
   try {
     if (options.numa_node) numa_note_ = prefer_numa_node(address_, size_bytes, *options.numa_node);
-    if (before_pinning) before_pinning(address_);
+    if (before_pinning) {
+      huge_page_bytes_ = std::max(huge_page_bytes_, before_pinning(address_));
+    }
     if (options.pinning == Pinning::kPageable) return;
     const TraceSpan span(kPin, size_bytes);
     const Timer timer(g_pin_ns);
@@ -84,22 +110,23 @@ HostMapping::HostMapping(size_t size_bytes, const HostMappingOptions& options,
 }
 
 void HostMapping::map_pages(HugePages huge_pages) {
-  constexpr int kProtection = PROT_READ | PROT_WRITE;
-  constexpr int kFlags = MAP_SHARED | MAP_ANONYMOUS;
   void* address = MAP_FAILED;
   if (huge_pages == HugePages::kReserved && size_bytes_ % kHugePageBytes == 0) {
     // The kernel sets the pages aside here, so that touching them cannot fail later.
     address = mmap(nullptr, size_bytes_, kProtection, kFlags | MAP_HUGETLB | MAP_HUGE_2MB, -1, 0);
-    is_huge_ = address != MAP_FAILED;
+    if (address != MAP_FAILED) huge_page_bytes_ = size_bytes_;
   }
-  if (!is_huge_) address = mmap(nullptr, size_bytes_, kProtection, kFlags, -1, 0);
+  if (huge_page_bytes_ == 0) {
+    const bool is_aligned = huge_pages != HugePages::kNever && size_bytes_ >= kHugePageBytes;
+    address = map_aligned(size_bytes_, is_aligned ? kHugePageBytes : host_page_bytes());
+  }
   if (address == MAP_FAILED) {
     throw HostOutOfMemoryError("the system refused to map " + format_bytes(size_bytes_) +
                                    " of host memory: " + std::strerror(errno),
                                size_bytes_);
   }
   address_ = static_cast<std::byte*>(address);
-  if (is_huge_) return;
+  if (huge_page_bytes_ > 0) return;
   // Huge pages make the device's address translation cheaper; without them everything still works.
   madvise(address, size_bytes_, huge_pages == HugePages::kNever ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
 }
@@ -120,14 +147,14 @@ HostMapping::~HostMapping() {
 HostMapping::HostMapping(HostMapping&& other) noexcept
     : address_(std::exchange(other.address_, nullptr)),
       size_bytes_(std::exchange(other.size_bytes_, 0)),
-      is_huge_(other.is_huge_),
+      huge_page_bytes_(other.huge_page_bytes_),
       numa_note_(std::move(other.numa_note_)),
       pinned_(std::move(other.pinned_)) {}
 
 HostMapping& HostMapping::operator=(HostMapping&& other) noexcept {
   std::swap(address_, other.address_);
   std::swap(size_bytes_, other.size_bytes_);
-  std::swap(is_huge_, other.is_huge_);
+  std::swap(huge_page_bytes_, other.huge_page_bytes_);
   std::swap(numa_note_, other.numa_note_);
   std::swap(pinned_, other.pinned_);
   return *this;

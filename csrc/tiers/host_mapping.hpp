@@ -38,9 +38,10 @@ struct HostMappingOptions {
 class HostMapping {
  public:
   // size_bytes must be a multiple of the page. before_pinning, if any, gets the memory to touch it
-  // in its own way; what it throws ends the attempt. Throws HostOutOfMemoryError or DriverError.
+  // in its own way, and gives the bytes that are on huge pages then; what it throws ends the
+  // attempt. Throws HostOutOfMemoryError or DriverError.
   HostMapping(size_t size_bytes, const HostMappingOptions& options,
-              const std::function<void(std::byte*)>& before_pinning = nullptr);
+              const std::function<size_t(std::byte*)>& before_pinning = nullptr);
   ~HostMapping();
   HostMapping(HostMapping&& other) noexcept;
   HostMapping& operator=(HostMapping&& other) noexcept;
@@ -49,8 +50,8 @@ class HostMapping {
 
   std::byte* address() const { return address_; }
   size_t size_bytes() const { return size_bytes_; }
-  // Whether its pages are huge ones that were set aside for that.
-  bool has_reserved_pages() const { return is_huge_; }
+  // On huge pages that were set aside, or that before_pinning told of.
+  size_t huge_page_bytes() const { return huge_page_bytes_; }
   // Why it does not prefer its node; empty where it does, or was not to.
   const std::string& numa_note() const { return numa_note_; }
 
@@ -59,12 +60,13 @@ class HostMapping {
 
   std::byte* address_ = nullptr;  // Null when moved from.
   size_t size_bytes_ = 0;
-  bool is_huge_ = false;
+  size_t huge_page_bytes_ = 0;
   std::string numa_note_;
   std::optional<PinnedRegion> pinned_;  // Goes before the mapping.
 };
 
 size_t host_page_bytes();
+inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 
 // What a mapping of so many bytes takes: whole pages, and whole huge ones where it will have those.
 // Round sizes up to this before making one.

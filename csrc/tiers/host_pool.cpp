@@ -206,7 +206,7 @@ HostMapping HostPool::map(size_t size_bytes, size_t requested_bytes) {
 }
 
 HostMapping HostPool::make_mapping(size_t size_bytes,
-                                   const std::function<void(std::byte*)>& touch) {
+                                   const std::function<size_t(std::byte*)>& touch) {
   HostMappingOptions options;
   options.pinning = options_.pinning;
   options.device = options_.device;
@@ -214,7 +214,7 @@ HostMapping HostPool::make_mapping(size_t size_bytes,
   options.numa_node = numa_node();
   HostMapping mapping(size_bytes, options, touch);
   const std::lock_guard lock(mutex_);
-  if (mapping.has_reserved_pages()) huge_page_bytes_ += size_bytes;
+  huge_page_bytes_ += mapping.huge_page_bytes();
   used_node_ = options.numa_node;
   numa_note_ = mapping.numa_note();
   return mapping;
@@ -243,13 +243,15 @@ void HostPool::reserve(size_t size_bytes, const std::function<void(size_t)>& pro
     std::unique_lock lock(mutex_);
     count_reserved(lock, total_bytes, size_bytes);
   }
+  const PageSize page_size =
+      options_.huge_pages == HugePages::kNever ? PageSize::kSmall : PageSize::kHugeWhereItCan;
   std::vector<HostMapping> regions;
   try {
     check_machine(total_bytes, size_bytes);
     for (size_t done_bytes = 0; done_bytes < total_bytes;) {
       const size_t region_bytes = std::min(total_bytes - done_bytes, kRegionBytesMax);
       regions.push_back(make_mapping(region_bytes, [&](std::byte* address) {
-        populate(address, region_bytes, [&](size_t region_done_bytes) {
+        return populate(address, region_bytes, page_size, [&](size_t region_done_bytes) {
           if (progress) progress(done_bytes + region_done_bytes);
         });
       }));
@@ -319,7 +321,7 @@ size_t HostPool::unmap(std::vector<HostMapping> victims) {
   size_t huge_bytes = 0;
   for (const HostMapping& victim : victims) {
     freed_bytes += victim.size_bytes();
-    if (victim.has_reserved_pages()) huge_bytes += victim.size_bytes();
+    huge_bytes += victim.huge_page_bytes();
   }
   victims.clear();
   const std::lock_guard lock(mutex_);

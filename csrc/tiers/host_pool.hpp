@@ -83,7 +83,7 @@ struct HostStats {
   size_t limit_bytes;
   size_t buffer_count;           // Live buffers.
   size_t ahead_bytes;            // Pinned by reserve() and in use by nobody.
-  size_t huge_page_bytes;        // On huge pages that were set aside for such use.
+  size_t huge_page_bytes;        // On huge pages that were set aside, or made by reserve().
   std::optional<int> numa_node;  // Which memory comes from, once there is any.
   std::string numa_note;         // Why it does not; empty where all is well.
 };
@@ -129,7 +129,7 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   HostBuffer take_slot(Slab& slab, size_t size_bytes);
   void release(std::byte* address, size_t size_bytes) noexcept;
   HostMapping map(size_t size_bytes, size_t requested_bytes);
-  HostMapping make_mapping(size_t size_bytes, const std::function<void(std::byte*)>& touch);
+  HostMapping make_mapping(size_t size_bytes, const std::function<size_t(std::byte*)>& touch);
   std::optional<int> numa_node();
   std::byte* carve(size_t size_bytes);
   void check_machine(size_t size_bytes, size_t requested_bytes);

@@ -20,8 +20,9 @@
 namespace spillover {
 namespace {
 
-constexpr std::array<std::string_view, 9> kOperations = {
-    "make_folder", "open", "unlink", "list", "lock", "allocate", "truncate", "read", "write"};
+constexpr std::array<std::string_view, 11> kOperations = {
+    "make_folder", "open",     "unlink", "list", "rename", "lock",
+    "allocate",    "truncate", "sync",   "read", "write"};
 
 // Short transfers end on a sector of the disk, which need not be a block of ours.
 constexpr size_t kSectorBytes = 512;
@@ -68,7 +69,7 @@ void check(const StorageFault& fault) {
                     (fault.kind == StorageFaultKind::kTorn ? is_write : is_transfer);
   if (!fits) throw ConfigError(fault.operation + " cannot have the fault " + describe(fault));
   if (!fault.folder.empty() && !is_transfer && fault.operation != "allocate" &&
-      fault.operation != "truncate") {
+      fault.operation != "truncate" && fault.operation != "sync" && fault.operation != "lock") {
     throw ConfigError(fault.operation + " has no file, so folder cannot choose among its calls");
   }
   if (fault.kind == StorageFaultKind::kError && fault.native_error <= 0) {
@@ -242,6 +243,10 @@ int StorageFaults::list(int folder, std::vector<std::string>& names) {
   return run("list", -1, [&] { return FileOperations::list(folder, names); });
 }
 
+int StorageFaults::rename(int folder, const char* name, const char* new_name) {
+  return run("rename", -1, [&] { return FileOperations::rename(folder, name, new_name); });
+}
+
 int StorageFaults::lock(int file) {
   return run("lock", file, [&] { return FileOperations::lock(file); });
 }
@@ -254,8 +259,13 @@ int StorageFaults::truncate(int file, uint64_t size_bytes) {
   return run("truncate", file, [&] { return FileOperations::truncate(file, size_bytes); });
 }
 
+int StorageFaults::sync(int file, SyncKind kind) {
+  return run("sync", file, [&] { return FileOperations::sync(file, kind); });
+}
+
 std::unique_ptr<TransferPlan> StorageFaults::plan(int file, TransferDirection direction,
-                                                  std::byte* data, size_t size_bytes) {
+                                                  std::byte* data, size_t size_bytes,
+                                                  uint64_t /*offset*/) {
   const bool is_write = direction == TransferDirection::kWrite;
   const StorageFaultOutcome outcome = next_call(is_write ? "write" : "read", file);
   std::unique_ptr<TransferPlan> plan;

@@ -64,11 +64,13 @@ class StorageFaults : public FileOperations {
   int open(int folder, const char* name, int flags, mode_t mode) override;
   int unlink(int folder, const char* name) override;
   int list(int folder, std::vector<std::string>& names) override;
+  int rename(int folder, const char* name, const char* new_name) override;
   int lock(int file) override;
   int allocate(int file, uint64_t offset, uint64_t size_bytes) override;
   int truncate(int file, uint64_t size_bytes) override;
+  int sync(int file, SyncKind kind) override;
   std::unique_ptr<TransferPlan> plan(int file, TransferDirection direction, std::byte* data,
-                                     size_t size_bytes) override;
+                                     size_t size_bytes, uint64_t offset) override;
 
  private:
   struct Rule {

@@ -10,7 +10,7 @@
 
 namespace spillover {
 
-ThreadEngine::ThreadEngine(const ScratchFile& file, DiskPieceOwner& owner, size_t thread_count,
+ThreadEngine::ThreadEngine(const BlockFile& file, DiskPieceOwner& owner, size_t thread_count,
                            size_t queue_length_max)
     : file_(file), owner_(owner), queue_(queue_length_max) {
   try {

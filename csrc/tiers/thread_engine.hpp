@@ -13,8 +13,8 @@ namespace spillover {
 
 class ThreadEngine final : public DiskEngine {
  public:
-  // file and owner outlive the engine.
-  ThreadEngine(const ScratchFile& file, DiskPieceOwner& owner, size_t thread_count,
+  // owner outlives the engine, and so does the open file.
+  ThreadEngine(const BlockFile& file, DiskPieceOwner& owner, size_t thread_count,
                size_t queue_length_max);
   ~ThreadEngine() override { close(); }
 
@@ -24,7 +24,7 @@ class ThreadEngine final : public DiskEngine {
  private:
   void serve() noexcept;
 
-  const ScratchFile& file_;
+  const BlockFile file_;
   DiskPieceOwner& owner_;
   BoundedQueue<DiskPiece> queue_;
   std::vector<std::thread> threads_;

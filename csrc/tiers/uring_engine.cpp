@@ -81,7 +81,7 @@ struct UringEngine::Chunk {
   bool is_delayed = false;
 };
 
-UringEngine::UringEngine(const ScratchFile& file, DiskPieceOwner& owner, size_t queue_length_max)
+UringEngine::UringEngine(const BlockFile& file, DiskPieceOwner& owner, size_t queue_length_max)
     : file_(file), owner_(owner), queue_(queue_length_max) {
   std::promise<void> ready;
   std::future<void> is_ready = ready.get_future();
@@ -351,7 +351,8 @@ void UringEngine::issue(Chunk& chunk) noexcept {
     const size_t done_bytes = chunk.progress.done_bytes();
     try {
       chunk.plan = file_operations().plan(file_.descriptor(), chunk.progress.direction(),
-                                          chunk.memory + done_bytes, chunk.progress.left_bytes());
+                                          chunk.memory + done_bytes, chunk.progress.left_bytes(),
+                                          chunk.offset + done_bytes);
     } catch (...) {
       end_chunk(chunk, std::current_exception());
       return;

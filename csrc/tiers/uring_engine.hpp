@@ -45,8 +45,9 @@ class UringEngine final : public DiskEngine {
   static constexpr size_t kRegionsMax = 256;                  // Parts of registered memory.
   static constexpr size_t kRegionBytesMax = size_t{1} << 30;  // Of each; the kernel's limit.
 
-  // file and owner outlive the engine. Throws StorageError where io_uring cannot be used here.
-  UringEngine(const ScratchFile& file, DiskPieceOwner& owner, size_t queue_length_max);
+  // owner outlives the engine, and so does the open file. Throws StorageError where io_uring cannot
+  // be used here.
+  UringEngine(const BlockFile& file, DiskPieceOwner& owner, size_t queue_length_max);
   ~UringEngine() override;
 
   bool submit(DiskPiece&& piece) override;
@@ -99,7 +100,7 @@ class UringEngine final : public DiskEngine {
   void wake() noexcept;
   size_t running_chunks() const { return kChunksMax - free_chunks_.size(); }
 
-  const ScratchFile& file_;
+  const BlockFile file_;
   DiskPieceOwner& owner_;
   BoundedQueue<DiskPiece> queue_;
   std::mutex commands_mutex_;

@@ -30,6 +30,7 @@ from spillover._torch_import import after_torch_import
 if TYPE_CHECKING:
     from spillover import allocator, emulator, optim, planner, trace
     from spillover._disk import DiskStore
+    from spillover._durable import DurableStore
     from spillover._errors import DeviceOutOfMemory
     from spillover._host import HostPool
     from spillover._statistics import stats
@@ -46,6 +47,7 @@ __all__ = [
     "DiskFull",
     "DiskStore",
     "DriverError",
+    "DurableStore",
     "HostOutOfMemory",
     "HostPool",
     "SpilloverError",
@@ -67,6 +69,7 @@ _LAZY_MODULES = {"allocator", "emulator", "optim", "planner", "trace"}
 _LAZY_NAMES = {
     "DeviceOutOfMemory": "spillover._errors",
     "DiskStore": "spillover._disk",
+    "DurableStore": "spillover._durable",
     "HostPool": "spillover._host",
     "TransferEngine": "spillover._transfer",
     "offload_activations": "spillover.hooks",

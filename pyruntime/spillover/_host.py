@@ -49,9 +49,9 @@ class HostPool(_core.HostPool):
         number of a node, or None for wherever the thread runs. A wish: where the node is full or
         the container forbids it, others serve, and ``stats().numa_note`` says why.
     huge_pages
-        ``"auto"``: the kernel is advised to use them. ``"reserved"``: those that the administrator
-        has set aside (``vm.nr_hugepages``), while there are any, for buffers that they make no
-        more than 2 % larger. ``"never"``.
+        ``"auto"``: the kernel is advised to use them, and asked for them by :meth:`reserve`.
+        ``"reserved"``: those that the administrator has set aside (``vm.nr_hugepages``), while
+        there are any, for buffers that they make no more than 2 % larger. ``"never"``.
     reserve
         Bytes to pin now rather than at first use; see :meth:`reserve`.
     pinned

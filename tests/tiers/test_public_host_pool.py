@@ -244,6 +244,15 @@ def test_reserved_huge_pages_fall_back() -> None:
     assert pool.stats().used_bytes == buffer.size_bytes + odd.size_bytes
 
 
+def test_what_is_reserved_is_on_huge_pages_where_the_kernel_can() -> None:
+    pool = HostPool(limit=GIB, reserve="16MiB", pinned=False)
+    address = pool.allocate(16 * MIB).address
+    found = pool.stats().huge_page_bytes
+    assert found in range(0, 16 * MIB + 1, 2 * MIB)
+    assert not found or address % (2 * MIB) == 0
+    assert HostPool(reserve="16MiB", huge_pages="never", pinned=False).stats().huge_page_bytes == 0
+
+
 def test_a_node_that_does_not_exist_is_noted() -> None:
     pool = HostPool(limit=GIB, numa=900, pinned=False)
     memoryview(pool.allocate(MIB))[0] = 1

@@ -12,7 +12,7 @@ import typer
 
 import spillover
 from spillover._errors import SpilloverError
-from spillover.cli import _bench, _doctor, _profiles, _replay
+from spillover.cli import _bench, _doctor, _profiles, _replay, _store
 
 app = typer.Typer(
     name="spillover",
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 
 app.add_typer(_profiles.app, name="profiles")
+app.add_typer(_store.app, name="store")
 app.command()(_bench.bench)
 app.command()(_doctor.doctor)
 app.command()(_replay.replay)

@@ -26,7 +26,17 @@ if TYPE_CHECKING:
 
 Timing = Literal["before", "after"]
 StorageOperation = Literal[
-    "make_folder", "open", "unlink", "list", "lock", "allocate", "truncate", "read", "write"
+    "make_folder",
+    "open",
+    "unlink",
+    "list",
+    "rename",
+    "lock",
+    "allocate",
+    "truncate",
+    "sync",
+    "read",
+    "write",
 ]
 StorageFaultKind = Literal["error", "short", "flip", "torn", "delay"]
 
@@ -102,9 +112,9 @@ class StorageFault(_When):
     Parameters
     ----------
     operation
-        ``make_folder``, ``open``, ``unlink``, ``list`` (a folder's names), ``lock``,
-        ``allocate`` (space ahead of writing), ``truncate`` (which gives it back), ``read`` or
-        ``write``.
+        ``make_folder``, ``open``, ``unlink``, ``list`` (a folder's names), ``rename``, ``lock``,
+        ``allocate`` (space ahead of writing), ``truncate`` (which gives it back), ``sync`` (of a
+        file or a folder), ``read`` or ``write``.
     kind
         ``error``: the operation has no effect and fails. ``short``: a transfer moves about half of
         its bytes and says so. ``flip``: a transfer flips one bit and reports success. ``torn``: a

@@ -1,0 +1,1 @@
+"""Crashes of durable stores, on a simulated disk and by kill -9."""
