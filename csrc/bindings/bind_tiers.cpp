@@ -49,8 +49,6 @@ std::unique_ptr<PythonTicket> read(DiskStore& store, std::shared_ptr<DiskPayload
   return ticket;
 }
 
-}
-
 std::shared_ptr<DiskStore> make_disk_store(std::vector<std::string> folders,
                                            const std::string& engine,
                                            std::optional<uint64_t> limit_bytes,
