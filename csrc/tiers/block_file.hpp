@@ -1,7 +1,7 @@
 // Where a disk engine moves blocks to and from: an open file, and how its failures are told.
 //
 // A value that owns nothing: whoever opened the file keeps it open while engines work on it.
-// Thread- safe. Offsets, sizes and addresses are multiples of kDiskBlockBytes.
+// Thread-safe. Offsets, sizes and addresses are multiples of kDiskBlockBytes.
 #pragma once
 
 #include <cstddef>

@@ -45,7 +45,7 @@ DiskStoreCore::DiskStoreCore(const DiskStoreOptions& options)
 std::vector<BlockFile> DiskStoreCore::block_files() const {
   std::vector<BlockFile> files;
   for (const auto& file : files_) {
-    files.emplace_back(file->descriptor(), file->folder(), "scratch file");
+    files.push_back(file->blocks());
   }
   return files;
 }

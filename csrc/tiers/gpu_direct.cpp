@@ -201,10 +201,10 @@ class Exchange {
       const auto at = static_cast<off_t>(done);
       return functions_.write(file.handle(), memory, kProbeBytes - done, at, at);
     });
-    file_.transfer(TransferDirection::kRead, received(), kProbeBytes, 0, repeats_);
+    file_.blocks().transfer(TransferDirection::kRead, received(), kProbeBytes, 0, repeats_);
     compare("cuFileWrite");
     fill(2);
-    file_.transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0, repeats_);
+    file_.blocks().transfer(TransferDirection::kWrite, sent(), kProbeBytes, 0, repeats_);
     move_all("cuFileRead", [&](size_t done) {
       const auto at = static_cast<off_t>(done);
       return functions_.read(file.handle(), memory, kProbeBytes - done, at, at);

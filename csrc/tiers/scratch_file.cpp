@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
 #include <utility>
 
 #include "base/bytes.hpp"
@@ -26,10 +25,6 @@ constexpr uint64_t kGrowthBytesMax = 256 * kMiB;
 
 constexpr mode_t kMode = S_IRUSR | S_IWUSR;
 
-std::string describe(int native_error) {
-  return std::string(std::strerror(native_error)) + " (errno " + std::to_string(native_error) + ")";
-}
-
 // Each missing folder on the way is made for its owner alone.
 void make_folders(const std::string& folder) {
   for (size_t end = folder.find('/', 1);; end = folder.find('/', end + 1)) {
@@ -37,8 +32,9 @@ void make_folders(const std::string& folder) {
     if (file_operations().make_folder(part.c_str(), 0700) != 0 && errno != EEXIST &&
         errno != EISDIR && errno != EROFS && errno != EACCES) {
       const int native_error = errno;
-      throw StorageError("cannot make the spill folder " + part + ": " + describe(native_error),
-                         part, native_error);
+      throw StorageError(
+          "cannot make the spill folder " + part + ": " + describe_errno(native_error), part,
+          native_error);
     }
     if (end == std::string::npos) return;
   }
@@ -51,10 +47,6 @@ int open_unnamed(int folder, int flags) {
   return open_named_scratch(folder, flags);
 }
 
-bool means_full(int native_error) {
-  return native_error == ENOSPC || native_error == EDQUOT;
-}
-
 }  // namespace
 
 ScratchFile::ScratchFile(const std::string& folder, Preallocation preallocation)
@@ -65,8 +57,9 @@ ScratchFile::ScratchFile(const std::string& folder, Preallocation preallocation)
       file_operations().open(AT_FDCWD, folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0));
   if (!directory.is_open()) {
     const int native_error = errno;
-    throw StorageError("cannot open the spill folder " + folder + ": " + describe(native_error),
-                       folder, native_error);
+    throw StorageError(
+        "cannot open the spill folder " + folder + ": " + describe_errno(native_error), folder,
+        native_error);
   }
   constexpr int kFlags = O_RDWR | O_CLOEXEC;
   descriptor_ = open_unnamed(directory.number(), kFlags | O_DIRECT);
@@ -77,8 +70,8 @@ ScratchFile::ScratchFile(const std::string& folder, Preallocation preallocation)
   if (descriptor_ < 0) {
     const int native_error = errno;
     throw StorageError(
-        "cannot make a file in the spill folder " + folder + ": " + describe(native_error), folder,
-        native_error);
+        "cannot make a file in the spill folder " + folder + ": " + describe_errno(native_error),
+        folder, native_error);
   }
   remove_abandoned_scratch(directory.number());
 }
@@ -129,7 +122,7 @@ void ScratchFile::reserve(uint64_t end, uint64_t end_max) {
       return;
     }
     if (target == end || !(means_full(native_error) || native_error == EFBIG)) {
-      throw_error("reserving", reserved_end_, end - reserved_end_, native_error);
+      blocks().throw_error("reserving", reserved_end_, end - reserved_end_, native_error);
     }
   }
 }
@@ -138,44 +131,6 @@ void ScratchFile::give_back(uint64_t end) noexcept {
   // Where it fails the space stays reserved, and may be given back another time.
   if (reserved_end_ <= end || file_operations().truncate(descriptor_, end) != 0) return;
   reserved_end_ = end;
-}
-
-void ScratchFile::transfer(TransferDirection direction, std::byte* data, size_t size_bytes,
-                           uint64_t offset, uint32_t& resubmits) const {
-  TransferProgress progress(direction, size_bytes);
-  auto next = TransferProgress::Next::kRepeat;
-  for (bool is_first = true; next == TransferProgress::Next::kRepeat; is_first = false) {
-    if (!is_first) ++resubmits;
-    const size_t done_bytes = progress.done_bytes();
-    next = progress.advance(file_operations().transfer(descriptor_, direction, data + done_bytes,
-                                                       progress.left_bytes(), offset + done_bytes));
-  }
-  if (next == TransferProgress::Next::kFailed) throw_failure(progress, offset);
-}
-
-void ScratchFile::throw_failure(const TransferProgress& progress, uint64_t offset) const {
-  offset += progress.done_bytes();
-  if (progress.is_cut()) {
-    throw CorruptDataError("the scratch file in " + folder_ + " ends at offset " +
-                               std::to_string(offset) + ", where " +
-                               format_bytes(progress.left_bytes()) +
-                               " more were written: it was cut by another program",
-                           folder_, EIO);
-  }
-  throw_error(progress.direction() == TransferDirection::kWrite ? "writing" : "reading", offset,
-              progress.left_bytes(), progress.native_error());
-}
-
-void ScratchFile::throw_error(const char* operation, uint64_t offset, size_t size_bytes,
-                              int native_error) const {
-  const std::string message = std::string(operation) + " " + format_bytes(size_bytes) +
-                              " at offset " + std::to_string(offset) + " of the scratch file in " +
-                              folder_ + " failed: " + describe(native_error);
-  if (means_full(native_error)) {
-    throw DiskFullError(message + ". Free space there, or add another folder", folder_,
-                        native_error);
-  }
-  throw StorageError(message, folder_, native_error);
 }
 
 }  // namespace spillover

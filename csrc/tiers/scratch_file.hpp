@@ -1,15 +1,14 @@
 // A file without a name in a folder of the disk tier: it is gone when the process is, however that
 // ends. Where it had a name for a moment, see Note [Abandoned scratch] in named_scratch.hpp.
 //
-// Move-only. transfer() may be called from any thread at once, the rest by one thread at a time.
-// Offsets, sizes and addresses are multiples of kDiskBlockBytes.
+// Move-only. What blocks() gives may be used by any threads at once, the rest by one at a time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
 
-#include "tiers/transfer_progress.hpp"
+#include "tiers/block_file.hpp"
 
 namespace spillover {
 
@@ -43,20 +42,10 @@ class ScratchFile {
   // Cuts off what is behind end.
   void give_back(uint64_t end) noexcept;
 
-  // Blocks until all bytes are moved: short transfers are taken up again, and interrupted ones
-  // repeated, which is counted in resubmits. Throws DiskFullError or StorageError with folder,
-  // offset and errno. data is only read from in a write.
-  void transfer(TransferDirection direction, std::byte* data, size_t size_bytes, uint64_t offset,
-                uint32_t& resubmits) const;
-
-  // For whoever makes transfers of this file another way: throws what transfer() would, of one that
-  // began at offset and failed.
-  [[noreturn]] void throw_failure(const TransferProgress& progress, uint64_t offset) const;
+  // What transfers of its blocks go through; good while this file is.
+  BlockFile blocks() const { return {descriptor_, folder_, "scratch file"}; }
 
  private:
-  [[noreturn]] void throw_error(const char* operation, uint64_t offset, size_t size_bytes,
-                                int native_error) const;
-
   std::string folder_;
   int descriptor_ = -1;  // -1 when moved from.
   bool is_direct_ = true;
