@@ -159,7 +159,10 @@ def _judge(*, quick: bool) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _measure(policy: str, *, quick: bool) -> dict[str, Any]:
-    repeats, calls = (5, 200) if quick else (21, 1000)
+    # Few calls a repeat, so that most pairs end well within a time slice: in a pair of 1,000 calls
+    # (5 ms) a busy machine interrupts one side or both, and their difference is other processes'
+    # time, three to four times that of the operator.
+    repeats, calls = (20 if quick else 420), 50
     output = subprocess.run(
         [sys.executable, "-c", _PROGRAM, policy, str(repeats), str(calls)],
         check=True,
@@ -225,7 +228,7 @@ def run(*, quick: bool) -> dict[str, Any]:
         },
         "notes": [
             "added by emulation to the same operator on the CPU, 1,024 elements, one thread, "
-            "checker on; median over operators of medians over paired repeats",
+            "checker on; median over operators of medians over paired repeats of 50 calls",
             "hazard_overhead: fastest training step of a small GPT with the checker, over without",
             "emulated times say nothing about a GPU",
             "opdb: operators of torch's op_db whose first 4 samples agree with the CPU, forward "
