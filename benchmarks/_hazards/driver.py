@@ -81,6 +81,25 @@ def host_access(pointer: int, *, write: bool, size: int = SIZE) -> int:
     return call("spillover_emulator_host_access", b"host code", byref(touched), 1)
 
 
+class _CopyAttributes(ctypes.Structure):
+    _fields_ = (
+        ("source_order", ctypes.c_int),
+        ("source", _Location),
+        ("target", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
+def copy_batch(copies: list[tuple[int, int]], on: int, *, size: int = SIZE) -> int:
+    """One call for copies of ``size`` bytes, each a target and a source."""
+    targets, sources = ((c_uint64 * len(copies))(*column) for column in zip(*copies, strict=True))
+    sizes = (ctypes.c_size_t * len(copies))(*[size] * len(copies))
+    attributes, first = _CopyAttributes(source_order=1), ctypes.c_size_t(0)
+    count = len(copies)
+    shared = (byref(attributes), byref(first), 1)
+    return call("cuMemcpyBatchAsync_v2", targets, sources, sizes, count, *shared, on)
+
+
 def map_memory(address: int, size: int) -> int:
     """Map fresh memory of device 0 at a reserved address; its handle."""
     properties = _Properties(1, 0, _Location(1, 0), None, 0)

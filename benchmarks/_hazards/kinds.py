@@ -295,6 +295,16 @@ def aliased_mapping(correct: bool) -> None:
     driver.operator(second, "reader", b, write=False)
 
 
+def dependent_copies(correct: bool) -> None:
+    """The second copy of a batch needs what the first one brings."""
+    side, host = driver.stream(), driver.made("cuMemHostAlloc", driver.SIZE, 0)
+    first, second = (driver.made("cuMemAlloc_v2", driver.SIZE) for _ in range(2))
+    copies = [(first, host), (second, first)]
+    for batch in [copies[:1], copies[1:]] if correct else [copies]:
+        driver.copy_batch(batch, side)
+    driver.call("cuStreamSynchronize", side)
+
+
 KINDS = tuple(
     Kind(name=name, program=program, words=words)
     for name, program, words in (
@@ -331,6 +341,7 @@ KINDS = tuple(
         ),
         ("no wait before use", host_thread_did_not_wait, ("aten::mul",)),
         ("no wait for the producer", aliased_mapping, ("reader", "writer")),
+        ("dependent copies in one batch", dependent_copies, ("cuMemcpyBatchAsync", "copy 1")),
     )
 )
 

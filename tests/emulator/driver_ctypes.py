@@ -85,6 +85,36 @@ class AccessDescriptor(ctypes.Structure):
     _fields_ = (("location", Location), ("flags", c_int))
 
 
+class CopyAttributes(ctypes.Structure):
+    """``CUmemcpyAttributes``."""
+
+    _fields_ = (
+        ("source_order", c_int),
+        ("source_location", Location),
+        ("target_location", Location),
+        ("flags", c_uint),
+    )
+
+
+def copy_batch(
+    copies: Sequence[tuple[int, int, int]],
+    *,
+    orders: Sequence[int] = (1,),
+    firsts: Sequence[int] = (0,),
+    flags: int = 0,
+) -> tuple[Any, ...]:
+    """Arguments of cuMemcpyBatchAsync for (target, source, bytes), up to the attributes' count."""
+    columns = [(c_uint64 * len(copies))(*column) for column in zip(*copies, strict=True)]
+    attributes = [CopyAttributes(order, Location(), Location(), flags) for order in orders]
+    return (
+        *columns,
+        len(copies),
+        (CopyAttributes * len(orders))(*attributes),
+        (c_size_t * len(firsts))(*firsts),
+        len(orders),
+    )
+
+
 def library_path() -> Path:
     """Where the driver under test is; ``SPILLOVER_TEST_LIBCUDA`` names another build."""
     if other := os.environ.get("SPILLOVER_TEST_LIBCUDA"):

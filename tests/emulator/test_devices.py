@@ -192,7 +192,7 @@ def peer_calls() -> None:
         cuda("cuDeviceGetP2PAttribute", byref(value), attribute, 0, 1)
         assert value.value == expected
     expect(INVALID_VALUE, cuda.status("cuDeviceGetP2PAttribute", byref(value), 0, 0, 1))
-    expect(INVALID_VALUE, cuda.status("cuDeviceGetP2PAttribute", byref(value), 1, 0, 0))
+    expect(INVALID_DEVICE, cuda.status("cuDeviceGetP2PAttribute", byref(value), 1, 0, 0))
     expect(INVALID_VALUE, cuda.status("cuDeviceGetP2PAttribute", None, 1, 0, 1))
     expect(INVALID_DEVICE, cuda.status("cuDeviceGetP2PAttribute", byref(value), 1, 0, COUNT))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import byref, c_int, c_size_t, c_uint, c_uint64, c_void_p
-from typing import Any
 
 from driver_ctypes import (
     ALREADY_REGISTERED,
@@ -19,7 +17,8 @@ from driver_ctypes import (
     SUCCESS,
     Buffer,
     Driver,
-    Location,
+    converted,
+    copy_batch,
     expect,
     run_program,
 )
@@ -31,6 +30,7 @@ IS_MANAGED = 8
 DEVICE_ORDINAL = 9
 RANGE_START = 11
 RANGE_SIZE = 12
+PER_THREAD_NULL = 2  # CU_GET_PROC_ADDRESS_PER_THREAD_DEFAULT_STREAM
 
 
 def attribute(cuda: Driver, which: int, pointer: int) -> tuple[int, int]:
@@ -155,32 +155,7 @@ def stream_ordered_memory() -> None:
     expect(INVALID_VALUE, cuda.status("cuMemPoolDestroy", pool))
 
 
-class CopyAttributes(ctypes.Structure):
-    """``CUmemcpyAttributes``."""
-
-    _fields_ = (
-        ("source_order", c_int),
-        ("source_location", Location),
-        ("target_location", Location),
-        ("flags", c_uint),
-    )
-
-
-IN_STREAM, DURING_CALL, ANY_TIME = 1, 2, 3
-
-
-def batch(
-    copies: Sequence[tuple[int, int, int]], *, order: int = IN_STREAM, first: int = 0
-) -> tuple[Any, ...]:
-    """Arguments of cuMemcpyBatchAsync for (target, source, bytes), up to the attributes' count."""
-    columns = [(c_uint64 * len(copies))(*column) for column in zip(*copies, strict=True)]
-    return (
-        *columns,
-        len(copies),
-        byref(CopyAttributes(order, Location(), Location(), 0)),
-        byref(c_size_t(first)),
-        1,
-    )
+DURING_CALL, ANY_TIME = 2, 3
 
 
 def batched_copies() -> None:
@@ -190,29 +165,66 @@ def batched_copies() -> None:
     hosts = [cuda.pinned(100).fill(index) for index in range(3)]
     copies = [(device + 100 * index, host.address, 100) for index, host in enumerate(hosts)]
     cuda.fill(device, 9, 300, stream)
-    cuda("cuMemcpyBatchAsync_v2", *batch(copies), stream)
+    cuda("cuMemcpyBatchAsync_v2", *copy_batch(copies), stream)
     back = [cuda.pinned(100) for _ in range(3)]
     cuda(
         "cuMemcpyBatchAsync_v2",
-        *batch([(host.address, device + 100 * index, 100) for index, host in enumerate(back)]),
+        *copy_batch([(host.address, device + 100 * index, 100) for index, host in enumerate(back)]),
         stream,
     )
     cuda.sync(stream)
     assert all(host.holds(index) for index, host in enumerate(back))
     failed = c_size_t(7)
-    cuda("cuMemcpyBatchAsync", *batch(copies, order=ANY_TIME), byref(failed), stream)
+    cuda("cuMemcpyBatchAsync", *copy_batch(copies, orders=(ANY_TIME,)), byref(failed), stream)
     assert failed.value == 2**64 - 1
     wrong = [*copies[:2], (device + 201, hosts[2].address, 100)]
-    status = cuda.status("cuMemcpyBatchAsync", *batch(wrong), byref(failed), stream)
+    status = cuda.status("cuMemcpyBatchAsync", *copy_batch(wrong), byref(failed), stream)
     expect(ILLEGAL_ADDRESS, status)
     assert failed.value == 2
-    for refused in (batch(copies, order=0), batch(copies, first=1), batch(copies, order=4)):
+    for refused in (
+        copy_batch(copies, orders=(0,)),
+        copy_batch(copies, firsts=(1,)),
+        copy_batch(copies, orders=(4,)),
+    ):
         expect(INVALID_VALUE, cuda.status("cuMemcpyBatchAsync_v2", *refused, stream))
-    expect(INVALID_VALUE, cuda.status("cuMemcpyBatchAsync_v2", *batch(copies), 0))
+    expect(INVALID_VALUE, cuda.status("cuMemcpyBatchAsync_v2", *copy_batch(copies), 0))
+    call = c_uint64()
+    cuda("cuGetProcAddress_v2", b"cuMemcpyBatchAsync", byref(call), 13000, PER_THREAD_NULL, None)
+    per_thread = ctypes.CFUNCTYPE(c_int)(call.value)
+    cuda("cuCtxSynchronize")
+    expect(SUCCESS, per_thread(*map(converted, (*copy_batch(copies), 0))))
+    cuda("cuCtxSynchronize")
     # The source may be used again once the call is over.
-    cuda("cuMemcpyBatchAsync_v2", *batch(copies[:1], order=DURING_CALL), stream)
+    cuda("cuMemcpyBatchAsync_v2", *copy_batch(copies[:1], orders=(DURING_CALL,)), stream)
     hosts[0].fill(77)
     assert cuda.fetch(device, 100) == bytes(100)
+
+
+def dependent_batches() -> None:
+    """Copies of one batch have no order among themselves; batches have the stream's."""
+    cuda = Driver()
+    stream, device, host = cuda.stream(), cuda.alloc(400), cuda.pinned(400)
+    here = [device + 100 * part for part in range(4)]
+    there = [host.address + 100 * part for part in range(4)]
+    name = "cuMemcpyBatchAsync_v2"
+    for copies in (
+        [(here[0], there[0], 100), (here[1], here[0], 100)],  # reads what the first one brings
+        [(here[0], there[0], 100), (here[0] + 99, there[1], 100)],  # two to one byte
+        [(here[1], here[0], 100), (here[0], there[0], 100)],  # overwrites what the first one reads
+        [(here[0], there[0], 300), (here[3], there[3], 10), (here[2], there[1], 10)],
+    ):
+        expect(HAZARD, cuda.status(name, *copy_batch(copies), stream))
+    assert all("kind: dependent copies in one batch" in text for text in cuda.hazards())
+    cuda.library.spillover_emulator_hazards_clear()
+    for copies in (
+        [(here[0], there[0], 100), (here[1], there[0], 100)],  # one source for two
+        [(here[0], there[0], 100), (here[1], there[1], 100), (here[2], there[2], 0)],
+        [(there[0], here[0], 100), (there[1], here[1], 100)],
+        [(here[1], here[0], 100)],
+        [(here[0], there[0], 100)],
+    ):
+        cuda(name, *copy_batch(copies), stream)
+    cuda.sync(stream)
 
 
 def unordered_batch() -> None:
@@ -220,7 +232,9 @@ def unordered_batch() -> None:
     cuda = Driver()
     stream, device, host = cuda.stream(), cuda.alloc(100), cuda.pinned(100)
     cuda.fill(device, 1, 100, cuda.stream())
-    status = cuda.status("cuMemcpyBatchAsync_v2", *batch([(host.address, device, 100)]), stream)
+    status = cuda.status(
+        "cuMemcpyBatchAsync_v2", *copy_batch([(host.address, device, 100)]), stream
+    )
     expect(HAZARD, status)
     assert len(cuda.hazards()) == 1
 
@@ -304,6 +318,10 @@ def test_stream_ordered_memory() -> None:
 
 def test_batched_copies() -> None:
     run_program(batched_copies)
+
+
+def test_dependent_batches() -> None:
+    run_program(dependent_batches)
 
 
 def test_unordered_batch() -> None:

@@ -66,6 +66,43 @@ def test_report_says_what_where_and_what_to_add() -> None:
     )
 
 
+#: Parts of reports that say what to do, beside the missing edge of the others.
+ADVICE = {
+    "block_reused_under_another_stream": (
+        "its earlier owner gave it back at:",
+        "tensor.record_stream(stream_",
+    ),
+    "use_after_free": ("free it after its last use",),
+    "double_free": ("free it once",),
+    "access_while_unmapped": ("map it first",),
+    "cross_device_without_peer_access": ("cuCtxEnablePeerAccess",),
+    "stream_used_after_destruction": ("keep the stream until its last use",),
+    "uninitialised_read": ("memory: bytes 0 to 65536 of 65536 bytes", "write the memory first"),
+    "uninitialised_read_of_a_block": ("of a caching allocator, handed out at:",),
+    "host_thread_did_not_wait": ("another host thread has waited for the write", "release"),
+    "host_write_during_copy": ("from cuMemHostAlloc, first made at:",),
+    "dependent_copies": ("by copy 1", "by copy 0", "a batch of its own"),
+}
+
+
+@pytest.mark.parametrize("program", ADVICE)
+def test_report_says_what_to_do(program: str) -> None:
+    text = "\n".join(reports_of("late")[f"{program}/broken"])
+    for part in ADVICE[program]:
+        assert part in text, text
+
+
+def test_reports_use_the_names_that_cuda_documents() -> None:
+    texts = [text for found in reports_of("late").values() for text in found]
+    assert not [text for text in texts if re.search(r"\bcu\w+_v\d\b", text)]
+
+
+def test_only_who_was_not_told_hears_of_other_threads() -> None:
+    for program, texts in reports_of("late").items():
+        told = any("another host thread" in text for text in texts)
+        assert told == (program == "host_thread_did_not_wait/broken"), program
+
+
 @pytest.mark.parametrize("program", clean.GROUPS["native"], ids=lambda program: program.__name__)
 def test_no_false_alarm(program: object) -> None:
     reports = clean_reports("native", "random")

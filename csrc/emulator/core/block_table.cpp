@@ -45,7 +45,7 @@ void BlockTable::end(Address address, std::size_t size_bytes, SiteId site,
     position->second.ended_at = site;
     position->second.clock = std::move(clock);
   } else if (size_bytes != 0) {
-    insert(address, Block{address + size_bytes, 0, 0, true, site, {}, std::move(clock)});
+    insert(address, Block{address + size_bytes, 0, 0, true, site, {}, std::move(clock), 0});
   }
 }
 

@@ -33,6 +33,7 @@ struct Block {
   SiteId ended_at = 0;
   BlockOrigin origin;
   std::shared_ptr<const VectorClock> clock;  // what the thread that gave it back knew
+  SiteId earlier_ended_at = 0;  // where the allocator got the bytes back that it handed out again
 };
 
 class BlockTable {
@@ -45,12 +46,14 @@ class BlockTable {
   void begin(Address address, std::size_t size_bytes, std::uint64_t order, SiteId site,
              BlockOrigin origin, Learn&& learn) {
     const Address end = address + size_bytes;
+    SiteId earlier_ended_at = 0;
     for (auto position = first_overlap(address); position != blocks_.end() && position->first < end;
          ++position) {
       if (position->second.clock != nullptr) learn(*position->second.clock);
+      if (position->second.ended_at != 0) earlier_ended_at = position->second.ended_at;
     }
     if (origin.pool != 0 && origin.in_capture) graph_pools_.insert(origin.pool);
-    insert(address, Block{end, order, site, false, 0, origin, nullptr});
+    insert(address, Block{end, order, site, false, 0, origin, nullptr, earlier_ended_at});
   }
   // Also of a block whose beginning nobody told.
   void end(Address address, std::size_t size_bytes, SiteId site,

@@ -10,7 +10,8 @@ namespace spillover::emulator {
 namespace {
 
 // Of a type without a destructor, so that it can be read while a thread or the process ends.
-thread_local char last_hazard_text[4096] = "";
+// Four stacks of long paths fit.
+thread_local char last_hazard_text[16384] = "";
 
 }  // namespace
 
@@ -28,8 +29,9 @@ const char* HazardChecker::intern(const char* name) {
   return cached.interned;
 }
 
-bool HazardChecker::record(const Access& access, const VectorClock& clock, AccessKind kind,
-                           const ByteRange& range, Address key, Recording recording) {
+bool HazardChecker::record(const Access& access, const VectorClock& clock,
+                           const VectorClock& everyone, AccessKind kind, const ByteRange& range,
+                           Address key, Recording recording) {
   Conflict conflict;
   const Address end = key + range.size_bytes;
   const bool found = recording == Recording::kYes
@@ -41,8 +43,9 @@ bool HazardChecker::record(const Access& access, const VectorClock& clock, Acces
   conflict.reused = block != nullptr && conflict.earlier.order < block->begun;
   std::string pair = std::string(conflict.earlier.name) + "|" + place(conflict.earlier) + "|" +
                      access.name + "|" + place(access) + "|" + word(kind);
-  add_report(explain_conflict({conflict, access, kind, range, block, block_begin}, history_),
-             std::move(pair));
+  const bool is_known_elsewhere = everyone.at(conflict.earlier.actor) >= conflict.earlier.tick;
+  const Found found_conflict{conflict, access, kind, range, block, block_begin, is_known_elsewhere};
+  add_report(explain_conflict(found_conflict, history_), std::move(pair));
   return true;
 }
 
@@ -79,12 +82,16 @@ bool HazardChecker::check_written(const Access& access, AccessKind kind, const B
   const bool is_fresh = block != nullptr && !blocks_.is_kept_for_graphs(*block);
   const Address first = accesses_.find_unwritten(range.address, end, is_fresh ? block->begun : 0);
   if (first == end) return false;
-  report_misuse(describe_access(access, kind, range) +
-                    " reads bytes that were never written, from byte " +
-                    std::to_string(first - range.address) + " on\n  kind: uninitialised read" +
-                    describe_use(kind, range, access.site) +
-                    "\n  write the memory first; torch.empty and cudaMalloc leave it as it is",
-                std::string("unwritten|") + access.name);
+  Found found;
+  found.range = range;
+  found.block = block;
+  found.block_begin = begin;
+  report_misuse(
+      describe_access(access, kind, range) + " reads bytes that were never written, from byte " +
+          std::to_string(first - range.address) + " on\n  kind: uninitialised read" +
+          describe_range_in_memory(found, history_) + describe_use(kind, range, access.site) +
+          "\n  write the memory first; torch.empty and cudaMalloc leave it as it is",
+      std::string("unwritten|") + access.name);
   return true;
 }
 

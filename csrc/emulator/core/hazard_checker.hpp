@@ -33,9 +33,10 @@ class HazardChecker {
   const char* intern(const char* name);
 
   // Records an access and reports the first hazard in it. True when there was one. Its history is
-  // kept at key, which is range.address but for aliased memory.
-  bool record(const Access& access, const VectorClock& clock, AccessKind kind,
-              const ByteRange& range, Address key, Recording recording);
+  // kept at key, which is range.address but for aliased memory. everyone is what any thread of the
+  // host knows, for the report.
+  bool record(const Access& access, const VectorClock& clock, const VectorClock& everyone,
+              AccessKind kind, const ByteRange& range, Address key, Recording recording);
 
   // Reports a use of something that is gone or was never there. pair says what it is alike to, so
   // that its like is reported once.

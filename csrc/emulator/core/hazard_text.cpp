@@ -75,21 +75,23 @@ std::string stack_line(const std::string& title, SiteId site) {
   return stack.empty() ? "" : "\n  " + title + " launched at:" + stack;
 }
 
-// Which bytes of which memory: of the allocator's block where it is known, else of the driver's.
-std::string memory_line(const Found& found, const ObjectHistory& history) {
-  const auto bytes_from = [&](Address begin) {
-    const Address first = found.range.address - begin;
-    return "\n  memory: bytes " + std::to_string(first) + " to " +
-           std::to_string(first + found.range.size_bytes) + " of ";
-  };
-  if (found.block != nullptr && !found.block->ended) {
-    const std::string made = describe_site(found.block->begun_at, "    ");
-    return bytes_from(found.block_begin) + "a block of " +
-           std::to_string(found.block->end - found.block_begin) + " bytes of a caching allocator" +
-           (made.empty() ? "" : ", handed out at:" + made);
-  }
-  const auto* life = history.find_live(ObjectHistory::Kind::kMemory, found.range.address);
-  return life == nullptr ? "" : bytes_from(life->address) + describe_memory(*life);
+// What the allocator should have been told: nobody can wait for a stream that they do not know of.
+std::string reuse_lines(const Found& found) {
+  const std::string taken = describe_site(found.block->earlier_ended_at, "    ");
+  const std::string user = std::to_string(found.conflict.earlier.stream_id);
+  return (taken.empty() ? "" : "\n  its earlier owner gave it back at:" + taken) +
+         "\n  tell the allocator that stream " + user +
+         " uses the block: tensor.record_stream(stream_" + user +
+         ") before the earlier owner gives it back";
+}
+
+// A thread that polls a flag knows nothing of what the thread that set it had waited for.
+std::string elsewhere_line(const Found& found) {
+  if (!found.is_known_elsewhere) return "";
+  return std::string("\n  another host thread has waited for the ") +
+         word(found.conflict.earlier_kind) +
+         ", and nothing told this one: use threading or queue for the signal, or "
+         "spillover.emulator.release and acquire";
 }
 
 // The order that is missing, and the call that adds it.
@@ -135,6 +137,23 @@ std::string describe_access(const Access& access, AccessKind kind, const ByteRan
   return std::string(word(kind)) + " of " + describe_range(range) + " " + describe(access);
 }
 
+// Of the allocator's block where it is known, else of the driver's memory.
+std::string describe_range_in_memory(const Found& found, const ObjectHistory& history) {
+  const auto bytes_from = [&](Address begin) {
+    const Address first = found.range.address - begin;
+    return "\n  memory: bytes " + std::to_string(first) + " to " +
+           std::to_string(first + found.range.size_bytes) + " of ";
+  };
+  if (found.block != nullptr && !found.block->ended) {
+    const std::string made = describe_site(found.block->begun_at, "    ");
+    return bytes_from(found.block_begin) + "a block of " +
+           std::to_string(found.block->end - found.block_begin) + " bytes of a caching allocator" +
+           (made.empty() ? "" : ", handed out at:" + made);
+  }
+  const auto* life = history.find_live(ObjectHistory::Kind::kMemory, found.range.address);
+  return life == nullptr ? "" : bytes_from(life->address) + describe_memory(*life);
+}
+
 std::string describe_use(AccessKind kind, const ByteRange& range, SiteId site) {
   std::string text;
   if (argument_describer != nullptr) {
@@ -164,10 +183,11 @@ std::string explain_conflict(const Found& found, const ObjectHistory& history) {
         handle, static_cast<unsigned long long>(earlier.stream_id));
     text += line;
   }
-  text += memory_line(found, history);
+  text += describe_range_in_memory(found, history);
   text += describe_use(found.kind, found.range, found.access.site);
   text += stack_line("the earlier " + before + " was", earlier.site);
-  return text + missing_edge(found);
+  if (found.conflict.reused) text += reuse_lines(found);
+  return text + elsewhere_line(found) + missing_edge(found);
 }
 
 std::string explain_misuse(const std::string& text) {

@@ -30,6 +30,7 @@ struct Found {
   ByteRange range;
   const Block* block = nullptr;  // of a caching allocator, that the range lies in
   Address block_begin = 0;
+  bool is_known_elsewhere = false;  // another thread of the host has waited for the earlier access
 };
 
 // An access that is not ordered after an earlier one. The first line says it all; the others help.
@@ -40,6 +41,9 @@ std::string explain_misuse(const std::string& text);
 
 // "read of 8 bytes at 0x... by aten::add on stream 0".
 std::string describe_access(const Access& access, AccessKind kind, const ByteRange& range);
+
+// Which bytes of which memory: a further line of a report.
+std::string describe_range_in_memory(const Found& found, const ObjectHistory& history);
 
 // The stack of an access and what the argument is, as the report's further lines.
 std::string describe_use(AccessKind kind, const ByteRange& range, SiteId site);

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <string>
 
+#include "emulator/core/fault_plan.hpp"
 #include "emulator/core/hazard_text.hpp"
 #include "emulator/core/process.hpp"
 
@@ -130,15 +131,16 @@ bool Machine::record(const Access& access, const VectorClock& clock, AccessKind 
     // the host's reads ask for what the reading thread itself knows.
     VectorClock known = clock;
     known.merge(streams.threads().everyone());
-    return hazards.record(access, known, kind, range, address, recording);
+    return hazards.record(access, known, known, kind, range, address, recording);
   }
-  bool found = hazards.record(access, clock, kind, range, address, recording);
+  const VectorClock& everyone = streams.threads().everyone();
+  bool found = hazards.record(access, clock, everyone, kind, range, address, recording);
   // Freeing one address of several does not touch what runs through the others.
   if (!virtual_memory.has_aliases() || kind == AccessKind::kFree) return found;
   virtual_memory.for_each_alias(
       address, size_bytes, [&](Address key, Address begin, std::size_t part_bytes) {
         const ByteRange shown{begin, part_bytes};
-        found = hazards.record(access, clock, kind, shown, key, recording) || found;
+        found = hazards.record(access, clock, everyone, kind, shown, key, recording) || found;
       });
   return found;
 }
@@ -189,10 +191,13 @@ void Machine::report_dead_handle(ObjectHistory::Kind kind, Address handle) {
   } else {
     std::snprintf(what, sizeof what, "event 0x%zx", handle);
   }
-  std::string text = std::string(current_call()) + " uses " + what + " after its destruction";
+  std::string text(documented_name(current_call()));
+  text += std::string(" uses ") + what + " after its destruction";
   text += std::string("\n  kind: ") + (is_stream ? "stream" : "event") + " used after destruction";
   const std::string ended = describe_site(life->ended_at, "    ");
-  if (!ended.empty()) text += std::string("\n  destroyed by ") + life->ended_by + " at:" + ended;
+  if (!ended.empty()) {
+    text += "\n  destroyed by " + std::string(documented_name(life->ended_by)) + " at:" + ended;
+  }
   const std::string used = describe_site(current_site(), "    ");
   if (!used.empty()) text += "\n  used at:" + used;
   text += std::string("\n  keep the ") + (is_stream ? "stream" : "event") +
@@ -205,10 +210,12 @@ void Machine::report_double_free(Address address) {
   const ObjectHistory::Life* life =
       hazards.history().find_gone(ObjectHistory::Kind::kMemory, address);
   if (life == nullptr || life->address != address) return;
-  std::string text = std::string(current_call()) + " frees memory that is free already";
+  std::string text(documented_name(current_call()));
+  text += " frees memory that is free already";
   text += "\n  kind: double free\n  memory: " + describe_memory(*life);
   const std::string used = describe_site(current_site(), "    ");
   if (!used.empty()) text += "\n  freed again at:" + used;
+  text += "\n  free it once: where it may have two owners, let one of them be responsible";
   hazards.report_misuse(text, std::string("double free|") + current_call());
 }
 
@@ -229,11 +236,18 @@ bool Machine::check_usable(const Stream& stream, const char* name, AccessKind ki
             ", which may not reach another device's memory\n  kind: cross-device use without peer "
             "access\n  enable it (cuCtxEnablePeerAccess, cuMemSetAccess), or copy the data over";
   } else if (virtual_memory.find_reservation(address, &base, &reserved)) {
-    text += virtual_memory.find_mapping(address) == nullptr
-                ? ", where nothing is mapped\n  kind: access while unmapped or asleep"
-                : ", which its mapping does not allow\n  kind: access without permission";
+    text +=
+        virtual_memory.find_mapping(address) == nullptr
+            ? ", where nothing is mapped\n  kind: access while unmapped or asleep\n  map it "
+              "first (cuMemMap and cuMemSetAccess; a tag that sleeps: allocator.wake), or use it "
+              "before it goes"
+            : ", which its mapping does not allow\n  kind: access without permission\n  allow it "
+              "with cuMemSetAccess";
   } else if (history.find_gone(ObjectHistory::Kind::kMemory, address) != nullptr) {
-    text += " after it was freed\n  kind: use after free";
+    text +=
+        " after it was freed\n  kind: use after free\n  free it after its last use: behind it on "
+        "the "
+        "stream (cuMemFreeAsync), or later";
   } else {
     text += ", which is not inside live device memory\n  kind: illegal address";
   }

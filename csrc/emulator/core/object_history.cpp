@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <iterator>
 
+#include "emulator/core/fault_plan.hpp"
+
 namespace spillover::emulator {
 namespace {
 
@@ -81,7 +83,7 @@ std::vector<std::string> ObjectHistory::live_texts() const {
     const char* const name = kind == Kind::kStream ? "leak: stream " : "leak: event ";
     for (const auto& [handle, life] : of(kind).live) {
       const std::string stack = describe_site(life.made_at, "    ");
-      texts.push_back(name + hex(handle) + " of " + life.made_by +
+      texts.push_back(name + hex(handle) + " of " + std::string(documented_name(life.made_by)) +
                       (stack.empty() ? "" : ", made at:" + stack));
     }
   }
@@ -89,12 +91,16 @@ std::vector<std::string> ObjectHistory::live_texts() const {
 }
 
 std::string describe_memory(const ObjectHistory::Life& life) {
+  const std::string maker(documented_name(life.made_by));
   std::string text =
-      std::to_string(life.size_bytes) + " bytes at " + hex(life.address) + " from " + life.made_by;
+      std::to_string(life.size_bytes) + " bytes at " + hex(life.address) + " from " + maker;
   const std::string made = describe_site(life.made_at, "    ");
-  if (!made.empty()) text += ", made at:" + made;
+  // Caches of pinned memory give it to one user after the other, and tell nobody.
+  const bool is_pinned = maker == "cuMemHostAlloc" || maker == "cuMemHostRegister";
+  if (!made.empty()) text += std::string(is_pinned ? ", first" : ",") + " made at:" + made;
   if (*life.ended_by == '\0') return text;
-  text += std::string(made.empty() ? "; " : "\n  ") + "given back by " + life.ended_by;
+  text += std::string(made.empty() ? "; " : "\n  ") + "given back by ";
+  text += documented_name(life.ended_by);
   const std::string ended = describe_site(life.ended_at, "    ");
   return ended.empty() ? text : text + " at:" + ended;
 }

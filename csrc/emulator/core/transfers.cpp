@@ -116,6 +116,12 @@ static bool is_extent(std::size_t pitch, std::size_t height, std::size_t width_b
          (height <= 1 || pitch <= kExtentBytesMax / height);
 }
 
+// Rows begin at elements, and none begins inside of another. The pitch of one row is not used.
+static bool has_room_for_rows(const Fill& fill) {
+  return fill.height <= 1 ||
+         (fill.pitch >= fill.width_bytes() && fill.pitch % fill.element_bytes == 0);
+}
+
 OperationCost cost_of(Machine& machine, const Copy& copy) {
   const Place destination = place_of(machine, copy.destination, copy.destination_bytes());
   const Place source = place_of(machine, copy.source, copy.source_bytes());
@@ -128,9 +134,7 @@ OperationCost cost_of(Machine& machine, const Fill& fill) {
   return machine.clock.bytes_bound_cost(fill.width_bytes() * fill.height);
 }
 
-CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
-              CallVariant variant) {
-  if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
+CUresult check_copy(Machine& machine, const Copy& shape, CopyKind kind, const char** name) {
   if (shape.destination == 0 || shape.source == 0) return CUDA_ERROR_INVALID_VALUE;
   if (!is_extent(shape.destination_pitch, shape.height, shape.width_bytes) ||
       !is_extent(shape.source_pitch, shape.height, shape.width_bytes)) {
@@ -143,11 +147,21 @@ CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape,
   const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
   const Place source = place_of(machine, shape.source, shape.source_bytes());
   if (!is_legal(kind, destination, source)) return CUDA_ERROR_INVALID_VALUE;
-  const char* const name = name_of(kind, destination, source);
-  if (!check_live(machine, name, shape.destination, shape.destination_bytes(), true) ||
-      !check_live(machine, name, shape.source, shape.source_bytes(), false)) {
-    return CUDA_ERROR_ILLEGAL_ADDRESS;
-  }
+  *name = name_of(kind, destination, source);
+  const bool is_live =
+      check_live(machine, *name, shape.destination, shape.destination_bytes(), true) &&
+      check_live(machine, *name, shape.source, shape.source_bytes(), false);
+  return is_live ? CUDA_SUCCESS : CUDA_ERROR_ILLEGAL_ADDRESS;
+}
+
+CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
+              CallVariant variant) {
+  if (shape.width_bytes == 0 || shape.height == 0) return CUDA_SUCCESS;
+  const char* name = nullptr;
+  const CUresult valid = check_copy(machine, shape, kind, &name);
+  if (valid != CUDA_SUCCESS) return valid;
+  const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
+  const Place source = place_of(machine, shape.source, shape.source_bytes());
   if (stream->capture != nullptr) {
     if (machine.captures.follows_values()) stream->capture->capture->memory.apply(shape);
     machine.captures.add(stream, name, std::move(shape));
@@ -186,8 +200,7 @@ CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill&
   if (shape.destination == 0 || shape.destination % shape.element_bytes != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  if (!is_extent(shape.pitch, shape.height, shape.width_elements) ||
-      (shape.height > 1 && shape.pitch < shape.width_bytes())) {
+  if (!is_extent(shape.pitch, shape.height, shape.width_elements) || !has_room_for_rows(shape)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   const Place destination = place_of(machine, shape.destination, shape.destination_bytes());
@@ -257,8 +270,7 @@ CUresult check_fill_node(Machine& machine, const Fill& fill) {
       fill.element_bytes == 1 || fill.element_bytes == 2 || fill.element_bytes == 4;
   if (!is_known || fill.width_elements == 0 || fill.height == 0 || fill.destination == 0 ||
       fill.destination % fill.element_bytes != 0 ||
-      !is_extent(fill.pitch, fill.height, fill.width_elements) ||
-      (fill.height > 1 && fill.pitch < fill.width_bytes())) {
+      !is_extent(fill.pitch, fill.height, fill.width_elements) || !has_room_for_rows(fill)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   const bool is_pageable =

@@ -25,6 +25,9 @@ enum class CallVariant { kAsync, kSync };
 CUresult copy(Machine& machine, Lock& lock, const StreamRef& stream, Copy shape, CopyKind kind,
               CallVariant variant);
 
+// Whether copy() can make this copy of live memory, and what it is called then.
+CUresult check_copy(Machine& machine, const Copy& shape, CopyKind kind, const char** name);
+
 CUresult fill(Machine& machine, Lock& lock, const StreamRef& stream, const Fill& shape,
               CallVariant variant);
 

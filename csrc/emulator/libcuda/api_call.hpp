@@ -159,6 +159,11 @@ CUresult with_unsafe_context(const char* name, Body&& body) {
   });
 }
 
+// What a program prefers makes no difference here, but has to be one of CUDA's.
+inline bool is_cache_config(CUfunc_cache config) {
+  return config >= CU_FUNC_CACHE_PREFER_NONE && config <= CU_FUNC_CACHE_PREFER_EQUAL;
+}
+
 inline bool is_device(const Machine& machine, CUdevice device) {
   return device >= 0 && device < machine.device_count();
 }

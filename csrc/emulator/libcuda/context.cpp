@@ -282,8 +282,10 @@ CUresult cuCtxGetCacheConfig(CUfunc_cache* config) {
   });
 }
 
-CUresult cuCtxSetCacheConfig(CUfunc_cache) {
-  return with_context(__func__, [](Machine&, Lock&, Context&) { return CUDA_SUCCESS; });
+CUresult cuCtxSetCacheConfig(CUfunc_cache config) {
+  return with_context(__func__, [=](Machine&, Lock&, Context&) {
+    return emulator::is_cache_config(config) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  });
 }
 
 CUresult cuCtxEnablePeerAccess(CUcontext peer, unsigned int flags) {

@@ -98,9 +98,9 @@ CUresult cuDeviceGetByPCIBusId(CUdevice* device, const char* text) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     unsigned domain = 0, bus = 0, slot = 0;
     if (device == nullptr || text == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    if (std::sscanf(text, "%x:%x:%x", &domain, &bus, &slot) != 3 &&
-        std::sscanf(text, "%x:%x", &bus, &slot) != 2) {
-      return CUDA_ERROR_INVALID_VALUE;
+    if (std::sscanf(text, "%x:%x:%x", &domain, &bus, &slot) != 3) {
+      domain = 0;
+      if (std::sscanf(text, "%x:%x", &bus, &slot) != 2) return CUDA_ERROR_INVALID_VALUE;
     }
     for (int ordinal = 0; ordinal < machine.device_count(); ++ordinal) {
       if (emulator::pci_bus(ordinal) != static_cast<int>(bus) || domain != 0 || slot != 0) continue;
@@ -123,8 +123,8 @@ CUresult cuDeviceCanAccessPeer(int* can_access, CUdevice device, CUdevice peer) 
 CUresult cuDeviceGetP2PAttribute(int* value, CUdevice_P2PAttribute attribute, CUdevice device,
                                  CUdevice peer) {
   return with_device(__func__, device, [=](Machine& machine) {
-    if (!is_device(machine, peer)) return CUDA_ERROR_INVALID_DEVICE;
-    if (value == nullptr || device == peer) return CUDA_ERROR_INVALID_VALUE;
+    if (!is_device(machine, peer) || device == peer) return CUDA_ERROR_INVALID_DEVICE;
+    if (value == nullptr) return CUDA_ERROR_INVALID_VALUE;
     switch (attribute) {
       case CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED:
         *value = 1;

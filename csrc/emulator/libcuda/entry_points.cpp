@@ -245,10 +245,13 @@ CUresult look_up(const char* text, void** function, int cuda_version, cuuint64_t
 
 extern "C" {
 
+// A function that is not there is an answer and no error, unlike in the version before.
 CUresult cuGetProcAddress_v2(const char* name, void** function, int cuda_version, cuuint64_t flags,
                              CUdriverProcAddressQueryResult* status) {
-  return emulator::plain(__func__,
-                         [=] { return look_up(name, function, cuda_version, flags, status); });
+  return emulator::plain(__func__, [=] {
+    const CUresult found = look_up(name, function, cuda_version, flags, status);
+    return found == CUDA_ERROR_NOT_FOUND ? CUDA_SUCCESS : found;
+  });
 }
 
 CUresult cuGetProcAddress(const char* name, void** function, int cuda_version, cuuint64_t flags) {

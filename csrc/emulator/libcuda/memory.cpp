@@ -1,4 +1,8 @@
 // Allocation of device, pinned and managed memory.
+#include <sys/mman.h>
+
+#include <cstdint>
+
 #include "emulator/core/lifetimes.hpp"
 #include "emulator/libcuda/api_call.hpp"
 
@@ -25,6 +29,15 @@ CUresult allocate_host(Machine& machine, const Context& context, std::size_t siz
       machine.host_memory.allocate({0, size_bytes, kind, flags, context.device}, address);
   if (result == CUDA_SUCCESS) machine.begin_memory(*address, size_bytes);
   return result;
+}
+
+// Whether the process has all of the pages; those of others cannot be pinned.
+bool is_mapped(Address address, std::size_t size_bytes) {
+  constexpr Address kPageBytes = 4096;
+  const Address begin = address / kPageBytes * kPageBytes;
+  if (size_bytes > SIZE_MAX - address) return false;
+  // Starts no I/O, and fails where something is not mapped.
+  return msync(reinterpret_cast<void*>(begin), address + size_bytes - begin, MS_ASYNC) == 0;
 }
 
 CUresult allocate_pinned(const char* name, void** pointer, std::size_t size_bytes, unsigned flags) {
@@ -67,9 +80,12 @@ CUresult cuMemAlloc(CUdeviceptr* pointer, std::size_t size_bytes) {
 }
 
 CUresult cuMemAllocPitch(CUdeviceptr* pointer, std::size_t* pitch_bytes, std::size_t width_bytes,
-                         std::size_t height, unsigned int) {
+                         std::size_t height, unsigned int element_bytes) {
   return with_unsafe_context(__func__, [=](Machine& machine, Lock& lock, Context& context) {
-    if (pointer == nullptr || pitch_bytes == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    const bool is_element = element_bytes == 4 || element_bytes == 8 || element_bytes == 16;
+    if (pointer == nullptr || pitch_bytes == nullptr || !is_element) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
     constexpr std::size_t kSizeMax = std::size_t{1} << 47U;
     if (width_bytes > kSizeMax || (width_bytes != 0 && height > kSizeMax / width_bytes)) {
       return CUDA_ERROR_OUT_OF_MEMORY;
@@ -133,7 +149,7 @@ CUresult cuMemHostRegister(void* pointer, std::size_t size_bytes, unsigned int f
     if ((flags & CU_MEMHOSTREGISTER_IOMEMORY) != 0) return CUDA_ERROR_NOT_SUPPORTED;
     const auto address = reinterpret_cast<Address>(pointer);
     if (pointer == nullptr || size_bytes == 0 || (flags & ~kKnown) != 0 ||
-        machine.addresses.contains(address)) {
+        machine.addresses.contains(address) || !is_mapped(address, size_bytes)) {
       return CUDA_ERROR_INVALID_VALUE;
     }
     const CUresult added = machine.host_memory.add(
@@ -165,7 +181,7 @@ CUresult cuMemHostGetDevicePointer(CUdeviceptr* device_pointer, void* pointer, u
 CUresult cuMemHostGetFlags(unsigned int* flags, void* pointer) {
   return with_context(__func__, [=](Machine& machine, Lock&, Context&) {
     const HostRegion* region = machine.host_memory.find(reinterpret_cast<Address>(pointer));
-    if (flags == nullptr || region == nullptr || region->kind == HostRegionKind::kManaged) {
+    if (flags == nullptr || region == nullptr || region->kind != HostRegionKind::kAllocated) {
       return CUDA_ERROR_INVALID_VALUE;
     }
     // Everything is mapped, and reported so, as on a 64-bit system with unified addressing.

@@ -48,13 +48,14 @@ CUresult get_function(const char* name, void** function, void* module, const cha
   });
 }
 
+constexpr unsigned kSharedBytesMax = 232448;
+
 // The limits that device_attributes.cpp tells. How much shared memory a kernel may have without
 // asking for more (cuFuncSetAttribute) is not held against it.
 bool is_launchable(const spillover_emulator_launch_shape& shape) {
   constexpr unsigned kBlockMax[3] = {1024, 1024, 64};
   constexpr unsigned kGridMax[3] = {2147483647, 65535, 65535};
   constexpr std::uint64_t kThreadsMax = 1024;
-  constexpr unsigned kSharedBytesMax = 232448;
   std::uint64_t threads = 1;
   for (int axis = 0; axis < 3; ++axis) {
     if (shape.grid[axis] == 0 || shape.grid[axis] > kGridMax[axis]) return false;
@@ -176,9 +177,8 @@ CUresult cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 
 CUresult cuFuncGetName(const char** name, CUfunction function) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
-    if (name == nullptr) return CUDA_ERROR_INVALID_VALUE;
     const RegisteredKernel* kernel = machine.kernels.check(function);
-    if (kernel == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    if (name == nullptr || kernel == nullptr) return CUDA_ERROR_INVALID_VALUE;
     *name = kernel->name.c_str();
     return CUDA_SUCCESS;
   });
@@ -186,7 +186,8 @@ CUresult cuFuncGetName(const char** name, CUfunction function) {
 
 CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction function) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
-    if (value == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    const bool is_attribute = attribute >= 0 && attribute < CU_FUNC_ATTRIBUTE_MAX;
+    if (value == nullptr || !is_attribute) return CUDA_ERROR_INVALID_VALUE;
     if (machine.kernels.check(function) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
     // A body on the host has no registers and no shared memory of its own.
     *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024
@@ -198,9 +199,25 @@ CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfuncti
   });
 }
 
-CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute, int) {
+// The settings make no difference to a body on the host; what CUDA refuses is refused.
+CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
-    return machine.kernels.check(function) == nullptr ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
+    if (machine.kernels.check(function) == nullptr) return CUDA_ERROR_INVALID_HANDLE;
+    switch (attribute) {
+      case CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES:
+        return value >= 0 && value <= static_cast<int>(kSharedBytesMax) ? CUDA_SUCCESS
+                                                                        : CUDA_ERROR_INVALID_VALUE;
+      case CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT:
+        return value >= -1 && value <= 100 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+      case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH:
+      case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_HEIGHT:
+      case CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_DEPTH:
+      case CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED:
+      case CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE:
+        return value >= 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+      default:
+        return CUDA_ERROR_INVALID_VALUE;  // the others can only be read
+    }
   });
 }
 

@@ -45,6 +45,12 @@ std::optional<Known> look_up(Machine& machine, Address address) {
   return std::nullopt;
 }
 
+// Whether CUDA has such an attribute at all.
+bool is_attribute(CUpointer_attribute attribute) {
+  return attribute >= CU_POINTER_ATTRIBUTE_CONTEXT &&
+         attribute <= CU_POINTER_ATTRIBUTE_IS_HW_DECOMPRESS_CAPABLE;
+}
+
 template <typename Value>
 CUresult put(void* out, Value value) {
   *static_cast<Value*>(out) = value;
@@ -88,7 +94,7 @@ CUresult attribute_of(Machine& machine, const Known& known, Address address,
     case CU_POINTER_ATTRIBUTE_MEMPOOL_HANDLE:
       return put(out, known.pool);
     default:
-      return CUDA_ERROR_NOT_SUPPORTED;
+      return is_attribute(attribute) ? CUDA_ERROR_NOT_SUPPORTED : CUDA_ERROR_INVALID_VALUE;
   }
 }
 
@@ -132,7 +138,7 @@ CUresult cuPointerGetAttributes(unsigned int count, CUpointer_attribute* attribu
     if (attributes == nullptr || outs == nullptr) return CUDA_ERROR_INVALID_VALUE;
     const auto known = look_up(machine, pointer);
     for (unsigned i = 0; i < count; ++i) {
-      if (outs[i] == nullptr) return CUDA_ERROR_INVALID_VALUE;
+      if (outs[i] == nullptr || !is_attribute(attributes[i])) return CUDA_ERROR_INVALID_VALUE;
       if (!known ||
           attribute_of(machine, *known, pointer, attributes[i], outs[i]) != CUDA_SUCCESS) {
         put_default(attributes[i], outs[i]);
@@ -147,8 +153,9 @@ CUresult cuPointerSetAttribute(const void* value, CUpointer_attribute attribute,
   return with_driver(__func__, [=](Machine& machine, Lock&) {
     if (value == nullptr || !look_up(machine, pointer)) return CUDA_ERROR_INVALID_VALUE;
     // Synchronous memory operations are the only attribute that can be set.
-    return attribute == CU_POINTER_ATTRIBUTE_SYNC_MEMOPS ? CUDA_ERROR_NOT_SUPPORTED
-                                                         : CUDA_ERROR_INVALID_VALUE;
+    if (attribute != CU_POINTER_ATTRIBUTE_SYNC_MEMOPS) return CUDA_ERROR_INVALID_VALUE;
+    emulator::report("memory whose operations are all synchronous is not emulated");
+    return CUDA_ERROR_NOT_SUPPORTED;
   });
 }
 

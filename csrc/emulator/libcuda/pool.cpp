@@ -151,7 +151,7 @@ CUresult cuMemPoolCreate(CUmemoryPool* handle, const CUmemPoolProps* properties)
         properties->handleTypes != CU_MEM_HANDLE_TYPE_NONE) {
       return CUDA_ERROR_NOT_SUPPORTED;
     }
-    if (!is_device(machine, properties->location.id)) return CUDA_ERROR_INVALID_DEVICE;
+    if (!is_device(machine, properties->location.id)) return CUDA_ERROR_INVALID_VALUE;
     auto pool = std::make_unique<Pool>();
     Pool* const raw = pool.get();
     raw->device = properties->location.id;

@@ -64,9 +64,11 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap*, CUtensorMapDataType, cuuint32_t, v
   return not_emulated(__func__, reported);
 }
 
-CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache) {
+CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
   return with_driver(__func__, [=](Machine& machine, Lock&) {
-    return machine.kernels.check(function) == nullptr ? CUDA_ERROR_INVALID_HANDLE : CUDA_SUCCESS;
+    const bool is_valid =
+        machine.kernels.check(function) != nullptr && emulator::is_cache_config(config);
+    return is_valid ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
   });
 }
 

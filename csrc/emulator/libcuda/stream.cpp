@@ -68,8 +68,11 @@ CUresult check_value(Machine& machine, Address address, unsigned size_bytes) {
 }
 
 CUresult write_value(const char* name, CUstream handle, Address address, std::uint64_t value,
-                     unsigned size_bytes) {
+                     unsigned flags, unsigned size_bytes) {
   return with_work(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+    if ((flags & ~unsigned{CU_STREAM_WRITE_VALUE_NO_MEMORY_BARRIER}) != 0) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
     const CUresult valid = check_value(machine, address, size_bytes);
     if (valid != CUDA_SUCCESS) return valid;
     if (stream->capture != nullptr) {
@@ -91,6 +94,10 @@ CUresult write_value(const char* name, CUstream handle, Address address, std::ui
 CUresult wait_value(const char* name, CUstream handle, Address address, std::uint64_t value,
                     unsigned flags, unsigned size_bytes) {
   return with_work(name, handle, [=](Machine& machine, Lock& lock, const StreamRef& stream) {
+    constexpr unsigned kComparisons = 3;  // CU_STREAM_WAIT_VALUE_*: four of them in two bits
+    if ((flags & ~(kComparisons | unsigned{CU_STREAM_WAIT_VALUE_FLUSH})) != 0) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
     const CUresult valid = check_value(machine, address, size_bytes);
     if (valid != CUDA_SUCCESS) return valid;
     if (stream->capture == nullptr) machine.streams.acquire_value(stream.get(), address);
@@ -222,13 +229,13 @@ CUresult cuStreamAddCallback(CUstream handle, CUstreamCallback function, void* u
 }
 
 CUresult cuStreamWriteValue32(CUstream handle, CUdeviceptr address, cuuint32_t value,
-                              unsigned int) {
-  return write_value("cuStreamWriteValue32", handle, address, value, 4);
+                              unsigned int flags) {
+  return write_value("cuStreamWriteValue32", handle, address, value, flags, 4);
 }
 
 CUresult cuStreamWriteValue64(CUstream handle, CUdeviceptr address, cuuint64_t value,
-                              unsigned int) {
-  return write_value("cuStreamWriteValue64", handle, address, value, 8);
+                              unsigned int flags) {
+  return write_value("cuStreamWriteValue64", handle, address, value, flags, 8);
 }
 
 CUresult cuStreamWaitValue32(CUstream handle, CUdeviceptr address, cuuint32_t value,

@@ -3,7 +3,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
+#include <vector>
 
+#include "emulator/core/copy_batch.hpp"
 #include "emulator/libcuda/api_call.hpp"
 
 namespace emulator = spillover::emulator;
@@ -179,22 +182,39 @@ struct Batch {
 };
 
 // Copies of a batch have no order: the last one is the first here, so that a program which needs an
-// order does not get the one that it may have thought of. failed is where the older version of the
-// call puts the copy that could not be made.
+// order does not get the one that it may have thought of, and the checker reports that it needs
+// one. All are looked at before the first is queued. failed is where the older version of the call
+// puts the copy that could not be made.
 CUresult copy_batch(const char* name, const Batch& batch, std::size_t* failed, CUstream handle) {
   return with_context(name, [&](Machine& machine, Lock& lock, Context&) {
     if (failed != nullptr) *failed = SIZE_MAX;
-    if (handle == nullptr || handle == CU_STREAM_LEGACY || !batch.is_valid())
-      return CUDA_ERROR_INVALID_VALUE;
+    const bool is_legacy = handle == CU_STREAM_LEGACY ||
+                           (handle == nullptr && !emulator::default_stream_is_per_thread());
+    if (is_legacy || !batch.is_valid()) return CUDA_ERROR_INVALID_VALUE;
     StreamRef stream;
     const CUresult found = machine.streams.find(handle, &stream);
     if (found != CUDA_SUCCESS) return found;
     const CUresult admitted = machine.captures.admit_work(stream);
     if (admitted != CUDA_SUCCESS) return admitted;
+    std::vector<Copy> copies;
+    copies.reserve(batch.count);
+    for (std::size_t i = 0; i < batch.count; ++i) {
+      copies.push_back(one_row(batch.destinations[i], batch.sources[i], batch.sizes[i]));
+      const char* kind = nullptr;
+      const CUresult valid =
+          batch.sizes[i] == 0 ? CUDA_SUCCESS
+                              : emulator::check_copy(machine, copies.back(), CopyKind::kAny, &kind);
+      if (valid == CUDA_SUCCESS) continue;
+      if (failed != nullptr) *failed = i;
+      return valid;
+    }
+    if (emulator::check_independent(machine, *stream, name, copies)) {
+      const CUresult hazard = machine.hazard_status(true);
+      if (hazard != CUDA_SUCCESS) return hazard;
+    }
     for (std::size_t i = batch.count; i-- > 0;) {
-      const CUresult result = emulator::copy(
-          machine, lock, stream, one_row(batch.destinations[i], batch.sources[i], batch.sizes[i]),
-          CopyKind::kAny, kAsync);
+      const CUresult result =
+          emulator::copy(machine, lock, stream, std::move(copies[i]), CopyKind::kAny, kAsync);
       if (result == CUDA_SUCCESS) continue;
       if (failed != nullptr) *failed = i;
       return result;

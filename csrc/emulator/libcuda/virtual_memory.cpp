@@ -51,9 +51,11 @@ extern "C" {
 
 CUresult cuMemGetAllocationGranularity(std::size_t* granularity,
                                        const CUmemAllocationProp* properties,
-                                       CUmemAllocationGranularity_flags) {
+                                       CUmemAllocationGranularity_flags option) {
   return with_virtual_memory(__func__, [=](Machine& machine, Lock&) {
-    if (granularity == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    const bool is_option = option == CU_MEM_ALLOC_GRANULARITY_MINIMUM ||
+                           option == CU_MEM_ALLOC_GRANULARITY_RECOMMENDED;
+    if (granularity == nullptr || !is_option) return CUDA_ERROR_INVALID_VALUE;
     const CUresult result = check_properties(machine, properties);
     if (result == CUDA_SUCCESS) *granularity = emulator::kGranularityBytes;
     return result;

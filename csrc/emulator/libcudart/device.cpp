@@ -12,6 +12,12 @@ using runtime::with_driver;
 
 namespace {
 
+// All pinned memory is mapped; the runtime says so of every device.
+constexpr unsigned int kImplicitFlags = cudaDeviceMapHost;
+
+static_assert(static_cast<int>(cudaDeviceScheduleBlockingSync) ==
+              static_cast<int>(CU_CTX_SCHED_BLOCKING_SYNC));
+
 CUresult check_device(int device) {
   CUdevice handle = 0;
   return cuDeviceGet(&handle, device);
@@ -71,25 +77,37 @@ cudaError_t cudaSetDevice(int device) {
   });
 }
 
-cudaError_t cudaInitDevice(int device, unsigned int, unsigned int) {
+cudaError_t cudaInitDevice(int device, unsigned int device_flags, unsigned int flags) {
   return with_driver(__func__, [=] {
-    const CUresult result = check_device(device);
+    CUresult result = check_device(device);
+    if (result == CUDA_SUCCESS && (flags & cudaInitDeviceFlagsAreValid) != 0) {
+      result = cuDevicePrimaryCtxSetFlags(device, device_flags & ~kImplicitFlags);
+    }
     if (result != CUDA_SUCCESS) return result;
     CUcontext context = nullptr;
     return runtime::primary_context(device, &context);
   });
 }
 
-cudaError_t cudaSetDeviceFlags(unsigned int) {
-  // They choose how a host thread waits for a GPU, which makes no difference here.
-  return with_driver(__func__, [] { return cudaSuccess; });
+// They choose how a host thread waits for a GPU, which makes no difference here.
+cudaError_t cudaSetDeviceFlags(unsigned int flags) {
+  return with_driver(__func__, [=] {
+    CUdevice device = 0;
+    const CUresult result = runtime::current_device(&device);
+    return result == CUDA_SUCCESS ? cuDevicePrimaryCtxSetFlags(device, flags & ~kImplicitFlags)
+                                  : result;
+  });
 }
 
 cudaError_t cudaGetDeviceFlags(unsigned int* flags) {
   return with_driver(__func__, [=] {
-    if (flags == nullptr) return cudaErrorInvalidValue;
-    *flags = cudaDeviceScheduleAuto | cudaDeviceMapHost;
-    return cudaSuccess;
+    if (flags == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    CUdevice device = 0;
+    int is_active = 0;
+    CUresult result = runtime::current_device(&device);
+    if (result == CUDA_SUCCESS) result = cuDevicePrimaryCtxGetState(device, flags, &is_active);
+    if (result == CUDA_SUCCESS) *flags |= kImplicitFlags;
+    return result;
   });
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 // Looks a driver function up by its unsuffixed name, as cuGetProcAddress does: version picks
 // cuMemAlloc_v2 rather than the first cuMemAlloc. A name that is not there is an answer, not an
-// error, if the caller asked for one.
+// error.
 cudaError_t find_entry_point(const char* symbol, void** function, unsigned int version,
                              unsigned long long flags, cudaDriverEntryPointQueryResult* answer) {
   if (symbol == nullptr || function == nullptr) return cudaErrorInvalidValue;
@@ -16,12 +16,10 @@ cudaError_t find_entry_point(const char* symbol, void** function, unsigned int v
   CUdriverProcAddressQueryResult found = CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
   const CUresult result =
       cuGetProcAddress(symbol, function, static_cast<int>(version), flags, &found);
-  if (result != CUDA_SUCCESS && result != CUDA_ERROR_NOT_FOUND) return runtime::to_runtime(result);
-  if (answer != nullptr) {
+  if (result == CUDA_SUCCESS && answer != nullptr) {
     *answer = static_cast<cudaDriverEntryPointQueryResult>(found);
-    return cudaSuccess;
   }
-  return *function != nullptr ? cudaSuccess : cudaErrorSymbolNotFound;
+  return runtime::to_runtime(result);
 }
 
 }  // namespace

@@ -11,10 +11,17 @@ using runtime::with_context;
 namespace {
 
 bool fits(dim3 grid, dim3 block, CUdevice device) {
+  const auto within = [=](unsigned long long value, CUdevice_attribute limit) {
+    return value != 0 && value <= static_cast<unsigned long long>(attribute_of(device, limit));
+  };
   const unsigned long long threads = static_cast<unsigned long long>(block.x) * block.y * block.z;
-  return grid.x != 0 && grid.y != 0 && grid.z != 0 && threads != 0 &&
-         threads <= static_cast<unsigned long long>(
-                        attribute_of(device, CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK));
+  return within(threads, CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK) &&
+         within(block.x, CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X) &&
+         within(block.y, CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y) &&
+         within(block.z, CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z) &&
+         within(grid.x, CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X) &&
+         within(grid.y, CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y) &&
+         within(grid.z, CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z);
 }
 
 cudaError_t launch(const void* function, dim3 grid, dim3 block, void** arguments,

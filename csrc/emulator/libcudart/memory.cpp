@@ -17,7 +17,7 @@ static_assert(cudaHostRegisterMapped == CU_MEMHOSTREGISTER_DEVICEMAP);
 static_assert(cudaHostRegisterIoMemory == CU_MEMHOSTREGISTER_IOMEMORY);
 static_assert(cudaHostRegisterReadOnly == CU_MEMHOSTREGISTER_READ_ONLY);
 
-constexpr size_t kPitchAlignment = 512;
+constexpr unsigned int kElementBytes = 16;  // the largest that rows may be read and written in
 
 // The runtime, unlike the driver, allows allocations of no bytes: they are null pointers.
 CUresult allocate(void** pointer, size_t size) {
@@ -34,6 +34,27 @@ CUresult allocate_host(void** pointer, size_t size, unsigned int flags) {
   if (pointer == nullptr) return CUDA_ERROR_INVALID_VALUE;
   *pointer = nullptr;
   return size == 0 ? CUDA_SUCCESS : cuMemHostAlloc(pointer, size, flags);
+}
+
+// Whether all of the bytes are in one piece of managed memory.
+CUresult check_managed(const void* pointer, size_t size) {
+  if (pointer == nullptr || size == 0) return CUDA_ERROR_INVALID_VALUE;
+  const CUdeviceptr address = device_pointer(pointer);
+  unsigned int is_managed = 0;
+  CUdeviceptr base = 0;
+  size_t size_all = 0;
+  CUresult result = cuPointerGetAttribute(&is_managed, CU_POINTER_ATTRIBUTE_IS_MANAGED, address);
+  if (result == CUDA_SUCCESS) result = cuMemGetAddressRange(&base, &size_all, address);
+  if (result != CUDA_SUCCESS) return result;
+  return is_managed != 0 && size <= base + size_all - address ? CUDA_SUCCESS
+                                                              : CUDA_ERROR_INVALID_VALUE;
+}
+
+// A device that exists, or the host.
+CUresult check_location(const cudaMemLocation& location) {
+  CUdevice device = 0;
+  return location.type == cudaMemLocationTypeDevice ? cuDeviceGet(&device, location.id)
+                                                    : CUDA_SUCCESS;
 }
 
 // Fills a runtime's description of a pointer; a pointer that CUDA does not know is not an error.
@@ -80,10 +101,14 @@ cudaError_t cudaMalloc(void** pointer, size_t size) {
 
 cudaError_t cudaMallocPitch(void** pointer, size_t* pitch, size_t width, size_t height) {
   return with_context(__func__, [=] {
-    if (pitch == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    *pitch = (width + kPitchAlignment - 1) / kPitchAlignment * kPitchAlignment;
-    if (height != 0 && *pitch > SIZE_MAX / height) return CUDA_ERROR_OUT_OF_MEMORY;
-    return allocate(pointer, *pitch * height);
+    if (pointer == nullptr || pitch == nullptr) return CUDA_ERROR_INVALID_VALUE;
+    *pointer = nullptr;
+    *pitch = 0;
+    if (width == 0 || height == 0) return CUDA_SUCCESS;
+    CUdeviceptr address = 0;
+    const CUresult result = cuMemAllocPitch(&address, pitch, width, height, kElementBytes);
+    if (result == CUDA_SUCCESS) *pointer = runtime::host_pointer(address);
+    return result;
   });
 }
 
@@ -149,16 +174,27 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 
 // Managed memory never moves here, so hints about where it should be are checked and dropped.
-cudaError_t cudaMemPrefetchAsync(const void* pointer, size_t count, cudaMemLocation, unsigned int,
-                                 cudaStream_t) {
+cudaError_t cudaMemPrefetchAsync(const void* pointer, size_t count, cudaMemLocation location,
+                                 unsigned int flags, cudaStream_t stream) {
   return with_context(__func__, [=] {
-    return pointer == nullptr || count == 0 ? cudaErrorInvalidValue : cudaSuccess;
+    CUresult result = flags != 0 ? CUDA_ERROR_INVALID_VALUE : check_managed(pointer, count);
+    if (result == CUDA_SUCCESS) result = check_location(location);
+    unsigned int stream_flags = 0;
+    return result == CUDA_SUCCESS ? cuStreamGetFlags(stream, &stream_flags) : result;
   });
 }
 
-cudaError_t cudaMemAdvise(const void* pointer, size_t count, cudaMemoryAdvise, cudaMemLocation) {
+cudaError_t cudaMemAdvise(const void* pointer, size_t count, cudaMemoryAdvise advice,
+                          cudaMemLocation location) {
   return with_context(__func__, [=] {
-    return pointer == nullptr || count == 0 ? cudaErrorInvalidValue : cudaSuccess;
+    if (advice < cudaMemAdviseSetReadMostly || advice > cudaMemAdviseUnsetAccessedBy) {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+    const CUresult result = check_managed(pointer, count);
+    const bool has_place = advice == cudaMemAdviseSetPreferredLocation ||
+                           advice == cudaMemAdviseSetAccessedBy ||
+                           advice == cudaMemAdviseUnsetAccessedBy;
+    return result == CUDA_SUCCESS && has_place ? check_location(location) : result;
   });
 }
 

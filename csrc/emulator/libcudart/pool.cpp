@@ -14,6 +14,8 @@ static_assert(sizeof(cudaMemAccessDesc) == sizeof(CUmemAccessDesc));
 static_assert(sizeof(cudaMemLocation) == sizeof(CUmemLocation));
 static_assert(static_cast<int>(cudaMemPoolAttrReleaseThreshold) ==
               static_cast<int>(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD));
+static_assert(static_cast<int>(cudaGraphMemAttrReservedMemHigh) ==
+              static_cast<int>(CU_GRAPH_MEM_ATTR_RESERVED_MEM_HIGH));
 static_assert(static_cast<int>(cudaMemPoolAttrUsedMemHigh) ==
               static_cast<int>(CU_MEMPOOL_ATTR_USED_MEM_HIGH));
 
@@ -129,28 +131,24 @@ cudaError_t cudaMemPoolGetAccess(cudaMemAccessFlags* flags, cudaMemPool_t pool,
   });
 }
 
-// Graphs are not emulated, so none of their memory ever exists.
-cudaError_t cudaDeviceGetGraphMemAttribute(int ordinal, cudaGraphMemAttributeType, void* value) {
+cudaError_t cudaDeviceGetGraphMemAttribute(int device, cudaGraphMemAttributeType attribute,
+                                           void* value) {
   return with_driver(__func__, [=] {
-    CUdevice device = 0;
-    if (value == nullptr) return CUDA_ERROR_INVALID_VALUE;
-    std::memset(value, 0, sizeof(cuuint64_t));
-    return device_handle(ordinal, &device);
+    return cuDeviceGetGraphMemAttribute(device, static_cast<CUgraphMem_attribute>(attribute),
+                                        value);
   });
 }
 
-cudaError_t cudaDeviceSetGraphMemAttribute(int ordinal, cudaGraphMemAttributeType, void* value) {
+cudaError_t cudaDeviceSetGraphMemAttribute(int device, cudaGraphMemAttributeType attribute,
+                                           void* value) {
   return with_driver(__func__, [=] {
-    CUdevice device = 0;
-    return value == nullptr ? CUDA_ERROR_INVALID_VALUE : device_handle(ordinal, &device);
+    return cuDeviceSetGraphMemAttribute(device, static_cast<CUgraphMem_attribute>(attribute),
+                                        value);
   });
 }
 
-cudaError_t cudaDeviceGraphMemTrim(int ordinal) {
-  return with_driver(__func__, [=] {
-    CUdevice device = 0;
-    return device_handle(ordinal, &device);
-  });
+cudaError_t cudaDeviceGraphMemTrim(int device) {
+  return with_driver(__func__, [=] { return cuDeviceGraphMemTrim(device); });
 }
 
 }  // extern "C"
