@@ -22,6 +22,7 @@ PROGRAMS = {
         ("3", "1200"),
     ),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
+    "tiers/stress.cpp": (("base", "driver", "trace", "tiers"), ("3", "250")),
 }
 SANITIZERS = ("thread", "address,undefined")
 

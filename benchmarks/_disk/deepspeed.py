@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_WORKER = Path(__file__).with_name("deepspeed_worker.py")
+_ROOT = Path(__file__).resolve().parents[2]
+# By its name: started by its path, it would find this file in place of the library.
+_WORKER = "benchmarks._disk.deepspeed_worker"
 
 
 class DeepSpeedError(Exception):
@@ -37,10 +39,11 @@ class DeepSpeed:
     def __init__(self, folder: Path) -> None:
         if importlib.util.find_spec("deepspeed") is None:
             raise DeepSpeedError("deepspeed is not installed ('pip install deepspeed', libaio-dev)")
-        self._file = folder / f".spillover-deepspeed-{uuid.uuid4().hex}"
+        self._file = folder.resolve() / f".spillover-deepspeed-{uuid.uuid4().hex}"
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by close())
         self._process = subprocess.Popen(
-            [sys.executable, str(_WORKER)],
+            [sys.executable, "-m", _WORKER],
+            cwd=_ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

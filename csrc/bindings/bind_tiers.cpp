@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -155,19 +156,26 @@ void register_disk_store(py::module_& module) {
       .def("_descriptor", &DiskStore::descriptor, py::arg("folder") = 0);
 }
 
-using Crc = uint32_t (*)(const void*, size_t, uint32_t);
-
-template <Crc kCrc>
 uint32_t checksum(const py::buffer& data, uint32_t seed) {
   const py::buffer_info info = contiguous_memory(data, false);
   const GilRelease release;
-  return kCrc(info.ptr, size_of(info), seed);
+  return crc32c(info.ptr, size_of(info), seed);
+}
+
+std::map<std::string, uint32_t> checksum_each_way(const py::buffer& data, uint32_t seed) {
+  const py::buffer_info info = contiguous_memory(data, false);
+  std::map<std::string, uint32_t> sums;
+  for (const Crc32cWay& way : crc32c_ways()) {
+    sums[way.name] = way.sum(info.ptr, size_of(info), seed);
+  }
+  return sums;
 }
 
 void register_crc(py::module_& module) {
-  module.def("crc32c", &checksum<crc32c>, py::arg("data"), py::arg("seed") = 0,
+  module.def("crc32c", &checksum, py::arg("data"), py::arg("seed") = 0,
              "CRC-32C of the bytes of a contiguous buffer; seed is the sum of what came before.");
-  module.def("_crc32c_portable", &checksum<crc32c_portable>, py::arg("data"), py::arg("seed") = 0);
+  module.def("_crc32c_ways", &checksum_each_way, py::arg("data"), py::arg("seed") = 0,
+             "The sum by each way that this machine has, by its name.");
   module.def("join_crc32c", &join_crc32c, py::arg("first"), py::arg("second"),
              py::arg("second_size_bytes"), "The sum of two pieces, from the sum of each.");
 }

@@ -228,8 +228,7 @@ int IoUring::submit(Wait wait) noexcept {
     const size_t before = queued();
     const long taken =
         syscall(uring_abi::kEnterCall, ring_.number(), static_cast<uint32_t>(before),
-                wait == Wait::kForOne ? 1U : 0U,
-                wait == Wait::kForOne ? uring_abi::kEnterGetEvents : 0U, nullptr, size_t{0});
+                wait == Wait::kForOne ? 1U : 0U, uring_abi::kEnterGetEvents, nullptr, size_t{0});
     if (taken < 0) return errno;
     if (taken == 0 && before > 0) return EAGAIN;
     // It stops behind a request that it cannot begin, whose result then says so.

@@ -65,8 +65,9 @@ class IoUring {
   void add_poll(int file, Tag tag);  // Until the file is readable.
   size_t queued() const noexcept;
 
-  // Hands over what is queued and, with Wait::kForOne, blocks until there is a result. Zero or an
-  // errno; what the kernel has not taken then stays queued.
+  // Hands over what is queued and has the kernel show what is over, which it does at no other time;
+  // with Wait::kForOne it blocks until there is a result. Zero or an errno; what the kernel has not
+  // taken then stays queued.
   enum class Wait { kNot, kForOne };
   int submit(Wait wait) noexcept;
 

@@ -23,10 +23,8 @@ namespace spillover {
 namespace {
 
 constexpr size_t kNoBounce = SIZE_MAX;
+constexpr size_t kBounceBytes = UringBuffers::kBounceBytes;
 constexpr IoUring::Tag kWakeupTag = UINT64_MAX;
-
-// How many are handed to the kernel in one call while the device has others to do.
-constexpr size_t kBatch = 4;
 
 // How often entering the kernel is tried again that has no memory now, a millisecond apart, and how
 // long transfers may take to end after that.
@@ -48,26 +46,30 @@ struct UringEngine::Request {
       : direct_bytes(aligned_bytes),
         direct_chunks(round_up(aligned_bytes, kChunkBytes) / kChunkBytes),
         sums(direct_chunks +
-             round_up(taken.extent.size_bytes - aligned_bytes, kChunkBytes) / kChunkBytes),
-        piece(std::move(taken)) {}
+             round_up(taken.extent.size_bytes - aligned_bytes, kBounceBytes) / kBounceBytes) {
+    due.reserve(sums.size());
+    piece = std::move(taken);
+  }
 
+  bool is_direct(size_t chunk) const { return chunk < direct_chunks; }
   size_t begin_of(size_t chunk) const {
-    return chunk < direct_chunks ? chunk * kChunkBytes
-                                 : direct_bytes + (chunk - direct_chunks) * kChunkBytes;
+    return is_direct(chunk) ? chunk * kChunkBytes
+                            : direct_bytes + (chunk - direct_chunks) * kBounceBytes;
   }
   size_t bytes_of(size_t chunk) const {
-    const size_t end = chunk < direct_chunks ? direct_bytes : piece.extent.size_bytes;
-    return std::min(kChunkBytes, end - begin_of(chunk));
+    return is_direct(chunk) ? std::min(kChunkBytes, direct_bytes - begin_of(chunk))
+                            : std::min(kBounceBytes, piece.extent.size_bytes - begin_of(chunk));
   }
-  bool is_over() const { return running == 0 && (error || started == sums.size()); }
+  bool is_over() const { return running == 0 && due.empty() && (error || started == sums.size()); }
 
   size_t direct_bytes;  // The rest goes through bounce buffers.
   size_t direct_chunks;
   std::vector<uint32_t> sums;  // Of each chunk.
+  std::vector<size_t> due;     // Chunks whose sums are still to be computed; has room for all.
   size_t started = 0;          // Chunks.
   size_t running = 0;
   std::exception_ptr error;  // The first; no more chunks are started.
-  DiskPiece piece;           // Last, so that it stays with the caller where this throws.
+  DiskPiece piece{};         // Stays with the caller where the constructor throws.
 };
 
 struct UringEngine::Chunk {
@@ -140,47 +142,20 @@ void UringEngine::set_up() {
   if (!ring_->register_file(file_.descriptor())) notes_ = "the file cannot be registered";
   chunks_.resize(kChunksMax);
   for (size_t i = kChunksMax; i-- > 0;) free_chunks_.push_back(i);
-  bounces_ = allocate_blocks(kBouncesMax * kChunkBytes);
-  for (size_t i = kBouncesMax; i-- > 0;) free_bounces_.push_back(i);
-  register_bounces();
+  buffers_ = std::make_unique<UringBuffers>(*ring_);
+  const std::string missing = buffers_->notes();
+  if (!notes_.empty() && !missing.empty()) notes_ += "; ";
+  notes_ += missing;
   ring_->add_poll(wakeup_.number(), kWakeupTag);
 }
 
-// As many as the limit on locked memory allows; the others work without.
-void UringEngine::register_bounces() {
-  const auto bounce = [&](size_t i) {
-    return iovec{bounces_.get() + i * kChunkBytes, kChunkBytes};
-  };
-  has_table_ = ring_->make_buffer_table(kBouncesMax + kRegionsMax);
-  if (has_table_) {
-    while (registered_bounces_ < kBouncesMax &&
-           ring_->set_buffer(static_cast<uint32_t>(registered_bounces_),
-                             bounce(registered_bounces_)) == 0) {
-      ++registered_bounces_;
-    }
-    for (size_t i = kRegionsMax; i-- > 0;) {
-      free_regions_.push_back(static_cast<uint32_t>(kBouncesMax + i));
-    }
-  } else {
-    for (size_t count = kBouncesMax; count > 0 && registered_bounces_ == 0; count /= 2) {
-      std::vector<iovec> buffers;
-      for (size_t i = 0; i < count; ++i) buffers.push_back(bounce(i));
-      if (ring_->register_buffers(buffers) == 0) registered_bounces_ = count;
-    }
-  }
-  if (registered_bounces_ == kBouncesMax) return;
-  if (!notes_.empty()) notes_ += "; ";
-  notes_ += "the limit on locked memory (ulimit -l) leaves " + std::to_string(registered_bounces_) +
-            " of " + std::to_string(kBouncesMax) + " registered buffers";
-}
-
 size_t UringEngine::register_memory(std::byte* address, size_t size_bytes) {
-  return command([=, this] { return add_regions(address, size_bytes); });
+  return command([=, this] { return buffers_->add(address, size_bytes); });
 }
 
 void UringEngine::unregister_memory(std::byte* address) noexcept {
   command([=, this] {
-    remove_regions(address);
+    buffers_->remove(address);
     return size_t{0};
   });
 }
@@ -199,7 +174,6 @@ size_t UringEngine::command(std::function<size_t()> what) {
 }
 
 void UringEngine::obey() noexcept {
-  submit_batch();  // What is queued may name a buffer that a command takes back.
   for (;;) {
     Command command;
     {
@@ -208,57 +182,18 @@ void UringEngine::obey() noexcept {
       command = std::move(commands_.front());
       commands_.pop_front();
     }
+    submit_batch();  // What is queued may name a buffer that the command takes back.
     command();
   }
-}
-
-// As much from the beginning as the limit on locked memory and the table allow.
-size_t UringEngine::add_regions(std::byte* address, size_t size_bytes) {
-  size_t done = 0;
-  size_t step = kRegionBytesMax;
-  while (done < size_bytes && step >= kChunkBytes && !free_regions_.empty()) {
-    const size_t part_bytes = std::min(step, size_bytes - done);
-    const uint32_t index = free_regions_.back();
-    const int native_error = ring_->set_buffer(index, {address + done, part_bytes});
-    if (native_error == ENOMEM) {
-      step = part_bytes / 2;
-      continue;
-    }
-    if (native_error != 0) break;
-    free_regions_.pop_back();
-    regions_[address + done] = {address, part_bytes, index};
-    done += part_bytes;
-  }
-  return done;
-}
-
-void UringEngine::remove_regions(std::byte* owner) noexcept {
-  for (auto region = regions_.lower_bound(owner);
-       region != regions_.end() && region->second.owner == owner;) {
-    // Where the kernel refuses, the table keeps the pages and the index is not used again.
-    if (ring_->set_buffer(region->second.index, {}) == 0) {
-      free_regions_.push_back(region->second.index);
-    }
-    region = regions_.erase(region);
-  }
-}
-
-// Below zero where the memory is not registered, or not in one part.
-int UringEngine::buffer_of(const std::byte* data, size_t size_bytes) const noexcept {
-  auto region = regions_.upper_bound(const_cast<std::byte*>(data));
-  if (region == regions_.begin()) return -1;
-  --region;
-  const auto into = static_cast<size_t>(data - region->first);
-  if (into + size_bytes > region->second.size_bytes) return -1;
-  return static_cast<int>(region->second.index);
 }
 
 void UringEngine::run() {
   while (broken_error_ == 0 && take_pieces()) {
     obey();
     start_chunks();
-    sleep();
-    handle_results();
+    enter();
+    // What has room again goes to the device before the next sum is computed.
+    if (!handle_results()) compute_sum();
     finish_requests();
   }
   {
@@ -267,11 +202,14 @@ void UringEngine::run() {
   }
   obey();
   // Without a ring every piece fails, until the engine is closed.
-  while (auto piece = queue_.pop()) {
-    begin(*piece);
+  std::optional<DiskPiece> piece;
+  do {
+    if (piece) begin(*piece);
     start_chunks();
+    while (due_bytes_ > 0) compute_sum();
     finish_requests();
-  }
+    piece = queue_.pop();
+  } while (piece);
 }
 
 // False once there will be no more to do.
@@ -284,7 +222,7 @@ bool UringEngine::take_pieces() {
   return !requests_.empty() || !queue_.is_empty() || !queue_.is_closed();
 }
 
-void UringEngine::begin(DiskPiece& piece) {
+void UringEngine::begin(DiskPiece& piece) noexcept {
   piece.notes.begun_ns = trace_now_ns();
   try {
     const bool is_write = piece.direction == TransferDirection::kWrite;
@@ -297,22 +235,25 @@ void UringEngine::begin(DiskPiece& piece) {
   }
 }
 
-void UringEngine::start_chunks() {
+void UringEngine::start_chunks() noexcept {
   for (auto request = requests_.begin(); request != requests_.end(); ++request) {
     while (!request->error && request->started < request->sums.size()) {
-      if (free_chunks_.empty()) return;
+      if (free_chunks_.empty() || moving_bytes_ >= kMovingBytesMax || due_bytes_ >= kDueBytesMax) {
+        return;
+      }
       if (!start_chunk(request)) break;
-      // The device gets its first ones at once, and more in batches while it works on those.
-      if (running_chunks() <= kBatch || ring_->queued() >= kBatch) submit_batch();
     }
   }
 }
 
 // False where no bounce buffer is free.
-bool UringEngine::start_chunk(Requests::iterator place) {
+bool UringEngine::start_chunk(Requests::iterator place) noexcept {
   Request& request = *place;
-  const bool is_direct = request.started < request.direct_chunks;
-  if (!is_direct && free_bounces_.empty()) return false;
+  std::optional<size_t> bounce;
+  if (!request.is_direct(request.started)) {
+    bounce = buffers_->take_bounce();
+    if (!bounce) return false;
+  }
   Chunk& chunk = chunks_[free_chunks_.back()];
   free_chunks_.pop_back();
   chunk.request = place;
@@ -323,23 +264,19 @@ bool UringEngine::start_chunk(Requests::iterator place) {
   const size_t padded_bytes = round_up(size_bytes, kDiskBlockBytes);
   std::byte* const data = request.piece.data + begin;
   const TransferDirection direction = request.piece.direction;
-  if (direction == TransferDirection::kWrite) {
-    request.sums[chunk.index] = timed_crc32c(data, size_bytes, request.piece.notes);
-  }
-  chunk.bounce = kNoBounce;
-  chunk.memory = data;
-  if (!is_direct) {
-    chunk.bounce = free_bounces_.back();
-    free_bounces_.pop_back();
-    chunk.memory = bounces_.get() + chunk.bounce * kChunkBytes;
-    if (direction == TransferDirection::kWrite) {
-      std::memcpy(chunk.memory, data, size_bytes);
-      std::memset(chunk.memory + size_bytes, 0, padded_bytes - size_bytes);
-    }
+  moving_bytes_ += size_bytes;
+  if (direction == TransferDirection::kWrite) owe_sum(request, chunk.index);
+  chunk.bounce = bounce.value_or(kNoBounce);
+  chunk.memory = bounce ? buffers_->bounce(*bounce) : data;
+  if (bounce && direction == TransferDirection::kWrite) {
+    std::memcpy(chunk.memory, data, size_bytes);
+    std::memset(chunk.memory + size_bytes, 0, padded_bytes - size_bytes);
   }
   chunk.offset = request.piece.extent.offset + begin;
   chunk.progress = TransferProgress(direction, padded_bytes);
   issue(chunk);
+  // The copy of the next one takes a time in which the device may have nothing else to do.
+  if (bounce) submit_batch();
   return true;
 }
 
@@ -376,9 +313,9 @@ void UringEngine::hand_over(Chunk& chunk) noexcept {
       chunk.progress.direction(), file_.descriptor(), chunk.memory + done_bytes,
       static_cast<uint32_t>(chunk.progress.left_bytes()), chunk.offset + done_bytes};
   if (chunk.bounce == kNoBounce) {
-    transfer.buffer = buffer_of(transfer.data, transfer.size_bytes);
-  } else if (chunk.bounce < registered_bounces_) {
-    transfer.buffer = static_cast<int>(chunk.bounce);
+    transfer.buffer = buffers_->number_of(transfer.data, transfer.size_bytes);
+  } else {
+    transfer.buffer = buffers_->number_of_bounce(chunk.bounce);
   }
   if (chunk.plan != nullptr) {
     if (chunk.plan->data != transfer.data) transfer.buffer = -1;
@@ -408,18 +345,41 @@ bool UringEngine::advance(Chunk& chunk, ssize_t result) noexcept {
 }
 
 void UringEngine::end_chunk(Chunk& chunk, std::exception_ptr error) noexcept {
-  const Requests::iterator request = chunk.request;
+  Request& request = *chunk.request;
+  const size_t size_bytes = request.bytes_of(chunk.index);
   if (!error && chunk.progress.direction() == TransferDirection::kRead) {
-    const size_t size_bytes = request->bytes_of(chunk.index);
-    std::byte* const data = request->piece.data + request->begin_of(chunk.index);
-    if (chunk.bounce != kNoBounce) std::memcpy(data, chunk.memory, size_bytes);
-    request->sums[chunk.index] = timed_crc32c(data, size_bytes, request->piece.notes);
+    if (chunk.bounce != kNoBounce) {
+      std::memcpy(request.piece.data + request.begin_of(chunk.index), chunk.memory, size_bytes);
+    }
+    owe_sum(request, chunk.index);
   }
-  if (error && !request->error) request->error = std::move(error);
-  if (chunk.bounce != kNoBounce) free_bounces_.push_back(chunk.bounce);
+  if (error && !request.error) request.error = std::move(error);
+  if (chunk.bounce != kNoBounce) buffers_->give_back(chunk.bounce);
   chunk.plan.reset();
   free_chunks_.push_back(static_cast<size_t>(&chunk - chunks_.data()));
-  --request->running;
+  moving_bytes_ -= size_bytes;
+  --request.running;
+}
+
+void UringEngine::owe_sum(Request& request, size_t chunk) noexcept {
+  request.due.push_back(chunk);
+  due_bytes_ += request.bytes_of(chunk);
+}
+
+// One of the oldest request that has any, if there is one.
+void UringEngine::compute_sum() noexcept {
+  for (Request& request : requests_) {
+    if (request.due.empty()) continue;
+    // The last that was moved, which is likeliest to be in a cache yet.
+    const size_t chunk = request.due.back();
+    const size_t size_bytes = request.bytes_of(chunk);
+    request.due.pop_back();
+    due_bytes_ -= size_bytes;
+    if (request.error) continue;
+    request.sums[chunk] =
+        timed_crc32c(request.piece.data + request.begin_of(chunk), size_bytes, request.piece.notes);
+    return;
+  }
 }
 
 // Those that are over; apart from what ends a chunk, since that happens while requests are walked.
@@ -454,12 +414,13 @@ void UringEngine::finish(Request& request) noexcept {
   owner_.finish(piece, std::move(request.error));
 }
 
-// Until there is a result, or a piece that can be taken; see Note [One place to sleep].
-void UringEngine::sleep() noexcept {
+// Hands over what is queued and looks for results. Where there is nothing else to do it waits for
+// one, or for a piece that can be taken; see Note [One place to sleep].
+void UringEngine::enter() noexcept {
+  const bool is_idle = due_bytes_ == 0 && (requests_.empty() || running_chunks() > 0);
   const bool has_room = requests_.size() < kRequestsMax;
-  is_sleeping_ = has_room;
+  is_sleeping_ = is_idle && has_room;
   const bool has_next = has_room && !queue_.is_empty();
-  const bool is_idle = requests_.empty() || running_chunks() > 0;
   const auto wait = is_idle && !has_next ? IoUring::Wait::kForOne : IoUring::Wait::kNot;
   for (int attempt = 0;; ++attempt) {
     const int native_error = ring_->submit(wait);
@@ -473,18 +434,22 @@ void UringEngine::sleep() noexcept {
   is_sleeping_ = false;
 }
 
-// What fails here is tried again by sleep().
+// What fails here is tried again by enter().
 void UringEngine::submit_batch() noexcept {
   static_cast<void>(ring_->submit(IoUring::Wait::kNot));
 }
 
-// In between the device gets new chunks: a result takes the time of a checksum.
-void UringEngine::handle_results() noexcept {
-  size_t handled = 0;
+// Whether there was any.
+bool UringEngine::handle_results() noexcept {
+  bool has_any = false;
   while (const auto result = ring_->next_result()) {
+    has_any = true;
+    const size_t free_bounces = buffers_->free_bounces();
     handle(*result);
-    if (++handled % kBatch == 0) start_chunks();
+    // A copy took its time, in which the device may have run out of work.
+    if (buffers_->free_bounces() != free_bounces) start_chunks();
   }
+  return has_any;
 }
 
 void UringEngine::handle(const IoUring::Result& result) noexcept {

@@ -4,8 +4,14 @@
 // Note [Chunks]. An extent is moved in chunks of kChunkBytes, several at once, so that one extent
 // alone keeps the device busy and its checksum is computed while others of its chunks move. Memory
 // that is aligned to blocks is given to the device as it is. The rest goes through bounce buffers,
-// which are registered with the kernel as far as the limit on locked memory (ulimit -l) allows; so
-// is memory that register_memory() names, which spares the kernel to look up its pages each time.
+// which are smaller chunks.
+//
+// Note [The device first]. Checksums are owed, not computed on the way: a chunk that is written is
+// handed over first and summed while the device works on it (its memory does not change until the
+// request is over); a chunk that was read is summed when the device has what it can have of the
+// next ones. The thread looks for results after each sum. So the device waits for no checksum, as
+// long as they are computed faster than it moves bytes; where they are not, kDueBytesMax bounds
+// what is owed, and with it how long a small request waits for the sums of large ones.
 //
 // Note [One place to sleep]. The thread waits for the ring alone. submit() wakes it through an
 // eventfd that the ring polls; a delay that a test has planned is a timeout in the ring. So neither
@@ -21,7 +27,6 @@
 #include <functional>
 #include <future>
 #include <list>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -33,17 +38,17 @@
 #include "tiers/disk_engine.hpp"
 #include "tiers/file_operations.hpp"
 #include "tiers/io_uring.hpp"
+#include "tiers/uring_buffers.hpp"
 
 namespace spillover {
 
 class UringEngine final : public DiskEngine {
  public:
-  static constexpr size_t kChunkBytes = size_t{512} << 10;
-  static constexpr size_t kChunksMax = 32;                    // Under way at once.
-  static constexpr size_t kBouncesMax = 8;                    // Buffers of a chunk each.
-  static constexpr size_t kRequestsMax = 32;                  // Extents under way at once.
-  static constexpr size_t kRegionsMax = 256;                  // Parts of registered memory.
-  static constexpr size_t kRegionBytesMax = size_t{1} << 30;  // Of each; the kernel's limit.
+  static constexpr size_t kChunkBytes = size_t{1} << 20;
+  static constexpr size_t kChunksMax = 32;                     // Under way at once,
+  static constexpr size_t kMovingBytesMax = size_t{32} << 20;  // of so many bytes, about.
+  static constexpr size_t kDueBytesMax = size_t{32} << 20;     // Whose sums are owed, about.
+  static constexpr size_t kRequestsMax = 32;                   // Extents under way at once.
 
   // owner outlives the engine, and so does the open file. Throws StorageError where io_uring cannot
   // be used here.
@@ -61,40 +66,33 @@ class UringEngine final : public DiskEngine {
  private:
   struct Request;
   struct Chunk;
-  struct Region {
-    std::byte* owner;  // The address that was registered, of which this is a part.
-    size_t size_bytes;
-    uint32_t index;  // In the kernel's table.
-  };
   // What another thread has the ring thread do between requests.
   using Command = std::packaged_task<size_t()>;
   using Requests = std::list<Request>;
 
   void serve(std::promise<void>& ready) noexcept;
   void set_up();
-  void register_bounces();
   void run();
 
   size_t command(std::function<size_t()> what);
   void obey() noexcept;
-  size_t add_regions(std::byte* address, size_t size_bytes);
-  void remove_regions(std::byte* owner) noexcept;
-  int buffer_of(const std::byte* data, size_t size_bytes) const noexcept;
 
   bool take_pieces();
-  void begin(DiskPiece& piece);
-  void start_chunks();
-  bool start_chunk(Requests::iterator place);
+  void begin(DiskPiece& piece) noexcept;
+  void start_chunks() noexcept;
+  bool start_chunk(Requests::iterator place) noexcept;
   void issue(Chunk& chunk) noexcept;
   void hand_over(Chunk& chunk) noexcept;
   bool advance(Chunk& chunk, ssize_t result) noexcept;
   void end_chunk(Chunk& chunk, std::exception_ptr error) noexcept;
+  void owe_sum(Request& request, size_t chunk) noexcept;
+  void compute_sum() noexcept;
   void finish_requests() noexcept;
   void finish(Request& request) noexcept;
 
-  void sleep() noexcept;
+  void enter() noexcept;
   void submit_batch() noexcept;
-  void handle_results() noexcept;
+  bool handle_results() noexcept;
   void handle(const IoUring::Result& result) noexcept;
   void give_up(int native_error) noexcept;
   void wake() noexcept;
@@ -115,13 +113,10 @@ class UringEngine final : public DiskEngine {
   Requests requests_;
   std::vector<Chunk> chunks_;  // Its index is the tag of its transfer.
   std::vector<size_t> free_chunks_;
-  BlockMemory bounces_;
-  std::vector<size_t> free_bounces_;
-  bool has_table_ = false;  // For regions; their indices come after the bounce buffers'.
-  std::map<std::byte*, Region> regions_;  // By their addresses.
-  std::vector<uint32_t> free_regions_;
-  size_t registered_bounces_ = 0;  // The first ones.
-  int broken_error_ = 0;           // Of the ring as a whole: nothing works any more.
+  std::unique_ptr<UringBuffers> buffers_;
+  size_t moving_bytes_ = 0;  // Of the chunks under way.
+  size_t due_bytes_ = 0;     // Of all requests' chunks whose sums are due.
+  int broken_error_ = 0;     // Of the ring as a whole: nothing works any more.
 
   std::thread thread_;
 };

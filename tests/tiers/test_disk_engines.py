@@ -23,7 +23,7 @@ from spillover.emulator import StorageFault, calls, faults, stuck
 
 BLOCK = 4096
 MIB = 1 << 20
-CHUNK = 512 << 10  # Of the io_uring engine.
+CHUNKS = (512 << 10, 1 << 20)  # Of the io_uring engine: memory of any alignment, of blocks.
 
 Make = Callable[..., DiskStore]
 
@@ -44,7 +44,9 @@ def store(make_store: Make, tmp_path: Path) -> Iterator[DiskStore]:
 
 
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("size", [CHUNK, CHUNK + 1, 8 * MIB + BLOCK - 1, 40 * MIB + 12345])
+@pytest.mark.parametrize(
+    "size", [*CHUNKS, *(chunk + 1 for chunk in CHUNKS), 8 * MIB + BLOCK - 1, 40 * MIB + 12345]
+)
 def test_extents_of_many_chunks(store: DiskStore, size: int, offset: int) -> None:
     data = random_bytes(size)
     buffer = memoryview(HostPool(pinned=False).allocate(size + offset))[offset:]
@@ -333,7 +335,9 @@ def test_ring_that_breaks_gives_errors(make_store: Make, tmp_path: Path) -> None
         from spillover import StorageError
         from spillover._core import DiskStore
         store = DiskStore([sys.argv[1]], engine="io_uring")
-        payload, ticket = store.write(b"abc")
+        # More than the ring has under way at once.
+        data = bytes(80 << 20)
+        payload, ticket = store.write(data)
         ticket.wait()
         for name in os.listdir("/proc/self/fd"):
             try:
@@ -343,9 +347,10 @@ def test_ring_that_breaks_gives_errors(make_store: Make, tmp_path: Path) -> None
                 pass
         for _ in range(3):
             try:
-                store.read(payload, bytearray(3)).wait()
+                store.read(payload, bytearray(len(data))).wait()
             except StorageError as error:
                 print(error.errno)
+        assert store.stats().pending_extents == 0
         store.close()
     """
     assert run_python(code, str(tmp_path)).split() == [str(errno.EBADF)] * 3
