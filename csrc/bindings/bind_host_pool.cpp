@@ -30,7 +30,8 @@ HugePages huge_pages_named(const std::string& name) {
 // node is -1 for the nearest one; nothing for any.
 std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes,
                                          std::string limit_source, int device, bool pinned,
-                                         const std::string& huge_pages, std::optional<int> node) {
+                                         const std::string& huge_pages, std::optional<int> node,
+                                         size_t region_bytes_max, std::string system_root) {
   HostPoolOptions options;
   if (limit_bytes) options.limit_bytes = *limit_bytes;
   options.limit_source = std::move(limit_source);
@@ -39,6 +40,8 @@ std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes,
   options.huge_pages = huge_pages_named(huge_pages);
   options.numa = !node ? NumaChoice::kAny : *node < 0 ? NumaChoice::kNearest : NumaChoice::kNode;
   options.numa_node = node.value_or(0);
+  options.region_bytes_max = region_bytes_max;
+  options.system_root = std::move(system_root);
   return living<HostPool>().add(HostPool::create(options));
 }
 
@@ -46,7 +49,7 @@ std::shared_ptr<HostPool> make_host_pool(std::optional<size_t> limit_bytes,
 // that Ctrl-C ends a long wait.
 void reserve(HostPool& pool, size_t size_bytes, const py::object& progress) {
   const auto tell = [&](size_t done_bytes) {
-    const py::gil_scoped_acquire acquired;
+    const GilAcquire acquired;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
     if (!progress.is_none()) progress(done_bytes);
   };
@@ -99,11 +102,14 @@ void register_host_pool(py::module_& module) {
                                                   "Pinned host memory under a byte budget.")
       .def(py::init(&make_host_pool), py::kw_only(), py::arg("limit_bytes") = py::none(),
            py::arg("limit_source") = "", py::arg("device") = 0, py::arg("pinned") = true,
-           py::arg("huge_pages") = "auto", py::arg("numa_node") = -1)
+           py::arg("huge_pages") = "auto", py::arg("numa_node") = -1,
+           py::arg("region_bytes_max") = HostPoolOptions().region_bytes_max,
+           py::arg("system_root") = "")
       .def("allocate", &HostPool::allocate, py::arg("size_bytes"), ReleaseGil())
       .def("_reserve", &reserve, py::arg("size_bytes"), py::arg("progress"))
       .def("trim", &HostPool::trim, ReleaseGil())
-      .def("stats", &HostPool::stats, ReleaseGil());
+      .def("stats", &HostPool::stats, ReleaseGil())
+      .def("_is_valid", &HostPool::is_valid, ReleaseGil());
   module.def("pin_stats", &pin_stats, "What this process has pinned so far.");
   module.def(
       "living_host_pools", [] { return living<HostPool>().all(); },

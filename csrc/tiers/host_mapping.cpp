@@ -2,6 +2,7 @@
 
 #include <linux/mman.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -10,6 +11,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <string>
 #include <utility>
 
@@ -46,6 +48,36 @@ class Timer {
 constexpr int kProtection = PROT_READ | PROT_WRITE;
 constexpr int kFlags = MAP_SHARED | MAP_ANONYMOUS;
 
+// Note [Number of mappings]. The kernel bounds a process's mappings, and who is at the bound cannot
+// even have memory from malloc. So a tenth is left to others.
+std::atomic<size_t> g_mapping_count{0};
+
+size_t mapping_count_max() {
+  static const size_t count_max = [] {
+    size_t found = 0;
+    std::ifstream file("/proc/sys/vm/max_map_count");
+    return file >> found ? found - found / 10 : SIZE_MAX;
+  }();
+  return count_max;
+}
+
+// Whole huge pages, and what is left, have mappings of their own: they are advised differently.
+size_t mapping_count_of(size_t size_bytes) {
+  return size_bytes > kHugePageBytes && size_bytes % kHugePageBytes != 0 ? 2 : 1;
+}
+
+void count_mapping(size_t size_bytes) {
+  const size_t before = g_mapping_count.fetch_add(mapping_count_of(size_bytes));
+  if (before < mapping_count_max()) return;
+  g_mapping_count -= mapping_count_of(size_bytes);
+  throw HostOutOfMemoryError(
+      format_bytes(size_bytes) + " of host memory cannot be had: this process has " +
+          std::to_string(before) +
+          " such mappings, and vm.max_map_count allows few more. Raise it (sysctl), ask for larger "
+          "buffers, or reserve memory ahead, which buffers are cut from",
+      size_bytes);
+}
+
 // At a multiple of alignment, from its first byte: addresses are taken first, and the memory put
 // there, since a huge page's place in the memory and its address must agree.
 void* map_aligned(size_t size_bytes, size_t alignment) {
@@ -67,6 +99,40 @@ void* map_aligned(size_t size_bytes, size_t alignment) {
   return mapped;
 }
 
+[[noreturn]] void throw_refused(size_t size_bytes, int native_error) {
+  std::string message = "the system refused to map " + format_bytes(size_bytes) +
+                        " of host memory: " + std::strerror(native_error);
+  rlimit limit{};
+  if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+    message +=
+        "; this process may have " + format_bytes(limit.rlim_cur) + " of addresses (ulimit -v)";
+  }
+  throw HostOutOfMemoryError(message, size_bytes);
+}
+
+std::byte* map_set_aside(size_t size_bytes) {
+  constexpr int kHugeFlags = kFlags | MAP_HUGETLB | MAP_HUGE_2MB;
+  void* const address = mmap(nullptr, size_bytes, kProtection, kHugeFlags, -1, 0);
+  if (address == MAP_FAILED) throw_refused(size_bytes, errno);
+  return static_cast<std::byte*>(address);
+}
+
+std::byte* map_ordinary(size_t size_bytes, HugePages huge_pages) {
+  const bool is_aligned = huge_pages != HugePages::kNever && size_bytes >= kHugePageBytes;
+  void* const mapped = map_aligned(size_bytes, is_aligned ? kHugePageBytes : host_page_bytes());
+  if (mapped == MAP_FAILED) throw_refused(size_bytes, errno);
+  auto* const address = static_cast<std::byte*>(mapped);
+  // Huge pages make the device's address translation cheaper; without them everything still works.
+  // Only whole ones: where shmem_enabled is "always", the kernel would put one behind the rest,
+  // too, and that would be memory that nobody asked for and nobody counts.
+  const size_t huge_bytes = is_aligned ? round_down(size_bytes, kHugePageBytes) : 0;
+  if (huge_bytes > 0) madvise(address, huge_bytes, MADV_HUGEPAGE);
+  if (size_bytes > huge_bytes) {
+    madvise(address + huge_bytes, size_bytes - huge_bytes, MADV_NOHUGEPAGE);
+  }
+  return address;
+}
+
 }  // namespace
 
 PinStats pin_stats() {
@@ -86,49 +152,37 @@ size_t mapped_bytes_for(size_t size_bytes, HugePages huge_pages) {
   return in_huge_pages - in_pages <= in_pages / 50 ? in_huge_pages : in_pages;
 }
 
-HostMapping::HostMapping(size_t size_bytes, const HostMappingOptions& options,
-                         const std::function<size_t(std::byte*)>& before_pinning)
+HostMapping::HostMapping(size_t size_bytes, const HostMappingOptions& options)
     : size_bytes_(size_bytes) {
   SPILLOVER_CHECK(size_bytes > 0 && size_bytes % host_page_bytes() == 0,
                   "host mappings are whole pages");
-  map_pages(options.huge_pages);
+  count_mapping(size_bytes);
   try {
-    if (options.numa_node) numa_note_ = prefer_numa_node(address_, size_bytes, *options.numa_node);
-    if (before_pinning) {
-      huge_page_bytes_ = std::max(huge_page_bytes_, before_pinning(address_));
+    if (options.source == PageSource::kSetAside) {
+      SPILLOVER_CHECK(size_bytes % kHugePageBytes == 0, "whole huge pages are asked for");
+      address_ = map_set_aside(size_bytes);
+      huge_page_bytes_ = size_bytes;
+    } else {
+      address_ = map_ordinary(size_bytes, options.huge_pages);
     }
-    if (options.pinning == Pinning::kPageable) return;
-    const TraceSpan span(kPin, size_bytes);
-    const Timer timer(g_pin_ns);
-    pinned_.emplace(options.device, address_, size_bytes);
-    ++g_pin_count;
-    g_pinned_bytes += size_bytes;
   } catch (...) {
-    munmap(address_, size_bytes);
+    g_mapping_count -= mapping_count_of(size_bytes);
     throw;
   }
+  if (options.numa_node) numa_note_ = prefer_numa_node(address_, size_bytes, *options.numa_node);
 }
 
-void HostMapping::map_pages(HugePages huge_pages) {
-  void* address = MAP_FAILED;
-  if (huge_pages == HugePages::kReserved && size_bytes_ % kHugePageBytes == 0) {
-    // The kernel sets the pages aside here, so that touching them cannot fail later.
-    address = mmap(nullptr, size_bytes_, kProtection, kFlags | MAP_HUGETLB | MAP_HUGE_2MB, -1, 0);
-    if (address != MAP_FAILED) huge_page_bytes_ = size_bytes_;
-  }
-  if (huge_page_bytes_ == 0) {
-    const bool is_aligned = huge_pages != HugePages::kNever && size_bytes_ >= kHugePageBytes;
-    address = map_aligned(size_bytes_, is_aligned ? kHugePageBytes : host_page_bytes());
-  }
-  if (address == MAP_FAILED) {
-    throw HostOutOfMemoryError("the system refused to map " + format_bytes(size_bytes_) +
-                                   " of host memory: " + std::strerror(errno),
-                               size_bytes_);
-  }
-  address_ = static_cast<std::byte*>(address);
-  if (huge_page_bytes_ > 0) return;
-  // Huge pages make the device's address translation cheaper; without them everything still works.
-  madvise(address, size_bytes_, huge_pages == HugePages::kNever ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+void HostMapping::populate(const PopulateOptions& options) {
+  const size_t found_bytes = spillover::populate(address_, size_bytes_, options);
+  huge_page_bytes_ = std::max(huge_page_bytes_, found_bytes);
+}
+
+void HostMapping::pin(int device) {
+  const TraceSpan span(kPin, size_bytes_);
+  const Timer timer(g_pin_ns);
+  pinned_.emplace(device, address_, size_bytes_);
+  ++g_pin_count;
+  g_pinned_bytes += size_bytes_;
 }
 
 HostMapping::~HostMapping() {
@@ -142,6 +196,7 @@ HostMapping::~HostMapping() {
     return;
   }
   munmap(address_, size_bytes_);
+  g_mapping_count -= mapping_count_of(size_bytes_);
 }
 
 HostMapping::HostMapping(HostMapping&& other) noexcept

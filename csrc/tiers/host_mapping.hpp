@@ -1,18 +1,18 @@
-// Page-rounded host memory from mmap, pinned for the device unless asked otherwise.
+// Page-rounded host memory from mmap, pinned for the device when its owner says so.
 //
 // Move-only. The mapping is shared and anonymous: after a fork, a private one would be copied on
-// write, and the device would go on writing to pages that the parent no longer sees. Its creation
-// blocks (pinning touches every page); methods may be called from any thread. Destroy it only after
+// write, and the device would go on writing to pages that the parent no longer sees. populate() and
+// pin() block (they touch every page); methods may be called from any thread. Destroy it only after
 // the last copy on it is complete.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <optional>
 #include <string>
 
 #include "driver/pinned_region.hpp"
+#include "tiers/populate.hpp"
 
 namespace spillover {
 
@@ -28,37 +28,45 @@ enum class HugePages {
               // for mappings that they make no more than 2 % larger. Else as kAdvise.
 };
 
+// What the pages of one mapping come from.
+enum class PageSource {
+  kOrdinary,  // Huge ones where the kernel makes them by itself, or populate() has it do so.
+  kSetAside,  // The system's stock of huge pages; the size is a multiple of kHugePageBytes.
+};
+
 struct HostMappingOptions {
-  Pinning pinning = Pinning::kPinned;
-  int device = 0;  // Whose context pins.
   HugePages huge_pages = HugePages::kAdvise;
+  PageSource source = PageSource::kOrdinary;
   std::optional<int> numa_node;  // Where pages come from if it has any.
 };
 
 class HostMapping {
  public:
-  // size_bytes must be a multiple of the page. before_pinning, if any, gets the memory to touch it
-  // in its own way, and gives the bytes that are on huge pages then; what it throws ends the
-  // attempt. Throws HostOutOfMemoryError or DriverError.
-  HostMapping(size_t size_bytes, const HostMappingOptions& options,
-              const std::function<size_t(std::byte*)>& before_pinning = nullptr);
+  HostMapping() = default;  // Of nothing.
+  // size_bytes must be a multiple of the page. Throws HostOutOfMemoryError.
+  HostMapping(size_t size_bytes, const HostMappingOptions& options);
   ~HostMapping();
   HostMapping(HostMapping&& other) noexcept;
   HostMapping& operator=(HostMapping&& other) noexcept;
   HostMapping(const HostMapping&) = delete;
   HostMapping& operator=(const HostMapping&) = delete;
 
+  // Has all pages made, on several threads; see populate.hpp. Throws what that does.
+  void populate(const PopulateOptions& options);
+
+  // Registers it with the driver through the device's context. Once. Throws HostOutOfMemoryError or
+  // DriverError.
+  void pin(int device);
+
   std::byte* address() const { return address_; }
   size_t size_bytes() const { return size_bytes_; }
-  // On huge pages that were set aside, or that before_pinning told of.
+  // On huge pages that were set aside, or that populate() had made.
   size_t huge_page_bytes() const { return huge_page_bytes_; }
   // Why it does not prefer its node; empty where it does, or was not to.
   const std::string& numa_note() const { return numa_note_; }
 
  private:
-  void map_pages(HugePages huge_pages);
-
-  std::byte* address_ = nullptr;  // Null when moved from.
+  std::byte* address_ = nullptr;  // Null where it is of nothing, or moved from.
   size_t size_bytes_ = 0;
   size_t huge_page_bytes_ = 0;
   std::string numa_note_;
@@ -66,7 +74,6 @@ class HostMapping {
 };
 
 size_t host_page_bytes();
-inline constexpr size_t kHugePageBytes = size_t{2} << 20;
 
 // What a mapping of so many bytes takes: whole pages, and whole huge ones where it will have those.
 // Round sizes up to this before making one.

@@ -1,7 +1,10 @@
 // Pinned host memory under a hard byte budget.
 //
 // A HostPool is shared by its buffers and its users (shared_ptr); both may be used from any thread.
-// allocate() and trim() may block in the driver, and hold no lock while they do.
+// allocate(), reserve() and trim() may block in the driver, and hold no lock while they do.
+//
+// A pool belongs to the process that made it. In a forked child its lock may be held for ever by a
+// thread that is not there: calls throw StateError, and buffers that die there give nothing back.
 //
 // Sizes of kSmallMax and above get a mapping of their own, rounded up to the page: at most 2 %
 // above the request from 200 KiB on. A freed mapping stays pinned and is given out again for
@@ -14,10 +17,10 @@
 // streams: whoever frees a buffer has seen the event of the last copy on it complete.
 #pragma once
 
+#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -26,8 +29,12 @@
 #include <unordered_map>
 #include <vector>
 
+#include "base/annotated_mutex.hpp"
+#include "base/fork_generation.hpp"
 #include "tiers/host_mapping.hpp"
+#include "tiers/host_mappings.hpp"
 #include "tiers/host_regions.hpp"
+#include "tiers/system_memory.hpp"
 #include "trace/tracks.hpp"
 
 namespace spillover {
@@ -73,6 +80,9 @@ struct HostPoolOptions {
   HugePages huge_pages = HugePages::kAdvise;
   NumaChoice numa = NumaChoice::kNearest;
   int numa_node = 0;
+  // For tests: of one registration of what is pinned ahead, and what stands before /proc and /sys.
+  size_t region_bytes_max = size_t{64} << 30;
+  std::string system_root;
 };
 
 struct HostStats {
@@ -104,7 +114,8 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
 
   // Pins so many bytes more, whole pages, for buffers to come; see Note [Memory pinned ahead].
   // Blocks: on the calling thread progress, if any, gets the bytes done from time to time. All or
-  // nothing, also where progress throws. Throws like allocate().
+  // nothing, also where progress throws. Throws like allocate(), and HostOutOfMemoryError where the
+  // machine runs out meanwhile (Note [Watching what is left]).
   void reserve(size_t size_bytes, const std::function<void(size_t)>& progress = nullptr);
 
   // Unpins and unmaps what nobody uses, what was pinned ahead included; returns its bytes.
@@ -113,60 +124,118 @@ class HostPool : public std::enable_shared_from_this<HostPool> {
   HostStats stats() const;
   const HostPoolOptions& options() const { return options_; }
 
+  // Whether the equations of its parts hold; walks over all of them.
+  bool is_valid() const;
+
  private:
   friend class HostBuffer;
+  using Lock = std::unique_lock<AnnotatedMutex>;
+  using Progress = std::function<void(size_t)>;
+
   struct Slab {
     std::byte* address;
     std::optional<HostMapping> mapping;  // Without one it is carved from a region.
     size_t slot_bytes;
-    std::vector<uint32_t> free_slots;
     size_t slot_count;
+    std::vector<uint32_t> free_slots;
+  };
+  // The slabs of one size of slots. open has room for all of them, so that a slab may be added to
+  // it while memory is exhausted.
+  struct SlotClass {
+    std::vector<Slab*> open;  // With a free slot.
+    size_t slab_count = 0;
+  };
+  using Slabs = std::map<std::byte*, std::unique_ptr<Slab>>;
+
+  // Bytes that are counted as reserved while somebody maps them. What is not kept is given up.
+  class Claim {
+   public:
+    // The bytes are counted already.
+    Claim(HostPool& pool, size_t size_bytes)
+        : pool_(pool), claimed_bytes_(size_bytes), pending_bytes_(size_bytes) {}
+    ~Claim();
+    Claim(const Claim&) = delete;
+    Claim& operator=(const Claim&) = delete;
+    // So many more pages exist: what the machine says to be available shows it.
+    void note_made(size_t size_bytes);
+    // So many bytes are held by the pool now; called with the mutex held.
+    void keep(size_t size_bytes) noexcept;
+    size_t pending_bytes() const { return pending_bytes_; }  // Called with the mutex held.
+
+   private:
+    HostPool& pool_;
+    size_t claimed_bytes_;
+    size_t pending_bytes_;  // Guarded by the pool's mutex.
   };
 
+  // What may have to go for something else.
+  enum class Victims { kIdle, kIdleAndAhead };
+
   explicit HostPool(const HostPoolOptions& options);
+  bool is_of_parent() const noexcept { return fork_generation() != generation_; }
+  void check_process() const;
+  void check_request(size_t size_bytes) const;
+
   HostBuffer allocate_large(size_t size_bytes);
   HostBuffer allocate_small(size_t size_bytes);
+  Slab& add_slab(std::unique_ptr<Slab>& slab);
   HostBuffer take_slot(Slab& slab, size_t size_bytes);
   void release(std::byte* address, size_t size_bytes) noexcept;
-  HostMapping map(size_t size_bytes, size_t requested_bytes);
-  HostMapping make_mapping(size_t size_bytes, const std::function<size_t(std::byte*)>& touch);
+  void release_slot(std::byte* address, size_t size_bytes) noexcept;
+  void remove_slab(Slabs::iterator slab) noexcept;
+
+  HostMapping make_mapping(const Claim& claimed, size_t size_bytes, size_t requested_bytes);
+  HostMapping make_region(const Claim& claimed, size_t size_bytes, size_t missing_bytes,
+                          size_t requested_bytes, const Progress& progress);
+  std::optional<HostMapping> make_set_aside(size_t size_bytes, Victims victims,
+                                            const Progress& progress);
+  HostMapping map(size_t size_bytes, PageSource source);
+  HostMapping map_ordinary(size_t size_bytes, Victims victims);
+  void pin(HostMapping& mapping, Victims victims);
+  template <class Step>
+  auto with_idle_given_back(Victims victims, Step step);
   std::optional<int> numa_node();
-  std::byte* carve(size_t size_bytes);
-  void check_machine(size_t size_bytes, size_t requested_bytes);
-  void count_reserved(std::unique_lock<std::mutex>& lock, size_t size_bytes,
-                      size_t requested_bytes);
+
+  HostMemoryLimit left_for(const Claim& claimed) const;
+  void check_machine(const Claim& claimed, size_t size_bytes, size_t requested_bytes,
+                     Victims victims);
+  Claim claim(size_t size_bytes, size_t requested_bytes, Victims victims);
   void give_back_surplus();
-  std::vector<HostMapping> take_idle(size_t wanted_bytes);
-  size_t unmap(std::vector<HostMapping> victims);
-  void add_used(size_t size_bytes);
-  void trace_used() noexcept;
-  void trace_reserved() noexcept;
+  size_t give_back(size_t wanted_bytes, Victims victims);
+  std::vector<HostMapping> take_idle(size_t wanted_bytes, Victims victims);
+  size_t unmap(std::vector<HostMapping> mappings);
+  void add_used(size_t size_bytes) noexcept;
+  void subtract_used(size_t size_bytes) noexcept;
+  void add_reserved(size_t size_bytes) noexcept;
+  void subtract_reserved(size_t size_bytes) noexcept;
   [[noreturn]] void throw_over_budget(size_t size_bytes, size_t requested_bytes) const;
 
   const HostPoolOptions options_;
+  const uint32_t generation_;
   LazyTrack track_;
 
-  mutable std::mutex mutex_;
+  mutable AnnotatedMutex mutex_;
+  std::condition_variable_any unmapped_;
   // Guarded by mutex_. Invariants: reserved = bytes of all mappings, used ones, idle ones, slabs,
   // regions and those being mapped or unmapped; used <= reserved <= limit.
-  std::unordered_map<std::byte*, HostMapping> in_use_;
+  HostMappings mappings_;
   HostRegions regions_;
-  std::unordered_map<std::byte*, size_t> carved_;  // Blocks of regions, and their sizes.
-  std::list<HostMapping> idle_;                    // Longest idle first.
-  std::multimap<size_t, std::list<HostMapping>::iterator> idle_by_size_;
-  std::map<std::byte*, std::unique_ptr<Slab>> slabs_;          // By address, to find a slot's slab.
-  std::unordered_map<size_t, std::vector<Slab*>> open_slabs_;  // With a free slot, by slot size.
+  Slabs slabs_;                                         // By address, to find a slot's slab.
+  std::unordered_map<size_t, SlotClass> slot_classes_;  // By slot_bytes.
   size_t used_bytes_ = 0;
   size_t used_bytes_max_ = 0;
   size_t reserved_bytes_ = 0;
   size_t reserved_bytes_max_ = 0;
+  size_t pending_bytes_ = 0;    // Of reserved_bytes_: claimed, and not made yet.
+  size_t unmapping_bytes_ = 0;  // Of reserved_bytes_: on their way to the system.
   size_t buffer_count_ = 0;
-  size_t huge_page_bytes_ = 0;
   std::optional<int> used_node_;  // Of the last mapping, and what became of the wish.
   std::string numa_note_;
 
   std::once_flag numa_once_;
-  std::optional<int> numa_node_;  // Constant once numa_once_ has passed.
+  // Constant once numa_once_ has passed.
+  std::optional<int> numa_node_;
+  std::string numa_problem_;  // Why the nearest node is not known.
 };
 
 }  // namespace spillover

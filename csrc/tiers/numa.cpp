@@ -37,10 +37,10 @@ std::optional<int> numa_node_of_pci(const std::string& address, const std::strin
   return node;
 }
 
-std::optional<int> nearest_numa_node(int device) {
-  if (numa_node_count() < 2) return std::nullopt;
+std::optional<int> nearest_numa_node(int device, const std::string& root) {
+  if (numa_node_count(root) < 2) return std::nullopt;
   if (const auto node = device_numa_node(device)) return node;
-  return numa_node_of_pci(device_pci_address(device));
+  return numa_node_of_pci(device_pci_address(device), root);
 }
 
 std::string prefer_numa_node(void* address, size_t size_bytes, int node) {

@@ -20,7 +20,7 @@ std::optional<int> numa_node_of_pci(const std::string& address, const std::strin
 
 // The node that the device's copies are fastest from, by the driver or else by the kernel; nothing
 // on a machine with one node, or where neither knows. Throws DriverError.
-std::optional<int> nearest_numa_node(int device);
+std::optional<int> nearest_numa_node(int device, const std::string& root = "");
 
 // Pages of the range that are touched from now on come from the node, as far as it has any. Empty,
 // or why it is not so: containers may forbid it.

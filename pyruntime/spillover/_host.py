@@ -6,9 +6,10 @@ Importing this module loads neither torch nor a driver.
 from __future__ import annotations
 
 import math
+import operator
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, SupportsIndex, get_args
 
 from spillover import _core
 from spillover._errors import ConfigError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from spillover._core import HostBuffer, HostStats
 
 HugePages = Literal["auto", "reserved", "never"]
+_HUGE_PAGES = get_args(HugePages)
 Progress = Callable[[int], object]
 
 #: Of the machine's memory, or the control group's, that a pool without a limit may take.
@@ -67,7 +69,8 @@ class HostPool(_core.HostPool):
     Notes
     -----
     Methods may be called from any thread. A pool lives until its last buffer is gone. In a forked
-    child a pool of the parent's gives no memory: calls raise :class:`StateError`.
+    child a pool of the parent's gives no memory and says nothing: calls raise :class:`StateError`,
+    and :meth:`trim` finds nothing to give. What the parent's buffers hold can be read there.
 
     Examples
     --------
@@ -78,28 +81,35 @@ class HostPool(_core.HostPool):
 
     def __init__(
         self,
-        limit: int | str | None = None,
+        limit: SupportsIndex | str | None = None,
         *,
-        device: int | None = None,
+        device: SupportsIndex | None = None,
         numa: Literal["nearest"] | int | None = "nearest",
         huge_pages: HugePages = "auto",
-        reserve: int | str | None = None,
+        reserve: SupportsIndex | str | None = None,
         pinned: bool = True,
     ) -> None:
         limit_bytes, source = _limit(limit)
+        if not isinstance(pinned, bool):
+            raise ConfigError(f"pinned={pinned!r} must be True or False")
+        if huge_pages not in _HUGE_PAGES:
+            raise ConfigError(
+                f"huge_pages={huge_pages!r} is not known; choose auto, reserved or never"
+            )
+        reserve_bytes = None if reserve is None else _bytes(reserve, name="reserve")
         super().__init__(
             limit_bytes=limit_bytes,
             limit_source=source,
-            device=_current_device() if device is None else device,
+            device=_device(device, pinned=pinned),
             pinned=pinned,
             huge_pages=huge_pages,
             numa_node=_node(numa),
         )
-        if reserve is not None:
-            self.reserve(reserve)
+        if reserve_bytes is not None:
+            self.reserve(reserve_bytes)
 
-    def allocate(self, size_bytes: int) -> HostBuffer:
-        """A buffer of so many bytes, with undefined contents.
+    def allocate(self, size_bytes: SupportsIndex | str) -> HostBuffer:
+        """A buffer of so many bytes (or a text such as ``"2MiB"``), with undefined contents.
 
         It has the buffer protocol (``memoryview(buffer)``, ``numpy.frombuffer``) and an
         ``address``: a multiple of 64, and of the page from 32 KiB on. Its memory goes back to the
@@ -111,32 +121,30 @@ class HostPool(_core.HostPool):
         HostOutOfMemory
             The budget, the machine or a control group does not allow it; the message says which.
         ConfigError, DriverError, StateError
-            The size is 0; there is no driver to pin with; the process was forked.
+            The size is no number of bytes above 0; there is no driver to pin with; this is a forked
+            child of the pool's process.
         """
-        return super().allocate(size_bytes)
+        return super().allocate(_bytes(size_bytes, name="size_bytes"))
 
-    def empty(self, shape: Sequence[int] | int, dtype: torch.dtype) -> torch.Tensor:
+    def empty(
+        self, shape: Sequence[SupportsIndex] | SupportsIndex, dtype: torch.dtype
+    ) -> torch.Tensor:
         """An uninitialised, contiguous CPU tensor in memory of this pool.
 
         As :func:`torch.empty` with ``pin_memory=True``, but exact in size. Nothing here waits for
         copies on streams: keep the tensor until the last copy on it is complete. Raises what
         :meth:`allocate` does.
         """
-        import torch
+        return empty_in(self, shape, dtype)
 
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        buffer = self.allocate(count * dtype.itemsize)
-        # The tensor's storage holds the buffer.
-        return torch.frombuffer(buffer, dtype=dtype, count=count).view(shape)
-
-    def reserve(self, size: int | str, *, progress: bool | Progress | None = None) -> None:
-        """Pin so many bytes more, for buffers to come of whatever sizes.
+    def reserve(
+        self, size: SupportsIndex | str, *, progress: bool | Progress | None = None
+    ) -> None:
+        """Pin so many bytes more, for buffers to come of whatever sizes, of up to 64 GiB each.
 
         Pinning takes about a second for some gigabytes, since the system has to zero them. Here
-        several threads do it at once.
+        several threads do it at once, and watch what the machine and its control groups have left
+        meanwhile. What was reserved before stays.
 
         Parameters
         ----------
@@ -149,10 +157,15 @@ class HostPool(_core.HostPool):
         Raises
         ------
         HostOutOfMemory
-            The budget, the machine or a control group does not allow it; nothing is reserved then,
-            nor is when Ctrl-C or ``progress`` ends it.
+            The budget, the machine or a control group does not allow it, from the start or once
+            others have taken memory meanwhile; nothing is reserved then, nor is when Ctrl-C or
+            ``progress`` ends it.
+        ConfigError, DriverError, StateError
+            As for :meth:`allocate`.
         """
-        size_bytes = parse_bytes(size, name="size")
+        size_bytes = _bytes(size, name="size")
+        if progress is not None and not isinstance(progress, bool) and not callable(progress):
+            raise ConfigError(f"progress={progress!r} must be True, False, None or a function")
         if callable(progress):
             self._reserve(size_bytes, progress)
         elif progress or (progress is None and size_bytes >= 1 << 30 and sys.stderr.isatty()):
@@ -183,10 +196,51 @@ class HostPool(_core.HostPool):
         return super().stats()
 
 
-def _limit(limit: int | str | None) -> tuple[int, str]:
+def empty_in(
+    pool: _core.HostPool, shape: Sequence[SupportsIndex] | SupportsIndex, dtype: torch.dtype
+) -> torch.Tensor:
+    """:meth:`HostPool.empty` for any pool."""
+    import torch
+
+    sizes = _shape(shape)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"dtype={dtype!r} is no torch.dtype, such as torch.float32")
+    count = math.prod(sizes)
+    if count == 0:
+        return torch.empty(sizes, dtype=dtype, device="cpu")
+    buffer = pool.allocate(_bytes(count * dtype.itemsize, name="the tensor"))
+    # The tensor's storage holds the buffer.
+    return torch.frombuffer(buffer, dtype=dtype, count=count).view(sizes)
+
+
+def _shape(shape: Sequence[SupportsIndex] | SupportsIndex) -> tuple[int, ...]:
+    is_list = _index(shape) is None and isinstance(shape, Iterable)
+    indices = [_index(size) for size in (shape if is_list else [shape])]  # type: ignore[union-attr]
+    sizes = tuple(-1 if index is None else index for index in indices)
+    if min(sizes, default=0) < 0:
+        raise ConfigError(f"shape={shape!r} must be whole numbers from 0, such as (1024, 64)")
+    return sizes
+
+
+def _index(value: object) -> int | None:
+    """The whole number that the value is, of Python's kind or another such as NumPy's."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # An array.
+        return None
+
+
+def _bytes(size: SupportsIndex | str, *, name: str) -> int:
+    number = _index(size)
+    return parse_bytes(size if number is None else number, name=name)  # type: ignore[arg-type]
+
+
+def _limit(limit: SupportsIndex | str | None) -> tuple[int, str]:
     """Bytes, and what set them where that is not the caller."""
     if limit is not None:
-        limit_bytes = parse_bytes(limit, name="limit")
+        limit_bytes = _bytes(limit, name="limit")
         if limit_bytes == 0:
             raise ConfigError("limit must be at least a byte, such as '48GiB'")
         return limit_bytes, ""
@@ -201,13 +255,21 @@ def _node(numa: str | int | None) -> int | None:
         return None
     if numa == "nearest":
         return -1
-    if isinstance(numa, bool) or not isinstance(numa, int) or numa < 0:
+    if isinstance(numa, bool) or not isinstance(numa, int) or not 0 <= numa < 1 << 31:
         raise ConfigError(f"numa={numa!r} is no node; write 'nearest', a number from 0, or None")
     return numa
 
 
-def _current_device() -> int:
+def _device(device: SupportsIndex | None, *, pinned: bool) -> int:
+    if device is not None:
+        number = _index(device)
+        if number is None or not 0 <= number < 1 << 31:
+            raise ConfigError(f"device={device!r} must be the number of a device, from 0")
+        return number
     # Pinning makes a CUDA context on the device that it goes through, so that must be the one that
-    # this process computes on. Without torch it computes on whichever.
+    # this process computes on. Without torch it computes on whichever; in a forked child torch may
+    # not be asked.
     torch = sys.modules.get("torch")
-    return torch.cuda.current_device() if torch and torch.cuda.is_available() else 0
+    if not pinned or torch is None or torch.cuda._is_in_bad_fork():
+        return 0
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0

@@ -5,13 +5,12 @@ Importing this module loads neither torch nor a driver.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from spillover._host import HostPool
+from spillover._host import HostPool, empty_in
 from spillover._units import parse_bytes
 
 if TYPE_CHECKING:
@@ -79,11 +78,4 @@ def empty_pinned(
     Unlike torch's own pinned tensors, nothing here waits for copies on streams. A caller who starts
     an asynchronous copy keeps the tensor until the copy's event is complete.
     """
-    import torch
-
-    count = math.prod(shape)
-    if count == 0:
-        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
-    buffer = (pool or host_pool()).allocate(count * dtype.itemsize)
-    # The tensor's storage holds the buffer.
-    return torch.frombuffer(buffer, dtype=dtype, count=count).view(tuple(shape))
+    return empty_in(pool or host_pool(), shape, dtype)

@@ -67,6 +67,24 @@ def host_pool() -> object:
     return back, len(reused)
 
 
+def reserved_host_pool() -> object:
+    """Memory pinned ahead in pieces; blocks and slots cut from it, and more than it has."""
+    host = _core.HostPool(limit_bytes=16 * MIB, region_bytes_max=4 * MIB)
+    host._reserve(6 * MIB, None)
+    small, large, beyond = (host.allocate(size) for size in (1000, 3 * MIB, 5 * MIB))
+    source = torch.frombuffer(memoryview(large), dtype=torch.uint8)
+    source.fill_(7)
+    device = source.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    result = device.cpu()
+    del small, large, beyond, source, device
+    stats = host.stats()
+    assert stats.used_bytes == 0
+    assert stats.ahead_bytes == 6 * MIB
+    assert host._is_valid()
+    return result, host.trim()
+
+
 def disk() -> object:
     """Writes behind an event, reads into pinned memory, extents over two folders."""
     store = _core.DiskStore(
@@ -228,6 +246,7 @@ SCENARIOS: dict[str, Callable[[], object]] = {
     for function in (
         pool,
         host_pool,
+        reserved_host_pool,
         disk,
         activations_host,
         activations_disk,

@@ -63,8 +63,11 @@ def test_every_driver_call(
 
 
 @pytest.mark.soak
-def test_every_driver_call_of_the_host_pool(run_sweep: Callable[..., dict[str, Any]]) -> None:
-    run_sweep("host_pool", "driver")
+@pytest.mark.parametrize("name", ["host_pool", "reserved_host_pool"])
+def test_every_driver_call_of_the_host_pool(
+    name: str, run_sweep: Callable[..., dict[str, Any]]
+) -> None:
+    run_sweep(name, "driver")
 
 
 @pytest.mark.soak
