@@ -11,6 +11,7 @@
 #include "base/error.hpp"
 #include "bindings/bindings.hpp"
 #include "bindings/disk_requests.hpp"
+#include "bindings/living.hpp"
 #include "tiers/durable_store.hpp"
 
 namespace py = pybind11;
@@ -18,7 +19,7 @@ namespace py = pybind11;
 namespace spillover {
 namespace {
 
-std::unique_ptr<DurableStore> make(std::vector<std::string> folders,
+std::shared_ptr<DurableStore> make(std::vector<std::string> folders,
                                    const std::vector<std::pair<std::string, uint64_t>>& entries,
                                    std::optional<uint64_t> extent_bytes,
                                    std::optional<uint64_t> extra_limit_bytes,
@@ -36,8 +37,12 @@ std::unique_ptr<DurableStore> make(std::vector<std::string> folders,
   if (write_limit_bytes) options.write_limit_bytes = *write_limit_bytes;
   options.threads_per_folder = threads_per_folder;
   options.queue_length_max = queue_length_max;
-  const GilRelease released;
-  return std::make_unique<DurableStore>(options);
+  std::shared_ptr<DurableStore> store;
+  {
+    const GilRelease released;
+    store = std::make_shared<DurableStore>(options);
+  }
+  return living<DurableStore>().add(std::move(store));
 }
 
 std::unique_ptr<PythonTicket> write(DurableStore& store, const std::string& entry,
@@ -101,8 +106,13 @@ void register_durable_store(py::module_& module) {
       .def_readonly("engine_notes", &DurableStats::engine_notes)
       .def_readonly("notes", &DurableStats::notes)
       .def_readonly("folders", &DurableStats::folders)
-      .def_readonly("waits", &DurableStats::waits);
-  py::class_<DurableStore>(module, "DurableStore", "Storage that outlives its process.")
+      .def_readonly("waits", &DurableStats::waits)
+      .def_readonly("commits", &DurableStats::commits);
+  module.def(
+      "living_durable_stores", [] { return living<DurableStore>().all(); },
+      "The durable stores of this process, for statistics.");
+  py::class_<DurableStore, std::shared_ptr<DurableStore>>(module, "DurableStore",
+                                                          "Storage that outlives its process.")
       .def(py::init(&make), py::arg("folders"), py::arg("entries"), py::kw_only(),
            py::arg("extent_bytes") = py::none(), py::arg("extra_limit_bytes") = py::none(),
            py::arg("engine") = "auto", py::arg("write_limit_bytes") = py::none(),

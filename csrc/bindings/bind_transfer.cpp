@@ -12,11 +12,14 @@
 #include <utility>
 #include <vector>
 
+#include "allocator/stream_key.hpp"
 #include "base/error.hpp"
 #include "bindings/bindings.hpp"
+#include "bindings/disk_requests.hpp"
 #include "driver/fork_guard.hpp"
 #include "tiers/disk_store.hpp"
 #include "tiers/host_pool.hpp"
+#include "transfer/copy_streams.hpp"
 #include "transfer/residency.hpp"
 #include "transfer/transfer_engine.hpp"
 
@@ -27,6 +30,10 @@ namespace {
 
 StreamHandle stream_of(uintptr_t handle) {
   return reinterpret_cast<StreamHandle>(handle);
+}
+
+CopyDirection direction_of(bool is_out) {
+  return is_out ? CopyDirection::kOut : CopyDirection::kIn;
 }
 
 MemoryOwner owner_of(py::object object) {
@@ -136,6 +143,8 @@ class PythonTransferTicket {
 
   bool is_cancelled() const { return ticket_->is_cancelled(); }
 
+  const std::shared_ptr<TransferTicket>& ticket() const { return ticket_; }
+
  private:
   const EngineReference engine_;
   std::shared_ptr<TransferTicket> ticket_;
@@ -204,9 +213,8 @@ class PythonTransferEngine {
                         reinterpret_cast<void*>(host),
                         owner_of(host_owner)});
     }
-    const CopyDirection direction = is_out ? CopyDirection::kOut : CopyDirection::kIn;
     return std::make_unique<PythonTransferTicket>(engine_, engine_.without_gil([&] {
-      return engine_->copy(std::move(copies), direction, stream_of(stream));
+      return engine_->copy(std::move(copies), direction_of(is_out), stream_of(stream));
     }));
   }
 
@@ -217,11 +225,8 @@ class PythonTransferEngine {
     engine_.without_gil([&] { engine_->advance(position); });
   }
   uint64_t position() const { return engine_->position(); }
-  size_t collect(bool wait) const {
-    return engine_.without_gil([&] {
-      return engine_->collect(wait ? TransferEngine::Collecting::kWaitForCopiesOut
-                                   : TransferEngine::Collecting::kNow);
-    });
+  size_t collect(size_t wanted_bytes) const {
+    return engine_.without_gil([&] { return engine_->collect(wanted_bytes); });
   }
   void synchronize() const {
     engine_.without_gil([&] { engine_->synchronize(); });
@@ -304,10 +309,55 @@ void register_residency(py::module_& module) {
       .def_property_readonly("name", &Residency::name);
 }
 
+// The streams, which live as long as the process; the pool need not ask whether they do.
+CopyStreams& copy_streams_of(int device) {
+  CopyStreams& streams = CopyStreams::of(device);
+  keep_stream(device, streams.out().handle());
+  keep_stream(device, streams.in().handle());
+  return streams;
+}
+
+void register_copy_streams(py::module_& module) {
+  py::class_<CopyStreams, std::unique_ptr<CopyStreams, py::nodelete>>(
+      module, "CopyStreams", "The copy-out and the copy-in stream of a device.")
+      .def(py::init([](int device) {
+             const GilRelease released;
+             return std::unique_ptr<CopyStreams, py::nodelete>(&copy_streams_of(device));
+           }),
+           py::arg("device"))
+      .def(
+          "handle",
+          [](const CopyStreams& streams, bool is_out) {
+            return reinterpret_cast<uintptr_t>(streams.stream(direction_of(is_out)).handle());
+          },
+          py::kw_only(), py::arg("is_out"))
+      .def(
+          "count",
+          [](CopyStreams& streams, size_t size_bytes, bool is_out) {
+            streams.count(direction_of(is_out), size_bytes);
+          },
+          py::arg("size_bytes"), py::kw_only(), py::arg("is_out"))
+      .def(
+          "counts",
+          [](const CopyStreams& streams, bool is_out) {
+            const CopyCounts counts = streams.counts(direction_of(is_out));
+            return std::pair(counts.copies, counts.bytes);
+          },
+          py::kw_only(), py::arg("is_out"));
+}
+
 }  // namespace
+
+WriteGate gate_for_transfer(const py::object& after) {
+  // Python's class has it as its first attribute.
+  const py::object inner = py::getattr(after, "_ticket", after);
+  if (!py::isinstance<PythonTransferTicket>(inner)) return nullptr;
+  return [ticket = inner.cast<const PythonTransferTicket&>().ticket()] { ticket->wait_detached(); };
+}
 
 void register_transfer(py::module_& module) {
   register_residency(module);
+  register_copy_streams(module);
   py::class_<PythonPayload>(module, "Payload", "Bytes that a TransferEngine keeps.")
       .def_property_readonly("size_bytes", &PythonPayload::size_bytes)
       .def_property_readonly("state", &PythonPayload::state)
@@ -334,7 +384,13 @@ void register_transfer(py::module_& module) {
            py::arg("next_use"))
       .def("advance", &PythonTransferEngine::advance, py::arg("position"))
       .def_property_readonly("position", &PythonTransferEngine::position)
-      .def("collect", &PythonTransferEngine::collect, py::kw_only(), py::arg("wait") = false)
+      .def(
+          "collect",
+          [](const PythonTransferEngine& engine, bool wait) {
+            return engine.collect(wait ? SIZE_MAX : 0);
+          },
+          py::kw_only(), py::arg("wait") = false)
+      .def("_collect_bytes", &PythonTransferEngine::collect, py::arg("wanted_bytes"))
       .def("synchronize", &PythonTransferEngine::synchronize)
       .def("close", &PythonTransferEngine::close)
       .def("_stats", &PythonTransferEngine::stats);

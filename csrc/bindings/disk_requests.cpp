@@ -26,10 +26,14 @@ size_t size_of(const py::buffer_info& info) {
   return static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
 }
 
-WriteGate gate_for(const py::object& event) {
-  if (event.is_none()) return nullptr;
-  const auto handle = event.attr("cuda_event").cast<uintptr_t>();
-  const int device = event.attr("device").attr("index").cast<int>();
+WriteGate gate_for(const py::object& after) {
+  if (after.is_none()) return nullptr;
+  if (WriteGate gate = gate_for_transfer(after)) return gate;
+  if (!py::hasattr(after, "cuda_event")) {
+    throw ConfigError("after= is a torch.cuda.Event or a ticket of a transfer engine");
+  }
+  const auto handle = after.attr("cuda_event").cast<uintptr_t>();
+  const int device = after.attr("device").attr("index").cast<int>();
   return [handle, device] { synchronize_event(device, reinterpret_cast<EventHandle>(handle)); };
 }
 

@@ -24,8 +24,11 @@ namespace spillover {
 pybind11::buffer_info contiguous_memory(const pybind11::buffer& buffer, bool writable);
 size_t size_of(const pybind11::buffer_info& info);
 
-// event is a torch.cuda.Event or None. The ticket holds it, so it outlives the gate.
-WriteGate gate_for(const pybind11::object& event);
+// after is a torch.cuda.Event, a ticket of a transfer engine's or None. The request's ticket holds
+// it, so it outlives the gate. Throws ConfigError for anything else.
+WriteGate gate_for(const pybind11::object& after);
+// Of a ticket of a transfer engine's, a null one for anything else.
+WriteGate gate_for_transfer(const pybind11::object& after);
 
 // Throws ConfigError for a name that there is not.
 DiskEngineKind engine_named(const std::string& name);

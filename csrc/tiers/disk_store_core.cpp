@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <exception>
 #include <string>
 #include <utility>
@@ -30,7 +29,7 @@ void check_options(const DiskStoreOptions& options) {
 }  // namespace
 
 DiskStoreCore::DiskStoreCore(const DiskStoreOptions& options)
-    : options_(options), owner_(getpid()) {
+    : options_(options), owner_(getpid()), write_limit_(options.write_limit_bytes) {
   check_options(options);
   for (const std::string& name : options.folders) {
     files_.push_back(std::make_unique<ScratchFile>(name, options.preallocation));
@@ -68,16 +67,7 @@ void DiskStoreCore::check_open() const {
 }
 
 void DiskStoreCore::account_write(size_t size_bytes) {
-  uint64_t before = written_bytes_.load();
-  do {
-    if (options_.write_limit_bytes - std::min(before, options_.write_limit_bytes) < size_bytes) {
-      throw DiskFullError("the write limit of " + format_bytes(options_.write_limit_bytes) +
-                              " is reached: " + format_bytes(before) + " are written and " +
-                              format_bytes(size_bytes) +
-                              " more were requested. Raise write_limit, or offload less to disk",
-                          options_.folders.front(), EDQUOT);
-    }
-  } while (!written_bytes_.compare_exchange_weak(before, before + size_bytes));
+  write_limit_.add(size_bytes, options_.folders.front());
 }
 
 void DiskStoreCore::release(const std::vector<Extent>& extents) noexcept {
@@ -120,8 +110,15 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
 }
 
 DiskStats DiskStoreCore::stats() const {
-  DiskStats stats{written_bytes_,   read_bytes_,       0, 0, pending_extents_, true,
-                  engines_->kind(), engines_->notes(), {}};
+  DiskStats stats{write_limit_.written_bytes(),
+                  read_bytes_,
+                  0,
+                  0,
+                  pending_extents_,
+                  true,
+                  engines_->kind(),
+                  engines_->notes(),
+                  {}};
   stats.waits = waits_->stats();
   const std::vector<ExtentPlacement::FolderUse> use = placement_->use();
   const std::vector<double> bandwidths = placement_->rates().bandwidths();

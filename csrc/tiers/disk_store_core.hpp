@@ -15,6 +15,7 @@
 #include "tiers/disk_store.hpp"
 #include "tiers/engine_set.hpp"
 #include "tiers/extent_placement.hpp"
+#include "tiers/write_limit.hpp"
 
 namespace spillover {
 
@@ -27,7 +28,7 @@ class DiskStoreCore final : public DiskPieceOwner {
 
   // Counts size_bytes as written; throws DiskFullError past the limit.
   void account_write(size_t size_bytes);
-  void cancel_write(size_t size_bytes) { written_bytes_ -= size_bytes; }
+  void cancel_write(size_t size_bytes) { write_limit_.take_back(size_bytes); }
   std::vector<Extent> allocate(size_t size_bytes) { return placement_->allocate(size_bytes); }
   void release(const std::vector<Extent>& extents) noexcept;
   void submit(std::vector<DiskPiece> pieces, WriteGate gate) noexcept;
@@ -50,7 +51,7 @@ class DiskStoreCore final : public DiskPieceOwner {
   std::unique_ptr<ExtentPlacement> placement_;       // Constant after construction.
   std::unique_ptr<EngineSet> engines_;               // Constant after construction.
   std::atomic<bool> is_closed_{false};
-  std::atomic<uint64_t> written_bytes_{0};
+  WriteLimit write_limit_;
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};
   const std::shared_ptr<WaitCounters> waits_ = std::make_shared<WaitCounters>();

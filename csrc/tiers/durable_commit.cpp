@@ -4,11 +4,12 @@
 // data is complete; none begins before it ends.
 //
 //   1. Write the manifest to the slot that the current record does not name.
-//   2. fdatasync of every file that was written to. Without it the record of step 3 could reach the
-//      disk before what it names. O_DIRECT does not make this superfluous: data may be in the
-//      drive's cache, and on a file system that reserves space by unwritten extents the journal has
-//      yet to say that they are written. fdatasync is enough, since no file changes its size: that
-//      was made durable by an fsync when the store was made.
+//   2. fdatasync of every file that was written to, of all at once: disks flush by themselves, and
+//      nothing orders one of these flushes after another. Without it the record of step 3 could
+//      reach the disk before what it names. O_DIRECT does not make this superfluous: data may be in
+//      the drive's cache, and on a file system that reserves space by unwritten extents the journal
+//      has yet to say that they are written. fdatasync is enough, since no file changes its size:
+//      that was made durable by an fsync when the store was made.
 //   3. Write the first copy of the record, and fdatasync of the primary. Without it step 4 could
 //      overtake it, and both copies be torn by one loss of power. When it returns the commit is
 //      durable.
@@ -29,11 +30,32 @@
 #include <cerrno>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/error.hpp"
 #include "tiers/durable_store_core.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
+namespace {
+
+constexpr TraceLabel kCommit{"commit", "stall"};
+
+// One call of commit(), for the counters and the trace.
+class TimedCommit {
+ public:
+  explicit TimedCommit(WaitCounters& counters) : counters_(counters), span_(kCommit) {}
+  ~TimedCommit() { counters_.add(trace_now_ns() - begin_ns_); }
+  TimedCommit(const TimedCommit&) = delete;
+  TimedCommit& operator=(const TimedCommit&) = delete;
+
+ private:
+  WaitCounters& counters_;
+  const TraceSpan span_;
+  const int64_t begin_ns_ = trace_now_ns();
+};
+
+}  // namespace
 
 class DurableStoreCore::Quiet {
  public:
@@ -85,6 +107,7 @@ uint64_t DurableStoreCore::commit(const DurableExtra& extra) {
         "extra has " + std::to_string(extra.bytes.size()) + " bytes, and this store has room for " +
         std::to_string(store_.shape.extra_bytes_max) + " (extra_limit, when it is made)");
   }
+  const TimedCommit timed(commits_);
   const Quiet quiet(*this);
   DurableManifest manifest;
   uint64_t sequence = 0;
@@ -109,15 +132,21 @@ void DurableStoreCore::check_in_place() const {
   }
 }
 
+void DurableStoreCore::sync_written() const {
+  std::vector<const DurableFolder*> folders;
+  for (size_t i = 0; i < store_.folders.size(); ++i) {
+    if (i == 0 || unsynced_[i]) folders.push_back(store_.folders[i].get());
+  }
+  sync(folders, SyncKind::kData);
+}
+
 // Steps 1 to 4 of Note [Commit].
 void DurableStoreCore::make_durable(const DurableManifest& manifest, uint64_t sequence) {
   const DurableFolder& primary = *store_.folders.front();
   check_in_place();
   const DurableRecord record = write_manifest(primary, layout(), manifest, sequence);
   try {
-    for (size_t i = 0; i < store_.folders.size(); ++i) {
-      if (i == 0 || unsynced_[i]) store_.folders[i]->sync(SyncKind::kData);
-    }
+    sync_written();
     for (const size_t copy : {0, 1}) {
       write_record(primary, store_, record, copy);
       primary.sync(SyncKind::kData);

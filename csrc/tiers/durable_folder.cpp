@@ -5,14 +5,21 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <exception>
+#include <functional>
+#include <system_error>
+#include <thread>
 #include <vector>
 
 #include "base/bytes.hpp"
 #include "base/error.hpp"
+#include "tiers/work_annotation.hpp"
+#include "trace/span.hpp"
 
 namespace spillover {
 namespace {
 
+constexpr TraceLabel kFlush{"flush", "disk"};
 constexpr mode_t kMode = S_IRUSR | S_IWUSR;
 constexpr int kFolderFlags = O_RDONLY | O_DIRECTORY | O_CLOEXEC;
 
@@ -57,7 +64,8 @@ void make_folders(const std::string& path) {
 
 }  // namespace
 
-DurableFolder::DurableFolder(const std::string& path, WhenMissing when_missing) : path_(path) {
+DurableFolder::DurableFolder(const std::string& path, WhenMissing when_missing)
+    : path_(path), flushes_(TrackKind::kLanes, "disk flush " + path) {
   if (path.empty()) throw ConfigError("the folder of a durable store must have a name");
   if (when_missing == WhenMissing::kMake) make_folders(path);
   directory_ = open_folder(path);
@@ -179,6 +187,12 @@ void DurableFolder::sync_folder() const {
 }
 
 void DurableFolder::sync(SyncKind kind) const {
+  const DurableFolder* const alone = this;
+  spillover::sync({&alone, 1}, kind);
+}
+
+void DurableFolder::sync_file(SyncKind kind) const {
+  const TraceSpan span(kFlush, flushes_);
   if (file_operations().sync(file_.number(), kind) != 0) {
     const int native_error = errno;
     const std::string message = "syncing the durable store in " + path_ +
@@ -200,6 +214,49 @@ bool DurableFolder::is_same(const char* name, int file) const {
   struct stat theirs{};
   return found.is_open() && fstat(found.number(), &theirs) == 0 && fstat(file, &ours) == 0 &&
          ours.st_dev == theirs.st_dev && ours.st_ino == theirs.st_ino;
+}
+
+namespace {
+
+// A flush of one file, which whoever asks for it need not do.
+struct Flush {
+  const DurableFolder* folder = nullptr;
+  // A flush's time is that of the drive's answer: the fixed part of a write.
+  WorkId work = annotate_work_submit(kDiskWrite, 0);
+  std::exception_ptr error;
+};
+
+}  // namespace
+
+void sync(std::span<const DurableFolder* const> folders, SyncKind kind) {
+  std::vector<Flush> flushes(folders.size());
+  for (size_t i = 0; i < folders.size(); ++i) flushes[i].folder = folders[i];
+  const auto perform = [kind](Flush& flush) {
+    annotate_work_waits(flush.work);
+    try {
+      flush.folder->sync_file(kind);
+    } catch (...) {
+      flush.error = std::current_exception();
+    }
+    annotate_work_done(flush.work);
+  };
+  std::vector<std::thread> threads;
+  threads.reserve(flushes.size());
+  size_t first_own = 1;  // The first is this thread's, as are those that get no thread.
+  for (; first_own < flushes.size(); ++first_own) {
+    try {
+      threads.emplace_back(perform, std::ref(flushes[first_own]));
+    } catch (const std::system_error&) {
+      break;
+    }
+  }
+  if (!flushes.empty()) perform(flushes.front());
+  for (size_t i = first_own; i < flushes.size(); ++i) perform(flushes[i]);
+  for (std::thread& thread : threads) thread.join();
+  for (const Flush& flush : flushes) annotate_work_wait(flush.work);
+  for (const Flush& flush : flushes) {
+    if (flush.error) std::rethrow_exception(flush.error);
+  }
 }
 
 }  // namespace spillover

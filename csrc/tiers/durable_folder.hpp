@@ -12,11 +12,13 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "base/file_descriptor.hpp"
 #include "tiers/block_file.hpp"
 #include "tiers/file_operations.hpp"
+#include "trace/tracks.hpp"
 
 namespace spillover {
 
@@ -56,6 +58,7 @@ class DurableFolder {
   // Removes the name where it is; durable after sync_folder().
   void remove(const char* name);
   void sync_folder() const;
+  // As the function below.
   void sync(SyncKind kind) const;
   // Whether kDurableName still is this file. An error where that cannot be seen.
   bool is_in_place() const;
@@ -66,6 +69,9 @@ class DurableFolder {
   bool is_direct() const { return is_direct_; }
 
  private:
+  friend void sync(std::span<const DurableFolder* const> folders, SyncKind kind);
+
+  void sync_file(SyncKind kind) const;
   std::string path_of(const char* name) const { return path_ + "/" + name; }
   [[noreturn]] void fail(const std::string& what, int native_error) const;
   int open_raw(const char* name, int flags) const;
@@ -77,6 +83,12 @@ class DurableFolder {
   FileDescriptor lock_;
   FileDescriptor file_;
   bool is_direct_ = true;
+  mutable LazyTrack flushes_;
 };
+
+// Flushes the open files of folders, which may be on different disks, all at once, and blocks until
+// the last is done. Throws the first folder's error of those that have one; the others are flushed
+// all the same.
+void sync(std::span<const DurableFolder* const> folders, SyncKind kind);
 
 }  // namespace spillover

@@ -12,6 +12,7 @@
 #include "base/crc32c.hpp"
 #include "base/error.hpp"
 #include "tiers/extent_io.hpp"
+#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 namespace {
@@ -29,6 +30,7 @@ void write_blocks(const BlockFile& file, ByteSpan bytes, uint64_t offset) {
   std::memcpy(memory.get(), bytes.data(), bytes.size());
   std::memset(memory.get() + bytes.size(), 0, padded_bytes - bytes.size());
   uint32_t resubmits = 0;
+  const AnnotatedWork work(kDiskWrite, padded_bytes);
   file.transfer(TransferDirection::kWrite, memory.get(), padded_bytes, offset, resubmits);
 }
 
@@ -36,6 +38,7 @@ Bytes read_blocks(const BlockFile& file, uint64_t size_bytes, uint64_t offset) {
   const size_t padded_bytes = round_up(size_bytes, kDiskBlockBytes);
   const BlockMemory memory = allocate_blocks(padded_bytes);
   uint32_t resubmits = 0;
+  const AnnotatedWork work(kDiskRead, padded_bytes);
   file.transfer(TransferDirection::kRead, memory.get(), padded_bytes, offset, resubmits);
   return {memory.get(), memory.get() + size_bytes};
 }

@@ -54,7 +54,8 @@ struct DurableStats {
   std::string engine_notes;  // Why it is not io_uring, or what that lacks.
   std::string notes;         // What the file system lacks.
   std::vector<DurableFolderStats> folders;
-  WaitStats waits;  // For tickets that were not done yet.
+  WaitStats waits;    // For tickets that were not done yet.
+  WaitStats commits;  // Calls of commit(), and how long they took, failed ones included.
 };
 
 struct DurableExtra {

@@ -2,13 +2,11 @@
 
 #include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
 #include <utility>
 
-#include "base/bytes.hpp"
 #include "base/error.hpp"
 #include "tiers/extent_io.hpp"
+#include "tiers/work_annotation.hpp"
 
 namespace spillover {
 namespace {
@@ -34,7 +32,7 @@ std::exception_ptr named(const std::exception_ptr& error, const std::string& ent
 }  // namespace
 
 DurableStoreCore::DurableStoreCore(const DurableStoreOptions& options)
-    : options_(options), owner_(getpid()) {
+    : options_(options), owner_(getpid()), write_limit_(options.write_limit_bytes) {
   const EngineOptions engine{options.engine, options.threads_per_folder, options.queue_length_max};
   check_engine_options(engine);
   store_ = open_durable(options.store);
@@ -82,18 +80,6 @@ void DurableStoreCore::check_not_failed() const {
   }
 }
 
-void DurableStoreCore::account_write(uint64_t size_bytes) {
-  if (options_.write_limit_bytes - std::min(written_bytes_, options_.write_limit_bytes) <
-      size_bytes) {
-    throw DiskFullError("the write limit of " + format_bytes(options_.write_limit_bytes) +
-                            " is reached: " + format_bytes(written_bytes_) + " are written and " +
-                            format_bytes(size_bytes) +
-                            " more were requested. Raise write_limit, or offload less to disk",
-                        store_.folders.front()->path(), EDQUOT);
-  }
-  written_bytes_ += size_bytes;
-}
-
 Extent DurableStoreCore::extent_at(size_t index, size_t slot) const {
   const DurableLayout::ExtentPlace& place = layout().extents()[index];
   return {place.folder, place.offsets[slot], place.size_bytes, states_[index].crc32c[slot]};
@@ -121,7 +107,7 @@ std::shared_ptr<Ticket> DurableStoreCore::write(const DurableStore::Part& part, 
     check_open();
     check_not_failed();
     for (size_t i = range.first; i < range.first + range.count; ++i) check_writable(i);
-    account_write(part.size_bytes);
+    write_limit_.add(part.size_bytes, store_.folders.front()->path());
     for (size_t i = range.first; i < range.first + range.count; ++i) {
       State& state = states_[i];
       const Extent extent = extent_at(i, state.fresh_slot());
@@ -221,6 +207,7 @@ void DurableStoreCore::verify() {
     }
     std::exception_ptr error;
     try {
+      const AnnotatedWork work(kDiskRead, extent.size_bytes);
       ExtentNotes notes;
       io.read(store_.folders[extent.folder]->file(), extent, memory.get(), notes);
     } catch (...) {
@@ -253,14 +240,15 @@ DurableStats DurableStoreCore::stats() const {
   {
     const std::lock_guard lock(mutex_);
     stats.sequence = store_.record.sequence;
-    stats.written_bytes = written_bytes_;
   }
+  stats.written_bytes = write_limit_.written_bytes();
   stats.read_bytes = read_bytes_;
   stats.pending_extents = pending_extents_;
   stats.engine = engines_->kind();
   stats.engine_notes = engines_->notes();
   stats.notes = store_.notes;
   stats.waits = waits_->stats();
+  stats.commits = commits_.stats();
   stats.is_direct = true;
   for (size_t i = 0; i < store_.folders.size(); ++i) {
     const DurableFolder& folder = *store_.folders[i];

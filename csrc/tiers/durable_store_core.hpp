@@ -17,6 +17,7 @@
 #include "tiers/durable_opening.hpp"
 #include "tiers/durable_store.hpp"
 #include "tiers/engine_set.hpp"
+#include "tiers/write_limit.hpp"
 
 namespace spillover {
 
@@ -62,22 +63,24 @@ class DurableStoreCore final : public DiskPieceOwner {
   size_t slot_to_read(size_t index, DurableContents contents) const;
   void check_writable(size_t index) const;
   void check_not_failed() const;
-  void account_write(uint64_t size_bytes);
   void finish(DiskPiece& piece, std::exception_ptr error) noexcept override;
 
   DurableManifest next_manifest(const DurableExtra& extra) const;
   void check_in_place() const;
   void make_durable(const DurableManifest& manifest, uint64_t sequence);
+  void sync_written() const;
   void take_over(DurableManifest&& manifest);
 
   const DurableStoreOptions options_;
   const pid_t owner_;
   OpenDurable store_;                   // record and manifest: guarded by mutex_.
   std::unique_ptr<EngineSet> engines_;  // Constant after construction.
+  WriteLimit write_limit_;
   std::atomic<bool> is_closed_{false};
   std::atomic<uint64_t> read_bytes_{0};
   std::atomic<uint64_t> pending_extents_{0};
   const std::shared_ptr<WaitCounters> waits_ = std::make_shared<WaitCounters>();
+  WaitCounters commits_;
 
   std::mutex exclusive_mutex_;
   mutable std::mutex mutex_;
@@ -87,7 +90,6 @@ class DurableStoreCore final : public DiskPieceOwner {
   std::vector<bool> unsynced_;  // Folders that were written to since their last sync.
   size_t pending_writes_ = 0;   // Extents.
   bool is_quiet_ = false;       // Writes have to wait.
-  uint64_t written_bytes_ = 0;
   std::exception_ptr failure_;  // Why the store takes no writes any more.
 };
 

@@ -23,6 +23,19 @@ using WorkId = uint64_t;
 WorkId annotate_work_begin(const char* resource, size_t size_bytes) noexcept;
 void annotate_work_end(WorkId work) noexcept;
 
+// The same for the time that it lives.
+class AnnotatedWork {
+ public:
+  AnnotatedWork(const char* resource, size_t size_bytes) noexcept
+      : work_(annotate_work_begin(resource, size_bytes)) {}
+  ~AnnotatedWork() { annotate_work_end(work_); }
+  AnnotatedWork(const AnnotatedWork&) = delete;
+  AnnotatedWork& operator=(const AnnotatedWork&) = delete;
+
+ private:
+  const WorkId work_;
+};
+
 // Work that the calling thread asks for and another one does.
 WorkId annotate_work_submit(const char* resource, size_t size_bytes) noexcept;
 

@@ -1,4 +1,5 @@
-// A span of the calling thread, from construction to destruction, and the value of a counter.
+// A span from construction to destruction, of the calling thread or on a track of its own, and the
+// value of a counter.
 //
 // Values of one thread. They nest as blocks do.
 #pragma once
@@ -7,6 +8,7 @@
 #include <cstdint>
 
 #include "trace/recorder.hpp"
+#include "trace/tracks.hpp"
 
 namespace spillover {
 
@@ -14,14 +16,15 @@ class TraceSpan {
  public:
   // label lives as long as the process.
   explicit TraceSpan(const TraceLabel& label, uint64_t size_bytes = 0) noexcept
-      : label_(trace_is_on() ? &label : nullptr), size_bytes_(size_bytes) {
-    if (label_ != nullptr) begin_ns_ = trace_now_ns();
-  }
+      : TraceSpan(label, nullptr, size_bytes) {}
+  // The track outlives the span.
+  TraceSpan(const TraceLabel& label, LazyTrack& track, uint64_t size_bytes = 0) noexcept
+      : TraceSpan(label, &track, size_bytes) {}
   ~TraceSpan() {
     if (label_ == nullptr) return;
     TraceEvent event;
     event.label = label_;
-    event.track = thread_track();
+    event.track = track_ == nullptr ? thread_track() : track_->get();
     event.begin_ns = begin_ns_;
     event.end_ns = trace_now_ns();
     event.size_bytes = size_bytes_;
@@ -31,7 +34,13 @@ class TraceSpan {
   TraceSpan& operator=(const TraceSpan&) = delete;
 
  private:
+  TraceSpan(const TraceLabel& label, LazyTrack* track, uint64_t size_bytes) noexcept
+      : label_(trace_is_on() ? &label : nullptr), track_(track), size_bytes_(size_bytes) {
+    if (label_ != nullptr) begin_ns_ = trace_now_ns();
+  }
+
   const TraceLabel* const label_;
+  LazyTrack* const track_;
   const uint64_t size_bytes_;
   int64_t begin_ns_ = 0;
 };

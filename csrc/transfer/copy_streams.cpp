@@ -8,10 +8,10 @@
 
 namespace spillover {
 
-const CopyStreams& CopyStreams::of(int device) {
+CopyStreams& CopyStreams::of(int device) {
   struct Known {
     std::mutex mutex;
-    std::map<int, std::unique_ptr<const CopyStreams>> by_device;
+    std::map<int, std::unique_ptr<CopyStreams>> by_device;
   };
   static Known& known = *new Known;
   check_not_forked();

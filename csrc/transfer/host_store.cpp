@@ -27,6 +27,7 @@ class HostContents : public SavedContents {
       copy_to_host(piece.buffer.address() + part.offset_bytes, part.address, part.size_bytes,
                    streams_.out());
     }
+    streams_.count(CopyDirection::kOut, piece.what.size_bytes);
     piece.is_saved.emplace(streams_.out().device());
     piece.is_saved->record(streams_.out().handle());
   }
@@ -39,10 +40,13 @@ class HostContents : public SavedContents {
 
   void start_load(size_t index, const std::vector<ContentPart>& parts) override {
     const Piece& piece = pieces_[index];
+    size_t size_bytes = 0;
     for (const ContentPart& part : parts) {
+      size_bytes += part.size_bytes;
       copy_to_device(part.address, piece.buffer.address() + part.offset_bytes, part.size_bytes,
                      streams_.in());
     }
+    streams_.count(CopyDirection::kIn, size_bytes);
   }
 
   void finish_loads() override {
@@ -64,7 +68,7 @@ class HostContents : public SavedContents {
     std::optional<Event> is_saved;
   };
 
-  const CopyStreams& streams_;
+  CopyStreams& streams_;
   const std::shared_ptr<HostPool> pool_;
   std::vector<Piece> pieces_;
 };

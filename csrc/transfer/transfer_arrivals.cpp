@@ -127,6 +127,7 @@ void TransferEngine::issue(std::span<Piece> pieces) {
     throw;
   }
   const std::shared_ptr<CopyMark> mark = flight.mark;
+  streams_.count(CopyDirection::kIn, flight.copied_bytes);
   {
     const Lock lock(mutex_);
     arrivals_.push_back(std::move(flight));

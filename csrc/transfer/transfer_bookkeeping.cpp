@@ -180,24 +180,37 @@ void TransferEngine::reorder(Payload& payload, uint64_t next_use) {
   if (next_use != Payload::kNoUse && !payload.is_dropped) by_use_.insert(&payload);
 }
 
-size_t TransferEngine::collect(Collecting collecting) {
+size_t TransferEngine::collect(size_t wanted_bytes) {
   check_not_forked();
   size_t before_bytes = 0;
-  std::shared_ptr<CopyMark> last;
+  size_t departures = 0;
   {
     const Lock lock(mutex_);
     before_bytes = leaving_bytes_;
-    if (!departures_.empty()) last = departures_.back().mark;
+    departures = departures_.size();
   }
-  if (collecting == Collecting::kWaitForCopiesOut && last != nullptr && !last->poll()) {
-    const Stall stall(*counters_, StallCause::kCopy);
-    last->wait();
-  }
+  const auto freed_bytes = [&] {
+    const Lock lock(mutex_);
+    return before_bytes - std::min(before_bytes, leaving_bytes_);
+  };
   collect_flights(CopyDirection::kOut);
+  // Those that others add meanwhile are not waited for.
+  for (; wanted_bytes > 0 && departures > 0 && freed_bytes() < wanted_bytes; --departures) {
+    std::shared_ptr<CopyMark> first;
+    {
+      const Lock lock(mutex_);
+      if (departures_.empty()) break;
+      first = departures_.front().mark;
+    }
+    if (!first->poll()) {
+      const Stall stall(*counters_, StallCause::kCopy);
+      first->wait();
+    }
+    collect_flights(CopyDirection::kOut);
+  }
   collect_flights(CopyDirection::kIn);
   collect_disk_work();
-  const Lock lock(mutex_);
-  return before_bytes - std::min(before_bytes, leaving_bytes_);
+  return freed_bytes();
 }
 
 std::vector<MemoryOwner> TransferEngine::take_released() {

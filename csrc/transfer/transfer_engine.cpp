@@ -191,6 +191,7 @@ void TransferEngine::depart(Departure& batch, TransferTicket* ticket) {
   const int64_t issued_ns = trace_now_ns();
   copy_to_host(batch.copies, streams_.out());
   const std::shared_ptr<CopyMark> mark = marks_->record(streams_.out().handle());
+  streams_.count(CopyDirection::kOut, batch.size_bytes);
   {
     const Lock lock(mutex_);
     for (const ChunkRef& ref : batch.chunks) ref.chunk().left = mark;
@@ -232,7 +233,7 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
     flight.owners.push_back(std::move(copy.host_owner));
   }
   const bool is_out = direction == CopyDirection::kOut;
-  const Stream& stream = is_out ? streams_.out() : streams_.in();
+  const Stream& stream = streams_.stream(direction);
   const std::shared_ptr<CopyMark> ready = record_ready(after);
   if (is_out) wait_for_departures(flight.device_bytes);
   auto ticket = std::make_shared<TransferTicket>(counters_, 1);
@@ -248,6 +249,7 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
     throw;
   }
   ticket->issued(1, flight.mark);
+  streams_.count(direction, flight.device_bytes);
   (is_out ? counters_->out_bytes : counters_->in_bytes) += flight.device_bytes;
   ++(is_out ? counters_->out_transfers : counters_->in_transfers);
   const Lock lock(mutex_);

@@ -91,7 +91,6 @@ struct PinnedCopy {
   void* host = nullptr;
   MemoryOwner host_owner;
 };
-enum class CopyDirection { kOut, kIn };
 
 struct TransferStats {
   const TransferCounters& counters;
@@ -151,10 +150,9 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void advance(uint64_t position);
   uint64_t position() const;
 
-  // Lets go of what copies that are over held. Returns device memory let go of. Does not block;
-  // with kWaitForCopiesOut, until those that are under way are over.
-  enum class Collecting { kNow, kWaitForCopiesOut };
-  size_t collect(Collecting collecting = Collecting::kNow);
+  // Lets go of what copies that are over held. Returns device memory let go of. Blocks until that
+  // is wanted_bytes, or those copies out are over that are under way now.
+  size_t collect(size_t wanted_bytes = 0);
 
   // Owners of memory that is not in use any more. The engine never lets go of one itself: what
   // that runs is the caller's business.
@@ -306,7 +304,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   const TransferOptions options_;
   const std::shared_ptr<HostPool> pool_;
   DiskStore* const disk_;
-  const CopyStreams& streams_;
+  CopyStreams& streams_;
   const std::shared_ptr<CopyMarks> marks_;
   const std::shared_ptr<TransferCounters> counters_;
   LazyTrack out_track_;

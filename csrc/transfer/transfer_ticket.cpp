@@ -68,6 +68,18 @@ void TransferTicket::wait() const {
   throw_error();
 }
 
+void TransferTicket::wait_detached() const {
+  check_not_forked();
+  std::shared_ptr<CopyMark> last;
+  {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return pieces_left_ == 0; });
+    last = last_;
+  }
+  if (last != nullptr) last->wait();
+  throw_error();
+}
+
 void TransferTicket::put_before(StreamHandle stream) const {
   const std::shared_ptr<CopyMark> last = wait_until_issued();
   throw_error();

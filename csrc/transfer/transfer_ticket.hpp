@@ -33,6 +33,10 @@ class TransferTicket {
   // cancelled.
   void wait() const;
 
+  // wait() for a thread that has no time of its own, such as a disk's: what it finds stays unknown
+  // to others, as with CopyMark::peek().
+  void wait_detached() const;
+
   // Has what is put on the stream from now on wait for the transfer. Blocks the host until all
   // pieces are issued, and throws like wait() where one failed. The stream does not capture.
   void put_before(StreamHandle stream) const;

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from spillover import _core
+from spillover._closeable import Closeable
 from spillover._errors import ConfigError
 from spillover._settings import logger
 from spillover._units import parse_bytes
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from torch.cuda import Event
     from typing_extensions import Buffer
 
+    from spillover._transfer import TransferTicket
+
 Folder = str | os.PathLike[str]
 Engine = Literal["auto", "io_uring", "threads"]
 
 
-class DiskStore(_core.DiskStore):
+class DiskStore(_core.DiskStore, Closeable):
     """Scratch storage in one or more folders, written and read asynchronously.
 
     A payload is written once, read any number of times, and gives its space back when the last
@@ -103,7 +105,7 @@ class DiskStore(_core.DiskStore):
             logger.info("disk store: engine %s; %s", stats.engine, stats.engine_notes)
 
     def write(
-        self, buffer: Buffer, *, after: Event | None = None
+        self, buffer: Buffer, *, after: Event | TransferTicket | None = None
     ) -> tuple[_core.DiskPayload, _core.Ticket]:
         """Start to store the bytes of ``buffer``.
 
@@ -113,8 +115,9 @@ class DiskStore(_core.DiskStore):
             Anything contiguous with the buffer protocol, of at least a byte: bytes, a NumPy array,
             ``tensor.numpy()``. It is held, and must not change, until the ticket is done.
         after
-            Wait for this event before the memory is read: that of the copy which fills it. Other
-            requests do not wait for it.
+            Wait for this event, or this ticket of a :class:`TransferEngine`, before the memory is
+            read: that of the copy which fills it. Other requests do not wait for it. Where the copy
+            fails, or was cancelled, so does the write.
 
         Returns
         -------
@@ -183,17 +186,6 @@ class DiskStore(_core.DiskStore):
         direction; :func:`spillover.stats` has the same of all stores, with bandwidths.
         """
         return super().stats()
-
-    def __enter__(self) -> DiskStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def absolute_folders(folders: Folder | Sequence[Folder]) -> list[str]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from spillover import _core
+from spillover._closeable import Closeable
 from spillover._disk import Engine, Folder, absolute_folders
 from spillover._errors import ConfigError
 from spillover._settings import logger
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from torch.cuda import Event
     from typing_extensions import Buffer
 
+    from spillover._transfer import TransferTicket
+
 _NOTHING, _BYTES, _JSON = range(3)
 
 
-class DurableStore(_core.DurableStore):
+class DurableStore(_core.DurableStore, Closeable):
     """Named entries of fixed sizes in one or more folders, and atomic commits of all of them.
 
     A step reads entries and writes them; :meth:`commit` makes what was written the store's
@@ -147,7 +149,12 @@ class DurableStore(_core.DurableStore):
         return data if kind == _BYTES else json.loads(data)
 
     def write(
-        self, entry: str, buffer: Buffer, *, offset: int = 0, after: Event | None = None
+        self,
+        entry: str,
+        buffer: Buffer,
+        *,
+        offset: int = 0,
+        after: Event | TransferTicket | None = None,
     ) -> _core.Ticket:
         """Start to write an entry, or a part of it, to the slot that is not committed.
 
@@ -162,7 +169,9 @@ class DurableStore(_core.DurableStore):
             Where in the entry, in bytes. What is written begins at a multiple of ``extent_bytes``
             and ends at one or at the entry's end.
         after
-            Wait for this event before the memory is read: that of the copy which fills it.
+            Wait for this event, or this ticket of a :class:`TransferEngine`, before the memory is
+            read: that of the copy which fills it. Where the copy fails, or was cancelled, so does
+            the write.
 
         Returns
         -------
@@ -271,17 +280,6 @@ class DurableStore(_core.DurableStore):
             There is none, somebody has it open, or a file cannot be removed.
         """
         _core.delete_durable(absolute_folders(folders))
-
-    def __enter__(self) -> DurableStore:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _as_json(extra: Any) -> bytes:

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from spillover import _core
 from spillover._sources import source_stats
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spillover._streams import ComputeWaitStats, CopyStreamStats
+    from spillover._transfer import TransferStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +176,56 @@ class DiskStoreStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DurableFolderStats:
+    """One folder of a durable store.
+
+    Attributes
+    ----------
+    folder
+        Its path.
+    file_bytes
+        The size of its file.
+    writes, reads
+        What of entries went each way; manifests and records are not in it.
+    """
+
+    folder: str
+    file_bytes: int
+    writes: DiskDirectionStats
+    reads: DiskDirectionStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class DurableStoreStats:
+    """One durable store.
+
+    Attributes
+    ----------
+    engine
+        ``"io_uring"`` or ``"threads"``.
+    sequence
+        The number of its last commit.
+    pending_extents
+        Asked for and not over.
+    wait_count, wait_seconds
+        Host threads that waited for a ticket which was not done.
+    commit_count, commit_seconds
+        Calls of ``commit()``, failed ones too, and how long they took: they block.
+    folders
+        Its folders.
+    """
+
+    engine: str
+    sequence: int
+    pending_extents: int
+    wait_count: int
+    wait_seconds: float
+    commit_count: int
+    commit_seconds: float
+    folders: tuple[DurableFolderStats, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stats:
     """Made by :func:`spillover.stats`; ``print()`` it for a table.
 
@@ -184,10 +235,12 @@ class Stats:
         Spillover's pools of device memory, those that were made.
     host, pinning
         Pools of pinned memory that are alive, and pinning as a whole.
-    disks
-        Disk stores that are alive.
+    disks, durables
+        Disk stores and durable stores that are alive.
     streams
-        The copy streams of the offload runtime.
+        The two copy streams of each device.
+    transfers
+        Transfer engines that are alive.
     compute_waits
         Waits of compute streams for its copies, while tracing was on.
     stalls
@@ -202,8 +255,10 @@ class Stats:
     host: tuple[HostPoolStats, ...]
     pinning: PinningStats
     disks: tuple[DiskStoreStats, ...]
+    durables: tuple[DurableStoreStats, ...]
     streams: tuple[CopyStreamStats, ...]
     compute_waits: tuple[ComputeWaitStats, ...]
+    transfers: tuple[TransferStats, ...]
     stalls: tuple[TimeStats, ...]
     work: tuple[TimeStats, ...]
     others: dict[str, tuple[object, ...]]
@@ -234,6 +289,8 @@ def stats() -> Stats:
     streams = [] if module is None or forked else module.all_copy_streams()
     for one in streams:
         one.collect()
+    others = source_stats()
+    transfers = cast("tuple[TransferStats, ...]", others.pop("transfers", ()))
     return Stats(
         devices=() if forked else tuple(map(_device_pool, _core.devices_with_pool())),
         host=tuple(map(_host_pool, _core.living_host_pools())),
@@ -243,12 +300,14 @@ def stats() -> Stats:
             pin_seconds=pinning.pin_s,
             unpin_seconds=pinning.unpin_s,
         ),
-        disks=tuple(_disk_store(store) for store in _core.living_disk_stores()),
+        disks=tuple(map(_disk_store, _core.living_disk_stores())),
+        durables=tuple(map(_durable_store, _core.living_durable_stores())),
         streams=tuple(figures for one in streams for figures in one.stats()),
         compute_waits=tuple(one.compute_waits() for one in streams),
+        transfers=transfers,
         stalls=stall_stats(),
         work=work_stats(),
-        others=source_stats(),
+        others=others,
     )
 
 
@@ -298,6 +357,28 @@ def _disk_store(store: _core.DiskStore) -> DiskStoreStats:
     )
 
 
+def _durable_store(store: _core.DurableStore) -> DurableStoreStats:
+    found = store.stats()
+    return DurableStoreStats(
+        engine=found.engine,
+        sequence=found.sequence,
+        pending_extents=found.pending_extents,
+        wait_count=found.waits.count,
+        wait_seconds=found.waits.seconds,
+        commit_count=found.commits.count,
+        commit_seconds=found.commits.seconds,
+        folders=tuple(
+            DurableFolderStats(
+                folder=folder.folder,
+                file_bytes=folder.file_bytes,
+                writes=_direction(folder.writes),
+                reads=_direction(folder.reads),
+            )
+            for folder in found.folders
+        ),
+    )
+
+
 def _direction(found: _core.DiskDirectionStats) -> DiskDirectionStats:
     return DiskDirectionStats(
         bytes=found.bytes,
@@ -315,6 +396,10 @@ def _direction(found: _core.DiskDirectionStats) -> DiskDirectionStats:
 
 
 # ---- as text ----
+
+
+#: What a thread of the program waits for in a transfer engine.
+_CAUSES = {"host_budget": "host memory", "disk": "bytes from the disk", "copy": "copies to end"}
 
 
 def _tables(stats: Stats) -> list[Table]:
@@ -343,6 +428,10 @@ def _memory(stats: Stats) -> Table:
         for folder in store.folders:
             sizes = format_bytes(folder.used_bytes), "", format_bytes(folder.file_bytes)
             table.add_row(f"disk {folder.folder}", *sizes, "", "")
+    for durable in stats.durables:
+        for kept in durable.folders:
+            size = format_bytes(kept.file_bytes)
+            table.add_row(f"durable {kept.folder}", "", "", size, "", "")
     return table
 
 
@@ -363,11 +452,14 @@ def _transfers(stats: Stats) -> Table:
                 str(stream.timed.in_flight_max),
                 "",
             )
-    for store in stats.disks:
+    stores: list[tuple[str, DiskStoreStats | DurableStoreStats]]
+    stores = [("disk", store) for store in stats.disks]
+    stores += [("durable", store) for store in stats.durables]
+    for kind, store in stores:
         for folder in store.folders:
             for name, way in (("write", folder.writes), ("read", folder.reads)):
                 table.add_row(
-                    f"disk {name} {folder.folder} ({store.engine})",
+                    f"{kind} {name} {folder.folder} ({store.engine})",
                     format_bytes(way.bytes),
                     str(way.extents),
                     _rate(way.bandwidth_bytes_s),
@@ -388,6 +480,18 @@ def _waits(stats: Stats) -> Table:
         if store.wait_count:
             row = str(store.wait_count), _time(store.wait_seconds)
             table.add_row("disk store", "waits for a ticket", *row)
+    for durable in stats.durables:
+        if durable.wait_count:
+            row = str(durable.wait_count), _time(durable.wait_seconds)
+            table.add_row("durable store", "waits for a ticket", *row)
+        if durable.commit_count:
+            row = str(durable.commit_count), _time(durable.commit_seconds)
+            table.add_row("durable store", "commits", *row)
+    for engine in stats.transfers:
+        for cause, count in engine.stalls.items():
+            if count:
+                row = str(count), _time(engine.stall_ns[cause] / 1e9)
+                table.add_row(f"transfers {engine.device}", f"waits: {_CAUSES[cause]}", *row)
     for waits in stats.compute_waits:
         if waits.count:
             row = str(waits.count), _time(waits.seconds)
@@ -404,7 +508,7 @@ def _others(stats: Stats) -> list[Table]:
     from rich.table import Table
 
     tables = []
-    for name, all_figures in stats.others.items():
+    for name, all_figures in [("transfers", stats.transfers), *stats.others.items()]:
         for figures in all_figures:
             table = Table("figure", "value", title=name)
             for field in dataclasses.fields(figures):  # type: ignore[arg-type]

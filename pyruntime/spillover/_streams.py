@@ -1,8 +1,10 @@
 """The two copy streams of a device, shared by everything that moves bytes to and from the host.
 
-They are made once a device and live as long as the process, so that no training step creates a
-stream. Any thread may ask for them. The compute stream is never kept here: callers ask torch for it
-at each call, since a training loop may switch streams at any time.
+They are the library's own (csrc/transfer/copy_streams.hpp), seen through torch: transfer engines
+and sleeping memory use them too. They are made once a device and live as long as the process, so
+that no training step creates a stream. Any thread may ask for them. The compute stream is never
+kept here: callers ask torch for it at each call, since a training loop may switch streams at any
+time.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ class CopyStreamStats:
     direction
         ``"in"``: host to device; ``"out"``: device to host.
     copies, bytes
-        Asked for so far. A copy may be of several tensors.
+        Asked for so far, by transfer engines and sleeping memory too. A copy may be of several
+        tensors.
     timed
-        Of them, those that ran while tracing was on and are over; without tracing nobody knows when
-        a copy ran. ``timed.in_flight`` is how many were asked for and are not known to be over.
+        Of them, those of offloading that ran while tracing was on and are over; without tracing
+        nobody knows when a copy ran. The times are estimates: each has what two events cost in it.
+        ``timed.in_flight`` is how many were asked for and are not known to be over.
     """
 
     device: int
@@ -44,7 +48,7 @@ class CopyStreamStats:
 
     @property
     def bandwidth_bytes_s(self) -> float | None:
-        """Bytes a second while a timed copy ran; None where none was timed."""
+        """Bytes a second while a timed copy ran, an estimate; None where none was timed."""
         return self.timed.bytes / self.timed.busy_s if self.timed.busy_s else None
 
 
@@ -68,26 +72,23 @@ class ComputeWaitStats:
 class _Direction:
     """One copy stream, and its figures."""
 
-    def __init__(self, device: torch.device, direction: str) -> None:
-        self.stream = _new_stream(device.index)
+    def __init__(self, streams: _core.CopyStreams, device: torch.device, direction: str) -> None:
+        self._streams = streams
+        self._is_out = direction == "out"
+        handle = streams.handle(is_out=self._is_out)
+        self.stream = torch.cuda.ExternalStream(handle, device=device)  # type: ignore[no-untyped-call]
         self.times = TimedStream(device, f"copies {direction}")
         self._direction = direction
         self._device = device
-        self._lock = threading.RLock()
-        self._copies = 0  # Guarded by the lock, as are the bytes.
-        self._bytes = 0
 
     def copying(self, label: _core.TraceLabel, size_bytes: int, flow_id: int) -> _Copying:
         return _Copying(self, label, size_bytes, flow_id)
 
     def count(self, size_bytes: int) -> None:
-        with self._lock:
-            self._copies += 1
-            self._bytes += size_bytes
+        self._streams.count(size_bytes, is_out=self._is_out)
 
     def stats(self) -> CopyStreamStats:
-        with self._lock:
-            copies, size_bytes = self._copies, self._bytes
+        copies, size_bytes = self._streams.counts(is_out=self._is_out)
         return CopyStreamStats(
             device=self._device.index,
             direction=self._direction,
@@ -97,8 +98,6 @@ class _Direction:
         )
 
     def start_again(self) -> None:
-        self._lock = threading.RLock()
-        self._copies = self._bytes = 0
         self.times.forget()
 
 
@@ -143,9 +142,11 @@ class CopyStreams:
 
     def __init__(self, index: int) -> None:
         device = torch.device("cuda", index)
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        streams = _core.CopyStreams(index)
         self._index = index
-        self._in = _Direction(device, "in")
-        self._out = _Direction(device, "out")
+        self._in = _Direction(streams, device, "in")
+        self._out = _Direction(streams, device, "out")
         self._waits = TimedStream(device, "compute waits", ignores_short=True)
 
     @property
@@ -223,10 +224,6 @@ def all_copy_streams() -> list[CopyStreams]:
 def new_event() -> torch.cuda.Event:
     """An event that orders work and takes no times."""
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-
-def _new_stream(index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
 
 
 def _start_again() -> None:

@@ -9,11 +9,12 @@ import atexit
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from spillover import _core
-from spillover._errors import ConfigError
+from spillover._closeable import Closeable
+from spillover._errors import ConfigError, HostOutOfMemory, StateError, StorageError
+from spillover._held import HeldTensor, HeldTensors
 from spillover._pinned import host_pool
 from spillover._sources import register
 from spillover._units import parse_bytes
@@ -56,6 +57,8 @@ class TransferStats:
         Chunks of fetches that are not on a stream yet.
     copies_out, copies_in
         Batches on the two streams whose end nobody has seen yet.
+    held_bytes, demoted_bytes
+        Of held tensors that are on the device, and of those that had to give way so far.
     stalls, stall_ns
         How often and how long threads of the program stood still for ``"host_budget"``, ``"disk"``
         and ``"copy"``.
@@ -82,6 +85,8 @@ class TransferStats:
     waiting_pieces: int
     copies_out: int
     copies_in: int
+    held_bytes: int
+    demoted_bytes: int
     stalls: dict[str, int]
     stall_ns: dict[str, int]
 
@@ -147,7 +152,7 @@ class TransferTicket:
         return self._ticket.is_cancelled
 
 
-class TransferEngine(_core.TransferEngine):
+class TransferEngine(_core.TransferEngine, Closeable):
     """Moves payloads, the bytes of tensors, out of a device and back, asynchronously.
 
     :meth:`put` copies tensors to pinned memory. Where the host's budget is reached, payloads whose
@@ -178,6 +183,8 @@ class TransferEngine(_core.TransferEngine):
         alone.
     prefetch
         Bytes of the payloads used next that are brought from disk ahead of their :meth:`fetch`.
+    resident
+        The most device memory of tensors that are held (:meth:`hold`). None: what there is.
 
     Raises
     ------
@@ -191,6 +198,9 @@ class TransferEngine(_core.TransferEngine):
     Methods may be called from any thread, and none holds the interpreter's lock while it waits.
     Memory that a copy out held goes back at the next call after the copy is over, or when
     :meth:`collect` is called: no thread waits for copies. A program without calls keeps it.
+
+    With Spillover's allocator installed, an allocation that would fail first gets the memory of
+    copies out that are under way, and of held tensors, those used farthest from now first.
 
     An engine is a context manager. At exit of the interpreter every engine is closed. In a forked
     child every call raises :class:`StateError`, and the parent's transfers go on.
@@ -215,8 +225,14 @@ class TransferEngine(_core.TransferEngine):
         staging: Size = "64MiB",
         inflight: Size = "256MiB",
         prefetch: Size = "256MiB",
+        resident: Size | None = None,
     ) -> None:
+        from spillover import _reclaim, _streams
+
         self.device = _device(device)
+        self._held = HeldTensors(
+            self, None if resident is None else parse_bytes(resident, name="resident")
+        )
         super().__init__(
             host_pool() if pool is None else pool,
             disk,
@@ -229,6 +245,8 @@ class TransferEngine(_core.TransferEngine):
         )
         _engines.add(self)
         register("transfers", self, TransferEngine.stats)
+        _streams.copy_streams(self.device)  # So that their figures are in the statistics.
+        _reclaim.offer(self.device, self)
 
     def put(
         self,
@@ -383,28 +401,94 @@ class TransferEngine(_core.TransferEngine):
         ticket = self._copy(rows, is_out, _handle(stream, self.device))
         return TransferTicket(ticket, self.device)
 
-    def expect(self, payloads: Iterable[_core.Payload]) -> None:
+    def hold(
+        self,
+        tensor: torch.Tensor,
+        *,
+        next_use: int | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> HeldTensor:
+        """Take care of a tensor that may leave the device when its memory is wanted.
+
+        Unlike with :meth:`put`, nothing is copied before that: when ``resident`` is exceeded and,
+        with Spillover's allocator, when an allocation would fail. What is used farthest from now
+        gives way first.
+
+        Parameters
+        ----------
+        tensor
+            As for :meth:`put`; not to be changed while it is held. Its memory becomes free when it
+            gives way and nobody else has a reference to its storage.
+        next_use
+            When it will be asked for, as for :meth:`set_next_use`. None: not known.
+        stream
+            The stream that has written the tensor, by default the current one.
+
+        Returns
+        -------
+        What stands for it; ``get()`` and ``take()`` give the tensor.
+
+        Raises
+        ------
+        HostOutOfMemory, DiskFull, StorageError
+            Others must give way for ``resident``, and there is no place for them. They stay, and
+            the tensor is the caller's still.
+        ConfigError, StateError, DriverError
+            As :meth:`put`.
+        """
+        import torch
+
+        self._range(tensor)
+        if stream is None:
+            stream = torch.cuda.current_stream(self.device)
+        return self._held.hold(tensor, _checked(next_use), stream)
+
+    def give_back(self, missing_bytes: int, device: torch.device) -> int:
+        """Free device memory, about as much as is missing; bytes freed, 0 for none.
+
+        Waits for just enough of the copies out that are under way, and then has held tensors give
+        way. What Spillover's allocator calls before an allocation fails.
+        """
+        freed_bytes = 0
+        try:
+            freed_bytes = self._collect_bytes(missing_bytes)
+            if freed_bytes < missing_bytes:
+                demoted_bytes = self._held.demote(missing_bytes - freed_bytes)
+                self._collect_bytes(demoted_bytes)
+                freed_bytes += demoted_bytes
+        except StateError:
+            pass  # The engine is closed, or what holds memory records a graph.
+        except (HostOutOfMemory, StorageError):
+            if freed_bytes == 0:
+                raise
+        return freed_bytes
+
+    def expect(self, payloads: Iterable[_core.Payload | HeldTensor]) -> None:
         """Say that ``payloads`` will be fetched next, in this order, from now on.
 
         Those that come first stay on the host or are brought there; those that come last, and first
         of all those that nobody expects, make room. A later call adds to what was said before; a
-        fetch takes a payload out.
+        fetch takes a payload out. Held tensors stay on the device likewise; ``get()`` takes them
+        out.
         """
         first = max(self.position, self._expected) + 1
         for position, payload in enumerate(payloads, first):
-            self._set_next_use(payload, position)
+            self.set_next_use(payload, position)
             self._expected = position
         self.advance(self.position)
 
     _expected = 0
 
-    def set_next_use(self, payload: _core.Payload, position: int | None) -> None:
+    def set_next_use(self, payload: _core.Payload | HeldTensor, position: int | None) -> None:
         """Say when a payload is used next, by a growing number of the program's choosing.
 
         None: not known. For programs whose order is not that of :meth:`expect`'s calls;
         :meth:`advance` tells where they are.
         """
-        self._set_next_use(payload, _checked(position))
+        if isinstance(payload, HeldTensor):
+            self._held.set_next_use(payload, _checked(position))
+        else:
+            self._set_next_use(payload, _checked(position))
 
     def advance(self, position: int) -> None:
         """Say that the program is at ``position``, and start to read what is used after it."""
@@ -429,7 +513,13 @@ class TransferEngine(_core.TransferEngine):
 
     def stats(self) -> TransferStats:
         """Figures at this moment, also in :func:`spillover.stats`. Cheap; does not block."""
-        return TransferStats(device=self.device.index, **self._stats())
+        held_bytes, demoted_bytes = self._held.stats()
+        return TransferStats(
+            device=self.device.index,
+            held_bytes=held_bytes,
+            demoted_bytes=demoted_bytes,
+            **self._stats(),
+        )
 
     def close(self) -> None:
         """Refuse new calls, fail what waits for the disk, and wait for copies under way.
@@ -438,17 +528,6 @@ class TransferEngine(_core.TransferEngine):
         """
         super().close()
         _engines.discard(self)
-
-    def __enter__(self) -> TransferEngine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _range(self, tensor: torch.Tensor) -> tuple[int, int, object]:
         """Address, bytes and what keeps them, of a tensor that can be copied as it is."""

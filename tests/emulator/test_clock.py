@@ -445,6 +445,34 @@ def test_our_disk_and_optimizer_take_virtual_time(tmp_path: Path) -> None:
     assert found["hazards"] == []
 
 
+def test_our_commits_take_virtual_time(tmp_path: Path) -> None:
+    found = run_clocked(
+        """
+        from spillover._core import DurableStore
+        torch.ones(1, device="cuda").item()
+        store = DurableStore([sys.argv[1] + "/a", sys.argv[1] + "/b"],
+            [("weights", 8 << 20), ("flag", 1)], extent_bytes=4 << 20)
+        store.write("weights", bytes(8 << 20)).wait()
+        start = emulator.now_ns()
+        store._commit(b"", 0)
+        committed = emulator.now_ns()
+        store.verify()
+        verified = emulator.now_ns()
+        store._commit(b"", 0)
+        print(json.dumps({"committed": committed - start, "verified": verified - committed,
+            "again": emulator.now_ns() - verified}))
+        """,
+        str(tmp_path),
+    )
+    disk = emulator.load_profile("rtx4090").disk
+    flush, block = (costs.disk_ns(disk, size, "write") for size in (0, 4096))
+    assert flush == disk.write_latency_us * 1000
+    # The manifest, two folders, and twice a record; the second time no extent was written.
+    assert found["committed"] == block + 2 * flush + 2 * (block + flush)
+    assert found["again"] == block + flush + 2 * (block + flush)
+    assert found["verified"] == 2 * costs.disk_ns(disk, 4 << 20, "read")
+
+
 def test_trace_and_summary_of_a_script(tmp_path: Path) -> None:
     script, trace = tmp_path / "train.py", tmp_path / "out.json"
     script.write_text(
