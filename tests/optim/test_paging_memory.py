@@ -22,7 +22,7 @@ BUCKET = 256 * KIB
 MIB = 1 << 20
 
 
-def make_parameters(count: int = 32) -> list[nn.Parameter]:
+def make_parameters(count: int = 16) -> list[nn.Parameter]:
     """Of 64 KiB each, with gradients."""
     parameters = [nn.Parameter(torch.full((128, 128), 1.0, device="cuda")) for _ in range(count)]
     for parameter in parameters:
@@ -32,7 +32,6 @@ def make_parameters(count: int = 32) -> list[nn.Parameter]:
 
 def peak_of(function: Callable[[], Any]) -> int:
     """Device memory that a call takes at most, above what it finds."""
-    gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     function()
@@ -50,7 +49,7 @@ def test_peak_of_every_step(tier: str, foreach: bool, tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(parameters, foreach=foreach)
     page(optimizer, tier, bucket_bytes=BUCKET, **options)
     held = torch.cuda.memory_allocated()
-    peaks = [peak_of(optimizer.step) for _ in range(4)]
+    peaks = [peak_of(optimizer.step) for _ in range(3)]
     # State of three buckets, and the update's own temporaries over the parameters of one.
     assert max(peaks) <= 3 * BUCKET + BUCKET
     assert min(peaks) >= BUCKET
@@ -285,7 +284,7 @@ def test_tensor_subclasses_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Quantized in the state of a parameter of shape"):
         page(optimizer)
     weight = nn.Parameter(torch.zeros(3, device="cuda").as_subclass(Quantized))
-    with pytest.raises(ConfigError, match="a parameter of shape \\(3,\\) is a .*Quantized"):
+    with pytest.raises(ConfigError, match=r"a parameter of shape \(3,\) is a .*Quantized"):
         page(torch.optim.Adam([weight]))
 
 

@@ -68,13 +68,17 @@ def keep(states: States) -> dict[Any, Any]:
 def adopt(paging: Paging, loaded: dict[Any, Any], old: States | None) -> States:
     """State in its places off the device, from what was loaded in place of ``old``.
 
-    The memory of ``old`` is used again, so that loading takes no more than there is. Where this
-    raises, ``old`` is as it was.
+    It is a copy, except of what is ``old`` itself, by its ``state_dict``. The memory of ``old`` is
+    used again, so that loading takes no more than there is. Where this raises, ``old`` is as it
+    was.
     """
     spare: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
     giving = []
+    shown: dict[int, Parked] = {}
     for parked in old.parked() if old is not None else ():
-        if parked.memory is not None and not parked.is_held():
+        if parked.host is not None and parked.is_held():
+            shown[parked.host.data_ptr()] = parked
+        elif parked.memory is not None:
             giving.append(parked)
             spare[parked.size_bytes].append(parked.memory)
     to_host: list[tuple[Parked, torch.Tensor]] = []
@@ -90,6 +94,11 @@ def adopt(paging: Paging, loaded: dict[Any, Any], old: States | None) -> States:
         if device is None or device.type != "cuda":
             return source.to(dtype=dtype, device=device or source.device)
         parked = Parked(source, device=leaf.device, dtype=dtype)
+        same = shown.get(source.data_ptr())
+        if same is not None and same.is_like(parked):
+            # A state_dict of this optimizer: torch, too, takes such a tensor as it is.
+            del shown[source.data_ptr()]
+            return same
         found = spare[parked.size_bytes]
         memory = found.pop() if found else paging.store.take(parked.size_bytes)
         if memory is None:

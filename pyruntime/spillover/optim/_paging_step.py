@@ -433,20 +433,23 @@ def _is_separable(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _storages(local: dict[Any, Any]) -> dict[int, int]:
-    """How many different tensors of the state, its parameters and gradients use a storage."""
+    """How often the state, and its parameters and gradients, use each storage on a device."""
+    found: dict[int, int] = defaultdict(int)
     tensors: dict[int, torch.Tensor] = {}
     for key, value in local.items():
         for leaf in leaves(value):
-            if isinstance(leaf, torch.Tensor) and leaf.is_cuda and is_movable(leaf):
+            if _is_on_device(leaf):
                 tensors[id(leaf)] = leaf
-        if isinstance(key, torch.Tensor) and key.is_cuda:
-            for each in (key, key.grad):
-                if each is not None and is_movable(each):
-                    tensors[id(each)] = each
-    found: dict[int, int] = defaultdict(int)
+        for each in (key, key.grad) if isinstance(key, torch.Tensor) else ():
+            if each is not None and _is_on_device(each):
+                found[each.untyped_storage().data_ptr()] += 1
     for tensor in tensors.values():
         found[tensor.untyped_storage().data_ptr()] += 1
     return found
+
+
+def _is_on_device(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_cuda and is_movable(value)
 
 
 def _explain(error: BaseException, done: int, total: int | None) -> None:
