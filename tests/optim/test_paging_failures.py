@@ -97,7 +97,7 @@ def test_a_step_that_fails_between_buckets_is_finished_by_the_next(steps: int, c
         if call > 1:
             assert "had been updated by this step, with their state" in notes_of(caught)
             assert "Calling step() again with the same gradients" in notes_of(caught)
-        assert "may have been changed" not in notes_of(caught)
+        assert "may have been changed in part" in notes_of(caught)
     optimizer.step()
     other, reference = make(None, steps)
     backward(other, 7)
@@ -156,7 +156,7 @@ def test_an_update_that_fails_half_way_says_so() -> None:
     with failing(torch, "_foreach_sqrt", 1, torch.OutOfMemoryError("on purpose")):
         with pytest.raises(torch.OutOfMemoryError) as caught:
             optimizer.step()
-    assert "some of them may have been changed, while their state" in notes_of(caught)
+    assert "may have been changed in part; their state is that before" in notes_of(caught)
     assert not optimizer.state
 
 
@@ -255,7 +255,10 @@ def test_a_read_that_fails_can_be_repeated(kind: Any, tmp_path: Path) -> None:
     backward(model, 7)
     torch.cuda.synchronize()
     expected = CorruptData if kind == "flip" else StorageError
-    with faults(storage=[StorageFault("read", kind, call=3, times=1)]), pytest.raises(expected):
+    # A bit may flip where a block is padded; an error strikes every time.
+    times = None if kind == "flip" else 1
+    plan = [StorageFault("read", kind, call=3, times=times)]
+    with faults(storage=plan), pytest.raises(expected):
         optimizer.step()
     optimizer.step()
     other, reference = make(None)

@@ -209,7 +209,6 @@ class Paging:
             for group in (optimizer.param_groups if groups is None else groups)
             for parameter in group["params"]
         ]
-        versions = [parameter._version for parameter in parameters]
         all_groups = optimizer.param_groups
         optimizer.state = local
         if groups is not None:
@@ -218,12 +217,12 @@ class Paging:
             found = inner()
         except BaseException as error:
             counts.put_back()
-            if [parameter._version for parameter in parameters] != versions:
-                _note(
-                    error,
-                    f"{len(parameters)} parameters were being updated: some of them may have been "
-                    "changed, while their state is that before the step.",
-                )
+            # Whether they have been changed cannot be seen: foreach kernels count no versions.
+            _note(
+                error,
+                f"It came from within the update of {len(parameters)} parameters, which may have "
+                "been changed in part; their state is that before the step.",
+            )
             raise
         finally:
             optimizer.state = state

@@ -23,6 +23,10 @@ from spillover.optim._paging_state import Parked
 
 Tier = Literal["host", "disk", "auto"]
 
+# Of the transfer engine for what is on disk: pinned memory of each device beside host_budget.
+_CHUNK_BYTES = 16 << 20
+_STAGING_BYTES = 64 << 20
+
 
 @dataclass(frozen=True)
 class PagingOptions:
@@ -209,7 +213,13 @@ class StateStore:
     def engine(self, device: torch.device) -> TransferEngine:
         """That moves state between ``device`` and the disks."""
         if device not in self._engines:
-            self._engines[device] = TransferEngine(device=device, host=0, disk=self._disk)
+            self._engines[device] = TransferEngine(
+                device=device,
+                host=0,
+                disk=self._disk,
+                chunk=_CHUNK_BYTES,
+                staging=_STAGING_BYTES,
+            )
         return self._engines[device]
 
     def put(
