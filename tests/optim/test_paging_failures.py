@@ -138,9 +138,9 @@ def test_step_counts_are_put_back(options: dict[str, Any], name: str) -> None:
     model, optimizer = make({}, **options)
     backward(model, 7)
     before = copied(model, optimizer)
-    with failing(torch, name, 1, torch.OutOfMemoryError("on purpose")):
-        with pytest.raises(torch.OutOfMemoryError):
-            optimizer.step()
+    error = torch.OutOfMemoryError("on purpose")
+    with failing(torch, name, 1, error), pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
     assert_unchanged(model, optimizer, before)
     optimizer.step()
     other, reference = make(None, **options)
@@ -153,9 +153,9 @@ def test_an_update_that_fails_half_way_says_so() -> None:
     model = Net()
     optimizer = page(torch.optim.AdamW(model.parameters(), weight_decay=0.1))
     backward(model, 0)
-    with failing(torch, "_foreach_sqrt", 1, torch.OutOfMemoryError("on purpose")):
-        with pytest.raises(torch.OutOfMemoryError) as caught:
-            optimizer.step()
+    error = torch.OutOfMemoryError("on purpose")
+    with failing(torch, "_foreach_sqrt", 1, error), pytest.raises(type(error)) as caught:
+        optimizer.step()
     assert "may have been changed in part; their state is that before" in notes_of(caught)
     assert not optimizer.state
 
@@ -193,9 +193,9 @@ def test_hooks_and_closures_that_raise(whole: bool) -> None:
 def test_unpaging_without_room_changes_nothing() -> None:
     model, optimizer = make({})
     before = copied(model, optimizer)
-    with failing(_paging_transfer, "on_device", 3, torch.OutOfMemoryError("on purpose")):
-        with pytest.raises(torch.OutOfMemoryError):
-            unpage(optimizer)
+    error = torch.OutOfMemoryError("on purpose")
+    with failing(_paging_transfer, "on_device", 3, error), pytest.raises(type(error)):
+        unpage(optimizer)
     assert_unchanged(model, optimizer, before)
     train(model, optimizer, 1, first=2)
     other, reference = make(None)
@@ -230,16 +230,16 @@ def test_host_memory_that_runs_out_in_a_step() -> None:
 def test_a_disk_that_refuses_writes(error: Any, tmp_path: Path) -> None:
     model, optimizer = make({"tier": "disk", "directory": tmp_path})
     backward(model, 7)
-    failures = 0
+    notes = []
     with faults(storage=[StorageFault("write", error=error, times=None)]):
-        for _ in range(20):
+        # As often as there are buckets, at most; what cannot be written stays in host memory.
+        while len(notes) < 20:
             try:
                 optimizer.step()
-            except StorageError as caught:
-                failures += 1
-                assert getattr(caught, "__notes__", [])
-                continue
-            break
+                break
+            except StorageError as found:
+                notes += found.__notes__
+    assert notes
     other, reference = make(None)
     backward(other, 7)
     reference.step()
@@ -255,9 +255,8 @@ def test_a_read_that_fails_can_be_repeated(kind: Any, tmp_path: Path) -> None:
     backward(model, 7)
     torch.cuda.synchronize()
     expected = CorruptData if kind == "flip" else StorageError
-    # A bit may flip where a block is padded; an error strikes every time.
-    times = None if kind == "flip" else 1
-    plan = [StorageFault("read", kind, call=3, times=times)]
+    # Any one may be of a read ahead, or of a bit where a block is padded.
+    plan = [StorageFault("read", kind, times=None)]
     with faults(storage=plan), pytest.raises(expected):
         optimizer.step()
     optimizer.step()

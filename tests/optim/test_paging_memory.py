@@ -16,6 +16,7 @@ from torch import nn
 import spillover
 from spillover import ConfigError, DiskFull, DriverError, HostOutOfMemory
 from spillover._pinned import host_stats
+from spillover.emulator import calls, faults
 from spillover.optim import page, unpage
 
 BUCKET = 256 * KIB
@@ -119,6 +120,18 @@ def test_a_parameter_that_is_larger_than_buckets() -> None:
     large = parameters[2].nbytes
     # It comes when what was there has left, and the next one when it has.
     assert max(peak_of(optimizer.step) for _ in range(3)) <= large + 128 * KIB
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_host_waits_for_nothing(fused: bool) -> None:
+    optimizer = page(torch.optim.AdamW(make_parameters(), fused=fused), bucket_bytes=BUCKET)
+    optimizer.step()
+    with faults():
+        optimizer.step()
+        found = calls()
+    waits = ("cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize")
+    assert {name: found.get(name, 0) for name in waits} == dict.fromkeys(waits, 0)
+    assert found["cuMemcpyAsync"] >= 4 * 16
 
 
 @pytest.mark.usefixtures("settled_memory")

@@ -115,8 +115,8 @@ class Transfers:
         state lies off the device as before.
         """
         transit = Transit(device, size_bytes)
-        if device.type == "cpu":
-            # The model has been moved to the host, and its state goes on there.
+        if device.type != "cuda":
+            # Parameters that are left alone; if they have been moved, their state goes on there.
             transit.tensors = {id(parked): parked.tensor() for parked in wanted}
             return transit
         self.has_room(device, size_bytes)
@@ -131,7 +131,7 @@ class Transfers:
 
     def await_arrival(self, transit: Transit) -> None:
         """Have what compute does next wait for the state. Blocks for reads from disk."""
-        if transit.device.type == "cpu":
+        if transit.device.type != "cuda":
             return
         compute = torch.cuda.current_stream(transit.device)
         if transit.event is not None:
