@@ -20,13 +20,17 @@ import torch
 from torch import nn
 
 from spillover import TransferEngine, _core, offload_activations, stream_parameters
+from spillover._streams import copy_streams
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
 from spillover.hooks._saved_transfers import settle
-from spillover.optim import AdamW
+from spillover.optim import AdamW, _paging_store, page
 
 MIB = 1 << 20
 _folder = tempfile.TemporaryDirectory(prefix="spillover-faults-")
 _FOLDER = _folder.name
+
+# So little that what is paged to disk really goes there.
+_paging_store._CHUNK_BYTES, _paging_store._STAGING_BYTES = 4 << 10, 8 << 10
 
 
 def pool() -> object:
@@ -176,6 +180,31 @@ def adamw() -> object:
     return [weight.detach().cpu() for weight in weights]
 
 
+def _paged(tier: str, **options: Any) -> list[torch.Tensor]:
+    """Steps of an optimizer whose state is paged in small buckets."""
+    copy_streams(torch.device("cuda", 0))  # Which only the host tier, and failures, would use.
+    torch.manual_seed(0)
+    weights = [nn.Parameter(torch.randn(size).cuda()) for size in (1000, 3000, 500, 2000)]
+    optimizer = torch.optim.Adam(weights, lr=0.1)
+    page(optimizer, tier, bucket_bytes="16KiB", **options)  # type: ignore[arg-type]
+    for step in range(3):
+        for weight in weights:
+            weight.grad = torch.full_like(weight, step + 1.0)
+        optimizer.step()
+    found = [optimizer.state[weight]["exp_avg"].clone() for weight in weights]
+    return found + [weight.detach().cpu() for weight in weights]
+
+
+def paging_host() -> object:
+    """A paged optimizer with its state in pinned memory."""
+    return _paged("host", host_budget=MIB)
+
+
+def paging_disk() -> object:
+    """A paged optimizer with its state on disk."""
+    return _paged("disk", directory=f"{_FOLDER}/e")
+
+
 def _twice(step: Callable[[], object]) -> None:
     """Do the step, and again where it failed: what a program that catches errors would do."""
     try:
@@ -252,6 +281,8 @@ SCENARIOS: dict[str, Callable[[], object]] = {
         activations_disk,
         parameters,
         adamw,
+        paging_host,
+        paging_disk,
         training_retried,
         transfers_host,
         transfers_disk,

@@ -21,7 +21,7 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import scenarios
 scenarios.main(*sys.argv[1:])
 """
-ON_DISK = ("disk", "activations_disk", "transfers_disk")
+ON_DISK = ("disk", "activations_disk", "paging_disk", "transfers_disk")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -49,6 +49,7 @@ def test_sample_of_driver_calls(run_sweep: Callable[..., dict[str, Any]]) -> Non
 
 def test_sample_of_storage_operations(run_sweep: Callable[..., dict[str, Any]]) -> None:
     run_sweep("activations_disk", "storage", "20", "7")
+    run_sweep("paging_disk", "storage", "20", "7")
     run_sweep("transfers_disk", "storage", "20", "7")
 
 

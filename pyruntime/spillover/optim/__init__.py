@@ -1,5 +1,6 @@
-"""Optimizers whose state lives on the host."""
+"""Optimizers whose state lives off the device."""
 
 from spillover.optim._adamw import AdamW
+from spillover.optim._paging import PagingStats, page, unpage
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "PagingStats", "page", "unpage"]
