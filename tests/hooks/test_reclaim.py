@@ -44,7 +44,7 @@ def allocated_mib():
     return torch.cuda.memory_allocated() / MIB
 
 
-from spillover.hooks import _reclaim, _saved_transfers
+from spillover import _reclaim, _saved_transfers
 """
 
 
@@ -250,7 +250,7 @@ def test_torchs_own_allocator_asks_nobody(run_emulated: RunEmulated) -> None:
         import torch
         from torch import nn
         from spillover import stream_parameters
-        from spillover.hooks import _reclaim
+        from spillover import _reclaim
         model = nn.Sequential(nn.Linear(8, 8))
         handle = stream_parameters(model, blocks=list(model))
         model(torch.ones(1, 8, device="cuda"))

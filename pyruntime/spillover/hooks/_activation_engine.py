@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from spillover import _reclaim
+from spillover._backward_end import queue_backward_end
 from spillover._core import (
     DiskStore,
     HostPool,
@@ -28,9 +30,7 @@ from spillover._core import (
 from spillover._errors import HostOutOfMemory
 from spillover._stalls import Stall
 from spillover._streams import copy_streams
-from spillover.hooks import _reclaim
 from spillover.hooks._activation_order import BackwardOrder
-from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._saved_storage import (
     ByteRange,
     HostBlock,

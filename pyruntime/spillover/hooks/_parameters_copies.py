@@ -25,11 +25,11 @@ from collections.abc import Iterator
 
 import torch
 
+from spillover import _reclaim
 from spillover._core import TraceLabel
 from spillover._errors import StateError
 from spillover._stalls import Stall
 from spillover._streams import copy_streams
-from spillover.hooks import _reclaim
 from spillover.hooks._parameters_block import StreamedBlock
 
 _WEIGHTS = TraceLabel("weights: block", "copy")
