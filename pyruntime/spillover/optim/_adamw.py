@@ -31,7 +31,7 @@ from spillover._settings import enabled
 from spillover._stalls import Stall, Timed
 from spillover.optim._adamw_work import Work, batches, check_parameter, is_plain, update
 from spillover.optim._gradient_placeholder import host_of
-from spillover.optim._gradients import OffloadedGradients, offload_gradients
+from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
 from spillover.optim._host_gradient import Place
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
 
@@ -82,6 +82,9 @@ class AdamW(torch.optim.Optimizer):
         Gradients leave the device as backward makes them, by :func:`offload_gradients` with its
         defaults, and ``.grad`` is a placeholder. Gradients that the caller has offloaded with other
         options are taken as well.
+    gradient_anomalies
+        What ``step()`` does about gradients with NaN or infinity that were offloaded: ``"raise"``
+        :class:`NonFiniteGradient` before anything changes, ``"warn"``, or nothing.
 
     Raises
     ------
@@ -103,6 +106,7 @@ class AdamW(torch.optim.Optimizer):
         if cls is AdamW and not enabled():
             kwargs.pop("tier", None)
             kwargs.pop("offload_gradients", None)
+            kwargs.pop("gradient_anomalies", None)
             return torch.optim.AdamW(*args, **kwargs)
         return super().__new__(cls)
 
@@ -118,6 +122,7 @@ class AdamW(torch.optim.Optimizer):
         maximize: bool = False,
         tier: Literal["host"] = "host",
         offload_gradients: bool = False,
+        gradient_anomalies: Anomalies | None = None,
     ) -> None:
         _check_tier(tier)
         # The keys after maximize are those of torch.optim.AdamW, so that it can load our groups.
@@ -132,8 +137,10 @@ class AdamW(torch.optim.Optimizer):
         }
         _check_options(defaults)
         super().__init__(params, defaults)
+        if gradient_anomalies is not None and not offload_gradients:
+            raise ConfigError("gradient_anomalies needs offload_gradients=True")
         if offload_gradients:
-            self._offload_gradients()
+            self._offload_gradients(gradient_anomalies)
 
     @property
     def gradients(self) -> OffloadedGradients | None:
@@ -141,13 +148,16 @@ class AdamW(torch.optim.Optimizer):
         found: OffloadedGradients | None = self.__dict__.get("_gradients")
         return found
 
-    def _offload_gradients(self) -> None:
-        self._gradients = offload_gradients(_named(self.param_groups))
+    def _offload_gradients(self, anomalies: Anomalies | None) -> None:
+        named = _named(self.param_groups)
+        self._gradients = offload_gradients(named, anomalies=anomalies)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, whose gradients are offloaded where ours are."""
         state: dict[str, Any] = super().__getstate__()
-        return {**state, "offload_gradients": self.gradients is not None}
+        if self.gradients is not None:
+            state["gradient_anomalies"] = self.gradients.anomalies
+        return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; see the class for what they and their options may be."""
@@ -170,7 +180,8 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded or unpickled state, in float32 pinned memory."""
-        is_offloaded = state.pop("offload_gradients", False)
+        is_offloaded = "gradient_anomalies" in state
+        anomalies = state.pop("gradient_anomalies", None)
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in (("amsgrad", False), ("maximize", False)):
@@ -184,7 +195,7 @@ class AdamW(torch.optim.Optimizer):
                 for name, value in list(entry.items()):
                     entry[name] = _place(name, value, parameter)
         if is_offloaded:
-            self._offload_gradients()
+            self._offload_gradients(anomalies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of ``torch.optim.AdamW``; moments are kept in float32."""

@@ -278,7 +278,7 @@ class OffloadedGradients:
         self._known: dict[int, _Parameter] = {}
         self._handles: dict[int, Any] = {}
         self._accumulates = accumulates
-        self._anomalies = anomalies
+        self.anomalies = anomalies
         self._waiting: dict[int, _Parameter] = {}  # For the end of a backward.
         self._queued_task = _NO_GRAPH_TASK
         self.add(parameters)
@@ -330,14 +330,14 @@ class OffloadedGradients:
         NonFiniteGradient
             There are some, and ``anomalies`` is ``"raise"``.
         """
-        if self._anomalies is None:
+        if self.anomalies is None:
             return
         hosts = list(self._hosts())
         bad = [host for host, good in zip(hosts, are_finite(hosts), strict=True) if not good]
         if not bad:
             return
         text = _describe(bad)
-        if self._anomalies == "raise":
+        if self.anomalies == "raise":
             raise NonFiniteGradient(text)
         logger.warning("%s", text)
 
