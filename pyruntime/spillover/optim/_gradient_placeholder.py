@@ -74,6 +74,20 @@ class OffloadedGradient(torch.Tensor):
         copied = memo[id(self)] = _fetched(self)
         return copied
 
+    @property
+    def data(self) -> torch.Tensor:
+        """A placeholder of the same gradient. To set it, as ``model.double()`` does, replaces it."""
+        alias: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
+        return alias
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        with torch.no_grad():
+            host = self._host.replaced_by(value)
+        # Takes over shape, type and device, and no memory.
+        torch.Tensor.data.__set__(self, OffloadedGradient(host))  # type: ignore[attr-defined]
+        self._host = host
+
     # What gives addresses gives those of memory that stays.
 
     def data_ptr(self) -> int:

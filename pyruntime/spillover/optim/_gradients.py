@@ -45,11 +45,10 @@ from spillover._units import format_bytes, parse_bytes
 from spillover.optim._gradient_memory import MemoryOfParameter
 from spillover.optim._gradient_placeholder import OffloadedGradient, host_of
 from spillover.optim._gradient_worker import worker
-from spillover.optim._host_gradient import HostGradient, Place, are_finite
+from spillover.optim._host_gradient import GRADIENT_DTYPES, HostGradient, Place, are_finite
 
 Anomalies = Literal["raise", "warn"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INFLIGHT_BYTES = 256 << 20
 _DEVICE_SHARE = 16
 _NO_GRAPH_TASK = -1
@@ -110,6 +109,20 @@ class _Shared:
         self._lock = threading.Lock()
         self._engines: dict[int, TransferEngine] = {}
         self._process = os.getpid()
+        self._parts: weakref.WeakSet[_Parameter] = weakref.WeakSet()
+        self._has_searched = False
+
+    def find_ddp(self, parts: Iterable[_Parameter]) -> None:
+        """Know who reduces the gradients of ``parts``, and of those from now on."""
+        fresh = list(parts)
+        self._parts.update(fresh)
+        _find_ddp(fresh)
+
+    def find_ddp_of_all(self) -> None:
+        """The same for all parts, once: searching takes long."""
+        if not self._has_searched:
+            self._has_searched = True
+            _find_ddp([part for part in self._parts if part.ddp is None])
 
     def engine(self, device: torch.device) -> TransferEngine:
         with self._lock:
@@ -161,7 +174,7 @@ class _Parameter:
     def was_read_in_backward(self) -> None:
         if not self.is_read_in_backward:
             self.is_read_in_backward = True
-            _find_ddp([self])
+            self.shared.find_ddp_of_all()
 
     def count(self, *, left_bytes: int = 0, added_bytes: int = 0, fetched_bytes: int = 0) -> None:
         counters = self.shared.counters
@@ -307,7 +320,7 @@ class OffloadedGradients:
             register_hook: Any = parameter.register_post_accumulate_grad_hook
             self._handles[id(parameter)] = register_hook(hook)
             self._known[id(parameter)] = part
-        _find_ddp([part for part, _ in fresh])
+        self._shared.find_ddp([part for part, _ in fresh])
 
     def remove(self) -> None:
         """Have gradients stay on the device from now on.
@@ -387,7 +400,7 @@ class OffloadedGradients:
             part.memory.accumulates = self._accumulates
         try:
             for part, parameter in on_device:
-                if parameter.dtype in _DTYPES:
+                if parameter.dtype in GRADIENT_DTYPES:
                     part.memory.reserve(parameter.numel(), parameter.dtype)
             if self._accumulates and on_device:
                 worker.reserve()
@@ -455,7 +468,7 @@ def _can_leave(gradient: torch.Tensor | None) -> bool:
         and type(gradient) is torch.Tensor
         and gradient.is_cuda
         and gradient.layout is torch.strided
-        and gradient.dtype in _DTYPES
+        and gradient.dtype in GRADIENT_DTYPES
         and gradient.numel() > 0
         and not gradient.requires_grad
         and not torch.cuda.is_current_stream_capturing()

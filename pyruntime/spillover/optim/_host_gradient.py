@@ -34,13 +34,16 @@ from typing import Protocol
 
 import torch
 
-from spillover._layout import flat_view
+from spillover._layout import dense_stride, flat_view
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine, TransferTicket
 from spillover.optim import _gradient_math
 from spillover.optim._gradient_math import combine, wide_dtype
 from spillover.optim._gradient_memory import Hold, MemoryOfParameter, widening_ranges
 from spillover.optim._gradient_worker import PIECE_BYTES, Room, worker
+
+#: Of gradients that leave.
+GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _ARRIVAL = Stall("gradients", "copies out to end")
 
@@ -172,6 +175,16 @@ class HostGradient:
         if is_shared and ordered is value:
             last.stream_wait()
         self.owner.count(left_bytes=ordered.nbytes)
+
+    def replaced_by(self, value: torch.Tensor) -> HostGradient:
+        """A gradient of the same parameter that is ``value``, of whatever type and device."""
+        stride = dense_stride(value)
+        made = HostGradient(self.owner, value.shape, stride, value.dtype, value.device)
+        if value.is_cuda and value.dtype in GRADIENT_DTYPES:
+            made.assign(value, is_shared=True)
+        else:
+            made._become(value.detach())
+        return made
 
     def set_to_zero(self) -> None:
         """Become zeros, at no cost."""
