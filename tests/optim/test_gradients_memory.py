@@ -11,7 +11,7 @@ import torch
 from gradient_models import is_offloaded
 from torch import nn
 
-from spillover import HostOutOfMemory, HostPool
+from spillover import HostOutOfMemory, HostPool, StateError
 from spillover.optim import offload_gradients
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ def peak_of_backward(model: nn.Module, micro_steps: int = 1) -> int:
 @pytest.mark.parametrize("micro_steps", [1, 2])
 def test_device_memory_goes_during_backward(micro_steps: int) -> None:
     model = make_stack()
-    assert peak_of_backward(model, 1) >= 12 * MIB
+    assert peak_of_backward(model, 1) >= 11 * MIB
     model.zero_grad()
     with offload_gradients(model.parameters(), inflight="2MiB") as handle:
         assert peak_of_backward(model, micro_steps) <= 4 * MIB
@@ -150,6 +150,8 @@ def test_a_lease_is_not_changed_by_what_becomes_of_the_gradient() -> None:
             assert parameter.grad[0].item() == 2.0
             pending.release()
             pending.release()
+            with pytest.raises(StateError, match="released"):
+                pending.wait()
             parameter.grad = None
         parameter.sum().backward()
         assert handle.stats().host_bytes == 4000
@@ -244,8 +246,9 @@ def test_gradients_on_their_way_out_are_given_back_before_memory_runs_out(
         model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(4)]).cuda()
         with offload_gradients(model.parameters(), inflight="1GiB") as handle:
             model(torch.ones(1, 2048, device="cuda")).sum().backward()
-            # 64 MiB are on their way; the rest of the device is wanted.
-            rest = torch.empty(180 << 20, dtype=torch.uint8, device="cuda")
+            # 64 MiB are on their way; weights and matrix products have 96 of the rest.
+            rest = torch.empty(140 << 20, dtype=torch.uint8, device="cuda")
+            del rest
             assert all(torch.isfinite(one.grad).all() for one in model.parameters())
         """,
         vram="256MiB",

@@ -129,7 +129,15 @@ class MemoryOfParameter:
 
     def take(self, count: int, dtype: torch.dtype) -> Hold:
         """Memory to write to, once it is settled. Raises HostOutOfMemory."""
-        size_bytes = self.size_bytes(count, dtype)
+        return self._take(self.size_bytes(count, dtype))
+
+    def take_for_sum(self, count: int, dtype: torch.dtype) -> Hold:
+        """Memory for a sum, as :meth:`take`; from then on gradients get such memory."""
+        hold = self._take(count * wide_dtype(dtype).itemsize)
+        self.accumulates = True
+        return hold
+
+    def _take(self, size_bytes: int) -> Hold:
         for block in self._blocks:
             if block.size_bytes == size_bytes and not block.is_held():
                 hold = block.hold()

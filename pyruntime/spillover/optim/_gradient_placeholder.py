@@ -76,7 +76,7 @@ class OffloadedGradient(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        """A placeholder of the same gradient. To set it, as ``model.double()`` does, replaces it."""
+        """A placeholder of the same gradient. Setting it replaces it, as in ``model.double()``."""
         alias: torch.Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]
         return alias
 

@@ -34,6 +34,7 @@ from typing import Protocol
 
 import torch
 
+from spillover._errors import StateError
 from spillover._layout import dense_stride, flat_view
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine, TransferTicket
@@ -95,11 +96,21 @@ class PendingGradient:
         self.flat = flat
         self.factor = factor
         self._hold: Hold | None = hold
-        self._wait = wait
+        self._wait: Callable[[], None] | None = wait
         hold.leases.append(self)
 
     def wait(self) -> None:
-        """Block the host until the bytes are there. Raises what went wrong on their way."""
+        """Block the host until the bytes are there.
+
+        Raises
+        ------
+        DriverError
+            What went wrong on their way.
+        StateError
+            The gradient was released.
+        """
+        if self._wait is None:
+            raise StateError("this gradient was released; ask for it again")
         self._wait()
 
     def release(self) -> None:
@@ -107,7 +118,8 @@ class PendingGradient:
         hold, self._hold = self._hold, None
         if hold is not None:
             hold.leases.remove(self)
-            self.flat = self.flat[:0]
+            self.flat = self.flat[:0].clone()
+            self._wait = None  # It holds the memory, too.
 
 
 class HostGradient:
@@ -387,11 +399,10 @@ class HostGradient:
     def _target(self) -> Hold:
         """Memory for a wide gradient: that which it has, where nobody reads it."""
         assert self._hold is not None
-        self.owner.memory.accumulates = True
-        wide_bytes = self.owner.memory.size_bytes(self.count, self.dtype)
+        wide_bytes = self.count * wide_dtype(self.dtype).itemsize
         if self._hold.memory.size_bytes == wide_bytes and not self._hold.leases:
             return self._hold
-        return self.owner.memory.take(self.count, self.dtype)
+        return self.owner.memory.take_for_sum(self.count, self.dtype)
 
     def _accumulate(self, gradient: torch.Tensor) -> TransferTicket:
         """Through the ring; see Note [Adding up beside backward]."""
