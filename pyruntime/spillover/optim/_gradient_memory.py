@@ -15,8 +15,8 @@ In memory of n wide elements of W bytes, n narrow ones of w bytes lie at the end
 n(W - w) + iw. Widening goes from the first to the last. The elements from i to i + c, widened, end
 at (i + c)W, which is at or before the i-th narrow one where c <= (n - i)(W - w) / W: a range of
 that length neither overlaps with what it reads nor with what is still to be read. For half types
-that is half of what is left, so there are log2 n ranges; the last ones, of one element, are read
-before they are written.
+that is half of what is left, so the ranges get shorter; the last 64 Ki elements are copied before
+they are widened.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from spillover._core import HostPool
 from spillover._pinned import empty_pinned
 from spillover.optim._gradient_math import wide_dtype
 from spillover.optim._gradient_worker import worker
+
+_COPIED_ELEMENTS = 64 << 10
 
 
 class _Ticket(Protocol):
@@ -156,13 +158,18 @@ class MemoryOfParameter:
         return sum(block.size_bytes for block in self._blocks)
 
 
-def widening_ranges(start: int, stop: int, count: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Cut the elements from ``start`` to ``stop`` of ``count`` by Note [Widening in place]."""
+def widening_ranges(
+    start: int, stop: int, count: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, bool]]:
+    """Cut the elements from ``start`` to ``stop`` of ``count`` by Note [Widening in place].
+
+    With each range goes whether it has to be copied first.
+    """
     wide_bytes = wide_dtype(dtype).itemsize
     grown_bytes = wide_bytes - dtype.itemsize
     while start < stop:
-        length = (
-            max(1, (count - start) * grown_bytes // wide_bytes) if grown_bytes else stop - start
-        )
-        yield slice(start, min(stop, start + length))
-        start = min(stop, start + length)
+        length = (count - start) * grown_bytes // wide_bytes if grown_bytes else stop - start
+        is_short = count - start <= _COPIED_ELEMENTS
+        end = stop if is_short else min(stop, start + length)
+        yield slice(start, end), is_short
+        start = end

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+from spillover.optim._gradient_sharing import is_shared_addend
 from spillover.optim._host_gradient import HostGradient, Place, are_finite
 
 aten = torch.ops.aten
@@ -57,6 +58,10 @@ class OffloadedGradient(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one operator; see the note."""
+        if func is aten.add_.Tensor and not kwargs and torch.is_tensor(args[1]):
+            result = _add_whole(args)
+            if result is not NotImplemented:
+                return result
         handler = _HANDLERS.get(func)
         if handler is not None:
             result = handler(func, *args, **(kwargs or {}))
@@ -216,19 +221,24 @@ def _record_stream(func: Any, self: torch.Tensor, stream: Any) -> Any:
     return NotImplemented if host is None or host.place is Place.DEVICE else None
 
 
+def _add_whole(args: tuple[Any, ...]) -> Any:
+    """AccumulateGrad's ``add_``; the arguments as they came, since references are counted."""
+    host = host_of(args[0])
+    if host is None or isinstance(args[1], OffloadedGradient) or not _can_be_added(host, args[1]):
+        return NotImplemented
+    is_shared = torch._C._current_graph_task_id() == _NO_GRAPH_TASK or is_shared_addend(args)
+    host.add(args[1], is_shared=is_shared)
+    return args[0]
+
+
 @_handles(aten.add_.Tensor)
 def _add(func: Any, self: torch.Tensor, other: Any, *, alpha: float = 1) -> Any:
-    """AccumulateGrad's, among others."""
     host = host_of(self)
     if host is None or not _can_be_added(host, other):
         return NotImplemented
     if isinstance(other, OffloadedGradient):
         other = _fetched(other)
-    if alpha != 1:
-        host.add(other * alpha)
-    else:
-        # Autograd drops what it has added.
-        host.add(other, is_shared=torch._C._current_graph_task_id() == _NO_GRAPH_TASK)
+    host.add(other * alpha)  # A tensor of our own.
     return self
 
 

@@ -69,13 +69,18 @@ class GradientWorker:
         with self._condition:
             self._jobs.append(job)
             self._submitted += 1
+            self.start()
+            self._condition.notify_all()
+            return self._submitted
+
+    def start(self) -> None:
+        """Have the thread, rather than at the first job, which comes from a thread of autograd."""
+        with self._condition:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._run, name="spillover-gradients", daemon=True
                 )
                 self._thread.start()
-            self._condition.notify_all()
-            return self._submitted
 
     def wait(self, number: int) -> None:
         """Block until the job of that number is over."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import operator
 import os
 import sys
 import threading
@@ -44,6 +43,7 @@ from spillover._transfer import TransferEngine
 from spillover._units import format_bytes, parse_bytes
 from spillover.optim._gradient_memory import MemoryOfParameter
 from spillover.optim._gradient_placeholder import OffloadedGradient, host_of
+from spillover.optim._gradient_sharing import is_shared_gradient, measure
 from spillover.optim._gradient_worker import worker
 from spillover.optim._host_gradient import GRADIENT_DTYPES, HostGradient, Place, are_finite
 
@@ -106,7 +106,7 @@ class _Shared:
         self.pool = pool
         self.counters = _Counters()
         self._inflight_bytes = inflight_bytes
-        self._lock = threading.Lock()
+        self.lock = threading.RLock()
         self._engines: dict[int, TransferEngine] = {}
         self._process = os.getpid()
         self._parts: weakref.WeakSet[_Parameter] = weakref.WeakSet()
@@ -125,7 +125,7 @@ class _Shared:
             _find_ddp([part for part in self._parts if part.ddp is None])
 
     def engine(self, device: torch.device) -> TransferEngine:
-        with self._lock:
+        with self.lock:
             if self._process != os.getpid():
                 self._engines, self._process = {}, os.getpid()
             engine = self._engines.get(device.index)
@@ -140,7 +140,7 @@ class _Shared:
             return engine
 
     def engines(self) -> list[TransferEngine]:
-        with self._lock:
+        with self.lock:
             return list(self._engines.values()) if self._process == os.getpid() else []
 
     def give_back(self, missing_bytes: int, device: torch.device) -> int:
@@ -178,18 +178,19 @@ class _Parameter:
 
     def count(self, *, left_bytes: int = 0, added_bytes: int = 0, fetched_bytes: int = 0) -> None:
         counters = self.shared.counters
-        counters.left += bool(left_bytes)
-        counters.left_bytes += left_bytes
-        counters.added_bytes += added_bytes
-        counters.fetched += bool(fetched_bytes)
-        counters.fetched_bytes += fetched_bytes
+        with self.shared.lock:
+            counters.left += bool(left_bytes)
+            counters.left_bytes += left_bytes
+            counters.added_bytes += added_bytes
+            counters.fetched += bool(fetched_bytes)
+            counters.fetched_bytes += fetched_bytes
 
     def send(self, parameter: torch.Tensor) -> None:
         """Have the gradient leave, and a placeholder be in its place."""
         assert parameter.grad is not None
         # In a list alone, since references to it are counted.
         gradient = [parameter.grad]
-        is_shared = _is_shared(gradient)
+        is_shared = is_shared_gradient(gradient)
         host = HostGradient(
             self, parameter.shape, dense_stride(parameter), gradient[0].dtype, gradient[0].device
         )
@@ -398,6 +399,9 @@ class OffloadedGradients:
         on_device = [(part, parameter) for part, parameter in fresh if parameter.is_cuda]
         for part, _ in on_device:
             part.memory.accumulates = self._accumulates
+        if on_device:
+            measure()
+            worker.start()
         try:
             for part, parameter in on_device:
                 if parameter.dtype in GRADIENT_DTYPES:
@@ -472,32 +476,6 @@ def _can_leave(gradient: torch.Tensor | None) -> bool:
         and gradient.numel() > 0
         and not gradient.requires_grad
         and not torch.cuda.is_current_stream_capturing()
-    )
-
-
-def _is_shared(gradient_of: list[torch.Tensor]) -> bool:
-    """Whether somebody besides a parameter's ``.grad`` has the tensor in the list, or its memory.
-
-    If so it may change after backward, and a copy of it has to be waited for.
-    """
-    global _references_alone
-    if _references_alone is None:
-        leaf = torch.zeros((), device="cpu", requires_grad=True)
-        leaf.grad = torch.zeros((), device="cpu")
-        _references_alone = _references([leaf.grad])
-    return any(map(operator.gt, _references(gradient_of), _references_alone))
-
-
-_references_alone: tuple[int, int, int] | None = None
-
-
-def _references(only: list[torch.Tensor]) -> tuple[int, int, int]:
-    """To the object, to the tensor behind it, and to its memory."""
-    storage = only[0].untyped_storage()
-    return (
-        sys.getrefcount(only[0]),
-        only[0]._use_count(),  # type: ignore[attr-defined]
-        torch._C._storage_Use_Count(storage._cdata),
     )
 
 

@@ -523,12 +523,12 @@ class _Sum:
         if self._in_place and not self._is_wide:
             ranges = widening_ranges(start, stop, self._count, self._dtype)
         else:
-            ranges = iter([slice(start, stop)])
-        for part in ranges:
+            ranges = iter([(slice(start, stop), False)])
+        for part, is_copied in ranges:
             target, base = self._target[part], self._base[part]
             if self._in_place and self._is_wide:
                 base = target
-            elif part.stop - part.start == 1:
+            elif is_copied:
                 base = base.clone()
             coming = None if addend is None else addend[part.start - start : part.stop - start]
             self.squares += combine(target, base, self._factor, coming)
