@@ -44,13 +44,15 @@ class _Probe(torch.Tensor):
 
 _added_alone: _Counts | None = None
 _assigned_alone: _Counts | None = None
+_base_uses_alone = 0
 
 
 def measure() -> None:
     """Measure, in a thread that runs no backward; at the second call nothing is done."""
-    global _assigned_alone
+    global _assigned_alone, _base_uses_alone
     if _assigned_alone is not None:
         return
+    _base_uses_alone = _base_uses(torch.zeros(1, device="cpu").view(1))
     with torch.enable_grad(), torch.inference_mode(False):
         leaf = torch.zeros((), device="cpu", requires_grad=True)
         leaf.grad = _Probe()
@@ -73,13 +75,14 @@ def is_shared_gradient(only: Sequence[torch.Tensor]) -> bool:
 
 def _counts(holder: Sequence[Any], index: int) -> _Counts:
     storage = torch._C._storage_Use_Count(holder[index].untyped_storage()._cdata)
-    base = holder[index]._base
-    if base is not None:
+    if holder[index]._is_view():
         # The view has the base, and the base the storage. Who has the base besides, has that, too.
-        storage += base._use_count() - _BASE_USES + sys.getrefcount(base) - _BASE_REFERENCES - 1
+        storage += _base_uses(holder[index]) - _base_uses_alone - 1
     return sys.getrefcount(holder[index]), holder[index]._use_count(), storage
 
 
-# The view's, and that of the Python object that was made to look at it; the references to that.
-_BASE_USES = 2
-_BASE_REFERENCES = 2
+def _base_uses(view: torch.Tensor) -> int:
+    """References to the base of a view, and to its Python object."""
+    base = view._base
+    assert base is not None
+    return base._use_count() + sys.getrefcount(base)  # type: ignore[attr-defined,no-any-return]
