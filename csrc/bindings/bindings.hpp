@@ -19,6 +19,7 @@ void register_trace(pybind11::module_& module);
 void register_host_pool(pybind11::module_& module);
 void register_tiers(pybind11::module_& module);
 void register_transfer(pybind11::module_& module);
+void register_optim(pybind11::module_& module);
 void register_gpu_direct(pybind11::module_& module);
 void register_durable_store(pybind11::module_& module);
 void register_storage_faults(pybind11::module_& module);

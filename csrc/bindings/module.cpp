@@ -13,6 +13,7 @@ PYBIND11_MODULE(_core, module) {
   spillover::register_host_pool(module);
   spillover::register_tiers(module);
   spillover::register_transfer(module);
+  spillover::register_optim(module);
   spillover::register_gpu_direct(module);
   spillover::register_durable_store(module);
   spillover::register_storage_faults(module);

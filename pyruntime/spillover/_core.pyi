@@ -465,6 +465,112 @@ def total_host_memory(root: str = "") -> tuple[int, str]: ...
 def numa_node_count(root: str = "") -> int: ...
 def numa_node_of_pci(address: str, root: str = "") -> int | None: ...
 
+# ---- optimizer kernels (csrc/bindings/bind_optim.cpp); memory is (address, type, count) ----
+
+_MomentOf = tuple[int, str] | tuple[int, Literal["blockwise8"], int]
+_Array = tuple[int, str, int]
+
+BLOCK_ELEMENTS: int
+
+class UpdateRange:
+    def __init__(
+        self,
+        *,
+        count: int,
+        gradient: int,
+        gradient_type: str = "float32",
+        weight: int = 0,
+        low_weight: int = 0,
+        low_weight_type: str = "bfloat16",
+        remainder: int = 0,
+        first: _MomentOf | None = None,
+        second: _MomentOf | None = None,
+        second_max: _MomentOf | None = None,
+        step: int = 1,
+        first_index: int = 0,
+    ) -> None: ...
+    @property
+    def count(self) -> int: ...
+    step: int
+
+class SquareSum:
+    def __init__(self) -> None: ...
+    def add(self, other: SquareSum) -> None: ...
+    @property
+    def value(self) -> float: ...
+
+def update_adam(
+    ranges: Sequence[UpdateRange],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+    gradient_scale: float,
+    threads: int,
+) -> None: ...
+def update_sgd(
+    ranges: Sequence[UpdateRange],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    gradient_scale: float,
+    threads: int,
+) -> None: ...
+def update_lion(
+    ranges: Sequence[UpdateRange],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    gradient_scale: float,
+    threads: int,
+) -> None: ...
+def update_adagrad(
+    ranges: Sequence[UpdateRange],
+    *,
+    lr: float,
+    lr_decay: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+    gradient_scale: float,
+    threads: int,
+) -> None: ...
+def accumulate(
+    pieces: Sequence[tuple[int, _Array]], *, scale: float, add: bool, threads: int
+) -> SquareSum: ...
+def sum_of_squares(arrays: Sequence[_Array], *, threads: int) -> SquareSum: ...
+def scale_elements(arrays: Sequence[_Array], *, factor: float, threads: int) -> None: ...
+def find_non_finite(arrays: Sequence[_Array], *, threads: int) -> tuple[int, int, int]: ...
+def decode_blockwise(
+    codes: int, scales: int, to: int, *, count: int, is_signed: bool, threads: int
+) -> None: ...
+def encode_blockwise(
+    origin: int, codes: int, scales: int, *, count: int, is_signed: bool, threads: int
+) -> None: ...
+def join_weights(low_weight: int, remainder: int, to: int, *, count: int, threads: int) -> None: ...
+def split_weights(
+    origin: int, low_weight: int, remainder: int, *, count: int, threads: int
+) -> None: ...
+def optimizer_threads() -> int: ...
+def set_optimizer_threads(threads: int) -> None: ...
+def touch_pages(address: int, size_bytes: int, *, threads: int = 0) -> None: ...
+def _processors_by_node(root: str = "") -> list[list[int]]: ...
+def _instruction_set() -> str: ...
+def _instruction_sets() -> list[str]: ...
+def _set_instruction_set(name: str) -> None: ...
+
 # ---- transfers (csrc/bindings/bind_transfer.cpp) ----
 
 class _Residency:

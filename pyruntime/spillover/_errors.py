@@ -8,6 +8,7 @@ The tree::
     ├── DeviceOutOfMemory (torch.OutOfMemoryError; made on first use, see below)
     ├── DriverError (RuntimeError)          a CUDA driver call failed
     ├── HostOutOfMemory (MemoryError)       the pinned-memory budget or the machine is exhausted
+    ├── NonFiniteGradient (ArithmeticError) a gradient has NaN or infinity
     ├── StateError (RuntimeError)           calls in a wrong order, or on a closed object
     └── StorageError (OSError)              a file operation failed
         ├── CorruptData                     a checksum does not match
@@ -40,6 +41,10 @@ class DriverError(SpilloverError, RuntimeError):
 
 class HostOutOfMemory(SpilloverError, MemoryError):
     """Pinned host memory ran out: the budget, or what the machine or its cgroup allows."""
+
+
+class NonFiniteGradient(SpilloverError, ArithmeticError):
+    """A gradient has NaN or infinity; the message names the parameters."""
 
 
 class StateError(SpilloverError, RuntimeError):

@@ -16,7 +16,7 @@ import atexit, threading, time
 atexit.register(lambda: print("held at the end:", len(_backward_end._queued)))
 
 import torch
-from spillover.hooks import _backward_end
+from spillover import _backward_end
 
 x = torch.ones(4, device="cuda", requires_grad=True)
 x.register_hook(lambda g: _backward_end.queue_backward_end(lambda: print("backward ended")))

@@ -38,7 +38,7 @@ GROUPS = {
         "torchvision_resnet",
         "lightning_fit",
     ),
-    "ddp": ("ddp_gloo",),
+    "ddp": ("ddp_gloo", "ddp_offloaded_gradients"),
     "fsdp2": ("fsdp2_gloo",),
     "spillover": ("spillover_llama",),
 }

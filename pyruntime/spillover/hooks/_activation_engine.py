@@ -18,6 +18,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spillover import _reclaim
+from spillover._backward_end import queue_backward_end
 from spillover._core import (
     DiskStore,
     HostPool,
@@ -30,7 +31,6 @@ from spillover._errors import HostOutOfMemory
 from spillover._stalls import Stall
 from spillover._streams import copy_streams
 from spillover.hooks._activation_order import BackwardOrder
-from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._saved_storage import (
     ByteRange,
     HostBlock,

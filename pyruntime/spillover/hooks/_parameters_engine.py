@@ -40,8 +40,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from spillover._backward_end import queue_backward_end
 from spillover._errors import StateError
-from spillover.hooks._backward_end import queue_backward_end
 from spillover.hooks._parameters_block import StreamedBlock, StreamedWeight
 from spillover.hooks._parameters_copies import DeviceCopies
 from spillover.hooks._parameters_gradients import GradientQueue

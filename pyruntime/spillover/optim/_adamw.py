@@ -30,6 +30,9 @@ from spillover._pinned import empty_pinned
 from spillover._settings import enabled
 from spillover._stalls import Stall, Timed
 from spillover.optim._adamw_work import Work, batches, check_parameter, is_plain, update
+from spillover.optim._gradient_placeholder import host_of
+from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
+from spillover.optim._host_gradient import Place
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
 
 # Elements of a low-precision host weight that are updated at a time: their float32 gradients are a
@@ -75,6 +78,13 @@ class AdamW(torch.optim.Optimizer):
         As in ``torch.optim.AdamW``.
     tier
         Where the state lives; ``"host"``.
+    offload_gradients
+        Gradients leave the device as backward makes them, by :func:`offload_gradients` with its
+        defaults, and ``.grad`` is a placeholder. Gradients that the caller has offloaded with other
+        options are taken as well.
+    gradient_anomalies
+        What ``step()`` does about gradients with NaN or infinity that were offloaded: ``"raise"``
+        :class:`NonFiniteGradient` before anything changes, ``"warn"``, or nothing.
 
     Raises
     ------
@@ -95,6 +105,8 @@ class AdamW(torch.optim.Optimizer):
         """Give torch's own optimizer when Spillover is switched off."""
         if cls is AdamW and not enabled():
             kwargs.pop("tier", None)
+            kwargs.pop("offload_gradients", None)
+            kwargs.pop("gradient_anomalies", None)
             return torch.optim.AdamW(*args, **kwargs)
         return super().__new__(cls)
 
@@ -109,6 +121,8 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         tier: Literal["host"] = "host",
+        offload_gradients: bool = False,
+        gradient_anomalies: Anomalies | None = None,
     ) -> None:
         _check_tier(tier)
         # The keys after maximize are those of torch.optim.AdamW, so that it can load our groups.
@@ -123,6 +137,27 @@ class AdamW(torch.optim.Optimizer):
         }
         _check_options(defaults)
         super().__init__(params, defaults)
+        if gradient_anomalies is not None and not offload_gradients:
+            raise ConfigError("gradient_anomalies needs offload_gradients=True")
+        if offload_gradients:
+            self._offload_gradients(gradient_anomalies)
+
+    @property
+    def gradients(self) -> OffloadedGradients | None:
+        """The handle of gradients off the device; None unless ``offload_gradients`` was set."""
+        found: OffloadedGradients | None = self.__dict__.get("_gradients")
+        return found
+
+    def _offload_gradients(self, anomalies: Anomalies | None) -> None:
+        named = _named(self.param_groups)
+        self._gradients = offload_gradients(named, anomalies=anomalies)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose gradients are offloaded where ours are."""
+        state: dict[str, Any] = super().__getstate__()
+        if self.gradients is not None:
+            state["gradient_anomalies"] = self.gradients.anomalies
+        return state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; see the class for what they and their options may be."""
@@ -136,9 +171,17 @@ class AdamW(torch.optim.Optimizer):
             if isinstance(tensor, torch.Tensor):
                 check_parameter(tensor)
         super().add_param_group(param_group)
+        if self.gradients is not None:
+            try:
+                self.gradients.add(_named(self.param_groups))
+            except BaseException:
+                del self.param_groups[-1]
+                raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a loaded or unpickled state, in float32 pinned memory."""
+        is_offloaded = "gradient_anomalies" in state
+        anomalies = state.pop("gradient_anomalies", None)
         super().__setstate__(state)
         for group in self.param_groups:
             for key, value in (("amsgrad", False), ("maximize", False)):
@@ -151,6 +194,8 @@ class AdamW(torch.optim.Optimizer):
             if isinstance(parameter, torch.Tensor):
                 for name, value in list(entry.items()):
                     entry[name] = _place(name, value, parameter)
+        if is_offloaded:
+            self._offload_gradients(anomalies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of ``torch.optim.AdamW``; moments are kept in float32."""
@@ -200,10 +245,26 @@ class AdamW(torch.optim.Optimizer):
         return loss
 
     def _step(self) -> None:
-        groups = [
-            [work for parameter in group["params"] for work in self._prepare(parameter, group)]
-            for group in self.param_groups
-        ]
+        if self.gradients is not None:
+            # Some may require gradients only now; their next ones leave.
+            self.gradients.add(_named(self.param_groups))
+            self.gradients.check()
+        groups: list[list[Work]] = []
+        try:
+            for group in self.param_groups:
+                groups.append([])
+                for parameter in group["params"]:
+                    groups[-1] += self._prepare(parameter, group)
+            self._update_groups(groups)
+        finally:
+            for works in groups:
+                for work in works:
+                    if work.pending is not None:
+                        work.pending.release()
+            if self.gradients is not None:
+                self.gradients.collect()
+
+    def _update_groups(self, groups: list[list[Work]]) -> None:
         steps = [work.state["step"] for works in groups for work in works]
         if not steps:
             return
@@ -264,6 +325,15 @@ class AdamW(torch.optim.Optimizer):
                 fresh["master"] = _empty_state(parameter).copy_(parameter)
         state = self.state[parameter]
         state.update(fresh)
+        host = host_of(gradient)
+        if host is not None and host.place is Place.DEVICE:
+            gradient = host.to_device()
+        elif host is not None and tuple(gradient.stride()) == tuple(parameter.stride()):
+            pending = host.lease()
+            yield Work(parameter, pending.flat, state, group, pending)
+            return
+        elif host is not None:
+            gradient = host.fetch()
         if tuple(gradient.stride()) != tuple(parameter.stride()):
             gradient = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
@@ -337,9 +407,13 @@ class AdamW(torch.optim.Optimizer):
         gradients = []
         targets = []
         for work, piece in batch:
-            gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
             weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
-            gradients.append(gradient.float())
+            if work.pending is not None:
+                work.pending.wait()
+                gradients.append(work.gradient_of_host(piece.start, piece.count))
+            else:
+                gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
+                gradients.append(gradient.float())
             targets.append(weight)
             weights.append(
                 weight if piece.reads_weight else work.of_state("master", piece.start, piece.count)
@@ -365,6 +439,15 @@ def _by_device(groups: list[list[Work]]) -> dict[torch.device, list[list[Work]]]
 
 def _wanted_bytes(groups: list[list[Work]]) -> int:
     return sum(piece_bytes(work.parameter, work.gradient) for works in groups for work in works)
+
+
+def _named(groups: list[dict[str, Any]]) -> list[tuple[str, torch.Tensor]]:
+    """All parameters, by their names where the optimizer was given them."""
+    return [
+        (group["param_names"][index] if "param_names" in group else f"{number}.{index}", parameter)
+        for number, group in enumerate(groups)
+        for index, parameter in enumerate(group["params"])
+    ]
 
 
 def _identity(parameter: torch.Tensor) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover._stalls import Timed
+from spillover.optim._host_gradient import PendingGradient
 from spillover.optim._staging import Piece, cut, end_of
 
 _UPDATE = Timed("optimizer", "update")
@@ -21,12 +22,22 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One parameter to update: flat views, its state, and its group's options."""
+    """One parameter to update: flat views, its state, and its group's options.
+
+    Where the gradient is off the device, ``pending`` is there and ``gradient`` its flat bytes.
+    """
 
     parameter: torch.Tensor
     gradient: torch.Tensor
     state: dict[str, Any]
     group: dict[str, Any]
+    pending: PendingGradient | None = None
+
+    def gradient_of_host(self, start: int, count: int) -> torch.Tensor:
+        """Elements of a pending gradient that has arrived, in float32 and with its factor."""
+        assert self.pending is not None
+        part = self.pending.flat[start : start + count].float()
+        return part if self.pending.factor == 1.0 else part * self.pending.factor
 
     def of_state(self, name: str, start: int, count: int) -> torch.Tensor:
         """Elements of a state tensor, in the memory order of the parameter."""
@@ -84,7 +95,8 @@ def batches(groups: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tupl
         batch: list[tuple[Work, Piece]] = []
         used = 0
         for work in works:
-            weight, gradient = flat_view(work.parameter), flat_view(work.gradient)
+            weight = flat_view(work.parameter)
+            gradient = work.gradient if work.pending is not None else flat_view(work.gradient)
             start = 0
             while start < weight.numel():
                 piece = cut(

@@ -41,7 +41,8 @@ _DRAIN = Stall("optimizer", "staging to be free")
 class Piece:
     """A run of elements of one device parameter that is updated in one go.
 
-    ``gradient`` and ``weight`` are flat device tensors. ``reads_weight`` tells that the weight
+    ``gradient`` and ``weight`` are flat device tensors, but for a gradient that is on the host
+    already, which passes through no slot. ``reads_weight`` tells that the weight
     comes to the host too (there is no master of it). Offsets are bytes in the slot.
     """
 
@@ -110,8 +111,9 @@ class Staging:
         copy_out.wait_event(slot.left)
         with self.streams.copying_out(_GRADIENTS, arrival_bytes(batch)):
             for piece in batch:
-                gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
-                gradient.copy_(piece.gradient, non_blocking=True)
+                if piece.gradient.is_cuda:
+                    gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
+                    gradient.copy_(piece.gradient, non_blocking=True)
                 if piece.reads_weight:
                     weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
                     weight.copy_(piece.weight, non_blocking=True)
@@ -151,7 +153,8 @@ def cut(
 
     ``parameter`` and ``gradient`` are flat. None: start a new batch.
     """
-    per_element = gradient.element_size() + parameter.element_size()
+    gradient_bytes = _slot_bytes(gradient) // max(1, gradient.numel())
+    per_element = gradient_bytes + parameter.element_size()
     remaining = parameter.numel() - start
     room = (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
     # Pieces end on whole vectors, and a sliver at the end of a slot is not worth its two copies.
@@ -159,7 +162,7 @@ def cut(
     if count <= 0 or (count < remaining and used_bytes > 0 and count * 8 < remaining):
         return None
     gradient_offset = _align(used_bytes)
-    weight_offset = _align(gradient_offset + count * gradient.element_size())
+    weight_offset = _align(gradient_offset + count * gradient_bytes)
     return Piece(
         parameter=parameter,
         start=start,
@@ -175,7 +178,7 @@ def cut(
 def arrival_bytes(batch: list[Piece]) -> int:
     """What comes to the host of ``batch``."""
     return sum(
-        piece.gradient.nbytes + (piece.weight.nbytes if piece.reads_weight else 0)
+        _slot_bytes(piece.gradient) + (piece.weight.nbytes if piece.reads_weight else 0)
         for piece in batch
     )
 
@@ -187,7 +190,11 @@ def end_of(piece: Piece) -> int:
 
 def piece_bytes(parameter: torch.Tensor, gradient: torch.Tensor) -> int:
     """Bytes of a slot that all of ``parameter`` takes."""
-    return gradient.nbytes + parameter.nbytes + 3 * _ALIGNMENT
+    return _slot_bytes(gradient) + parameter.nbytes + 3 * _ALIGNMENT
+
+
+def _slot_bytes(gradient: torch.Tensor) -> int:
+    return int(gradient.nbytes) if gradient.is_cuda else 0
 
 
 def _align(offset: int) -> int:
