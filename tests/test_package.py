@@ -63,16 +63,50 @@ def test_without_torch_everything_imports_and_says_what_is_missing() -> None:
             """
             import spillover, spillover.allocator, spillover.emulator, spillover.cli
             for action in (spillover.allocator.install, lambda: spillover.offload_activations,
-                           lambda: spillover.optim.AdamW, lambda: spillover.stream_parameters):
+                           lambda: spillover.optim.AdamW, lambda: spillover.stream_parameters,
+                           lambda: spillover.TransferEngine(host="1MiB")):
                 try:
                     action()
                 except Exception as error:
-                    assert "torch" in str(error), error
+                    assert "pip install torch" in str(error), error
                     assert "\\n" not in str(error).strip(), error
                 else:
                     raise AssertionError(action)
             """
         )
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("has_cuda", [True, False], ids=["no device", "torch without CUDA"])
+def test_without_a_device_what_needs_one_says_so(has_cuda: bool) -> None:
+    # What a build without CUDA does at the first use of a device, which no other code can see.
+    without_cuda = """
+        def refuse():
+            raise AssertionError("Torch not compiled with CUDA enabled")
+        torch.version.cuda, torch.cuda._lazy_init = None, refuse
+        torch.cuda.is_available = lambda: False
+    """
+    result = run(
+        "import torch\n"
+        + textwrap.dedent("" if has_cuda else without_cuda)
+        + textwrap.dedent(
+            """
+            import spillover
+            model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+            for action in (lambda: spillover.TransferEngine(host="1MiB"),
+                           lambda: spillover.TransferEngine(device="cuda:0", host="1MiB"),
+                           lambda: spillover.stream_parameters(model)):
+                try:
+                    action()
+                except spillover.ConfigError as error:
+                    assert "needs a CUDA device" in str(error), error
+                    assert "\\n" not in str(error).strip(), error
+                else:
+                    raise AssertionError(action)
+            """
+        ),
+        CUDA_VISIBLE_DEVICES="",
     )
     assert result.returncode == 0, result.stderr
 

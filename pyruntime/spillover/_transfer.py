@@ -189,9 +189,11 @@ class TransferEngine(_core.TransferEngine, Closeable):
     Raises
     ------
     ConfigError
-        An argument is wrong.
+        An argument is wrong, or torch sees no CUDA device.
     DriverError
         There is no such device.
+    ModuleNotFoundError
+        PyTorch is not installed.
 
     Notes
     -----
@@ -566,13 +568,27 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _device(device: torch.device | int | str | None) -> torch.device:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            "spillover.TransferEngine needs PyTorch, which is not installed: 'pip install torch'",
+            name="torch",
+        ) from None
 
     if device is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        found = torch.device("cuda")
+    else:
+        found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if found.type != "cuda":
         raise ConfigError(f"device={device!r} is no CUDA device; write 0 or 'cuda:0'")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "a TransferEngine needs a CUDA device, and torch sees none; spillover.emulator gives "
+            "one to try it on"
+        )
     if found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found
