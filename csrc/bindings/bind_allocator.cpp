@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "allocator/arenas.hpp"
+#include "allocator/block_annotation.hpp"
 #include "allocator/pools.hpp"
 #include "allocator/statistics.hpp"
 #include "bindings/bindings.hpp"
@@ -180,8 +181,9 @@ void define_arenas(PoolClass& pool_class) {
       .def(
           "alloc_in",
           [](const PoolReference& pool, ArenaId arena, size_t size_bytes, uintptr_t stream) {
-            return reinterpret_cast<uintptr_t>(
-                pool.get().allocate_in(arena, size_bytes, pointer_of(stream)));
+            void* const block = pool.get().allocate_in(arena, size_bytes, pointer_of(stream));
+            annotate_block_begin(block, size_bytes);
+            return reinterpret_cast<uintptr_t>(block);
           },
           py::arg("arena"), py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
       .def(
@@ -247,12 +249,15 @@ void define_memory(PoolClass& pool_class) {
       .def(
           "alloc",
           [](const PoolReference& pool, size_t size_bytes, uintptr_t stream) {
-            return reinterpret_cast<uintptr_t>(pool.get().allocate(size_bytes, pointer_of(stream)));
+            void* const block = pool.get().allocate(size_bytes, pointer_of(stream));
+            annotate_block_begin(block, size_bytes);
+            return reinterpret_cast<uintptr_t>(block);
           },
           py::arg("size_bytes"), py::arg("stream") = 0, ReleaseGil())
       .def(
           "free",
           [](const PoolReference& pool, uintptr_t address) {
+            annotate_block_end(pointer_of(address));
             pool.get().free(pointer_of(address));
           },
           py::arg("address"), ReleaseGil())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ import spillover
 from spillover import _core, allocator
 
 MIB = 1 << 20
+
+RunEmulated = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def capsule_name(capsule: Any) -> bytes:
@@ -63,6 +67,44 @@ def test_a_consumers_stream_waits_for_the_blocks(torch_with_pool: TorchProcess) 
             del other
         """
     )
+
+
+OWN_BLOCKS = """
+import threading
+import torch
+from spillover import allocator, emulator
+allocator.install()
+torch.cuda.init()
+threading.Thread(target=int).start()  # from here on blocks are followed
+SIZE = 3 << 20
+tensor = torch.ones(SIZE, dtype=torch.uint8, device="cuda")
+address = tensor.data_ptr()
+del tensor
+block = allocator.Pool(0).allocate(SIZE)
+assert block.address == address, "the bytes were torch's before"
+alias = torch.as_tensor(block, device="cuda")
+alias.fill_(3)
+assert emulator.hazards() == []
+block.free()
+tensor = torch.zeros(SIZE, dtype=torch.uint8, device="cuda")
+assert tensor.data_ptr() == address, "and are torch's again"
+tensor.fill_(1)
+assert emulator.hazards() == []
+del tensor
+block = allocator.Pool(0).allocate(SIZE)
+alias.fill_(4)
+assert emulator.hazards() == [], "the same bytes, in use"
+block.free()
+alias.fill_(5)
+(text,) = emulator.hazards()
+assert "kind: use after free" in text, text
+emulator.clear_hazards()
+"""
+
+
+def test_the_checker_follows_blocks_that_are_not_torchs(run_emulated: RunEmulated) -> None:
+    """What torch gave back and the program took from the pool is not free, until it is."""
+    run_emulated(OWN_BLOCKS, hazards="count")
 
 
 @pytest.mark.parametrize(

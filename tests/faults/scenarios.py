@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from spillover import TransferEngine, _core, offload_activations, stream_parameters
+from spillover import (
+    DurableStore,
+    TransferEngine,
+    _core,
+    allocator,
+    offload_activations,
+    stream_parameters,
+)
 from spillover._streams import copy_streams
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
 from spillover.hooks._saved_transfers import settle
@@ -270,6 +277,46 @@ def transfers_disk() -> object:
         store.close()
 
 
+def durable() -> object:
+    """A store that is made, committed twice, opened again, read, rolled back and removed."""
+    size = 30_000
+    contents = [bytes([number]) * size for number in (1, 2, 3)]
+    found = bytearray(size)
+    with tempfile.TemporaryDirectory(dir=_FOLDER) as place:
+        folders = [f"{place}/a", f"{place}/b"]
+        with DurableStore(folders, {"state": size}, extent_bytes=8192) as store:
+            for step, content in enumerate(contents[:2]):
+                store.write("state", content).wait()
+                store.commit({"step": step})
+        with DurableStore(folders) as store:
+            store.write("state", contents[2]).wait()
+            store.rollback()
+            store.verify()
+            store.read("state", found).wait()
+            result = torch.frombuffer(found, dtype=torch.uint8), store.extra, store.sequence
+        DurableStore.delete(folders)
+        return result
+
+
+def sleeping() -> object:
+    """A tag of the device pool that sleeps and wakes, with a block that is freed meanwhile."""
+    with allocator.tag("faults: sleeping"):
+        kept = torch.full((3 * MIB,), 7, dtype=torch.uint8, device="cuda")
+        freed = torch.full((MIB,), 9, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    try:
+        allocator.sleep("faults: sleeping")
+        del freed
+        moved = allocator.wake("faults: sleeping")
+    finally:
+        _twice(allocator.wake)  # A waking that failed can be repeated; what is awake stays so.
+    result = kept.cpu(), moved
+    del kept
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return result
+
+
 SCENARIOS: dict[str, Callable[[], object]] = {
     function.__name__: function
     for function in (
@@ -286,15 +333,23 @@ SCENARIOS: dict[str, Callable[[], object]] = {
         training_retried,
         transfers_host,
         transfers_disk,
+        durable,
+        sleeping,
     )
 }
+#: Those that have nothing to do without this package's pool under torch.
+ON_THE_POOL = {"pool", "sleeping"}
 
 #: Faults of the disk tier, one of each kind that an operation can have.
 STORAGE = {
     **{
         f"{operation}-{error}": StorageFault(operation, error=error)  # type: ignore[arg-type]
         for operation, errors in {
+            "make_folder": ("EACCES",),
             "open": ("EMFILE", "EROFS"),
+            "rename": ("EIO",),
+            "lock": ("EIO",),
+            "sync": ("EIO",),
             "allocate": ("ENOSPC", "EIO", "EINTR", "EOPNOTSUPP"),
             "read": ("EIO", "EINTR", "EAGAIN"),
             "write": ("ENOSPC", "EIO", "EINTR", "EAGAIN"),
@@ -350,9 +405,7 @@ def main(name: str, fault: str, sample: str = "all", seed: str = "0") -> None:
     """Sweep one scenario, or all of them on the installed pool, and print what was found."""
     names = list(SCENARIOS) if name == "all" else [name]
     check = None
-    if "pool" in names:
-        from spillover import allocator
-
+    if ON_THE_POOL & set(names):
         allocator.install()
         check = check_pool
     found: dict[str, Any] = {"points": 0, "survived": 0, "raised": Counter(), "failures": []}

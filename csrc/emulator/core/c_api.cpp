@@ -3,6 +3,7 @@
 #include "emulator/core/c_api.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -33,6 +34,8 @@ Machine* checking_machine() {
   Machine& machine = Machine::instance();
   return machine.hazards.enabled() ? &machine : nullptr;
 }
+
+std::atomic<bool> follows_blocks{false};
 
 // Follows an allocator's blocks over virtual time.
 void note_block(std::int64_t bytes) {
@@ -314,6 +317,14 @@ void spillover_emulator_block_end(const void* pointer, size_t size_bytes) {
   const Lock lock(machine->mutex);
   machine->hazards.blocks().end(reinterpret_cast<Address>(pointer), size_bytes,
                                 emulator::current_site(), machine->streams.threads().snapshot());
+}
+
+void spillover_emulator_follow_blocks(void) {
+  follows_blocks.store(true, std::memory_order_relaxed);
+}
+
+int spillover_emulator_follows_blocks(void) {
+  return follows_blocks.load(std::memory_order_relaxed) ? 1 : 0;
 }
 
 void spillover_emulator_set_stacks(uint32_t (*capture)(void),

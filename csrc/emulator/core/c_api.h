@@ -87,6 +87,11 @@ void spillover_emulator_forget(uint64_t token);
 void spillover_emulator_block_begin(const void* pointer, size_t size_bytes, uint64_t pool);
 void spillover_emulator_block_end(const void* pointer, size_t size_bytes);
 
+/* Whether blocks are followed: set once the program's main allocator tells of its own. Other
+ * allocators tell of theirs only then, since half of the truth is worse than nothing. */
+void spillover_emulator_follow_blocks(void);
+int spillover_emulator_follows_blocks(void);
+
 /* Where calls come from: capture names the calling thread's stack by a number (0: none) and format
  * puts it into words, one line a frame. Neither may call CUDA; format may be called with a lock of
  * the emulated device held. */

@@ -271,11 +271,14 @@ def _follow_blocks(library: str) -> None:
     """
     from torch import cuda
 
+    def start() -> None:
+        if ctypes.CDLL(library).spillover_emulator_aten_follow_blocks() == 0:
+            _libraries.driver().spillover_emulator_follow_blocks()
+
     @functools.lru_cache(maxsize=1)
     def follow() -> None:
         # Torch's allocator takes trackers once it is set up.
-        function = ctypes.CDLL(library).spillover_emulator_aten_follow_blocks
-        cuda._lazy_call(function)  # type: ignore[no-untyped-call]
+        cuda._lazy_call(start)  # type: ignore[no-untyped-call]
 
     if _active is not None and (_active.blocks or _active.uninitialized):
         follow()

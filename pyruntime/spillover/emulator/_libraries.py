@@ -90,6 +90,7 @@ def driver() -> ctypes.CDLL:
     number, stream = ctypes.c_uint64, ctypes.c_void_p
     signatures: dict[str, tuple[object, list[object]]] = {
         "cuInit": (ctypes.c_int, [ctypes.c_uint]),
+        "spillover_emulator_follow_blocks": (None, []),
         "spillover_emulator_hazard_count": (size, []),
         "spillover_emulator_hazard_text": (size, [size, text, size]),
         "spillover_emulator_hazards_clear": (None, []),
