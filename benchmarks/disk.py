@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import statistics
 import tempfile
@@ -50,6 +51,8 @@ def run(*, quick: bool, folder: Path | None = None, size: str | None = None) -> 
         f"{size_bytes >> 20} MiB a round in {folder}, medians of {pairs} pairs that take turns",
         "ratio_to_raw: ours over the raw loop beside it, median of the pairs; io_uring's, "
         "and with .threads the other engine's; our checksums on, none in the raw loop",
+        "raw_with_sums: the raw loop by io_uring, whose thread computes a checksum of each block: "
+        "what it costs here that all memory is read once more",
         "memory of both: private, huge pages where the system has them; DeepSpeed's is its own",
         "crc_gb_s: checksums of one core over memory beyond its caches",
     ]
@@ -98,6 +101,10 @@ def _take_turns(
                 "raw": functools.partial(raw.seconds, direction, way, size_bytes, each.descriptor),
                 "ours": functools.partial(each.seconds, direction),
             }
+            if engine == "io_uring":
+                turns["raw_with_sums"] = functools.partial(
+                    raw.seconds, direction, _with_sums(way), size_bytes, each.descriptor
+                )
             if peer is not None and engine == "io_uring":
                 library, settings = peer
                 turns["deepspeed"] = functools.partial(
@@ -108,10 +115,14 @@ def _take_turns(
             rows.setdefault(f"ours_{_short(engine)}", []).append(rates["ours"])
             rows.setdefault("raw", []).append(rates["raw"])
             rows.setdefault(f"ratio_{engine}", []).append(rates["ours"] / rates["raw"])
-            if "deepspeed" in rates:
-                rows.setdefault("deepspeed", []).append(rates["deepspeed"])
-                rows.setdefault("ratio_to_deepspeed", []).append(rates["ours"] / rates["deepspeed"])
+            for other in rates.keys() - {"ours", "raw"}:
+                rows.setdefault(other, []).append(rates[other])
+                rows.setdefault(f"ratio_to_{other}", []).append(rates["ours"] / rates[other])
     return rows
+
+
+def _with_sums(way: Way) -> Way:
+    return dataclasses.replace(way, engine="io_uring_sums")
 
 
 def _deepspeed(
@@ -167,8 +178,8 @@ def _add(metrics: dict[str, float], direction: str, rows: dict[str, list[float]]
             metrics[f"ratio_to_raw.{direction}"] = median
         elif name == "ratio_threads":
             metrics[f"ratio_to_raw.{direction}.threads"] = median
-        elif name == "ratio_to_deepspeed":
-            metrics[f"ratio_to_deepspeed.{direction}"] = median
+        elif name.startswith("ratio_to_"):
+            metrics[f"{name}.{direction}"] = median
         else:
             metrics[f"{direction}_gb_s.{name}"] = median
 

@@ -1,9 +1,10 @@
 // Plain O_DIRECT loops over one file, without checksums or any other care: what a disk gives at
 // best. Compiled by benchmarks/_disk/raw.py.
 //
-// Each line of the input, "write|read threads|io_uring DEPTH BLOCK_BYTES BYTES DESCRIPTOR", moves
-// the first BYTES of a file that the parent has opened, and is answered by the seconds that it
-// took.
+// Each line of the input, "write|read threads|io_uring|io_uring_sums DEPTH BLOCK_BYTES BYTES
+// DESCRIPTOR", moves the first BYTES of a file that the parent has opened, and is answered by the
+// seconds that it took. io_uring_sums has its one thread compute our checksum of each block, before
+// it is written and after it was read: what reading all memory once more costs, at best.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -19,6 +20,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/crc32c.hpp"
 #include "tiers/io_uring.hpp"
 
 namespace {
@@ -33,6 +35,7 @@ using spillover::TransferDirection;
 
 struct Job {
   bool is_write;
+  bool has_sums;
   uint64_t depth;
   uint64_t block_bytes;
   uint64_t total_bytes;
@@ -105,8 +108,15 @@ double run_io_uring(int file, const Job& job, const Memory& memory) {
   const bool is_registered = ring.register_buffers({&buffer, 1}) == 0;
   uint64_t next = 0;
   uint64_t running = 0;
+  uint32_t sums = 0;  // Of no use, but that they are computed.
+  std::vector<uint64_t> offsets(job.depth);
+  const auto add_sum = [&](uint64_t offset) {
+    if (job.has_sums) sums ^= spillover::crc32c(memory.at(offset), job.block_bytes);
+  };
   const auto start = [&](uint64_t slot) {
     if (next >= job.total_bytes) return;
+    offsets[slot] = next;
+    if (job.is_write) add_sum(next);
     ring.add_transfer(
         {job.is_write ? TransferDirection::kWrite : TransferDirection::kRead, file, memory.at(next),
          static_cast<uint32_t>(job.block_bytes), next, is_registered ? 0 : -1},
@@ -121,10 +131,14 @@ double run_io_uring(int file, const Job& job, const Memory& memory) {
     while (const auto result = ring.next_result()) {
       check_moved(job, result->value);
       --running;
+      const uint64_t done = offsets[result->tag];
       start(result->tag);
+      if (!job.is_write) add_sum(done);
     }
   }
-  return seconds_since(begin);
+  const double seconds = seconds_since(begin);
+  if (job.has_sums && sums == 1) std::cerr << ' ';
+  return seconds;
 }
 
 }  // namespace
@@ -137,6 +151,7 @@ int main() {
   const Memory memory;
   while (std::cin >> direction >> way >> job.depth >> job.block_bytes >> job.total_bytes >> file) {
     job.is_write = direction == "write";
+    job.has_sums = way == "io_uring_sums";
     std::cout << (way == "threads" ? run_threads : run_io_uring)(file, job, memory) << std::endl;
   }
   return 0;

@@ -17,6 +17,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = (
     "benchmarks/_disk/raw.cpp",
     "csrc/tiers/io_uring.cpp",
+    "csrc/base/crc32c.cpp",
     "csrc/base/file_descriptor.cpp",
     "csrc/base/check.cpp",
 )
@@ -24,7 +25,10 @@ _SOURCES = (
 
 @dataclass(frozen=True)
 class Way:
-    """How a loop goes: ``threads`` or ``io_uring``, how many blocks at once, of which size."""
+    """How a loop goes: ``threads`` or ``io_uring``, how many blocks at once, of which size.
+
+    ``io_uring_sums`` computes a checksum of each.
+    """
 
     engine: str
     depth: int

@@ -238,9 +238,7 @@ void UringEngine::begin(DiskPiece& piece) noexcept {
 void UringEngine::start_chunks() noexcept {
   for (auto request = requests_.begin(); request != requests_.end(); ++request) {
     while (!request->error && request->started < request->sums.size()) {
-      if (free_chunks_.empty() || moving_bytes_ >= kMovingBytesMax || due_bytes_ >= kDueBytesMax) {
-        return;
-      }
+      if (free_chunks_.empty() || due_bytes_ >= kDueBytesMax) return;
       if (!start_chunk(request)) break;
     }
   }
@@ -264,7 +262,6 @@ bool UringEngine::start_chunk(Requests::iterator place) noexcept {
   const size_t padded_bytes = round_up(size_bytes, kDiskBlockBytes);
   std::byte* const data = request.piece.data + begin;
   const TransferDirection direction = request.piece.direction;
-  moving_bytes_ += size_bytes;
   if (direction == TransferDirection::kWrite) owe_sum(request, chunk.index);
   chunk.bounce = bounce.value_or(kNoBounce);
   chunk.memory = bounce ? buffers_->bounce(*bounce) : data;
@@ -357,7 +354,6 @@ void UringEngine::end_chunk(Chunk& chunk, std::exception_ptr error) noexcept {
   if (chunk.bounce != kNoBounce) buffers_->give_back(chunk.bounce);
   chunk.plan.reset();
   free_chunks_.push_back(static_cast<size_t>(&chunk - chunks_.data()));
-  moving_bytes_ -= size_bytes;
   --request.running;
 }
 
@@ -370,10 +366,9 @@ void UringEngine::owe_sum(Request& request, size_t chunk) noexcept {
 void UringEngine::compute_sum() noexcept {
   for (Request& request : requests_) {
     if (request.due.empty()) continue;
-    // The last that was moved, which is likeliest to be in a cache yet.
-    const size_t chunk = request.due.back();
+    const size_t chunk = request.due.front();
     const size_t size_bytes = request.bytes_of(chunk);
-    request.due.pop_back();
+    request.due.erase(request.due.begin());  // Of a few.
     due_bytes_ -= size_bytes;
     if (request.error) continue;
     request.sums[chunk] =
