@@ -1,4 +1,4 @@
-"""Builds the stress programs with each sanitizer; the pool's runs on the emulated device.
+"""Builds the stress programs with each sanitizer; the pools' run on the emulated device.
 
 Usage: run_sanitizers.py [thread] [address,undefined]
 """
@@ -21,6 +21,7 @@ PROGRAMS = {
         ("base", "driver", "trace", "allocator", "tiers", "transfer"),
         ("3", "1200"),
     ),
+    "tiers/host_stress.cpp": (("base", "driver", "trace", "tiers"), ("4", "1000")),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
     "tiers/stress.cpp": (("base", "driver", "trace", "tiers"), ("3", "250")),
 }
