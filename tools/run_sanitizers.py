@@ -1,4 +1,4 @@
-"""Builds the stress programs with each sanitizer; the pool's runs on the emulated device.
+"""Builds the stress programs with each sanitizer; those with a device run on the emulated one.
 
 Usage: run_sanitizers.py [thread] [address,undefined]
 """
@@ -21,6 +21,7 @@ PROGRAMS = {
         ("base", "driver", "trace", "allocator", "tiers", "transfer"),
         ("3", "1200"),
     ),
+    "transfer/stress.cpp": (("base", "driver", "trace", "tiers", "transfer"), ("2", "500")),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
 }
 SANITIZERS = ("thread", "address,undefined")
