@@ -1,4 +1,4 @@
-"""Builds the stress programs with each sanitizer; the pools' run on the emulated device.
+"""Builds the stress programs with each sanitizer; those with a device run on the emulated one.
 
 Usage: run_sanitizers.py [thread] [address,undefined]
 """
@@ -22,6 +22,7 @@ PROGRAMS = {
         ("3", "1200"),
     ),
     "tiers/host_stress.cpp": (("base", "driver", "trace", "tiers"), ("4", "1000")),
+    "transfer/stress.cpp": (("base", "driver", "trace", "tiers", "transfer"), ("2", "500")),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
     "tiers/stress.cpp": (("base", "driver", "trace", "tiers"), ("3", "250")),
 }

@@ -131,7 +131,7 @@ void TransferEngine::issue(std::span<Piece> pieces) {
   {
     const Lock lock(mutex_);
     arrivals_.push_back(std::move(flight));
-    changed_.notify_all();
+    announce();
   }
   pieces.front().ticket->issued(pieces.size(), mark);
 }
@@ -159,7 +159,7 @@ bool TransferEngine::start_read(const ChunkRef& ref, HostBuffer&& host, Transfer
     const Lock lock(mutex_);
     chunk.disk_work = read;
     reads_.push_back({ref, read});
-    changed_.notify_all();
+    announce();
     if (ticket != nullptr) ticket->reads(std::move(read));
     return true;
   } catch (...) {
@@ -169,7 +169,7 @@ bool TransferEngine::start_read(const ChunkRef& ref, HostBuffer&& host, Transfer
     release_host(*ref.payload, chunk, garbage);
     settle(*ref.payload, chunk, garbage);
     ++counters_->disk_errors;
-    changed_.notify_all();
+    announce();
     throw;
   }
 }
@@ -203,7 +203,7 @@ void TransferEngine::enqueue(std::vector<Piece>& pieces, int priority) {
   for (size_t i = 0; i < pieces.size(); ++i)
     pieces_.emplace(PieceKey{-int64_t{priority}, fetch, i}, std::move(pieces[i]));
   pieces.clear();
-  changed_.notify_all();
+  announce();
 }
 
 // For pieces that are in nobody's hands any more.
@@ -308,10 +308,11 @@ TransferEngine::PieceOutcome TransferEngine::serve_piece(std::span<Piece> piece)
   if (is_to_be_read) {
     // One attempt: by then there may be pieces that can be issued, which is what frees memory.
     const uint64_t since = next_request();
+    const uint64_t seen = changes();
     std::exception_ptr error;
     if (auto host = try_acquire(chunk.size_bytes, kAnyUse, since, &error))
       start_read(ref, std::move(*host), piece.front().ticket.get());
-    else if (!help_to_memory(chunk.size_bytes, since, Asker::kEngine))
+    else if (!help_to_memory(chunk.size_bytes, since, Asker::kEngine) && changes() == seen)
       throw_no_memory(chunk.size_bytes, since, error);
     return PieceOutcome::kWaits;
   }

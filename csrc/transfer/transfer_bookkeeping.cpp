@@ -22,7 +22,7 @@ void TransferEngine::release_host(Payload& payload, Chunk& chunk, Garbage& garba
   chunk.host = HostBuffer();
   host_bytes_ -= chunk.size_bytes;
   if (--payload.host_chunks == 0) on_host_.erase(&payload);
-  changed_.notify_all();
+  announce();
 }
 
 // Gives up what a dropped chunk holds once nothing of it is under way.
@@ -64,7 +64,7 @@ void TransferEngine::finish_flight(Flight&& flight, CopyDirection direction, Gar
   if (direction == CopyDirection::kOut) leaving_bytes_ -= flight.device_bytes;
   std::move(flight.owners.begin(), flight.owners.end(), std::back_inserter(released_));
   garbage.marks.push_back(std::move(flight.mark));
-  changed_.notify_all();
+  announce();
 }
 
 void TransferEngine::collect_flights(CopyDirection direction) {
@@ -138,7 +138,7 @@ void TransferEngine::finish_write(const DiskWork& work) noexcept {
     counters_->written_bytes += chunk.size_bytes;
   }
   settle(*work.ref.payload, chunk, garbage);
-  changed_.notify_all();
+  announce();
 }
 
 // The disk's copy stays whatever comes of it, so it can be tried again. Returns the error.
@@ -159,7 +159,7 @@ std::exception_ptr TransferEngine::finish_read(const DiskWork& work) noexcept {
     counters_->read_bytes += chunk.size_bytes;
   }
   settle(*work.ref.payload, chunk, garbage);
-  changed_.notify_all();
+  announce();
   return error;
 }
 
@@ -168,7 +168,7 @@ void TransferEngine::remove_reader(const ChunkRef& ref) noexcept {
   const Lock lock(mutex_);
   change(ref.chunk(), [](Residency& residency) { residency.remove_reader(); });
   settle(*ref.payload, ref.chunk(), garbage);
-  changed_.notify_all();
+  announce();
 }
 
 // Called with the mutex held. The sets are sorted by what changes.

@@ -198,7 +198,7 @@ void TransferEngine::depart(Departure& batch, TransferTicket* ticket) {
     leaving_bytes_ += batch.device_bytes;
     departures_.push_back({mark, std::move(batch.chunks), std::move(batch.owners),
                            batch.device_bytes, batch.size_bytes, issued_ns});
-    changed_.notify_all();
+    announce();
   }
   batch = Departure();
   if (ticket != nullptr) ticket->issued(1, mark);
@@ -255,7 +255,7 @@ std::shared_ptr<TransferTicket> TransferEngine::copy(std::vector<PinnedCopy> cop
   const Lock lock(mutex_);
   if (is_out) leaving_bytes_ += flight.device_bytes;
   (is_out ? departures_ : arrivals_).push_back(std::move(flight));
-  changed_.notify_all();
+  announce();
   return ticket;
 }
 

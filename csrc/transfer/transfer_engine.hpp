@@ -247,6 +247,11 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // transfer_bookkeeping.cpp
   template <class Change>
   void change(Chunk& chunk, Change change);
+  // With the mutex held: memory was let go of, or something is under way that may free some.
+  void announce() {
+    ++changes_;
+    changed_.notify_all();
+  }
   void take_host(Payload& payload, Chunk& chunk, HostBuffer&& host);
   void release_host(Payload& payload, Chunk& chunk, Garbage& garbage);
   void settle(Payload& payload, Chunk& chunk, Garbage& garbage);
@@ -262,10 +267,13 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // transfer_memory.cpp
   static constexpr uint64_t kAnyUse = 0;  // Needed before all that is there.
   static constexpr uint64_t kLastRequest = UINT64_MAX;
+  // How often a request looks again because of what others have done meanwhile.
+  static constexpr int kRetriesMax = 16;
   size_t limit_bytes() const;
   std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at, uint64_t since,
                                         std::exception_ptr* error = nullptr);
   HostBuffer acquire(size_t size_bytes);
+  uint64_t changes() const;
   uint64_t next_request();
   bool help_to_memory(size_t size_bytes, uint64_t since, Asker asker);
   [[noreturn]] void throw_no_memory(size_t size_bytes, uint64_t since,
@@ -326,6 +334,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   uint64_t position_ = 0;
   uint64_t payloads_made_ = 0;
   uint64_t fetches_made_ = 0;
+  uint64_t changes_ = 0;   // That were announced.
   uint64_t requests_ = 1;  // For host memory that had to wait, counted from 1.
   size_t host_bytes_ = 0;
   size_t host_bytes_peak_ = 0;

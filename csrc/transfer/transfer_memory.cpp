@@ -77,13 +77,20 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, uint64_t since, Garbage&
 
 HostBuffer TransferEngine::acquire(size_t size_bytes) {
   const uint64_t since = next_request();
-  for (;;) {
+  for (int retries = 0;;) {
+    const uint64_t seen = changes();
     std::exception_ptr error;
     if (std::optional<HostBuffer> host = try_acquire(size_bytes, kAnyUse, since, &error))
       return std::move(*host);
-    if (!help_to_memory(size_bytes, since, Asker::kProgram))
-      throw_no_memory(size_bytes, since, error);
+    if (help_to_memory(size_bytes, since, Asker::kProgram)) continue;
+    // Others may have let go of memory, and ended, after this thread had looked for it.
+    if (changes() == seen || retries++ == kRetriesMax) throw_no_memory(size_bytes, since, error);
   }
+}
+
+uint64_t TransferEngine::changes() const {
+  const Lock lock(mutex_);
+  return changes_;
 }
 
 uint64_t TransferEngine::next_request() {
@@ -174,7 +181,7 @@ bool TransferEngine::start_write(uint64_t since, uint64_t needed_at) {
     chunk.disk_work = work.ticket;
     chunk.stored = std::move(request.payload);
     writes_.push_back(std::move(work));
-    changed_.notify_all();
+    announce();
     return true;
   } catch (...) {
     Garbage garbage;
@@ -184,7 +191,7 @@ bool TransferEngine::start_write(uint64_t since, uint64_t needed_at) {
     disk_error_ = std::current_exception();
     ++counters_->disk_errors;
     settle(*work.ref.payload, chunk, garbage);
-    changed_.notify_all();
+    announce();
     return false;
   }
 }
