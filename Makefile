@@ -26,7 +26,7 @@ test: setup $(STAMPS)/stacks
 soak: setup $(STAMPS)/stacks
 	SPILLOVER_SOAK=1 $(BIN)/python -m pytest -q -n auto --timeout 1200
 
-# The stress programs of the pool, the trace and the disk store under ThreadSanitizer and AddressSanitizer.
+# The stress programs (tests/**/*stress.cpp) under ThreadSanitizer and AddressSanitizer.
 sanitize: setup
 	$(BIN)/python tools/run_sanitizers.py
 

@@ -25,6 +25,7 @@ PROGRAMS = {
     "transfer/stress.cpp": (("base", "driver", "trace", "tiers", "transfer"), ("2", "500")),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
     "tiers/stress.cpp": (("base", "driver", "trace", "tiers"), ("3", "250")),
+    "optim/stress.cpp": (("base", "optim"), ("3", "3")),
 }
 SANITIZERS = ("thread", "address,undefined")
 
@@ -51,6 +52,8 @@ def build(sanitizer: str, source: str, layers: tuple[str, ...], program: Path) -
         "-g",
         "-O1",
         "-fno-omit-frame-pointer",
+        # As csrc/optim/CMakeLists.txt has it.
+        "-ffp-contract=off",
         f"-fsanitize={sanitizer}",
     ]
     command += [f"-I{ROOT / 'csrc'}", "-isystem", cuda_headers()]
