@@ -213,7 +213,11 @@ class Transfers:
         if not transit.tickets:
             transit.tickets = arrived
         if failures:
-            raise failures[0]
+            try:
+                raise failures[0]
+            finally:
+                # The error knows this frame, whose tensors it would keep for the garbage collector.
+                failures.clear()
 
     def _lives_on_host(self, parked: Parked) -> bool:
         """Whether it goes to host memory, and has some then."""
