@@ -30,7 +30,7 @@ from spillover import (
 from spillover._streams import copy_streams
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
 from spillover.hooks._saved_transfers import settle
-from spillover.optim import AdamW, _paging_store, page
+from spillover.optim import AdamW, _paging_store, page, unpage
 
 MIB = 1 << 20
 _folder = tempfile.TemporaryDirectory(prefix="spillover-faults-")
@@ -188,7 +188,7 @@ def adamw() -> object:
 
 
 def _paged(tier: str, **options: Any) -> list[torch.Tensor]:
-    """Steps of an optimizer whose state is paged in small buckets."""
+    """Steps of an optimizer whose state is paged in small buckets, and its way back."""
     copy_streams(torch.device("cuda", 0))  # Which only the host tier, and failures, would use.
     torch.manual_seed(0)
     weights = [nn.Parameter(torch.randn(size).cuda()) for size in (1000, 3000, 500, 2000)]
@@ -198,7 +198,9 @@ def _paged(tier: str, **options: Any) -> list[torch.Tensor]:
         for weight in weights:
             weight.grad = torch.full_like(weight, step + 1.0)
         optimizer.step()
-    found = [optimizer.state[weight]["exp_avg"].clone() for weight in weights]
+    found = [optimizer.state[weights[0]]["exp_avg"].clone()]
+    unpage(optimizer)
+    found += [optimizer.state[weight]["exp_avg_sq"].cpu() for weight in weights]
     return found + [weight.detach().cpu() for weight in weights]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +420,42 @@ def test_an_optimizer_that_is_dropped_right_after_its_step() -> None:
         each.fill_(3.0)
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert_same_bits(one, other)
+
+
+def test_without_a_device() -> None:
+    code = """
+import pickle, torch
+from spillover.optim import page, unpage
+model = torch.nn.Linear(4, 4)
+optimizer = page(torch.optim.AdamW(model.parameters()))
+assert not torch.cuda.is_available()
+for _ in range(3):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+again = pickle.loads(pickle.dumps(optimizer))
+optimizer.load_state_dict(again.state_dict())
+optimizer.step()
+unpage(optimizer)
+assert optimizer.state[model.weight]["step"] == 4
+"""
+    environment = {key: value for key, value in os.environ.items() if "SPILLOVER" not in key}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_a_compiled_step() -> None:
+    model, optimizer = pair({"bucket_bytes": 8 * KIB}, 1)
+    expected = pair(None, 2)
+
+    @torch.compile(backend="eager")
+    def step() -> None:
+        optimizer.step()
+
+    optimizer.zero_grad(set_to_none=False)
+    backward(model, 1)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    step()
+    assert_same((model, optimizer), expected)
 
 
 def test_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

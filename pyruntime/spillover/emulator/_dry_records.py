@@ -250,7 +250,9 @@ class Records:
                 self._tag_parameter(parameter)
         for state in optimizer.state.values():
             if isinstance(state, dict):
-                for value in state.values():
+                # Not through the methods of a derived class: a paged optimizer's wait for state
+                # that is on its way off the device, which is of no interest here.
+                for value in dict.values(state):
                     self._tag(value, _STATE)
 
     def _tag_parameter(self, parameter: Any) -> None:

@@ -371,7 +371,9 @@ def _renew_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_capture(what: str) -> None:
-    if torch.cuda.is_current_stream_capturing():
+    # What has no driver records nothing.
+    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if is_initialized and torch.cuda.is_current_stream_capturing():
         raise StateError(
             f"{what} of a paged optimizer cannot be recorded in a CUDA graph: its state moves "
             "between host and device; call it outside of the capture"

@@ -111,7 +111,7 @@ def adopt(paging: Paging, loaded: dict[Any, Any], old: States | None) -> States:
     plain: defaultdict[Any, Any] = defaultdict(dict)
     for key, entry in loaded.items():
         plain[key] = map_leaves(entry, functools.partial(place, key))
-    # From here on nothing fails, and what there was may go.
+    # The copies here do not fail.
     for parked in giving:
         parked.settle()
     for parked, source in to_host:
@@ -119,13 +119,15 @@ def adopt(paging: Paging, loaded: dict[Any, Any], old: States | None) -> States:
         parked.live_in(parked.memory)
         assert parked.host is not None
         parked.host.copy_(source)
-    for parked in giving:
-        parked.host = parked.memory = None
     if any(
         isinstance(leaf, torch.Tensor) and leaf.is_cuda and is_large(leaf)
         for leaf in leaves(dict(plain))
     ):
+        # Of a class that loads by itself, so that its state is on the device, and nothing of it
+        # was hidden. It gets memory of its own, beside what there was: these copies may fail.
         return paging.take_over(plain)
+    for parked in giving:
+        parked.host = parked.memory = None
     states = States()
     for key, entry in plain.items():
         states[key] = entry

@@ -270,7 +270,10 @@ class Paging:
                 "moved by its bytes. The step is done; go on after spillover.optim.unpage()"
             )
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure, leaving
 
 
 class Leaving:

@@ -24,6 +24,7 @@ import torch
 
 from spillover._core import TraceLabel
 from spillover._errors import SpilloverError
+from spillover._layout import is_dense
 from spillover._stalls import Stall
 from spillover._streams import copy_streams, new_event
 from spillover._transfer import TransferTicket
@@ -213,7 +214,11 @@ class Transfers:
         if not transit.tickets:
             transit.tickets = arrived
         if failures:
-            raise failures[0]
+            try:
+                raise failures[0]
+            finally:
+                # The error knows this frame, whose tensors it would keep for the garbage collector.
+                failures.clear()
 
     def _lives_on_host(self, parked: Parked) -> bool:
         """Whether it goes to host memory, and has some then."""
@@ -251,7 +256,8 @@ class Transfers:
             if parked.stored is not None:
                 parked.stored.drop()
                 parked.stored = None
-        stored, ticket = self._store.put(transit.device, [tensor for tensor, _ in pairs])
+        tensors = [tensor if is_dense(tensor) else tensor.contiguous() for tensor, _ in pairs]
+        stored, ticket = self._store.put(transit.device, tensors)
         for (_, parked), each in zip(pairs, stored, strict=True):
             parked.leave_host()
             parked.stored = each
