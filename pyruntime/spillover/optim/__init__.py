@@ -2,6 +2,7 @@
 
 from spillover.optim._adamw import AdamW
 from spillover.optim._clipping import clip_grad_norm_
+from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import (
     GradientStats,
     OffloadedGradients,
@@ -16,4 +17,5 @@ __all__ = [
     "PendingGradient",
     "clip_grad_norm_",
     "offload_gradients",
+    "pending_gradient",
 ]
