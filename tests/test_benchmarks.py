@@ -61,6 +61,16 @@ EXPECTED = {
         "hazard_kinds_caught",
         "hazard_false_alarms",
     },
+    "optimizer": {
+        "gparam_s.ours_fp32",
+        "gparam_s.ours_mixed",
+        "gparam_s.ours_8bit",
+        "gparam_s.torch_fused",
+        "ratio.fp32_to_best_peer",
+        "fraction_of_stream",
+        "fraction_of_stream_mixed",
+        "stream_gb_s",
+    },
     "sleep": {
         "sleep_wake_gib_s.ours",
         "sleep_wake_gib_s.raw_copy",

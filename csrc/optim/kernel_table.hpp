@@ -23,19 +23,26 @@ struct Lerp {
   bool starts_from_new = false;
 };
 
+// A factor near 1 as a sum of two: rounded to fp32 alone its error would grow with the steps. Both
+// have one sign and none is zero, since an infinite value times such a part would become a NaN.
+struct Split {
+  float high = 1;
+  float low = 0;
+};
+
 // What is the same for all elements of a range, computed in double.
 struct StepConstants {
   Algorithm algorithm = Algorithm::kAdam;
   float gradient_scale = 1;  // negative to maximise
   float l2 = 0;              // gradient += l2 * weight
-  float decay = 0;           // weight -= decay * weight
-  float step_size = 0;       // weight -= step_size * direction
+  bool decays = false;       // weight *= keep, in one rounding with the step
+  Split keep;
+  float step_size = 0;  // weight -= step_size * direction
   float eps = 0;
 
-  Lerp first;             // Adam's exp_avg, Lion's direction
-  Lerp second_lerp;       // Lion's exp_avg
-  float second_high = 0;  // Adam's beta2 = high + low, both positive
-  float second_low = 0;
+  Lerp first;         // Adam's exp_avg, Lion's direction
+  Lerp second_lerp;   // Lion's exp_avg
+  Split second_keep;  // Adam's beta2
   float second_weight = 0;
   float denominator_scale = 1;  // 1 / sqrt(1 - beta2^step)
   bool amsgrad = false;

@@ -33,11 +33,31 @@ struct Vector {
   // The forms without a mask warn of an uninitialised variable in the compiler's own header.
   static constexpr __mmask16 kAll = 0xffff;
 
+  static F splat(float value) { return _mm512_set1_ps(value); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F sqrt(F a) { return _mm512_maskz_sqrt_ps(kAll, a); }
   static F lookup(const float* table, I index) {
     return _mm512_maskz_permutexvar_ps(kAll, cast<__m512i>(index), _mm512_load_ps(table));
   }
+  static U widen(U16 value) {
+    return cast<U>(_mm512_maskz_cvtepu16_epi32(kAll, cast<__m256i>(value)));
+  }
+  static U widen(U8 value) {
+    return cast<U>(_mm512_maskz_cvtepu8_epi32(kAll, cast<__m128i>(value)));
+  }
+  // What is narrowed fits. The instructions' forms that write to memory are slow on some
+  // processors, so the compiler must not use them.
+  static U16 narrow16(U value) {
+    __m256i result = _mm512_maskz_cvtepi32_epi16(kAll, cast<__m512i>(value));
+    asm("" : "+v"(result));
+    return cast<U16>(result);
+  }
+  static U8 narrow8(U value) {
+    __m128i result = _mm512_maskz_cvtepi32_epi8(kAll, cast<__m512i>(value));
+    asm("" : "+v"(result));
+    return cast<U8>(result);
+  }
+  static D to_double(HalfF value) { return _mm512_maskz_cvtps_pd(0xff, value); }
   static F from_half(U16 half) { return _mm512_maskz_cvtph_ps(kAll, cast<__m256i>(half)); }
   static U16 to_half(F value) {
     return cast<U16>(

@@ -21,15 +21,21 @@ struct Vector {
   typedef float HalfF __attribute__((vector_size(8)));
   typedef double D __attribute__((vector_size(16)));
 
+  static F splat(float value) { return F{value, value, value, value}; }
   static F fma(F a, F b, F c) {
     return cast<F>(vfmaq_f32(cast<float32x4_t>(c), cast<float32x4_t>(a), cast<float32x4_t>(b)));
   }
   static F sqrt(F a) { return cast<F>(vsqrtq_f32(cast<float32x4_t>(a))); }
   static F lookup(const float* table, I index) {
     F result{};
-    for (size_t i = 0; i < kLanes; ++i) result[i] = table[index[i]];
+    for (size_t i = 0; i < kLanes; ++i) result[i] = table[index[i] & 7];
     return result;
   }
+  static U widen(U16 value) { return cast<U>(vmovl_u16(cast<uint16x4_t>(value))); }
+  static U widen(U8 value) { return convert<U>(value); }
+  static U16 narrow16(U value) { return cast<U16>(vmovn_u32(cast<uint32x4_t>(value))); }
+  static U8 narrow8(U value) { return convert<U8>(value); }
+  static D to_double(HalfF value) { return convert<D>(value); }
   static F from_half(U16 half) { return cast<F>(vcvt_f32_f16(cast<float16x4_t>(half))); }
   static U16 to_half(F value) { return cast<U16>(vcvt_f16_f32(cast<float32x4_t>(value))); }
   static void stream(void* to, const void* from, size_t size_bytes) {

@@ -18,6 +18,7 @@ struct Vector {
   typedef float HalfF __attribute__((vector_size(8)));
   typedef double D __attribute__((vector_size(16)));
 
+  static F splat(float value) { return F{value, value, value, value}; }
   static F fma(F a, F b, F c) {
     F result = c;
     for (size_t i = 0; i < kLanes; ++i) result[i] = std::fma(a[i], b[i], c[i]);
@@ -29,9 +30,14 @@ struct Vector {
   }
   static F lookup(const float* table, I index) {
     F result{};
-    for (size_t i = 0; i < kLanes; ++i) result[i] = table[index[i]];
+    for (size_t i = 0; i < kLanes; ++i) result[i] = table[index[i] & 7];
     return result;
   }
+  static U widen(U16 value) { return convert<U>(value); }
+  static U widen(U8 value) { return convert<U>(value); }
+  static U16 narrow16(U value) { return convert<U16>(value); }
+  static U8 narrow8(U value) { return convert<U8>(value); }
+  static D to_double(HalfF value) { return convert<D>(value); }
   static F from_half(U16 half) { return half_to_float<Vector>(half); }
   static U16 to_half(F value) { return float_to_half<Vector>(value); }
   static void stream(void* to, const void* from, size_t size_bytes) {

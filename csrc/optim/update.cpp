@@ -112,12 +112,16 @@ float with_direction(double gradient_scale, Direction direction) {
   return direction == Direction::kMaximize ? -scale : scale;
 }
 
-// Both positive: an infinite moment times a part that is zero or negative would become a NaN.
-void split_beta(double beta, StepConstants& constants) {
-  auto high = static_cast<float>(beta);
-  if (static_cast<double>(high) >= beta) high = std::nextafterf(high, 0.0F);
-  constants.second_high = high;
-  constants.second_low = static_cast<float>(beta - static_cast<double>(high));
+Split split(double factor) {
+  auto high = static_cast<float>(std::abs(factor));
+  if (static_cast<double>(high) >= std::abs(factor)) high = std::nextafterf(high, 0.0F);
+  const auto low = static_cast<float>(std::abs(factor) - static_cast<double>(high));
+  return factor < 0 ? Split{-high, -low} : Split{high, low};
+}
+
+void set_decay(double decay, StepConstants& constants) {
+  constants.decays = decay != 0;
+  constants.keep = split(1 - decay);
 }
 
 uint32_t noise_of(int64_t step) {
@@ -158,10 +162,10 @@ void update_adam(std::span<const UpdateRange> ranges, const AdamOptions& options
   common.algorithm = Algorithm::kAdam;
   common.gradient_scale = with_direction(call.gradient_scale, options.direction);
   common.l2 = static_cast<float>(is_decoupled ? 0 : options.weight_decay);
-  common.decay = static_cast<float>(is_decoupled ? options.lr * options.weight_decay : 0);
+  set_decay(is_decoupled ? options.lr * options.weight_decay : 0, common);
   common.eps = static_cast<float>(options.eps);
   common.first = lerp_with(1 - options.beta1);
-  split_beta(options.beta2, common);
+  common.second_keep = split(options.beta2);
   common.second_weight = static_cast<float>(1 - options.beta2);
   common.amsgrad = options.amsgrad;
   std::vector<StepConstants> constants(ranges.size(), common);
@@ -215,7 +219,7 @@ void update_lion(std::span<const UpdateRange> ranges, const LionOptions& options
   StepConstants common;
   common.algorithm = Algorithm::kLion;
   common.gradient_scale = with_direction(call.gradient_scale, options.direction);
-  common.decay = static_cast<float>(options.lr * options.weight_decay);
+  set_decay(options.lr * options.weight_decay, common);
   common.step_size = static_cast<float>(options.lr);
   common.first = lerp_with(1 - options.beta1);
   common.second_lerp = lerp_with(1 - options.beta2);

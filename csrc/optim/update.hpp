@@ -11,10 +11,10 @@
 // denormals are kept. Sign and payload of a NaN are not promised.
 //
 // Note [Accuracy]
-// The mathematics are torch's; coefficients are computed in double. Where a coefficient close to 1
-// would be rounded to fp32 it is applied as a difference (weight - (lr * decay) * weight) or as a
-// sum of two (beta2), since its error would grow with the steps: 1 - lr * decay in fp32 may be off
-// by a third of lr * decay.
+// The mathematics are torch's; coefficients are computed in double. A factor close to 1 (beta2, and
+// 1 - lr * decay) is applied as a sum of two numbers, since its rounding to fp32 would act in every
+// step: 1 - 1e-6 would be off by up to 3 % of the decay. Decay and step are rounded once, together:
+// the rounding of the decay alone goes the same way step after step.
 #pragma once
 
 #include <span>
