@@ -728,3 +728,27 @@ def test_what_a_program_writes_to_a_gradient_that_it_holds(
         torch.cuda.synchronize()
         expected = 2.0 * micro_step + 2.0 * bool(kept)
         assert torch.equal(weight.grad.cpu(), torch.full((300, 300), expected))
+
+
+@pytest.mark.parametrize("how", ["clamp_", "another micro-step", "another step", "a side stream"])
+def test_memory_that_a_fetch_still_reads_is_not_written_to(how: str) -> None:
+    parameter = nn.Parameter(torch.ones(5000, device="cuda"))
+    with offload_gradients([parameter]):
+        (parameter * 3).sum().backward()
+        (parameter * 4).sum().backward()
+        fetched = parameter.grad.clone()  # Its copy has not run yet on a late schedule.
+        if how == "clamp_":
+            parameter.grad.clamp_(max=1.0)
+        elif how == "another micro-step":
+            (parameter * 5).sum().backward()
+            parameter.grad._host.wait()
+        elif how == "another step":
+            parameter.grad = None
+            (parameter * 5).sum().backward()
+            parameter.grad._host.wait()
+        else:
+            parameter.grad = None
+            with torch.cuda.stream(torch.cuda.Stream()):
+                parameter.backward(torch.full((5000,), 9.0, device="cuda"))
+                parameter.grad._host.wait()
+        assert torch.equal(fetched.cpu(), torch.full((5000,), 7.0))

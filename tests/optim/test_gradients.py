@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,10 +23,17 @@ from gradient_models import (
 from torch import nn
 
 import spillover
-from spillover import ConfigError, HostOutOfMemory, HostPool, NonFiniteGradient
+from spillover import (
+    ConfigError,
+    HostOutOfMemory,
+    HostPool,
+    NonFiniteGradient,
+    stream_parameters,
+)
 from spillover.optim import AdamW, OffloadedGradients, clip_grad_norm_, offload_gradients
 
 Twins = tuple[Gpt, Gpt, OffloadedGradients]
+VIRTUAL_MEMORY = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
 
 
 @pytest.fixture
@@ -335,3 +345,102 @@ def test_figures() -> None:
         assert stats.host_bytes == 4 * count
         assert stats.left_bytes == 3 * 2 * count
         assert stats in spillover.stats().others["gradients"]
+
+
+# ---- together with other parts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_streamed_weights_beside_weights_on_the_device(scales: bool) -> None:
+    def run(offloads: bool) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        first = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(3)])
+        last = nn.Linear(16, 4).cuda()
+        stream_parameters(first)
+        parameters = [*first.parameters(), *last.parameters()]
+        optimizer = AdamW(parameters, lr=1e-2, eps=1e-5, offload_gradients=offloads)
+        scaler = torch.amp.GradScaler("cuda", init_scale=8.0, enabled=scales)
+        for step in range(4):
+            for _ in range(1 + step % 2):
+                scaler.scale(
+                    last(first(torch.ones(2, 16, device="cuda"))).square().sum()
+                ).backward()
+            assert is_offloaded(last.weight.grad) == offloads
+            assert not is_offloaded(next(first.parameters()).grad)
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(parameters, 0.5)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return [parameter.detach().cpu() for parameter in parameters]
+
+    for found, expected in zip(run(True), run(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_activations_and_gradients() -> None:
+    plain, offloaded = make_gpt(), make_gpt()
+    with offload_gradients(offloaded.parameters()):
+        for seed in range(2):
+            plain.loss(seed).backward()
+            with spillover.offload_activations(min_bytes=1):
+                loss = offloaded.loss(seed)
+            loss.backward()
+        assert all_offloaded(offloaded)
+        assert_gradients_equal(offloaded.parameters(), plain.parameters())
+
+
+def test_closures_and_groups() -> None:
+    models = []
+    for offloads in (False, True):
+        model = make_gpt()
+        optimizer = AdamW(model.blocks[0].parameters(), lr=1e-2, offload_gradients=offloads)
+        optimizer.add_param_group({"params": model.blocks[1].parameters(), "lr": 1e-3})
+        optimizer.add_param_group({"params": [model.embedding.weight]})
+        for seed in range(3):
+
+            def closure(model: Gpt = model, seed: int = seed) -> torch.Tensor:
+                model.zero_grad()
+                loss = model.loss(seed)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+        assert is_offloaded(model.blocks[1].linear1.weight.grad) == offloads
+        assert not is_offloaded(model.head.bias.grad)  # Of no optimizer.
+        models.append(model)
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+
+
+SIMULATED = """
+from spillover import emulator
+emulator.enable(vram="1GiB", profile="h100-pcie", virtual_memory={virtual_memory})
+import torch
+from torch import nn
+from spillover.optim import AdamW, clip_grad_norm_
+
+torch.manual_seed(0)
+model = nn.Sequential(*[nn.Linear(256, 256, bias=False) for _ in range(4)]).cuda()
+optimizer = AdamW(model.parameters(), offload_gradients=True)
+for _ in range(2):
+    for _ in range(3):
+        model(torch.ones(8, 256, device="cuda")).square().mean().backward()
+    clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+report = emulator.clock_report()
+assert report.unseen_waits == 0
+print(report.makespan_ns)
+"""
+
+
+def test_a_simulated_training_takes_the_same_time_each_time() -> None:
+    program = SIMULATED.format(virtual_memory=VIRTUAL_MEMORY)
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=200
+        ).stdout
+        for _ in range(2)
+    )
+    assert first == second
+    assert int(first) > 0

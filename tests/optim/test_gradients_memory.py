@@ -12,7 +12,7 @@ from gradient_models import is_offloaded
 from torch import nn
 
 from spillover import HostOutOfMemory, HostPool, StateError
-from spillover.optim import offload_gradients
+from spillover.optim import offload_gradients, pending_gradient
 
 MIB = 1 << 20
 RunEmulated = Callable[..., subprocess.CompletedProcess[str]]
@@ -136,7 +136,8 @@ def test_a_lease_is_not_changed_by_what_becomes_of_the_gradient() -> None:
             for _ in range(1 + summed):
                 parameter.sum().backward()
             parameter.grad.mul_(0.5)
-            pending = parameter.grad._host.lease()
+            pending = pending_gradient(parameter)
+            assert pending is not None
             parameter.grad.mul_(3.0)
             parameter.grad.clamp_(max=0.25)
             parameter.sum().backward()
@@ -155,6 +156,26 @@ def test_a_lease_is_not_changed_by_what_becomes_of_the_gradient() -> None:
             parameter.grad = None
         parameter.sum().backward()
         assert handle.stats().host_bytes == 4000
+
+
+def test_what_is_pending() -> None:
+    parameter = nn.Parameter(torch.ones(4, 6, device="cuda"))
+    with offload_gradients([parameter]):
+        assert pending_gradient(parameter) is None
+        parameter.sum().backward()
+        parameter.grad.zero_()
+        pending = pending_gradient(parameter)
+        pending.wait()
+        assert torch.equal(pending.flat, torch.zeros(24))
+        pending.release()
+        parameter.grad.view(-1)[0] = 5.0
+        pending = pending_gradient(parameter)
+        parameter.grad.fill_(7.0)
+        pending.wait()
+        assert pending.flat[:2].tolist() == [5.0, 0.0]
+        pending.release()
+    parameter.grad = torch.ones_like(parameter)
+    assert pending_gradient(parameter) is None
 
 
 PROGRAM = """

@@ -2,6 +2,7 @@
 
 from spillover.optim._adamw import AdamW
 from spillover.optim._clipping import clip_grad_norm_
+from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import (
     GradientStats,
     OffloadedGradients,
@@ -19,5 +20,6 @@ __all__ = [
     "clip_grad_norm_",
     "offload_gradients",
     "page",
+    "pending_gradient",
     "unpage",
 ]

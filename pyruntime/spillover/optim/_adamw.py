@@ -30,9 +30,8 @@ from spillover._pinned import empty_pinned
 from spillover._settings import enabled
 from spillover._stalls import Stall, Timed
 from spillover.optim._adamw_work import Work, batches, check_parameter, is_plain, update
-from spillover.optim._gradient_placeholder import host_of
+from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
-from spillover.optim._host_gradient import Place
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
 
 # Elements of a low-precision host weight that are updated at a time: their float32 gradients are a
@@ -325,15 +324,10 @@ class AdamW(torch.optim.Optimizer):
                 fresh["master"] = _empty_state(parameter).copy_(parameter)
         state = self.state[parameter]
         state.update(fresh)
-        host = host_of(gradient)
-        if host is not None and host.place is Place.DEVICE:
-            gradient = host.to_device()
-        elif host is not None and tuple(gradient.stride()) == tuple(parameter.stride()):
-            pending = host.lease()
+        pending = pending_gradient(parameter)
+        if pending is not None:
             yield Work(parameter, pending.flat, state, group, pending)
             return
-        elif host is not None:
-            gradient = host.fetch()
         if tuple(gradient.stride()) != tuple(parameter.stride()):
             gradient = torch.empty_strided(
                 parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device

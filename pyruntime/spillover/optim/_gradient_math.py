@@ -69,7 +69,7 @@ def _combine_by_torch(
         target.mul_(factor)
     if addend is not None:
         target.add_(addend)
-    return float(target.double().square_().sum())
+    return float(target.double().square().sum())
 
 
 def sum_of_squares(values: torch.Tensor) -> float:

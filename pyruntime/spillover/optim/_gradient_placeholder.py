@@ -23,7 +23,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from spillover.optim._gradient_sharing import is_shared_addend
-from spillover.optim._host_gradient import HostGradient, Place, are_finite
+from spillover.optim._host_gradient import HostGradient, PendingGradient, Place, are_finite
 
 aten = torch.ops.aten
 
@@ -124,6 +124,25 @@ class OffloadedGradient(torch.Tensor):
 def host_of(tensor: object) -> HostGradient | None:
     """The gradient behind a placeholder; None for anything else."""
     return tensor._host if isinstance(tensor, OffloadedGradient) else None
+
+
+def pending_gradient(parameter: torch.Tensor) -> PendingGradient | None:
+    """The gradient of a parameter for an optimizer to read on the host.
+
+    None where it is no placeholder, or lies in another order than the parameter; ``.grad`` is
+    then read as any tensor. Does not wait for the gradient: its ``wait()`` does. What becomes of
+    ``.grad`` from now on, such as clipping, zeroing or another backward, does not change it.
+
+    Raises
+    ------
+    HostOutOfMemory
+        The gradient is zeros, or was brought back to the device, and there is no memory for it.
+    """
+    gradient = parameter.grad
+    host = host_of(gradient)
+    if host is None or gradient is None or gradient.stride() != parameter.stride():
+        return None
+    return host.lease()
 
 
 def _note_read(host: HostGradient) -> None:
