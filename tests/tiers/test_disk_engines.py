@@ -23,7 +23,7 @@ from spillover.emulator import StorageFault, calls, faults, stuck
 
 BLOCK = 4096
 MIB = 1 << 20
-CHUNKS = (512 << 10, 2 << 20)  # Of the io_uring engine: memory of any alignment, of blocks.
+CHUNKS = (512 << 10, 4 << 20)  # Of the io_uring engine: memory of any alignment, of blocks.
 
 Make = Callable[..., DiskStore]
 
