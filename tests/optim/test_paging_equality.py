@@ -25,6 +25,14 @@ from torch import nn
 
 from spillover.optim import page
 
+#: What is on disk does not depend on the kernels.
+TIERED = [(*case, "host") for case in CASES] + [
+    (name, variant, tier)
+    for name, variant in CASES
+    for tier in ("auto", "disk")
+    if variant in ("foreach", "options")
+]
+
 #: Some parameters share a bucket, some have one of their own, and some are more than one.
 BUCKET = 8 * KIB
 
@@ -34,11 +42,8 @@ def make_of(name: str, variant: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*capturable=True:UserWarning")
-@pytest.mark.parametrize("tier", ["host", "auto", "disk"])
-@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize(("name", "variant", "tier"), TIERED)
 def test_every_class_and_variant(name: str, variant: str, tier: str, tmp_path: Path) -> None:
-    if tier != "host" and variant not in ("foreach", "options"):
-        pytest.skip("what is on disk does not depend on the kernel")
     paging: dict[str, Any] = {"tier": tier, "bucket_bytes": BUCKET}
     if tier != "host":
         paging["directory"] = tmp_path

@@ -86,6 +86,18 @@ def test_no_device_memory_for_the_first_bucket(steps: int) -> None:
     assert_same((model, optimizer), (other, reference))
 
 
+@pytest.mark.parametrize("call", range(5, 16, 2))
+def test_want_of_device_memory_for_later_buckets_only_costs_overlap(call: int) -> None:
+    model, optimizer = make({})
+    backward(model, 7)
+    with failing(_paging_transfer, "on_device", call, torch.OutOfMemoryError("on purpose")):
+        optimizer.step()
+    other, reference = make(None)
+    backward(other, 7)
+    reference.step()
+    assert_same((model, optimizer), (other, reference))
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 @pytest.mark.parametrize("call", [1, 3, 5])
 def test_a_step_that_fails_between_buckets_is_finished_by_the_next(steps: int, call: int) -> None:

@@ -82,9 +82,8 @@ class Paging:
                 arrived: Transit | None = None
                 for index, bucket in enumerate(plan):
                     transit = arrived or self._bring(state, bucket)
-                    arrived = None
-                    if index + 1 < len(plan) and self._may_come(plan[index + 1]):
-                        arrived = self._bring(state, plan[index + 1])
+                    after = plan[index + 1] if index + 1 < len(plan) else None
+                    arrived = self._bring_ahead(state, after) if after is not None else None
                     groups = _groups_of(optimizer, bucket, decisions)
                     self._update(optimizer, inner, bucket.parameters, groups, [transit])
         except BaseException as error:
@@ -179,14 +178,20 @@ class Paging:
             and found._version == version
         )
 
-    def _may_come(self, bucket: Bucket) -> bool:
-        return bucket.device.type == "cuda" and self._transfers.has_room(
-            bucket.device, bucket.size_bytes
-        )
-
     def _bring(self, state: States, bucket: Bucket) -> Transit:
         wanted = {id(each): each for each in _parked(state, bucket.parameters)}
         return self._transfers.bring(bucket.device, list(wanted.values()), bucket.size_bytes)
+
+    def _bring_ahead(self, state: States, bucket: Bucket) -> Transit | None:
+        """Have a bucket come while another one is updated; None: there is no room for both."""
+        if bucket.device.type != "cuda":
+            return None
+        if not self._transfers.has_room(bucket.device, bucket.size_bytes):
+            return None
+        try:
+            return self._bring(state, bucket)
+        except torch.OutOfMemoryError:
+            return None
 
     # ---- the update ----------------------------------------------------------------------------
 
@@ -291,7 +296,6 @@ class Leaving:
         self.pairs: dict[torch.device, list[Pair]] = {}
         self.refused = ""
         self.staying = False
-        self._check = check
         known = {id(each): each for each in _parked(state, keys)}
         #: Where each tensor goes, by its identity: shared ones are copied once.
         self._places: dict[int, Parked] = {}

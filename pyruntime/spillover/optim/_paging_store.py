@@ -182,14 +182,6 @@ class StateStore:
                 return None
             raise
 
-    def give(self, memory: torch.Tensor) -> None:
-        """Keep ``memory`` for :meth:`take`; nothing may work on it any more."""
-        self._reserved[memory.nbytes].append(memory)
-
-    def release_reserved(self) -> None:
-        """Let go of what :meth:`reserve` has set aside."""
-        self._reserved.clear()
-
     # ---- disk ----------------------------------------------------------------------------------
 
     def _check_disk(self, disk_bytes: int, host_bytes: int, what: str) -> None:

@@ -122,13 +122,24 @@ class Transfers:
             return transit
         self.has_room(device, size_bytes)
         with torch.cuda.device(device):
-            tensors = {id(parked): on_device(parked, device) for parked in wanted}
+            tensors = self._allocate(device, wanted)
             self._there.append(transit)
             transit.tensors = tensors
             pairs = [(tensors[id(parked)], parked) for parked in wanted]
             self._copy_in(transit, [pair for pair in pairs if pair[1].host is not None])
             self._fetch(transit, [pair for pair in pairs if pair[1].host is None])
         return transit
+
+    def _allocate(self, device: torch.device, wanted: Sequence[Parked]) -> dict[int, torch.Tensor]:
+        try:
+            return {id(parked): on_device(parked, device) for parked in wanted}
+        except torch.OutOfMemoryError:
+            if not self._leaving[device]:
+                raise
+        # There is more once what leaves has left.
+        while self._leaving[device]:
+            self._retire(self._leaving[device].pop(0))
+        return {id(parked): on_device(parked, device) for parked in wanted}
 
     def await_arrival(self, transit: Transit) -> None:
         """Have what compute does next wait for the state. Blocks for reads from disk."""
