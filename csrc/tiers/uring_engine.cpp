@@ -239,6 +239,8 @@ void UringEngine::start_chunks() noexcept {
   for (auto request = requests_.begin(); request != requests_.end(); ++request) {
     while (!request->error && request->started < request->sums.size()) {
       if (free_chunks_.empty() || due_bytes_ >= kDueBytesMax) return;
+      const bool is_read = request->piece.direction == TransferDirection::kRead;
+      if (is_read && reading_bytes_ >= kReadingBytesMax) break;
       if (!start_chunk(request)) break;
     }
   }
@@ -262,7 +264,11 @@ bool UringEngine::start_chunk(Requests::iterator place) noexcept {
   const size_t padded_bytes = round_up(size_bytes, kDiskBlockBytes);
   std::byte* const data = request.piece.data + begin;
   const TransferDirection direction = request.piece.direction;
-  if (direction == TransferDirection::kWrite) owe_sum(request, chunk.index);
+  if (direction == TransferDirection::kWrite) {
+    owe_sum(request, chunk.index);
+  } else {
+    reading_bytes_ += size_bytes;
+  }
   chunk.bounce = bounce.value_or(kNoBounce);
   chunk.memory = bounce ? buffers_->bounce(*bounce) : data;
   if (bounce && direction == TransferDirection::kWrite) {
@@ -354,6 +360,7 @@ void UringEngine::end_chunk(Chunk& chunk, std::exception_ptr error) noexcept {
   if (chunk.bounce != kNoBounce) buffers_->give_back(chunk.bounce);
   chunk.plan.reset();
   free_chunks_.push_back(static_cast<size_t>(&chunk - chunks_.data()));
+  if (chunk.progress.direction() == TransferDirection::kRead) reading_bytes_ -= size_bytes;
   --request.running;
 }
 
