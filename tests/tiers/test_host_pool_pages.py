@@ -113,7 +113,7 @@ def test_huge_pages_that_are_set_aside_are_used(huge_pages_set_aside: int, pinne
     beyond = pool.allocate(8 * MIB)
     memoryview(beyond)[-1] = 5
     assert pool.stats().huge_page_bytes == 12 * MIB
-    del buffers, beyond
+    del buffers, buffer, beyond
     pool.trim()
     assert pool.stats().huge_page_bytes == pool.stats().reserved_bytes == 0
 
