@@ -35,13 +35,13 @@ def run(*, quick: bool) -> dict[str, Any]:
         "fraction_of_stream: bytes that ours_fp32 (fraction_of_stream_mixed: ours_mixed) moves a "
         "second over those of an in-place scale of four arrays, by torch or ours, the faster",
     ]
-    runs = [("", str(1 << 20) if quick else str(64 << 20), 3 if quick else 21)]
+    runs = [("", str(1 << 20) if quick else str(64 << 20), 3 if quick else 15)]
     if not quick:
         reason = _too_little_memory(_MEMORY_BYTES["1b"])
         if reason:
             notes.append(f"no figures for the 1B shape list: {reason}")
         else:
-            runs.append(("_1b", "1b", 7))
+            runs.append(("_1b", "1b", 4))
     for suffix, shapes, rounds in runs:
         found = _measure(shapes, rounds)
         _add(metrics, details, found, suffix)
