@@ -44,7 +44,8 @@ def allocated_mib():
     return torch.cuda.memory_allocated() / MIB
 
 
-from spillover import _reclaim, _saved_transfers
+from spillover import _reclaim
+from spillover.hooks import _saved_transfers
 """
 
 
