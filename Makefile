@@ -26,7 +26,7 @@ test: setup $(STAMPS)/stacks
 soak: setup $(STAMPS)/stacks
 	SPILLOVER_SOAK=1 $(BIN)/python -m pytest -q -n auto --timeout 1200
 
-# The stress programs of the pool and the trace under ThreadSanitizer and AddressSanitizer.
+# The stress programs of the pool, the trace and the optimizer under ThreadSanitizer and AddressSanitizer.
 sanitize: setup
 	$(BIN)/python tools/run_sanitizers.py
 

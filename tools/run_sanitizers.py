@@ -22,6 +22,7 @@ PROGRAMS = {
         ("3", "1200"),
     ),
     "trace/stress.cpp": (("base", "trace"), ("3", "4")),
+    "optim/stress.cpp": (("base", "optim"), ("3", "3")),
 }
 SANITIZERS = ("thread", "address,undefined")
 
@@ -48,6 +49,8 @@ def build(sanitizer: str, source: str, layers: tuple[str, ...], program: Path) -
         "-g",
         "-O1",
         "-fno-omit-frame-pointer",
+        # As csrc/optim/CMakeLists.txt has it.
+        "-ffp-contract=off",
         f"-fsanitize={sanitizer}",
     ]
     command += [f"-I{ROOT / 'csrc'}", "-isystem", cuda_headers()]
