@@ -111,6 +111,28 @@ def test_full_folder_is_passed_over(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.parametrize("call", [1, 2, 5])
+def test_folder_that_fills_up_in_the_middle_of_a_stripe(
+    make_store: Make, tmp_path: Path, call: int
+) -> None:
+    """Where space was promised and is not there: the payload fails whole, and nothing else."""
+    folders = [str(tmp_path / name) for name in "ab"]
+    store = make_store(folders, extent_bytes_max=EXTENT)
+    kept = stored(store, random_bytes(8 * EXTENT))
+    used = store.stats().used_bytes
+    striped = random_bytes(30 << 20, seed=1)
+    full = StorageFault("write", error="ENOSPC", call=call, times=None, folder=folders[1])
+    with faults(storage=[full]) as injected:
+        with pytest.raises(DiskFull) as caught:
+            stored(store, striped)
+        assert injected.fired()
+    assert caught.value.filename == folders[1]
+    assert store.stats().used_bytes == used
+    assert fetched(store, kept) == random_bytes(8 * EXTENT)
+    assert fetched(store, stored(store, striped)) == striped
+    store.close()
+
+
 @pytest.mark.parametrize("error", ["EACCES", "EMFILE", "EROFS"])
 @pytest.mark.parametrize("call", [1, 2])
 def test_folder_that_cannot_be_used(tmp_path: Path, error: str, call: int) -> None:
