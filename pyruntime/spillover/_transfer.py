@@ -229,9 +229,9 @@ class TransferEngine(_core.TransferEngine, Closeable):
         prefetch: Size = "256MiB",
         resident: Size | None = None,
     ) -> None:
-        from spillover import _reclaim, _streams
-
         self.device = _device(device)
+        from spillover import _reclaim, _streams  # They import torch.
+
         self._held = HeldTensors(
             self, None if resident is None else parse_bytes(resident, name="resident")
         )

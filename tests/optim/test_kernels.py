@@ -119,8 +119,21 @@ def test_two_hundred_steps_stay_at_float64(case: Case) -> None:
     assert error < 1e-6
 
 
+def is_cancelled_by_decay(case: Case, gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Where decay that is added to the gradient leaves so little of it that roundings show.
+
+    What is left may be wrong by 2^-24 of what there was, and Adam's step does not depend on how
+    large it is.
+    """
+    if case.options.get("decoupled"):
+        return torch.zeros_like(weight, dtype=torch.bool)
+    decay = case.options.get("weight_decay", 0.0) * weight
+    gradient = -gradient if case.options.get("maximize") else gradient
+    return (gradient + decay).abs() < (gradient.abs() + decay.abs()) / 16
+
+
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_random_steps_are_those_of_torch(data: st.DataObject) -> None:
     case = data.draw(st.sampled_from([each for each in CASES if each.kernel is not _kernels.lion]))
     count = data.draw(st.integers(1, 3000))
@@ -131,15 +144,18 @@ def test_random_steps_are_those_of_torch(data: st.DataObject) -> None:
     state = make_state(case, count, low=torch.bfloat16, seed=seed)
     before = state.weight.clone()
     reference = Reference(case, state.weight)
+    cancels = torch.zeros(count, dtype=torch.bool)
     for step in range(1, data.draw(st.integers(1, 4)) + 1):
         # A view that is aligned to nothing but its elements.
         gradient = torch.zeros(count + offset, dtype=dtype)[offset:]
         gradient.copy_(gradient_of(count, dtype, seed + step))
+        cancels |= is_cancelled_by_decay(case, gradient.double() * scale, reference.values)
         run(case, state, gradient, step, scale=scale)
         reference.step(gradient, scale)
     moved = (reference.values - before).abs()
     error = (state.weight - reference.values).abs()
-    assert (error <= 8 * 2**-24 * reference.values.abs() + 3e-6 * moved + 1e-9).all()
+    bound = 8 * 2**-24 * reference.values.abs() + 3e-6 * moved + 1e-9
+    assert (error <= torch.where(cancels, bound + 1e-2 * case.options["lr"], bound)).all()
     assert state.low_weight is not None
     assert torch.equal(state.low_weight, state.weight.bfloat16())
 

@@ -154,12 +154,11 @@ def test_what_other_threads_are_about_to_take_counts(tmp_path: Path) -> None:
             pool.allocate(60 * MIB)
         except HostOutOfMemory as error:
             messages.append(str(error))
-            assert done_bytes < 100 * MIB
         else:
-            assert done_bytes == 100 * MIB
+            assert 100 * MIB - done_bytes + 60 * MIB <= 136 * MIB  # The pool leaves 64 MiB.
 
     pool._reserve(100 * MIB, allocate)
-    assert "less 100.00 MiB that other threads are about to take" in messages[0]
+    assert re.search(r"less \d+\.\d\d MiB that other threads are about to take", messages[0])
     assert pool._is_valid()
 
 
