@@ -248,7 +248,7 @@ class PythonTransferEngine {
 };
 
 py::dict PythonTransferEngine::stats() const {
-  const TransferStats stats = engine_->stats();
+  const TransferStats stats = engine_.without_gil([&] { return engine_->stats(); });
   const TransferCounters& counters = stats.counters;
   py::dict result;
   result["out_bytes"] = counters.out_bytes.load();

@@ -279,6 +279,9 @@ void TransferEngine::serve_one(Lock& lock) {
   } catch (...) {
     error = std::current_exception();
   }
+  // Without the mutex: an owner may need a lock that is held by who waits for the mutex, as
+  // Python's do.
+  if (outcome == PieceOutcome::kOver && !error) piece[0] = Piece{};
   lock.lock();
   if (outcome == PieceOutcome::kWaits && !is_closed_ && !piece[0].ticket->is_cancelled()) {
     pieces_.emplace(key, std::move(piece[0]));

@@ -159,3 +159,20 @@ def test_several_devices(run_emulated: Run, tmp_path: Path) -> None:
             raise AssertionError("another engine's payload was taken")
     """
     run_emulated(code, str(tmp_path), devices=3)
+
+
+def test_figures_are_asked_for_while_the_engine_lets_go_of_tensors(
+    run_emulated: Run, tmp_path: Path
+) -> None:
+    """The engine's thread must not ask for the interpreter's lock with its own mutex held."""
+    code = program("""
+        for payload, ticket, target, arriving in held:
+            arriving.wait()
+        payload = held[-1][0]
+        for _ in range(300):
+            arriving = engine.fetch(payload, torch.empty_like(held[-1][2]))
+            while not arriving.done():
+                engine.stats()
+                payload.state
+    """)
+    run_emulated(code, str(tmp_path), schedule="threaded")
