@@ -32,7 +32,9 @@ def run(program: str, variables: dict[str, str]) -> subprocess.CompletedProcess[
     return result
 
 
-@pytest.mark.parametrize("variables", [MAPPED, FIXED], ids=["mapped", "fixed"])
+@pytest.mark.parametrize(
+    "variables", [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak)], ids=["mapped", "fixed"]
+)
 @pytest.mark.parametrize("program", ["tensors", "lifetimes"])
 def test_both_have_the_pool(program: str, variables: dict[str, str]) -> None:
     assert "spillover: " not in run(program, variables).stderr
@@ -47,7 +49,11 @@ def test_events_peers_and_ends(program: str, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("native", ["sender", "receiver"])
-@pytest.mark.parametrize("variables", [MAPPED, FIXED, EXPANDABLE], ids=["plain", "fixed", "exp"])
+@pytest.mark.parametrize(
+    "variables",
+    [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak), EXPANDABLE],
+    ids=["plain", "fixed", "exp"],
+)
 def test_one_side_has_torchs_own_allocator(native: str, variables: dict[str, str]) -> None:
     run("tensors", {**variables, "SPILLOVER_TEST_NATIVE": native})
 
@@ -55,12 +61,12 @@ def test_one_side_has_torchs_own_allocator(native: str, variables: dict[str, str
 @pytest.mark.parametrize(
     "variables", [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak)], ids=["mapped", "fixed"]
 )
-@pytest.mark.parametrize("native", ["", "receiver"])
+@pytest.mark.parametrize("native", ["", pytest.param("receiver", marks=pytest.mark.soak)])
 def test_memory_of_a_pools_own_allocator(native: str, variables: dict[str, str]) -> None:
     run("own_allocator", {**variables, "SPILLOVER_TEST_NATIVE": native})
 
 
-@pytest.mark.parametrize("native", ["", "receiver"])
+@pytest.mark.parametrize("native", ["", pytest.param("receiver", marks=pytest.mark.soak)])
 def test_chunks_of_several_sizes(native: str) -> None:
     """Torch's own allocator cannot open them, and says so."""
     run("large", {**MAPPED, "SPILLOVER_TEST_VRAM": "1GiB", "SPILLOVER_TEST_NATIVE": native})

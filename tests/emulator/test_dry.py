@@ -117,7 +117,9 @@ def test_memory_and_schedule_equal_a_computed_run() -> None:
     ("variant", "case"),
     [
         pytest.param("expandable segments", "gpt amp fp16 with GradScaler", marks=pytest.mark.soak),
-        ("spillover allocator", "spillover offloaded activations"),
+        pytest.param(
+            "spillover allocator", "spillover offloaded activations", marks=pytest.mark.soak
+        ),
         pytest.param("routing of 1.5", "mixture of experts", marks=pytest.mark.soak),
     ],
 )

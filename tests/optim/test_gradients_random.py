@@ -98,7 +98,7 @@ PROGRAMS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(program=PROGRAMS, count=st.sampled_from([1, 150]))
 def test_random_programs(program: list[tuple[str, float]], count: int) -> None:
     run(program, count)

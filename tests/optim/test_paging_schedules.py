@@ -99,13 +99,24 @@ print("equal")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "seed"), [("late", 0), ("eager", 0), ("threaded", 0), ("random", 1), ("random", 2)]
+    ("schedule", "seed"),
+    [
+        ("late", 0),
+        ("random", 1),
+        *[
+            pytest.param(*other, marks=pytest.mark.soak)
+            for other in (("eager", 0), ("threaded", 0), ("random", 2))
+        ],
+    ],
 )
 def test_one_device(run_emulated: Run, schedule: str, seed: int) -> None:
     assert "equal" in run_emulated(ONE_DEVICE, schedule=schedule, seed=seed, timeout=400).stdout
 
 
-@pytest.mark.parametrize(("schedule", "seed"), [("late", 0), ("threaded", 0), ("random", 3)])
+@pytest.mark.parametrize(
+    ("schedule", "seed"),
+    [("late", 0), ("threaded", 0), pytest.param("random", 3, marks=pytest.mark.soak)],
+)
 def test_two_devices(run_emulated: Run, schedule: str, seed: int) -> None:
     result = run_emulated(TWO_DEVICES, schedule=schedule, seed=seed, devices=2, timeout=400)
     assert "equal" in result.stdout

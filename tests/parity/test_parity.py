@@ -28,13 +28,8 @@ def test_every_public_function_of_torch_cuda_memory_has_a_row() -> None:
     assert not missing
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "column",
-    [
-        pytest.param(column, marks=() if column == "ours" else pytest.mark.soak)
-        for column in table.COLUMNS
-    ],
-)
+@pytest.mark.parametrize("column", table.COLUMNS)
 def test_the_document_says_what_the_checks_say(column: str) -> None:
     assert table.run((column,))[column] == table.committed()[column]

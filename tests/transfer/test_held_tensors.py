@@ -313,7 +313,9 @@ assert held.get()[::4096].eq(1).all()
     )
 
 
-@pytest.mark.parametrize("schedule", ["late", "threaded", "random"])
+@pytest.mark.parametrize(
+    "schedule", ["late", "threaded", pytest.param("random", marks=pytest.mark.soak)]
+)
 def test_threads_that_run_out_of_memory(run_emulated: Run, schedule: str, tmp_path: Path) -> None:
     run_emulated(
         RECLAIM
