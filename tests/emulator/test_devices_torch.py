@@ -306,7 +306,7 @@ def run(run_emulated: RunEmulated, *programs: str, **options: object) -> None:
     run_emulated(code, vram="256MiB", devices=4, **options)
 
 
-@pytest.mark.parametrize("setting", ["", EXPANDABLE])
+@pytest.mark.parametrize("setting", ["", pytest.param(EXPANDABLE, marks=pytest.mark.soak)])
 def test_four_devices(run_emulated: RunEmulated, setting: str) -> None:
     settings = {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting}
     run(run_emulated, MEMORY, PLACES, COPIES, TRAINING, COLLECTIVES, PIPELINE, env=settings)

@@ -434,6 +434,7 @@ print(report.makespan_ns)
 """
 
 
+@pytest.mark.soak
 def test_a_simulated_training_takes_the_same_time_each_time() -> None:
     program = SIMULATED.format(virtual_memory=VIRTUAL_MEMORY)
     first, second = (
