@@ -25,6 +25,8 @@
 #include "driver/stream.hpp"
 #include "transfer/c_api.h"
 
+#include "../stress_driver.hpp"
+
 namespace {
 
 constexpr int kThreads = 4;
@@ -53,19 +55,6 @@ std::atomic<long> g_refused{0};
 std::atomic<long> g_slept{0};
 std::atomic<long> g_cannot_wake{0};
 std::atomic<int> g_working{0};
-
-void require(bool is_right, const char* what) {
-  if (is_right) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::exit(1);
-}
-
-template <class Function>
-Function driver_function(const char* name) {
-  void* const found = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), name);
-  require(found != nullptr, name);
-  return reinterpret_cast<Function>(found);
-}
 
 // Gives the stream something to do with the block.
 void write(void* block, size_t size_bytes, void* stream, unsigned char value = 1) {

@@ -20,6 +20,8 @@
 #include "base/error.hpp"
 #include "tiers/host_pool.hpp"
 
+#include "../stress_checks.hpp"
+
 namespace {
 
 using spillover::HostBuffer;
@@ -36,12 +38,6 @@ std::atomic<long> g_allocated{0};
 std::atomic<long> g_refused{0};
 std::atomic<long> g_reserved{0};
 std::atomic<long> g_stopped{0};
-
-void require(bool is_right, const char* what) {
-  if (is_right) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::exit(1);
-}
 
 // A buffer whose ends are marked.
 struct Held {

@@ -23,6 +23,8 @@
 #include "tiers/extent_io.hpp"
 #include "tiers/storage_faults.hpp"
 
+#include "../stress_checks.hpp"
+
 namespace {
 
 using namespace spillover;
@@ -35,12 +37,6 @@ constexpr std::array<size_t, 7> kSizes{1, 1000, 4096, 300'000, 1'048'576, 3'145'
 std::atomic<long> g_written{0};
 std::atomic<long> g_read{0};
 std::atomic<long> g_failed{0};
-
-void require(bool is_right, const char* what) {
-  if (is_right) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::_Exit(1);
-}
 
 std::vector<StorageFault> plan() {
   const auto often = [](const char* operation, StorageFaultKind kind, double probability,

@@ -28,6 +28,8 @@
 #include "tiers/host_pool.hpp"
 #include "transfer/transfer_engine.hpp"
 
+#include "../stress_driver.hpp"
+
 namespace {
 
 using spillover::DeviceMemory;
@@ -44,19 +46,6 @@ std::atomic<long> g_put{0};
 std::atomic<long> g_fetched{0};
 std::atomic<long> g_cancelled{0};
 std::atomic<unsigned> g_working{0};
-
-void require(bool is_right, const char* what) {
-  if (is_right) return;
-  std::fprintf(stderr, "%s\n", what);
-  std::exit(1);
-}
-
-template <class Function>
-Function driver_function(const char* name) {
-  void* const found = dlsym(dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD), name);
-  require(found != nullptr, name);
-  return reinterpret_cast<Function>(found);
-}
 
 void fill(const DeviceMemory& memory, unsigned char value, const spillover::Stream& stream) {
   using Memset = int (*)(uint64_t, unsigned char, size_t, void*);
