@@ -144,6 +144,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._streams",
         "spillover._torch_import",
         "spillover._transfer",
+        "spillover._transfer_stats",
         "spillover._units",
     }
     for path in PACKAGE.rglob("*.py"):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from spillover._streams import ComputeWaitStats, CopyStreamStats
-    from spillover._transfer import TransferStats
+    from spillover._transfer_stats import TransferStats
 
 
 @dataclass(frozen=True, kw_only=True)
