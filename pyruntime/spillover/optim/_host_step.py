@@ -134,7 +134,7 @@ def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
         )
     note(
         error,
-        f"{text}, before it failed. Calling step() again with the same gradients updates the rest.",
+        f"{text}, before it failed. Calling step() again with the same gradients finishes it.",
     )
 
 
