@@ -124,3 +124,23 @@ def test_weights_that_could_not_be_sent_do_not_hide_what_is_loaded(
     weight.grad = None
     optimizer.step()
     assert (weight == 7.0).all()
+
+
+def test_gradients_off_the_device_and_their_factors_outlive_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(*, fails: bool) -> list[torch.Tensor]:
+        weights = make_weights(torch.bfloat16)
+        optimizer = AdamW(weights, lr=0.1, offload_gradients=True)
+        for number in range(2):
+            sum((weight.float() ** 2).sum() * (number + 1) for weight in weights).backward()
+            nn.utils.clip_grad_norm_(weights, 0.5)
+            with monkeypatch.context() as patch:
+                if fails:
+                    fail_at(patch, "start_departure", 1, before=True)
+                    assert failure_of(optimizer) is not None
+            optimizer.step()
+            optimizer.zero_grad()
+        return masters(optimizer, weights)
+
+    assert all(map(torch.equal, run(fails=True), run(fails=False)))
