@@ -104,10 +104,9 @@ def test_low_precision_weights_have_float32_masters(dtype: torch.dtype, streamed
         optimizer.step()
         optimizer.zero_grad()
     for master, parameter in zip(masters, model.parameters(), strict=True):
-        assert torch.equal(parameter.cpu(), master.detach().to(dtype))
-        torch.testing.assert_close(
-            optimizer.state[parameter]["master"], master.detach(), rtol=1e-6, atol=1e-7
-        )
+        found = optimizer.state[parameter]["master"]
+        assert torch.equal(parameter.cpu(), found.to(dtype))
+        torch.testing.assert_close(found, master.detach(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.usefixtures("settled_memory")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from spillover import ConfigError, HostOutOfMemory
-from spillover.optim import AdamW, _adamw, _staging
+from spillover import ConfigError, HostOutOfMemory, HostPool
+from spillover.optim import AdamW, _staging
 
 
 @pytest.mark.parametrize(
@@ -87,41 +89,65 @@ def test_wrong_options_of_a_group(option: str, value: Any) -> None:
     assert optimizer.param_groups[1]["lr"] == 0.5
 
 
+def fill(pool: HostPool) -> list[torch.Tensor]:
+    """All that a pool has left."""
+    held = []
+    for size in (64 << 10, 32 << 10, 8 << 10, 1 << 10, 64):
+        with contextlib.suppress(HostOutOfMemory):
+            while True:
+                held.append(pool.empty(size, torch.uint8))
+    return held
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("failing", range(6))
-def test_a_step_without_memory_for_its_state_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, failing: int
-) -> None:
-    def make() -> tuple[list[nn.Parameter], AdamW]:
-        weights = [nn.Parameter(torch.full((4,), i + 1.0, dtype=dtype).cuda()) for i in range(2)]
+def test_an_optimizer_without_memory_for_its_state_is_not_made(dtype: torch.dtype) -> None:
+    pool = HostPool(limit=256 << 10)
+    weights = [nn.Parameter(torch.ones(30_000, dtype=dtype, device="cuda")) for _ in range(2)]
+    wanted_bytes = 60_000 * (8 if dtype == torch.float32 else 12)
+    with pytest.raises(HostOutOfMemory, match=f"AdamW needs {wanted_bytes} bytes .* 2 parameters"):
+        AdamW(weights, pool=pool, offload_gradients=True)
+    gc.collect()
+    assert pool.stats().used_bytes == 0
+    for weight in weights:
+        weight.square().sum().backward()
+        assert type(weight.grad) is torch.Tensor
+    optimizer = AdamW(weights[:1], pool=HostPool(limit=512 << 10))
+    bytes_before = optimizer.stats().host_bytes
+    large = nn.Parameter(torch.ones(200_000, dtype=dtype, device="cuda"))
+    with pytest.raises(HostOutOfMemory):
+        optimizer.add_param_group({"params": [large]})
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.stats().host_bytes == bytes_before
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_without_memory_for_its_state_changes_nothing(dtype: torch.dtype) -> None:
+    def make(pool: HostPool) -> tuple[list[nn.Parameter], AdamW]:
+        weights = [nn.Parameter(torch.full((40_000,), i, dtype=dtype).cuda()) for i in (1, 2)]
+        weights[1].requires_grad_(False)  # So that it has no memory yet.
+        optimizer = AdamW(weights, lr=0.1, pool=pool)
+        weights[1].requires_grad_(True)
         for weight in weights:
             weight.grad = torch.ones_like(weight)
-        return weights, AdamW(weights, lr=0.1)
+        return weights, optimizer
 
-    weights, optimizer = make()
-    empty = _adamw.empty_pinned
-    calls: list[Any] = []
-
-    def refuse(shape: Any, dtype: torch.dtype) -> torch.Tensor:
-        calls.append(shape)
-        if len(calls) > failing:
-            raise HostOutOfMemory("on purpose")
-        return empty(shape, dtype)
-
-    twins, twin = make()
+    twins, twin = make(HostPool())
     twin.step()
-    with monkeypatch.context() as patch:
-        patch.setattr(_adamw, "empty_pinned", refuse)
-        if failing < (4 if dtype == torch.float32 else 6):
-            with pytest.raises(HostOutOfMemory):
-                optimizer.step()
-            assert [weight[0].item() for weight in weights] == [1.0, 2.0]
-            # What a checkpoint taken now holds is whole.
-            torch.optim.AdamW(weights).load_state_dict(optimizer.state_dict())
-            assert all(len(entry) in (0, 3, 4) for entry in optimizer.state.values())
-    if calls and len(calls) > failing:
-        optimizer.step()
-        assert all(map(torch.equal, weights, twins))
+    pool = HostPool(limit=1 << 20)
+    weights, optimizer = make(pool)
+    held = fill(pool)
+    for _ in range(2):
+        with pytest.raises(HostOutOfMemory, match="of 1 parameter,"):
+            optimizer.step()
+    assert [weight[0].item() for weight in weights] == [1.0, 2.0]
+    # What a checkpoint taken now holds is whole.
+    torch.optim.AdamW(weights).load_state_dict(optimizer.state_dict())
+    assert all(len(entry) in (0, 3, 4) for entry in optimizer.state.values())
+    held.clear()
+    gc.collect()
+    optimizer.step()
+    assert all(map(torch.equal, weights, twins))
 
 
 def test_a_checkpoint_of_adam_becomes_one_of_adamw() -> None:

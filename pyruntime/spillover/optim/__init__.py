@@ -1,6 +1,5 @@
 """Optimizers whose state lives off the device, and gradients that leave it during backward."""
 
-from spillover.optim._adamw import AdamW
 from spillover.optim._clipping import clip_grad_norm_
 from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import (
@@ -9,12 +8,19 @@ from spillover.optim._gradients import (
     offload_gradients,
 )
 from spillover.optim._host_gradient import PendingGradient
+from spillover.optim._host_optimizer import OptimizerStats
+from spillover.optim._optimizers import SGD, Adagrad, Adam, AdamW, Lion
 from spillover.optim._paging import PagingStats, page, unpage
 
 __all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
     "AdamW",
     "GradientStats",
+    "Lion",
     "OffloadedGradients",
+    "OptimizerStats",
     "PagingStats",
     "PendingGradient",
     "clip_grad_norm_",

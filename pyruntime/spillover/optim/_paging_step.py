@@ -23,6 +23,7 @@ import torch
 
 from spillover._errors import ConfigError
 from spillover._settings import logger
+from spillover.optim._failures import note
 from spillover.optim._paging_classes import Group, Rules
 from spillover.optim._paging_state import (
     Entry,
@@ -223,7 +224,7 @@ class Paging:
         except BaseException as error:
             counts.put_back()
             # Whether they have been changed cannot be seen: foreach kernels count no versions.
-            _note(
+            note(
                 error,
                 f"It came from within the update of {len(parameters)} parameters, which may have "
                 "been changed in part; their state is that before the step.",
@@ -460,19 +461,12 @@ def _is_on_device(value: Any) -> bool:
 
 def _explain(error: BaseException, done: int, total: int | None) -> None:
     if done and done == total:
-        _note(error, "The step is done: all parameters have been updated, with their state.")
+        note(error, "The step is done: all parameters have been updated, with their state.")
     elif done:
-        _note(
+        note(
             error,
             f"{done} of {total} parameters had been updated by this step, with their state, before "
             "it failed. Calling step() again with the same gradients updates the others.",
         )
     else:
-        _note(error, "No parameter's state has been changed; step() may be called again.")
-
-
-def _note(error: BaseException, text: str) -> None:
-    if hasattr(error, "add_note"):  # Python 3.11
-        error.add_note(text)
-    else:
-        error.__notes__ = [*getattr(error, "__notes__", []), text]  # type: ignore[attr-defined]
+        note(error, "No parameter's state has been changed; step() may be called again.")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from spillover._core import TraceLabel
+from spillover._core import BLOCK_ELEMENTS, TraceLabel
 from spillover._pinned import empty_pinned
 from spillover._stalls import Stall
 from spillover._streams import CopyStreams, copy_streams, new_event
@@ -31,6 +31,8 @@ from spillover._streams import CopyStreams, copy_streams, new_event
 # of them do not count beside the state of a model that needs them.
 _SLOT_BYTES_MAX = 32 << 20
 _ALIGNMENT = 64
+# Pieces end where the scales of 8-bit moments do, which is also on whole vectors.
+_CUT_ELEMENTS = BLOCK_ELEMENTS
 
 _GRADIENTS = TraceLabel("optimizer: gradients", "copy")
 _WEIGHTS = TraceLabel("optimizer: new weights", "copy")
@@ -157,8 +159,8 @@ def cut(
     per_element = gradient_bytes + parameter.element_size()
     remaining = parameter.numel() - start
     room = (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
-    # Pieces end on whole vectors, and a sliver at the end of a slot is not worth its two copies.
-    count = remaining if remaining <= room else room // _ALIGNMENT * _ALIGNMENT
+    # A sliver at the end of a slot is not worth its two copies.
+    count = remaining if remaining <= room else room // _CUT_ELEMENTS * _CUT_ELEMENTS
     if count <= 0 or (count < remaining and used_bytes > 0 and count * 8 < remaining):
         return None
     gradient_offset = _align(used_bytes)

@@ -1,0 +1,429 @@
+"""The base of optimizers whose state lives in host memory and whose step runs on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from spillover._core import HostPool
+from spillover._errors import ConfigError
+from spillover._layout import flat_view
+from spillover._settings import enabled
+from spillover._sources import register
+from spillover._stalls import Timed
+from spillover.optim._algorithms import Algorithm, Group
+from spillover.optim._gradient_placeholder import pending_gradient
+from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
+from spillover.optim._host_entries import Entries
+from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
+from spillover.optim._host_step import Progress, Unsent, explain, run
+from spillover.optim._host_work import Work, check_gradient, check_parameter
+
+_STEP = Timed("optimizer", "step")
+
+#: Options of ours that torch's classes do not take.
+_OWN_OPTIONS = ("tier", "moments", "master", "pool", "offload_gradients", "gradient_anomalies")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerStats:
+    """Figures of one optimizer, in ``spillover.stats().others["optimizer"]``.
+
+    Attributes
+    ----------
+    optimizer
+        Its class.
+    parameters, elements
+        That require gradients, and how many numbers they are.
+    host_bytes
+        Of state, set aside for state, and of masters; without step counts and staging.
+    """
+
+    optimizer: str
+    parameters: int
+    elements: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """Hides a state tensor from torch's load_state_dict, which would cast it like the weight."""
+
+    tensor: torch.Tensor
+
+
+class HostOptimizer(torch.optim.Optimizer):
+    """See the notes; a subclass says its algorithm and has a constructor with torch's arguments."""
+
+    algorithm: ClassVar[Algorithm]
+    #: Torch's class, which is made instead where Spillover is switched off.
+    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Give torch's own optimizer when Spillover is switched off."""
+        made = cls.__dict__.get("torch_class")
+        if made is not None and not enabled():
+            return made(*args, **{k: v for k, v in kwargs.items() if k not in _OWN_OPTIONS})
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: Group,
+        *,
+        tier: str,
+        state: StateOptions,
+        pool: HostPool | None,
+        offload_gradients: bool,
+        gradient_anomalies: Anomalies | None,
+    ) -> None:
+        self._check_tier(tier)
+        state.check()
+        if gradient_anomalies is not None and not offload_gradients:
+            raise ConfigError("gradient_anomalies needs offload_gradients=True")
+        self.algorithm.check(defaults)
+        self._begin(state, pool)
+        self._is_made = False
+        super().__init__(params, defaults)
+        self._reserve(self.param_groups)
+        self._is_made = True
+        if offload_gradients:
+            self._offload_gradients(gradient_anomalies)
+
+    def _begin(self, options: StateOptions, pool: HostPool | None) -> None:
+        self._entries = Entries(self.algorithm, options, pool, type(self).__name__)
+        self._progress = Progress()
+        self._unsent = Unsent()
+        register("optimizer", self, HostOptimizer.stats)
+
+    @classmethod
+    def _check_tier(cls, tier: str) -> None:
+        if tier == "device" and cls.torch_class is not None:
+            name = f"torch.optim.{cls.torch_class.__name__}"
+            raise ConfigError(f"tier='device' is what {name} does; here tier is 'host'")
+        if tier != "host":
+            raise ConfigError(f"tier={tier!r} is not known; it must be 'host'")
+
+    # ---- what it has ---------------------------------------------------------------------------
+
+    @property
+    def gradients(self) -> OffloadedGradients | None:
+        """The handle of gradients off the device; None unless ``offload_gradients`` was set."""
+        found: OffloadedGradients | None = self.__dict__.get("_gradients")
+        return found
+
+    def stats(self) -> OptimizerStats:
+        """Figures at this moment, also in :func:`spillover.stats`. Cheap; does not block."""
+        trained = [
+            parameter
+            for group in self.__dict__.get("param_groups", ())
+            for parameter in group["params"]
+            if parameter.requires_grad
+        ]
+        return OptimizerStats(
+            optimizer=type(self).__name__,
+            parameters=len(trained),
+            elements=sum(parameter.numel() for parameter in trained),
+            host_bytes=self._entries.memory.size_bytes(),
+        )
+
+    def _offload_gradients(self, anomalies: Anomalies | None) -> None:
+        self._gradients = offload_gradients(_named(self.param_groups), anomalies=anomalies)
+
+    # ---- groups --------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; see the class for what they and their options may be.
+
+        Raises
+        ------
+        ConfigError
+            An option is out of range, or a parameter cannot be updated. Nothing is added.
+        HostOutOfMemory
+            There is no memory for their state or gradients. Nothing is added.
+        """
+        self.algorithm.check(param_group)
+        params = param_group.get("params", ())
+        if not isinstance(params, torch.Tensor):
+            params = list(params)
+            param_group["params"] = params
+        known: set[int] = set()
+        for entry in [params] if isinstance(params, torch.Tensor) else params:
+            tensor = entry[1] if isinstance(entry, tuple) else entry
+            if isinstance(tensor, torch.Tensor):
+                check_parameter(tensor, self.algorithm.name)
+                if id(tensor) in known:
+                    shape = tuple(tensor.shape)
+                    raise ConfigError(f"a parameter of shape {shape} is twice in one group")
+                known.add(id(tensor))
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            if self._is_made:
+                self._reserve(self.param_groups[-1:])
+            if self.gradients is not None:
+                self.gradients.add(_named(self.param_groups))
+        except BaseException:
+            del self.param_groups[-1]
+            self._entries.memory.forget_all_but(
+                each for group in self.param_groups for each in group["params"]
+            )
+            raise
+
+    def _check_group(self, group: Group) -> None:
+        """Check the options of a whole group; subclasses add what options must be together."""
+        self.algorithm.check(group)
+
+    def _reserve(self, groups: Iterable[Group]) -> None:
+        """Have the memory of all that will have state, and state that is there from the start."""
+        trained = [
+            (parameter, group)
+            for group in groups
+            for parameter in group["params"]
+            if parameter.requires_grad and parameter.numel() > 0
+        ]
+        self._entries.reserve(trained)
+        if self.algorithm.has_initial_state:
+            for parameter, group in trained:
+                self._entries.complete_moments(parameter, group, self.state[parameter])
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose gradients are offloaded where ours are."""
+        state: dict[str, Any] = super().__getstate__()
+        state["host_options"] = self._entries.options
+        if self.gradients is not None:
+            state["gradient_anomalies"] = self.gradients.anomalies
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a loaded or unpickled state, in host memory and in our forms."""
+        options: StateOptions | None = state.pop("host_options", None)
+        is_offloaded = "gradient_anomalies" in state
+        anomalies = state.pop("gradient_anomalies", None)
+        if options is not None:
+            self._begin(options, None)
+        groups: list[Group] = state["param_groups"]
+        for group in groups:
+            self._complete_group(group)
+            self._check_group(group)
+        entries: dict[Any, Any] = state["state"]
+        parameters = [(each, group) for group in groups for each in group["params"]]
+        found = self._entries.take_over(
+            [
+                (each, group, {k: _shown(v) for k, v in entries.get(each, {}).items()})
+                for each, group in parameters
+            ]
+        )
+        for (parameter, _), entry in zip(parameters, found, strict=True):
+            if parameter in entries:
+                entries[parameter] = entry
+        super().__setstate__(state)
+        self._progress.clear()
+        self._is_made = True
+        if is_offloaded:
+            self._offload_gradients(anomalies)
+
+    def _complete_group(self, group: Group) -> None:
+        """Give a group of a checkpoint what it has not, as torch's classes do."""
+        for key, value in (self.algorithm.newer_options | self.algorithm.torch_options).items():
+            group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of torch's; it is converted to the forms of ours.
+
+        Raises
+        ------
+        ConfigError
+            It is of another class, or does not fit the parameters.
+        HostOutOfMemory
+            There is no memory for it. Nothing is loaded in either case.
+        """
+
+        def hide(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            self._check_kind(loaded)
+            hidden = {
+                key: {
+                    name: _Kept(value) if isinstance(value, torch.Tensor) else value
+                    for name, value in entry.items()
+                }
+                for key, entry in loaded["state"].items()
+            }
+            return {**loaded, "state": hidden}
+
+        # Registered last, so that it runs after the hooks of users, which see the tensors.
+        hook = self.register_load_state_dict_pre_hook(hide)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def _check_kind(self, loaded: dict[str, Any]) -> None:
+        known = {*self.algorithm.newer_options, *self.algorithm.torch_options}
+        for group in loaded["param_groups"]:
+            missing = [name for name in self.defaults if name not in group and name not in known]
+            if missing:
+                raise ConfigError(
+                    f"this is no state of {self.algorithm.name}: its groups have no "
+                    f"{', '.join(missing)}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of torch's optimizers: tensors of the parameters' shapes, which are the state itself.
+
+        What is kept in 8 bits, or split, is a float32 copy in pageable memory.
+        """
+
+        def unpack(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
+            parameters = [each for group in self.param_groups for each in group["params"]]
+            state = {
+                key: self._entries.unpacked(parameters[key], entry)
+                if isinstance(key, int)
+                else entry
+                for key, entry in packed["state"].items()
+            }
+            return {**packed, "state": state}
+
+        # First, so that the hooks of users see tensors.
+        hook = self.register_state_dict_post_hook(unpack, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    # ---- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have gradients.
+
+        Parameters
+        ----------
+        closure
+            Computes the loss again and returns it, as for torch's optimizers.
+
+        Raises
+        ------
+        ConfigError
+            A gradient is sparse or complex, or an option is wrong; nothing has been changed then.
+        HostOutOfMemory
+            There is no memory for the state or for staging; no weight, moment or step count has
+            been changed then.
+        RuntimeError
+            A CUDA call failed on the way. A note on the error says what has been updated; a step
+            that is repeated with the same gradients updates the rest, and nothing twice.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _STEP.call(self._step)
+        return loss
+
+    def _step(self) -> None:
+        if self.gradients is not None:
+            # Some may require gradients only now; their next ones leave.
+            self.gradients.add(_named(self.param_groups))
+            self.gradients.check()
+        todo = self._todo()
+        self._entries.reserve(todo)
+        self._unsent.send()
+        works: list[Work] = []
+        skipped = 0
+        try:
+            groups: dict[int, list[Work]] = {}
+            for parameter, group in todo:
+                done = self._progress.done(parameter)
+                if done == parameter.numel():
+                    skipped += 1
+                    continue
+                work = self._prepare(parameter, group, done)
+                works.append(work)
+                groups.setdefault(id(group), []).append(work)
+            try:
+                run(self.algorithm, list(groups.values()), self._unsent, self._finish)
+            except BaseException as error:
+                self._progress.remember(works)
+                explain(error, works, skipped)
+                raise
+            self._progress.clear()
+            for work in works:
+                if work.master is not None or work.remainder is not None:
+                    self._entries.has_written(work.parameter)
+        finally:
+            for work in works:
+                if work.pending is not None:
+                    work.pending.release()
+            if self.gradients is not None:
+                self.gradients.collect()
+
+    def _todo(self) -> list[tuple[torch.Tensor, Group]]:
+        """Checked parameters that have gradients, with their groups."""
+        todo = []
+        for group in self.param_groups:
+            self._check_group(group)
+            for parameter in group["params"]:
+                if parameter.grad is not None and parameter.numel() > 0:
+                    # Moved or converted since it was added, perhaps.
+                    check_parameter(parameter, self.algorithm.name)
+                    check_gradient(parameter, parameter.grad, self.algorithm.name)
+                    todo.append((parameter, group))
+        return todo
+
+    def _prepare(self, parameter: torch.Tensor, group: Group, done: int) -> Work:
+        entry = self.state.get(parameter, {})
+        late = self._entries.complete_moments(parameter, group, entry)
+        if done == 0:
+            self._entries.complete_master(parameter, group, entry)
+        if entry:
+            self.state[parameter] = entry
+        specs = self.algorithm.moments(group)
+        pending = pending_gradient(parameter)
+        gradient = parameter.grad if pending is None else pending.flat
+        assert gradient is not None
+        if pending is None and tuple(gradient.stride()) != tuple(parameter.stride()):
+            gradient = torch.empty_strided(
+                parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
+            ).copy_(gradient)
+        arrays = {**entry, **late}
+        return Work(
+            parameter=parameter,
+            gradient=gradient,
+            group=group,
+            entry=entry,
+            late=late,
+            moments={spec.slot: _flat(arrays[spec.name]) for spec in specs},
+            master=flat_view(entry[MASTER]) if MASTER in entry else None,
+            remainder=flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            number=self._entries.number(entry, late),
+            pending=pending,
+            done=done,
+        )
+
+    def _finish(self, work: Work) -> None:
+        work.entry.update(work.late)
+        if work.late:
+            self.state[work.parameter] = work.entry
+        if self._entries.counts_steps:
+            work.entry["step"].fill_(work.number)
+
+
+def _named(groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
+    """All parameters, by their names where the optimizer was given them."""
+    return [
+        (group["param_names"][index] if "param_names" in group else f"{number}.{index}", parameter)
+        for number, group in enumerate(groups)
+        for index, parameter in enumerate(group["params"])
+    ]
+
+
+def _flat(array: Any) -> Any:
+    return array.moment if isinstance(array, BlockwiseState) else flat_view(array)
+
+
+def _shown(value: Any) -> Any:
+    return value.tensor if isinstance(value, _Kept) else value

@@ -1,0 +1,236 @@
+"""Runs one step on the host: weights of devices through staging, those of the host where they lie.
+
+Note [Failed updates]
+---------------------
+Everything that can be known is checked, and all memory is there, before the first element changes.
+What still can fail are calls of the driver on the way. ``Work.done`` says how far each parameter
+came. New weights whose copy to the device could not be launched are kept and go there first in the
+next step, so state and weights never come apart. A step that is repeated with the same gradients,
+known by identity and version as in Note [Failed steps] of ``_paging_step``, goes on where the
+failed one stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spillover._layout import flat_view
+from spillover._stalls import Stall
+from spillover.optim._algorithms import Algorithm
+from spillover.optim._failures import note
+from spillover.optim._host_work import Work, batches, update
+from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
+
+_ARRIVAL = Stall("optimizer", "gradients to arrive")
+_OTHER_STEP = Stall("optimizer", "another optimizer's step")
+
+
+@dataclass(eq=False)
+class _UnsentWeight:
+    target: torch.Tensor
+    weight: torch.Tensor
+    version: int
+
+
+class Unsent:
+    """New weights that could not be sent to their device."""
+
+    def __init__(self) -> None:
+        self._weights: list[_UnsentWeight] = []
+
+    def keep(self, slot: Slot, batch: Sequence[tuple[Work, Piece]]) -> None:
+        """Copies of what the slot has for ``batch``."""
+        for _, piece in batch:
+            weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype).clone()
+            self._weights.append(_UnsentWeight(piece.weight, weight, piece.weight._version))
+
+    def send(self) -> None:
+        """Send them now, on the current streams, but for those that something else has written."""
+        self._weights = [one for one in self._weights if one.version == one.target._version]
+        while self._weights:
+            one = self._weights[0]
+            one.target.copy_(one.weight)
+            del self._weights[0]
+            for other in self._weights:  # Parts of one parameter share the counter.
+                other.version = other.target._version
+
+
+@dataclass(frozen=True)
+class _Position:
+    gradient: weakref.ref[torch.Tensor]
+    version: int
+    done: int
+
+
+class Progress:
+    """How far a step that failed came with each gradient."""
+
+    def __init__(self) -> None:
+        self._positions: dict[int, _Position] = {}
+
+    def done(self, parameter: torch.Tensor) -> int:
+        """Elements of ``parameter`` that have been updated with the gradient that it has now."""
+        position, gradient = self._positions.get(id(parameter)), parameter.grad
+        if position is None or gradient is None or position.gradient() is not gradient:
+            return 0
+        return position.done if position.version == gradient._version else 0
+
+    def remember(self, works: Sequence[Work]) -> None:
+        """After a failure."""
+        for work in works:
+            gradient = work.parameter.grad
+            if work.done and gradient is not None:
+                position = _Position(weakref.ref(gradient), gradient._version, work.done)
+                self._positions[id(work.parameter)] = position
+
+    def clear(self) -> None:
+        """After a step that came to its end."""
+        self._positions.clear()
+
+
+def run(
+    algorithm: Algorithm,
+    groups: Sequence[list[Work]],
+    unsent: Unsent,
+    finish: Callable[[Work], None],
+) -> None:
+    """Update all parameters; ``finish`` is called for each when it is.
+
+    Blocks the host until the last gradient has arrived and been applied; kernels launched on the
+    current streams from then on see the new weights.
+    """
+    by_device = _by_device(groups)
+    with contextlib.ExitStack() as held:
+        # Every step takes the locks in one order.
+        for device in sorted(by_device, key=str):
+            staging = staging_of(device)
+            if not staging.lock.acquire(blocking=False):
+                _OTHER_STEP.wait(staging.lock.acquire)
+            held.callback(staging.lock.release)
+            staging.reserve(_wanted_bytes(by_device[device]))
+        for device, device_groups in by_device.items():
+            with torch.cuda.device(device):
+                _Pipeline(algorithm, staging_of(device), unsent, finish).run(device_groups)
+    for works in groups:
+        _update_host(algorithm, [w for w in works if w.parameter.device.type == "cpu"], finish)
+
+
+def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
+    """Say in ``error`` what has been updated. ``skipped``: parameters that were before the step."""
+    whole = skipped + sum(work.done == work.parameter.numel() for work in works)
+    partial = [work for work in works if 0 < work.done < work.parameter.numel()]
+    if not whole and not partial:
+        note(error, "No parameter has been changed; step() may be called again.")
+        return
+    text = f"{whole} of {skipped + len(works)} parameters had been updated, with their state"
+    for work in partial:
+        text += (
+            f", and the first {work.done} elements of one of shape {tuple(work.parameter.shape)}"
+        )
+    note(
+        error,
+        f"{text}, before it failed. Calling step() again with the same gradients finishes it.",
+    )
+
+
+def _update_host(algorithm: Algorithm, works: list[Work], finish: Callable[[Work], None]) -> None:
+    """Update weights that lie on the host, all of one group."""
+    if not works:
+        return
+    ranges = []
+    for work in works:
+        if work.pending is not None:
+            work.pending.wait()
+        gradient = work.gradient if work.pending is not None else flat_view(work.gradient)
+        weight = flat_view(work.parameter)
+        ranges.append((work, work.range(0, weight.numel(), gradient, weight)))
+    update(algorithm, ranges)
+    for work in works:
+        # Kernels do not tell autograd, nor those who watch for changed weights.
+        torch.autograd.graph.increment_version(work.parameter)
+        work.done = work.parameter.numel()
+        finish(work)
+
+
+class _Pipeline:
+    """The weights of one device; Note [Optimizer pipeline]."""
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        staging: Staging,
+        unsent: Unsent,
+        finish: Callable[[Work], None],
+    ) -> None:
+        self._algorithm = algorithm
+        self._staging = staging
+        self._unsent = unsent
+        self._finish = finish
+
+    def run(self, groups: Sequence[list[Work]]) -> None:
+        staging = self._staging
+        compute = torch.cuda.current_stream(staging.device)
+        staging.streams.copy_out.wait_stream(compute)
+        try:
+            self._run_batches(groups)
+        except BaseException:
+            # The caller may free gradients and weights now, so nothing may copy them any more.
+            staging.drain()
+            raise
+        finally:
+            compute.wait_stream(staging.streams.copy_in)
+
+    def _run_batches(self, groups: Sequence[list[Work]]) -> None:
+        waiting: tuple[Slot, list[tuple[Work, Piece]]] | None = None
+        for batch in batches(groups, self._staging.slot_bytes):
+            slot = self._staging.next_slot()
+            self._staging.start_arrival(slot, [piece for _, piece in batch])
+            if waiting is not None:
+                self._update_batch(*waiting)
+            waiting = (slot, batch)
+        if waiting is not None:
+            self._update_batch(*waiting)
+
+    def _update_batch(self, slot: Slot, batch: list[tuple[Work, Piece]]) -> None:
+        _ARRIVAL.wait(slot.arrived.synchronize)
+        ranges = []
+        for work, piece in batch:
+            weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
+            if work.pending is not None:
+                work.pending.wait()
+                gradient = work.gradient[piece.start : piece.start + piece.count]
+            else:
+                gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
+            ranges.append((work, work.range(piece.start, piece.count, gradient, weight)))
+        update(self._algorithm, ranges)
+        for work, piece in batch:
+            work.done = piece.start + piece.count
+        try:
+            self._staging.start_departure(slot, [piece for _, piece in batch])
+        except BaseException:
+            self._unsent.keep(slot, batch)
+            raise
+        finally:
+            for work, _ in batch:
+                if work.done == work.parameter.numel():
+                    self._finish(work)
+
+
+def _by_device(groups: Sequence[list[Work]]) -> dict[torch.device, list[list[Work]]]:
+    """The work on CUDA devices, by device; still one list a parameter group."""
+    found: dict[torch.device, list[list[Work]]] = {}
+    for works in groups:
+        for device in dict.fromkeys(work.parameter.device for work in works):
+            if device.type == "cuda":
+                chosen = [work for work in works if work.parameter.device == device]
+                found.setdefault(device, []).append(chosen)
+    return found
+
+
+def _wanted_bytes(groups: Sequence[list[Work]]) -> int:
+    return sum(piece_bytes(work.parameter, work.gradient) for works in groups for work in works)

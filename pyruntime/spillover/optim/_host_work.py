@@ -1,0 +1,200 @@
+"""What one step of an optimizer on the host works on: checked parameters and ranges for kernels."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+
+from spillover._core import begin_work, end_work
+from spillover._errors import ConfigError
+from spillover._layout import flat_view, is_dense
+from spillover._stalls import Timed
+from spillover.optim._algorithms import Algorithm, Group
+from spillover.optim._host_gradient import PendingGradient
+from spillover.optim._host_state import Array
+from spillover.optim._kernels import Blockwise, Moment, Range, make_range
+from spillover.optim._staging import Piece, cut, end_of
+
+_UPDATE = Timed("optimizer", "update")
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """One parameter to update.
+
+    Attributes
+    ----------
+    gradient
+        Of the parameter's strides; flat where it is off the device, and ``pending`` is there.
+    entry, late
+        The parameter's state, and what the step adds to it at its end.
+    moments, master, remainder
+        Flat arrays of the state, for the kernels.
+    number
+        Of this step, from 1.
+    done
+        Elements that are updated: those of a step that failed midway, before this one began.
+    """
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    group: Group
+    entry: dict[str, Any]
+    late: dict[str, Array]
+    moments: dict[str, Moment]
+    master: torch.Tensor | None
+    remainder: torch.Tensor | None
+    number: int
+    pending: PendingGradient | None = None
+    done: int = 0
+
+    @property
+    def factor(self) -> float:
+        """By which the gradient counts more than its bytes say."""
+        return 1.0 if self.pending is None else self.pending.factor
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the weight itself is what is updated."""
+        return self.master is None
+
+    def range(self, start: int, count: int, gradient: torch.Tensor, weight: torch.Tensor) -> Range:
+        """The elements from ``start`` on, whose gradients and weights are flat and on the host."""
+        if not math.isfinite(self.factor):
+            # Kernels take no such factor; what comes of it is what torch makes of it.
+            gradient = gradient.float() * self.factor
+        is_low = self.master is not None or self.remainder is not None
+        return make_range(
+            gradient=gradient,
+            weight=_part(self.master, start, count) if is_low else weight,
+            low_weight=weight if is_low else None,
+            remainder=_part(self.remainder, start, count),
+            first=_moment_part(self.moments.get("first"), start, count),
+            second=_moment_part(self.moments.get("second"), start, count),
+            second_max=_moment_part(self.moments.get("second_max"), start, count),
+            step=self.number,
+            first_index=start,
+        )
+
+
+def _part(array: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
+    return None if array is None else array[start : start + count]
+
+
+def _moment_part(moment: Moment | None, start: int, count: int) -> Moment | None:
+    return (
+        moment.part(start, count) if isinstance(moment, Blockwise) else _part(moment, start, count)
+    )
+
+
+def update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
+    """One step of ranges of one group, in place."""
+    _UPDATE.call(lambda: _update(algorithm, ranges))
+
+
+def _update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
+    reported = begin_work("cpu-optimizer", sum(map(_traffic_bytes, ranges)))
+    try:
+        by_factor: dict[float, list[Range]] = {}
+        for work, each in ranges:
+            factor = work.factor if math.isfinite(work.factor) else 1.0
+            by_factor.setdefault(factor, []).append(each)
+        for factor, chosen in by_factor.items():
+            algorithm.update(chosen, ranges[0][0].group, factor)
+    finally:
+        end_work(reported)
+
+
+def _traffic_bytes(entry: tuple[Work, Range]) -> int:
+    """Moments and what is updated are read and written, gradients read, low weights written."""
+    work, each = entry
+    element_bytes = float(work.gradient.element_size())
+    for moment in work.moments.values():
+        element_bytes += 2 * (1 if isinstance(moment, Blockwise) else moment.element_size())
+    weight_bytes = work.parameter.element_size()
+    if work.master is not None:
+        element_bytes += 8 + weight_bytes
+    else:
+        element_bytes += 2 * (weight_bytes + (2 if work.remainder is not None else 0))
+    return int(each.count * element_bytes)
+
+
+def batches(works: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:
+    """Pieces packed into slots; a batch has parameters of one group, so of one learning rate."""
+    for group in works:
+        batch: list[tuple[Work, Piece]] = []
+        used = 0
+        for work in group:
+            weight = flat_view(work.parameter)
+            gradient = work.gradient if work.pending is not None else flat_view(work.gradient)
+            start = work.done
+            while start < weight.numel():
+                piece = cut(
+                    weight,
+                    gradient,
+                    reads_weight=work.reads_weight,
+                    slot_bytes=slot_bytes,
+                    used_bytes=used,
+                    start=start,
+                )
+                if piece is None:
+                    yield batch
+                    batch, used = [], 0
+                    continue
+                batch.append((work, piece))
+                used = end_of(piece)
+                start += piece.count
+        if batch:
+            yield batch
+
+
+def check_parameter(parameter: torch.Tensor, name: str) -> None:
+    """Raise ConfigError, saying why, for a parameter that optimizer ``name`` cannot update."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(parameter, distributed.DTensor):
+        _refuse(
+            parameter,
+            name,
+            "is a DTensor, as of FSDP2 and tensor parallelism, of which this process has a part; "
+            "use torch's optimizer",
+        )
+    if parameter.dtype not in _DTYPES:
+        _refuse(parameter, name, f"is {parameter.dtype}; it must be float32, bfloat16 or float16")
+    if parameter.layout is not torch.strided or parameter.device.type not in ("cpu", "cuda"):
+        where = f"{parameter.layout} on {parameter.device}"
+        _refuse(parameter, name, f"is {where}; it must be dense on CUDA or the CPU")
+    if not is_dense(parameter):
+        _refuse(parameter, name, "has gaps in memory; make it contiguous")
+
+
+def check_gradient(parameter: torch.Tensor, gradient: torch.Tensor, name: str) -> None:
+    """Raise ConfigError, saying why, for a gradient that cannot be used."""
+    shape = tuple(parameter.shape)
+    if gradient.layout is not torch.strided:
+        raise ConfigError(
+            f"{name} does not take {gradient.layout} gradients (parameter of shape {shape}); use "
+            "sparse=False in the embedding"
+        )
+    if gradient.dtype not in _DTYPES:
+        kind = "complex gradients" if gradient.is_complex() else f"{gradient.dtype} gradients"
+        raise ConfigError(
+            f"{name} does not take {kind} (parameter of shape {shape}); they must be float32, "
+            "bfloat16 or float16"
+        )
+    if gradient.device != parameter.device or gradient.shape != parameter.shape:
+        raise ConfigError(
+            f"{name} found a gradient of shape {tuple(gradient.shape)} on {gradient.device} for a "
+            f"parameter of shape {shape} on {parameter.device}; they must agree"
+        )
+
+
+def _refuse(parameter: torch.Tensor, name: str, what: str) -> NoReturn:
+    shape = tuple(parameter.shape)
+    raise ConfigError(f"{name} cannot update a parameter of shape {shape}: it {what}")
