@@ -87,6 +87,7 @@ def train(
         if after_step is not None:
             found.append(after_step(wrapped, optimizer))
         optimizer.zero_grad(set_to_none=set_to_none)
+    optimizer.synchronize()
     return [float(loss) for loss in losses], model, optimizer, found
 
 

@@ -33,6 +33,9 @@ from typing import Any
 import torch
 from torch import nn
 
+#: Blocks until the bytes are there; told whether a module's forward asks.
+Wait = Callable[[bool], None]
+
 _lock = threading.Lock()
 # By identity; an entry holds its tensor. Guarded by the lock.
 _entries: dict[int, _Entry] = {}
@@ -41,12 +44,12 @@ _entries: dict[int, _Entry] = {}
 class _Entry:
     __slots__ = ("tensor", "wait")
 
-    def __init__(self, tensor: torch.Tensor, wait: Callable[[], None]) -> None:
+    def __init__(self, tensor: torch.Tensor, wait: Wait) -> None:
         self.tensor = tensor
         self.wait = wait
 
 
-def begin(tensor: torch.Tensor, wait: Callable[[], None]) -> None:
+def begin(tensor: torch.Tensor, wait: Wait) -> None:
     """Have every use of ``tensor`` call ``wait`` first, which blocks and may raise.
 
     ``tensor`` must be one that :func:`can_await` accepts. When ``wait`` raises, the use of the
@@ -80,15 +83,15 @@ def is_awaited(tensor: object) -> bool:
     return type(tensor) in _OWN
 
 
-def wait_for(tensors: Iterable[torch.Tensor]) -> None:
+def wait_for(tensors: Iterable[torch.Tensor | None], *, in_forward: bool = False) -> None:
     """Block until the bytes of those that are awaited are there. Raises what ``wait`` does."""
     for tensor in tensors:
-        if type(tensor) not in _OWN:
+        if tensor is None or type(tensor) not in _OWN:
             continue
         with _lock:
             entry = _entries.get(id(tensor))
         if entry is not None:
-            entry.wait()
+            entry.wait(in_forward)
         with _lock:
             # Unless it is awaited anew by now.
             if _entries.get(id(tensor)) is entry:

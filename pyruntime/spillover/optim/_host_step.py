@@ -148,6 +148,8 @@ def run(
     or is waited for: see :func:`order_after_compute`.
     """
     by_device = _by_device(groups)
+    # Now, since weights may move when they are updated.
+    on_host = [[work for work in works if work.parameter.device.type == "cpu"] for works in groups]
     with contextlib.ExitStack() as held:
         # Every step takes the locks in one order.
         for device in sorted(by_device, key=str):
@@ -160,8 +162,8 @@ def run(
             with torch.cuda.device(device):
                 pipeline = _Pipeline(algorithm, staging_of(device), unsent, finish, observer)
                 pipeline.run(device_groups)
-    for works in groups:
-        _update_host(algorithm, [w for w in works if w.parameter.device.type == "cpu"], finish)
+    for works in on_host:
+        _update_host(algorithm, works, finish)
 
 
 def explain(

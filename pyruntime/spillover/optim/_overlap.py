@@ -68,6 +68,10 @@ Modules = nn.Module | Iterable[nn.Module]
 _steps: weakref.WeakSet[PendingStep] = weakref.WeakSet()
 
 
+def _nothing(_: object) -> None:
+    """What is left of a step that is over: it must not keep its optimizer."""
+
+
 def _executor() -> ThreadPoolExecutor:
     """One thread, which the interpreter joins before it shuts down."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="spillover-optimizer")
@@ -125,7 +129,7 @@ class PendingStep:
             if work.pending is None and gradient is parameter.grad:
                 _awaited.begin(gradient, functools.partial(self._wait_for_gradient, id(parameter)))
             torch.autograd.graph.increment_version(parameter)
-            _awaited.begin(parameter, functools.partial(self.wait_for, parameter, _READ))
+            _awaited.begin(parameter, functools.partial(self._wait_for_weight, id(parameter)))
         _worker.submit(self._run)
 
     # ---- by the worker -------------------------------------------------------------------------
@@ -141,6 +145,7 @@ class PendingStep:
                 self.has_failed = True
                 self._condition.notify_all()
         else:
+            self._run_works = self._note_sent = _nothing
             with self._condition:
                 self._is_over = True
                 self._condition.notify_all()
@@ -171,15 +176,16 @@ class PendingStep:
 
     # ---- by those who wait ---------------------------------------------------------------------
 
-    def wait_for(self, parameter: torch.Tensor, stall: Stall) -> None:
-        """Block until the new weight is in device memory. Raises what went wrong, once."""
-        key = id(parameter)
+    def _wait_for_weight(self, key: int, in_forward: bool) -> None:
+        self._wait_for(key, _FORWARD if in_forward else _READ)
+
+    def _wait_for(self, key: int, stall: Stall) -> None:
         self._wait(lambda: key in self._sent, stall)
         event = self._sent[key]
         if event is not None:
             stall.wait(event.synchronize)
 
-    def _wait_for_gradient(self, key: int) -> None:
+    def _wait_for_gradient(self, key: int, in_forward: bool) -> None:
         self._wait(lambda: key in self._used, _GRADIENT)
 
     def wait(self) -> None:
@@ -196,7 +202,7 @@ class PendingStep:
         awaited = set(self._awaited)
         for work in self.works:
             if work not in awaited:
-                self.wait_for(work.parameter, _OTHERS)
+                self._wait_for(id(work.parameter), _OTHERS)
 
     def unheard_error(self) -> BaseException | None:
         """A failure that nobody has been told of."""
@@ -258,15 +264,9 @@ class Overlap:
             self._note(module)
         if torch.cuda.is_current_stream_capturing():
             self._captured.update(map(id, module.parameters()))
-        pending = self.pending
-        if pending is None:
-            return
         is_whole = not module.training or _runs_children(module)
-        for parameter in module.parameters() if is_whole else module._parameters.values():
-            if _awaited.is_awaited(parameter):
-                assert parameter is not None
-                pending.wait_for(parameter, _FORWARD)
-                _awaited.end(parameter)
+        weights = module.parameters() if is_whole else module._parameters.values()
+        _awaited.wait_for(weights, in_forward=True)
 
     def _note(self, module: nn.Module) -> None:
         whole = _runs_children(module)
