@@ -36,7 +36,7 @@ from torch import nn
 #: Blocks until the bytes are there; told whether a module's forward asks.
 Wait = Callable[[bool], None]
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # Freeing a tensor may call anything.
 # By identity; an entry holds its tensor. Guarded by the lock.
 _entries: dict[int, _Entry] = {}
 
@@ -170,7 +170,8 @@ class _Awaited:
             torch._dynamo.graph_break()
         is_parameter = bool(args) and type(args[0]) is AwaitedParameter
         if is_parameter and func in _HARMLESS:
-            with torch._C.DisableTorchFunctionSubclass():
+            # The lock is for who frees a gradient: he comes after its reader has let go of it.
+            with _lock, torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         found = list(_awaited_in((args, kwargs)))
         if not found:
