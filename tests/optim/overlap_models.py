@@ -54,6 +54,11 @@ class LazyWorker:
             self._is_open = True
             self._condition.notify_all()
 
+    def close(self) -> None:
+        """Be lazy again."""
+        with self._condition:
+            self._is_open = False
+
     def install(self, set_attribute: Callable[[Any, str, Any], Any]) -> None:
         """By ``setattr``, or a test's."""
         update_batch: Any = _host_step._Pipeline._update_batch

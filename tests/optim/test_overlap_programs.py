@@ -163,3 +163,108 @@ print("equal")
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.soak)])
 def test_compiled_modules(run_emulated: Run, kind: str, backend: str, given: str) -> None:
     assert "equal" in run_emulated(COMPILED, kind, backend, given, timeout=400).stdout
+
+
+DDP = (
+    PRELUDE
+    + """
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+lazy = LazyWorker()
+lazy.install(setattr)
+
+
+def broadcast(model, optimizer):
+    for each in model.parameters():
+        dist.broadcast(each.data, 0)
+    return [each.detach().clone() for each in model.parameters()]
+
+
+def broadcast_parameters(model, optimizer):
+    with torch.no_grad():
+        for each in model.parameters():
+            dist.broadcast(each, 0)
+            dist.all_reduce(each)
+    return [each.detach().clone() for each in model.parameters()]
+
+
+def gathered(model, optimizer):
+    found = [torch.empty_like(model.table.weight)]
+    dist.all_gather(found, model.table.weight)
+    return found
+
+
+def wrapped_anew(model, optimizer):
+    '''The constructor broadcasts parameters.'''
+    DistributedDataParallel(model)
+    return [each.detach().clone() for each in model.parameters()]
+
+
+def run(overlaps, **options):
+    lazy.close() if overlaps else lazy.open()
+    return train(overlaps=overlaps, **options)
+
+
+def ddp(model):
+    return DistributedDataParallel(model, find_unused_parameters=True)
+
+
+for after_step in (broadcast, broadcast_parameters, gathered, wrapped_anew):
+    assert_same_run(*[run(x, after_step=after_step, steps=3) for x in (True, False)])
+views = lambda model: DistributedDataParallel(
+    model, find_unused_parameters=True, gradient_as_bucket_view=True
+)
+for wrap in (ddp, views):
+    for options in ({}, {"offload_gradients": True, "micro_steps": 2}, {"set_to_none": False}):
+        assert_same_run(*[run(x, wrap=wrap, **options) for x in (True, False)])
+dist.destroy_process_group()
+lazy.open()
+print("equal")
+"""
+)
+
+
+def test_ddp_and_broadcasts(run_emulated: Run) -> None:
+    assert "equal" in run_emulated(DDP).stdout
+
+
+END = (
+    PRELUDE
+    + """
+import os
+lazy = LazyWorker()
+lazy.install(setattr)
+model = Net()
+optimizer = AdamW(model.parameters(), overlap=model)
+loss_of(model, 0).backward()
+optimizer.step()
+if "fork" in sys.argv:
+    child = os.fork()
+    if child == 0:
+        print(any(map(_awaited.is_awaited, model.parameters())), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+if "failure" in sys.argv:
+    from spillover.optim import _staging
+    def fail(*_):
+        raise RuntimeError("on purpose")
+    _staging.Staging.start_departure = fail
+if "quit" in sys.argv:
+    lazy.open()
+"""
+)
+
+
+def test_nothing_is_awaited_in_a_forked_child(run_emulated: Run) -> None:
+    assert run_emulated(END, "fork", "quit").stdout == "False\n"
+
+
+def test_the_process_ends_after_the_updates(run_emulated: Run) -> None:
+    result = run_emulated(END, "quit")
+    assert result.stderr == ""
+
+
+def test_a_failure_that_nobody_heard_of_is_logged_at_the_end(run_emulated: Run) -> None:
+    assert "on purpose" in run_emulated(END, "failure", "quit").stderr
