@@ -17,6 +17,7 @@ from spillover.emulator import _libraries
 
 #: What this package's own code gets: it asks for norms of gradients, which are taken to be finite.
 _ASSUMED = 1.0
+_EMULATOR = __name__.rpartition(".")[0]
 _UNKNOWN_TEXT = "spillover dry run: the program asks for a value"
 
 
@@ -103,6 +104,14 @@ def _is_engine(frame: Any) -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith("spillover.")
 
 
+def _engine_asks() -> bool:
+    """Whether this package's code, other than the emulator's, is who called it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_EMULATOR):
+        frame = frame.f_back
+    return frame is not None and _is_engine(frame)
+
+
 def is_unknown(tensor: Any) -> bool:
     """Whether a tensor on a device or the CPU has bytes that a dry run does not know."""
     import torch
@@ -155,12 +164,12 @@ def watch(torch: Any) -> None:
     @functools.wraps(item)
     def unknown_item(self: Any) -> Any:
         number = number_of(self)
-        is_assumed = type(number) is UnknownNumber and _is_engine(sys._getframe(1))
+        is_assumed = type(number) is UnknownNumber and _engine_asks()
         return _ASSUMED if is_assumed else number
 
     @functools.wraps(tolist)
     def unknown_tolist(self: Any) -> Any:
-        if self.is_floating_point() and _is_engine(sys._getframe(1)):
+        if self.is_floating_point() and _engine_asks():
             on_host = self.cpu()
             return tolist(torch.full_like(on_host, _ASSUMED) if is_unknown(on_host) else on_host)
         return numbers_of(self) if is_unknown(self) else tolist(self)
