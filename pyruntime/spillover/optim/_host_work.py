@@ -94,21 +94,22 @@ def _moment_part(moment: Moment | None, start: int, count: int) -> Moment | None
 
 
 def update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
-    """One step of ranges of one group, in place."""
+    """One step of ranges, in place."""
     _UPDATE.call(lambda: _update(algorithm, ranges))
 
 
 def _update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
-    by_factor: dict[float, list[Range]] = {}
+    # By groups too, where a step is in the order of forward.
+    chosen: dict[tuple[int, float], tuple[Group, list[Range]]] = {}
     for work, each in ranges:
         factor = work.factor if math.isfinite(work.factor) else 1.0
-        by_factor.setdefault(factor, []).append(each)
-    for factor, chosen in by_factor.items():
-        algorithm.update(chosen, ranges[0][0].group, factor)
+        chosen.setdefault((id(work.group), factor), (work.group, []))[1].append(each)
+    for (_, factor), (group, alike) in chosen.items():
+        algorithm.update(alike, group, factor)
 
 
 def batches(works: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:
-    """Pieces packed into slots; a batch has parameters of one group, so of one learning rate."""
+    """Pieces packed into slots; a batch has parameters of one of the lists."""
     for group in works:
         batch: list[tuple[Work, Piece]] = []
         used = 0
