@@ -1,14 +1,26 @@
-"""Paging with little memory on the way to the disk, so that small states really go there."""
+"""Gradients off the device beside ordinary ones, and paging with little memory on its way."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from spillover.optim import _paging_store
+import pytest
+from gradient_models import Twins, backward, make_gpt
+
+from spillover.optim import _paging_store, offload_gradients
 
 
 @pytest.fixture(autouse=True)
 def little_staging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least that a transfer engine takes."""
+    """The least that a transfer engine takes, so that small states really go to the disk."""
     monkeypatch.setattr(_paging_store, "_CHUNK_BYTES", 8 << 10)
     monkeypatch.setattr(_paging_store, "_STAGING_BYTES", 16 << 10)
+
+
+@pytest.fixture
+def twins() -> Iterator[Twins]:
+    """A model, and one with its weights whose gradients are offloaded; both have gradients."""
+    plain, offloaded = make_gpt(), make_gpt()
+    with offload_gradients(offloaded.named_parameters()) as handle:
+        backward(plain, offloaded)
+        yield plain, offloaded, handle
