@@ -7,7 +7,7 @@ import torch
 from gradient_models import Gpt, Twins, all_offloaded, assert_twins_equal, backward, make_gpt
 from torch import nn
 
-from spillover.optim import AdamW, offload_gradients
+from spillover.optim import AdamW, clip_grad_norm_, offload_gradients
 
 
 @pytest.mark.parametrize("foreach", [None, True, False])
@@ -82,3 +82,16 @@ def test_a_norm_too_large_for_its_type_is_not_infinity() -> None:
         assert parameter.grad.norm().item() == float("inf")
         handle.check()
         assert not torch.isinf(parameter.grad).any()
+
+
+def test_complex_gradients_count_in_our_norm() -> None:
+    found = []
+    for clip in (clip_grad_norm_, nn.utils.clip_grad_norm_):
+        phase = nn.Parameter(torch.ones(3, dtype=torch.complex64, device="cuda"))
+        weight = nn.Parameter(torch.ones(5, device="cuda"))
+        with offload_gradients([weight]):
+            (torch.view_as_real(phase * (3 + 4j)).sum() + (2 * weight).sum()).backward()
+            norm = clip([phase, weight], 1.0)
+            found.append([norm, phase.grad.clone(), weight.grad.clone()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
