@@ -1,4 +1,4 @@
-"""What tests of optimizers share: little memory on the way to the disk, and a lazy worker."""
+"""What tests of optimizers share: gradients off the device, little memory, a lazy worker."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from gradient_models import Twins, backward, make_gpt
 
-from spillover.optim import _awaited, _host_step, _overlap, _paging_store, _staging
+from spillover.optim import (
+    _awaited,
+    _host_step,
+    _overlap,
+    _paging_store,
+    _staging,
+    offload_gradients,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +89,12 @@ def lazy_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyWorker]:
     yield lazy
     lazy.open()
     _awaited.wait_for_all()
+
+
+@pytest.fixture
+def twins() -> Iterator[Twins]:
+    """A model, and one with its weights whose gradients are offloaded; both have gradients."""
+    plain, offloaded = make_gpt(), make_gpt()
+    with offload_gradients(offloaded.named_parameters()) as handle:
+        backward(plain, offloaded)
+        yield plain, offloaded, handle
