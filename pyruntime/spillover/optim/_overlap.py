@@ -63,7 +63,7 @@ _GRADIENT = Stall("optimizer", "something that uses a gradient: its update")
 _ALL = Stall("optimizer", "all updates of the last step")
 _OTHERS = Stall("optimizer", "updates that cannot overlap")
 
-Modules = nn.Module | Iterable[nn.Module]
+Modules = nn.Module | Sequence[nn.Module]
 
 _steps: weakref.WeakSet[PendingStep] = weakref.WeakSet()
 
@@ -234,7 +234,8 @@ class Overlap:
     """
 
     def __init__(self, modules: Modules) -> None:
-        roots = [modules] if isinstance(modules, nn.Module) else list(modules)
+        roots: list[Any]
+        roots = list(modules) if isinstance(modules, list | tuple | set) else [modules]
         for root in roots:
             if not isinstance(root, nn.Module):
                 raise ConfigError(
