@@ -1,13 +1,14 @@
-"""What tests of optimizers share: little memory on the way to the disk, and a lazy worker."""
+"""What tests of optimizers share: gradients off the device, little memory, a lazy worker."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from gradient_models import Twins, backward, make_gpt
 from overlap_models import LazyWorker
 
-from spillover.optim import _awaited, _paging_store, _staging
+from spillover.optim import _awaited, _paging_store, _staging, offload_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,12 @@ def lazy_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyWorker]:
     yield lazy
     lazy.open()
     _awaited.wait_for_all()
+
+
+@pytest.fixture
+def twins() -> Iterator[Twins]:
+    """A model, and one with its weights whose gradients are offloaded; both have gradients."""
+    plain, offloaded = make_gpt(), make_gpt()
+    with offload_gradients(offloaded.named_parameters()) as handle:
+        backward(plain, offloaded)
+        yield plain, offloaded, handle

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover._stalls import Timed
@@ -100,31 +99,13 @@ def update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
 
 
 def _update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
-    reported = begin_work("cpu-optimizer", sum(map(_traffic_bytes, ranges)))
-    try:
-        # By groups too, where a step is in the order of forward.
-        chosen: dict[tuple[int, float], tuple[Group, list[Range]]] = {}
-        for work, each in ranges:
-            factor = work.factor if math.isfinite(work.factor) else 1.0
-            chosen.setdefault((id(work.group), factor), (work.group, []))[1].append(each)
-        for (_, factor), (group, alike) in chosen.items():
-            algorithm.update(alike, group, factor)
-    finally:
-        end_work(reported)
-
-
-def _traffic_bytes(entry: tuple[Work, Range]) -> int:
-    """Moments and what is updated are read and written, gradients read, low weights written."""
-    work, each = entry
-    element_bytes = float(work.gradient.element_size())
-    for moment in work.moments.values():
-        element_bytes += 2 * (1 if isinstance(moment, Blockwise) else moment.element_size())
-    weight_bytes = work.parameter.element_size()
-    if work.master is not None:
-        element_bytes += 8 + weight_bytes
-    else:
-        element_bytes += 2 * (weight_bytes + (2 if work.remainder is not None else 0))
-    return int(each.count * element_bytes)
+    # By groups too, where a step is in the order of forward.
+    chosen: dict[tuple[int, float], tuple[Group, list[Range]]] = {}
+    for work, each in ranges:
+        factor = work.factor if math.isfinite(work.factor) else 1.0
+        chosen.setdefault((id(work.group), factor), (work.group, []))[1].append(each)
+    for (_, factor), (group, alike) in chosen.items():
+        algorithm.update(alike, group, factor)
 
 
 def batches(works: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:
