@@ -21,6 +21,7 @@ from spillover.optim._host_entries import Entries
 from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
 from spillover.optim._host_step import Progress, Unsent, explain, run
 from spillover.optim._host_work import Work, check_gradient, check_parameter
+from spillover.optim._state_store import StateArrays
 
 _STEP = Timed("optimizer", "step")
 
@@ -345,14 +346,20 @@ class HostOptimizer(torch.optim.Optimizer):
                 works.append(work)
                 groups.setdefault(id(group), []).append(work)
             try:
-                run(self.algorithm, list(groups.values()), self._unsent, self._finish)
+                run(
+                    self.algorithm,
+                    list(groups.values()),
+                    self._unsent,
+                    self._finish,
+                    self._entries.store,
+                )
             except BaseException as error:
                 self._progress.remember(works)
                 explain(error, works, skipped)
                 raise
             self._progress.clear()
             for work in works:
-                if work.master is not None or work.remainder is not None:
+                if work.is_low:
                     self._entries.has_written(work.parameter)
         finally:
             for work in works:
@@ -396,9 +403,13 @@ class HostOptimizer(torch.optim.Optimizer):
             group=group,
             entry=entry,
             late=late,
-            moments={spec.slot: _flat(arrays[spec.name]) for spec in specs},
-            master=flat_view(entry[MASTER]) if MASTER in entry else None,
-            remainder=flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            has_master=MASTER in entry,
+            has_remainder=REMAINDER in entry,
+            arrays=StateArrays(
+                {spec.slot: _flat(arrays[spec.name]) for spec in specs},
+                flat_view(entry[MASTER]) if MASTER in entry else None,
+                flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            ),
             number=self._entries.number(entry, late),
             pending=pending,
             done=done,
