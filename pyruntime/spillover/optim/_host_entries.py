@@ -44,6 +44,7 @@ from spillover.optim._host_state import (
 )
 from spillover.optim._masters import drop_odd_remainders, refresh_master, split_master, whole_master
 from spillover.optim._state_dictionaries import HostEntry
+from spillover.optim._state_store import HostStore, StateStore
 
 #: What torch's ``optimizer.state`` has for a parameter.
 Entry = dict[str, Any]
@@ -61,6 +62,7 @@ class Entries:
         self.algorithm = algorithm
         self.options = options
         self.memory = StateMemory(pool)
+        self.store: StateStore = HostStore()
         # The rounding of bfloat16 moments is random by step.
         self.counts_steps = algorithm.counts_steps or options.moments == "bfloat16"
         self._name = name

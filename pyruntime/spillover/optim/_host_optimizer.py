@@ -32,6 +32,7 @@ from spillover.optim._host_step import (
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
 from spillover.optim._state_dictionaries import HostEntry
+from spillover.optim._state_store import StateArrays
 
 _STEP = Timed("optimizer", "step")
 _GO_ON = "Whatever waits for it next goes on with it, such as a second call of synchronize()."
@@ -445,7 +446,9 @@ class HostOptimizer(torch.optim.Optimizer):
         for work in works:
             groups.setdefault(id(work.group), []).append(work)
         try:
-            run(self.algorithm, list(groups.values()), self._unsent, self._finish)
+            if works:
+                store = self._entries.store
+                run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
         except BaseException as error:
             self._progress.remember(works)
             explain(error, works, skipped)
@@ -483,7 +486,7 @@ class HostOptimizer(torch.optim.Optimizer):
         try:
             self._send_again(pending)
             left = [work for work in pending.works if work.done < work.parameter.numel()]
-            run(self.algorithm, [left], self._unsent, finish, pending)
+            run(self.algorithm, [left], self._unsent, finish, self._entries.store, pending)
         except BaseException as error:
             explain(error, pending.works, 0, _GO_ON)
             raise
@@ -533,9 +536,13 @@ class HostOptimizer(torch.optim.Optimizer):
             group=group,
             entry=entry,
             late=late,
-            moments={spec.slot: _flat(arrays[spec.name]) for spec in specs},
-            master=flat_view(entry[MASTER]) if MASTER in entry else None,
-            remainder=flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            has_master=MASTER in entry,
+            has_remainder=REMAINDER in entry,
+            arrays=StateArrays(
+                {spec.slot: _flat(arrays[spec.name]) for spec in specs},
+                flat_view(entry[MASTER]) if MASTER in entry else None,
+                flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            ),
             number=self._entries.number(entry, late),
             pending=pending,
             done=done,
@@ -549,7 +556,7 @@ class HostOptimizer(torch.optim.Optimizer):
             work.entry["step"].fill_(work.number)
 
     def _note_written(self, work: Work) -> None:
-        if work.master is not None or work.remainder is not None:
+        if work.is_low:
             self._entries.has_written(work.parameter)
 
 
