@@ -266,5 +266,5 @@ def test_the_process_ends_after_the_updates(run_emulated: Run) -> None:
     assert result.stderr == ""
 
 
-def test_a_failure_that_nobody_heard_of_is_logged_at_the_end(run_emulated: Run) -> None:
+def test_a_failure_that_nobody_heard_of_is_printed_at_the_end(run_emulated: Run) -> None:
     assert "on purpose" in run_emulated(END, "failure", "quit").stderr

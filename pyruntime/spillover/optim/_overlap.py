@@ -42,6 +42,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,6 @@ import torch
 from torch import nn
 
 from spillover._errors import ConfigError
-from spillover._settings import logger
 from spillover._stalls import Stall
 from spillover.optim import _awaited
 from spillover.optim._host_work import Work
@@ -385,11 +385,11 @@ def _start_again() -> None:
 
 
 def _report() -> None:
-    """At the end of the process, when the worker has ended."""
+    """At the end of the process, when the worker has ended: as any error that nobody caught."""
     for pending in list(_steps):
         error = pending.unheard_error()
         if error is not None:
-            logger.error("the optimizer's last step failed", exc_info=error)
+            sys.excepthook(type(error), error, error.__traceback__)
 
 
 atexit.register(_report)
