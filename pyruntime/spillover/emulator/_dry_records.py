@@ -264,11 +264,19 @@ class Records:
         if tensor is None or not getattr(tensor, "is_cuda", False):
             return
         try:
-            address = tensor.untyped_storage().data_ptr()
+            # Not through the method of a derived class: a gradient that is off the device would
+            # come back to it.
+            address = _plain_storage(tensor).data_ptr()
         except (NotImplementedError, RuntimeError):
             return  # sparse, or a subclass without a storage of its own
         if address:
             self._library.spillover_emulator_recorder_tag(tensor.device.index, address, kind)
+
+
+def _plain_storage(tensor: Any) -> Any:
+    import torch
+
+    return torch.Tensor.untyped_storage(tensor)
 
 
 def _stack(site: int) -> tuple[str, ...]:

@@ -19,14 +19,32 @@ from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
 from spillover.optim._host_entries import Entries
 from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
-from spillover.optim._host_step import Progress, Unsent, explain, run
+from spillover.optim._host_step import (
+    Progress,
+    Unsent,
+    explain,
+    order_after_compute,
+    reserve_staging,
+    run,
+    taken_by,
+)
 from spillover.optim._host_work import Work, check_gradient, check_parameter
+from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
 from spillover.optim._state_store import StateArrays
 
 _STEP = Timed("optimizer", "step")
+_GO_ON = "Whatever waits for it next goes on with it, such as a second call of synchronize()."
 
 #: Options of ours that torch's classes do not take.
-_OWN_OPTIONS = ("tier", "moments", "master", "pool", "offload_gradients", "gradient_anomalies")
+_OWN_OPTIONS = (
+    "tier",
+    "moments",
+    "master",
+    "pool",
+    "offload_gradients",
+    "gradient_anomalies",
+    "overlap",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +98,7 @@ class HostOptimizer(torch.optim.Optimizer):
         pool: HostPool | None,
         offload_gradients: bool,
         gradient_anomalies: Anomalies | None,
+        overlap: Modules | None,
     ) -> None:
         self._check_tier(tier)
         state.check()
@@ -93,6 +112,8 @@ class HostOptimizer(torch.optim.Optimizer):
         self._is_made = True
         if offload_gradients:
             self._offload_gradients(gradient_anomalies)
+        if overlap is not None:
+            self._overlap = Overlap(overlap)
 
     def _begin(self, options: StateOptions, pool: HostPool | None) -> None:
         self._entries = Entries(self.algorithm, options, pool, type(self).__name__)
@@ -134,6 +155,20 @@ class HostOptimizer(torch.optim.Optimizer):
     def _offload_gradients(self, anomalies: Anomalies | None) -> None:
         self._gradients = offload_gradients(_named(self.param_groups), anomalies=anomalies)
 
+    @property
+    def state(self) -> Any:
+        """What torch's optimizers have under this name. Blocks as :meth:`synchronize`."""
+        self.synchronize()
+        return self._raw_state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.__dict__["state"] = value
+
+    @property
+    def _raw_state(self) -> Any:
+        return self.__dict__["state"]
+
     # ---- groups --------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -146,6 +181,7 @@ class HostOptimizer(torch.optim.Optimizer):
         HostOutOfMemory
             There is no memory for their state or gradients. Nothing is added.
         """
+        self.synchronize()
         self.algorithm.check(param_group)
         params = param_group.get("params", ())
         if not isinstance(params, torch.Tensor):
@@ -194,7 +230,11 @@ class HostOptimizer(torch.optim.Optimizer):
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose gradients are offloaded where ours are."""
+        """For copies and pickles, whose gradients are offloaded where ours are.
+
+        They do not overlap, as they know no module.
+        """
+        self.synchronize()
         state: dict[str, Any] = super().__getstate__()
         state["host_options"] = self._entries.options
         if self.gradients is not None:
@@ -244,6 +284,7 @@ class HostOptimizer(torch.optim.Optimizer):
         HostOutOfMemory
             There is no memory for it. Nothing is loaded in either case.
         """
+        self.synchronize()
 
         def hide(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             self._check_kind(loaded)
@@ -325,7 +366,24 @@ class HostOptimizer(torch.optim.Optimizer):
         _STEP.call(self._step)
         return loss
 
+    def synchronize(self) -> None:
+        """Block until the last step's updates are done and the weights in place.
+
+        Only with ``overlap`` is there anything to wait for. What uses weights, gradients or state
+        in Python waits by itself; what does not is listed in ``docs/optimizer.md``.
+
+        Raises
+        ------
+        RuntimeError
+            The step failed, and nobody has heard of it yet. Call this again to finish it.
+        """
+        overlap: Overlap | None = self.__dict__.get("_overlap")
+        ended = overlap.synchronize() if overlap is not None else None
+        if ended is not None and ended.has_failed:
+            self._progress.remember_all(ended.taken)
+
     def _step(self) -> None:
+        self.synchronize()
         if self.gradients is not None:
             # Some may require gradients only now; their next ones leave.
             self.gradients.add(_named(self.param_groups))
@@ -334,39 +392,99 @@ class HostOptimizer(torch.optim.Optimizer):
         self._entries.reserve(todo)
         self._unsent.send()
         works: list[Work] = []
-        skipped = 0
+        beside: dict[Work, None] = {}
+        pending: PendingStep | None = None
         try:
-            groups: dict[int, list[Work]] = {}
-            for parameter, group in todo:
-                done = self._progress.done(parameter)
-                if done == parameter.numel():
-                    skipped += 1
-                    continue
-                work = self._prepare(parameter, group, done)
-                works.append(work)
-                groups.setdefault(id(group), []).append(work)
-            try:
-                run(
-                    self.algorithm,
-                    list(groups.values()),
-                    self._unsent,
-                    self._finish,
-                    self._entries.store,
+            skipped = self._prepare_all(todo, works)
+            beside, awaited = self._beside(works)
+            self._run_now([work for work in works if work not in beside], skipped)
+            if beside:
+                pending = PendingStep(
+                    list(beside),
+                    awaited,
+                    run=self._run_beside,
+                    note_sent=self._note_written,
+                    taken=taken_by(works),
                 )
-            except BaseException as error:
-                self._progress.remember(works)
-                explain(error, works, skipped)
-                raise
-            self._progress.clear()
-            for work in works:
-                if work.is_low:
-                    self._entries.has_written(work.parameter)
+                self._overlap.start(pending)
         finally:
             for work in works:
-                if work.pending is not None:
+                if work.pending is not None and (pending is None or work not in beside):
                     work.pending.release()
             if self.gradients is not None:
                 self.gradients.collect()
+        if pending is not None:
+            pending.wait_for_others()
+
+    def _prepare_all(self, todo: list[tuple[torch.Tensor, Group]], works: list[Work]) -> int:
+        """Append what there is to do; returns how many parameters are updated already."""
+        frozen: dict[int, Group] = {}
+        for parameter, group in todo:
+            done = self._progress.done(parameter)
+            if done < parameter.numel():
+                if id(group) not in frozen:
+                    frozen[id(group)] = _frozen(group)
+                works.append(self._prepare(parameter, frozen[id(group)], done))
+        return len(todo) - len(works)
+
+    def _run_now(self, works: list[Work], skipped: int) -> None:
+        groups: dict[int, list[Work]] = {}
+        for work in works:
+            groups.setdefault(id(work.group), []).append(work)
+        try:
+            store = self._entries.store
+            run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
+        except BaseException as error:
+            self._progress.remember(works)
+            explain(error, works, skipped)
+            raise
+        self._progress.clear()
+        for work in works:
+            self._note_written(work)
+
+    def _beside(self, works: list[Work]) -> tuple[dict[Work, None], list[Work]]:
+        """What the worker is to do, in its order, and those of them that are awaited.
+
+        Weights on a device whose uses cannot be made to wait come first, and are waited for.
+        """
+        overlap: Overlap | None = self.__dict__.get("_overlap")
+        if overlap is None:
+            return {}, []
+        covered = overlap.covered()
+        awaited = overlap.in_order(work for work in works if can_overlap(work, covered))
+        if not awaited:
+            return {}, []
+        chosen = set(awaited)
+        others = [work for work in works if work.parameter.is_cuda and work not in chosen]
+        beside = dict.fromkeys(others + awaited)
+        reserve_staging(list(beside))
+        order_after_compute(list(beside))
+        return beside, awaited
+
+    def _run_beside(self, pending: PendingStep) -> None:
+        """On the worker, and once more after a failure."""
+
+        def finish(work: Work) -> None:
+            self._finish(work)
+            pending.used(work)
+
+        try:
+            self._send_again(pending)
+            left = [work for work in pending.works if work.done < work.parameter.numel()]
+            run(self.algorithm, [left], self._unsent, finish, self._entries.store, pending)
+        except BaseException as error:
+            explain(error, pending.works, 0, _GO_ON)
+            raise
+
+    def _send_again(self, pending: PendingStep) -> None:
+        """Send what a failed attempt could not."""
+        self._unsent.send()
+        done = [work for work in pending.works if work.done == work.parameter.numel()]
+        for device in {work.parameter.device for work in done}:
+            torch.cuda.current_stream(device).synchronize()
+        for work in done:
+            if not pending.is_sent(work):
+                pending.sent(work, None)
 
     def _todo(self) -> list[tuple[torch.Tensor, Group]]:
         """Checked parameters that have gradients, with their groups."""
@@ -382,12 +500,12 @@ class HostOptimizer(torch.optim.Optimizer):
         return todo
 
     def _prepare(self, parameter: torch.Tensor, group: Group, done: int) -> Work:
-        entry = self.state.get(parameter, {})
+        entry = self._raw_state.get(parameter, {})
         late = self._entries.complete_moments(parameter, group, entry)
         if done == 0:
             self._entries.complete_master(parameter, group, entry)
         if entry:
-            self.state[parameter] = entry
+            self._raw_state[parameter] = entry
         specs = self.algorithm.moments(group)
         pending = pending_gradient(parameter)
         gradient = parameter.grad if pending is None else pending.flat
@@ -418,9 +536,13 @@ class HostOptimizer(torch.optim.Optimizer):
     def _finish(self, work: Work) -> None:
         work.entry.update(work.late)
         if work.late:
-            self.state[work.parameter] = work.entry
+            self._raw_state[work.parameter] = work.entry
         if self._entries.counts_steps:
             work.entry["step"].fill_(work.number)
+
+    def _note_written(self, work: Work) -> None:
+        if work.is_low:
+            self._entries.has_written(work.parameter)
 
 
 def _named(groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
@@ -430,6 +552,17 @@ def _named(groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
         for number, group in enumerate(groups)
         for index, parameter in enumerate(group["params"])
     ]
+
+
+def _frozen(group: Group) -> Group:
+    """The options of a group as they are now: schedulers change them when ``step()`` is over."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return float(value)
+        return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
+
+    return {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
 
 
 def _flat(array: Any) -> Any:

@@ -16,6 +16,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -29,6 +30,14 @@ from spillover.optim._state_store import Part, StateStore
 
 _ARRIVAL = Stall("optimizer", "gradients to arrive")
 _OTHER_STEP = Stall("optimizer", "another optimizer's step")
+
+
+class Observer(Protocol):
+    """Hears of a step that runs beside the program, on the thread that runs it."""
+
+    def sent(self, work: Work, event: torch.cuda.Event) -> None:
+        """The new weight is on the device after ``event``."""
+        ...
 
 
 @dataclass(eq=False)
@@ -89,9 +98,41 @@ class Progress:
                 position = _Position(weakref.ref(gradient), gradient._version, work.done)
                 self._positions[id(work.parameter)] = position
 
+    def remember_all(self, taken: dict[int, _Position]) -> None:
+        """After a step that failed and was then finished, with what it had ``taken``."""
+        self._positions.update(taken)
+
     def clear(self) -> None:
         """After a step that came to its end."""
         self._positions.clear()
+
+
+def taken_by(works: Sequence[Work]) -> dict[int, _Position]:
+    """The gradients of ``works``, as what :class:`Progress` knows when all of them are updated."""
+    found = {}
+    for work in works:
+        parameter, gradient = work.parameter, work.parameter.grad
+        if gradient is not None:
+            position = _Position(weakref.ref(gradient), gradient._version, parameter.numel())
+            found[id(parameter)] = position
+    return found
+
+
+def reserve_staging(works: Sequence[Work]) -> None:
+    """Have the staging that :func:`run` wants for ``works``. Raises HostOutOfMemory."""
+    for device, groups in _by_device([list(works)]).items():
+        staging = staging_of(device)
+        wanted_bytes = _wanted_bytes(groups)
+        if not staging.has(wanted_bytes):
+            with staging.lock:
+                staging.reserve(wanted_bytes)
+
+
+def order_after_compute(works: Sequence[Work]) -> None:
+    """Have copies of an observed :func:`run` come after what is on the current streams now."""
+    for device in _by_device([list(works)]):
+        streams = staging_of(device).streams
+        streams.copy_out.wait_stream(torch.cuda.current_stream(device))
 
 
 def run(
@@ -100,14 +141,17 @@ def run(
     unsent: Unsent,
     finish: Callable[[Work], None],
     store: StateStore,
+    observer: Observer | None = None,
 ) -> None:
     """Update all parameters; ``finish`` is called for each when it is.
 
     Blocks the host until the last gradient has arrived and been applied; kernels launched on the
-    current streams from then on see the new weights.
+    current streams from then on see the new weights. With an ``observer`` no current stream waits,
+    or is waited for: see :func:`order_after_compute`.
     """
     by_device = _by_device(groups)
-    on_host = [[w for w in works if w.parameter.device.type == "cpu"] for works in groups]
+    # Now, since weights may move when they are updated.
+    on_host = [[work for work in works if work.parameter.device.type == "cpu"] for works in groups]
     store.begin([works for device in by_device.values() for works in device] + on_host)
     with contextlib.ExitStack() as held:
         # Every step takes the locks in one order.
@@ -119,13 +163,19 @@ def run(
             staging.reserve(_wanted_bytes(by_device[device]))
         for device, device_groups in by_device.items():
             with torch.cuda.device(device):
-                _Pipeline(algorithm, staging_of(device), unsent, finish, store).run(device_groups)
+                pipeline = _Pipeline(algorithm, staging_of(device), unsent, finish, store, observer)
+                pipeline.run(device_groups)
     for works in on_host:
         _update_host(algorithm, works, finish, store)
     store.end()
 
 
-def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
+def explain(
+    error: BaseException,
+    works: Sequence[Work],
+    skipped: int,
+    remedy: str = "Calling step() again with the same gradients finishes it.",
+) -> None:
     """Say in ``error`` what has been updated. ``skipped``: parameters that were before the step."""
     whole = skipped + sum(work.done == work.parameter.numel() for work in works)
     partial = [work for work in works if 0 < work.done < work.parameter.numel()]
@@ -137,10 +187,7 @@ def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
         text += (
             f", and the first {work.done} elements of one of shape {tuple(work.parameter.shape)}"
         )
-    note(
-        error,
-        f"{text}, before it failed. Calling step() again with the same gradients finishes it.",
-    )
+    note(error, f"{text}, before it failed. {remedy}")
 
 
 def _update_host(
@@ -176,8 +223,10 @@ class _Pipeline:
         unsent: Unsent,
         finish: Callable[[Work], None],
         store: StateStore,
+        observer: Observer | None,
     ) -> None:
         self._store = store
+        self._observer = observer
         self._algorithm = algorithm
         self._staging = staging
         self._unsent = unsent
@@ -186,7 +235,8 @@ class _Pipeline:
     def run(self, groups: Sequence[list[Work]]) -> None:
         staging = self._staging
         compute = torch.cuda.current_stream(staging.device)
-        staging.streams.copy_out.wait_stream(compute)
+        if self._observer is None:
+            staging.streams.copy_out.wait_stream(compute)
         try:
             self._run_batches(groups)
         except BaseException:
@@ -194,7 +244,8 @@ class _Pipeline:
             staging.drain()
             raise
         finally:
-            compute.wait_stream(staging.streams.copy_in)
+            if self._observer is None:
+                compute.wait_stream(staging.streams.copy_in)
 
     def _run_batches(self, groups: Sequence[list[Work]]) -> None:
         waiting: tuple[Slot, list[tuple[Work, Piece]]] | None = None
@@ -236,6 +287,10 @@ class _Pipeline:
             for work, _ in batch:
                 if work.done == work.parameter.numel():
                     self._finish(work)
+        if self._observer is not None:
+            for work, _ in batch:
+                if work.done == work.parameter.numel():
+                    self._observer.sent(work, slot.left)
 
 
 def _by_device(groups: Sequence[list[Work]]) -> dict[torch.device, list[list[Work]]]:

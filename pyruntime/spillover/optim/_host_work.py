@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 import torch
 
-from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover._stalls import Timed
@@ -102,38 +101,27 @@ def update(
     parts: Sequence[Part],
     gradients: Sequence[torch.Tensor],
 ) -> None:
-    """One step of a batch of one group, in place, with the parts' gradients; blocks."""
+    """One step of a batch, in place, with the parts' gradients. Blocks."""
     states = store.acquire(parts)
     ranges = [
         part.work.range(state, part.start, gradient, part.weight)
         for part, state, gradient in zip(parts, states, gradients, strict=True)
     ]
-    traffic_bytes = sum(map(_traffic_bytes, parts, states))
-    _UPDATE.call(lambda: _update(algorithm, parts, ranges, traffic_bytes))
+    _UPDATE.call(lambda: _update(algorithm, parts, ranges))
     for part in parts:
         part.work.done = part.start + part.count
     store.release(parts)
 
 
-def _update(
-    algorithm: Algorithm, parts: Sequence[Part], ranges: Sequence[Range], traffic_bytes: int
-) -> None:
-    reported = begin_work("cpu-optimizer", traffic_bytes)
-    try:
-        by_factor: dict[float, list[Range]] = {}
-        for part, each in zip(parts, ranges, strict=True):
-            factor = part.work.factor if math.isfinite(part.work.factor) else 1.0
-            by_factor.setdefault(factor, []).append(each)
-        for factor, chosen in by_factor.items():
-            algorithm.update(chosen, parts[0].work.group, factor)
-    finally:
-        end_work(reported)
-
-
-def _traffic_bytes(part: Part, state: StateArrays) -> int:
-    """State and what is updated are read and written, gradients read, low weights written."""
-    weight_bytes = part.weight.element_size() * (1 if part.work.has_master else 2)
-    return part.count * (part.work.gradient.element_size() + 2 * state.element_bytes + weight_bytes)
+def _update(algorithm: Algorithm, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
+    # By groups too, where a step is in the order of forward.
+    chosen: dict[tuple[int, float], tuple[Group, list[Range]]] = {}
+    for part, each in zip(parts, ranges, strict=True):
+        work = part.work
+        factor = work.factor if math.isfinite(work.factor) else 1.0
+        chosen.setdefault((id(work.group), factor), (work.group, []))[1].append(each)
+    for (_, factor), (group, alike) in chosen.items():
+        algorithm.update(alike, group, factor)
 
 
 def host_batches(group: Iterable[Work], store: StateStore) -> Iterator[list[Part]]:
@@ -158,7 +146,7 @@ def host_batches(group: Iterable[Work], store: StateStore) -> Iterator[list[Part
 def batches(
     works: Iterable[list[Work]], store: StateStore, slot_bytes: int
 ) -> Iterator[list[tuple[Work, Piece]]]:
-    """Pieces packed into slots; a batch has parameters of one group, so of one learning rate."""
+    """Pieces packed into slots; a batch has parameters of one of the lists."""
     for group in works:
         batch: list[tuple[Work, Piece]] = []
         used = 0

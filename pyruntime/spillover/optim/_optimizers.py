@@ -13,6 +13,7 @@ from spillover.optim._gradients import Anomalies
 from spillover.optim._host_optimizer import HostOptimizer
 from spillover.optim._host_state import Master, StateOptions
 from spillover.optim._kernels import MomentFormat
+from spillover.optim._overlap import Modules
 
 Number = float | torch.Tensor
 
@@ -48,6 +49,7 @@ class Adam(HostOptimizer):
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -70,6 +72,7 @@ class Adam(HostOptimizer):
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
 
@@ -113,6 +116,13 @@ class AdamW(Adam):
     gradient_anomalies
         What ``step()`` does about gradients with NaN or infinity that were offloaded: ``"raise"``
         :class:`NonFiniteGradient` before anything changes, ``"warn"``, or nothing.
+    overlap
+        The module that uses the weights, or several: updates then run on a thread, in the order of
+        forward, under what follows ``step()``. Each module waits for its own weights, and whatever
+        else uses a weight in Python for that one. Weights, state and losses are bit for bit those
+        of steps that do not overlap. :meth:`synchronize` waits for all, which is needed before code
+        that gets weights without torch's functions; ``docs/optimizer.md`` has the list. A step's
+        failure on the thread is raised by whatever waits next.
 
     Raises
     ------
@@ -160,6 +170,7 @@ class AdamW(Adam):
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -180,6 +191,7 @@ class AdamW(Adam):
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
     def _complete_group(self, group: Group) -> None:
@@ -217,6 +229,7 @@ class SGD(HostOptimizer):
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -237,6 +250,7 @@ class SGD(HostOptimizer):
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
     def _check_group(self, group: Group) -> None:
@@ -268,6 +282,7 @@ class Lion(HostOptimizer):
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
@@ -278,6 +293,7 @@ class Lion(HostOptimizer):
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
 
@@ -310,6 +326,7 @@ class Adagrad(HostOptimizer):
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -330,4 +347,5 @@ class Adagrad(HostOptimizer):
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )

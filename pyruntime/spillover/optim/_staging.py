@@ -82,11 +82,17 @@ class Staging:
         self._slots: list[Slot] = []
         self._turn = 0
 
+    def has(self, wanted_bytes: int) -> bool:
+        """Whether slots of ``wanted_bytes``, or of the limit, are there. Needs no lock."""
+        slots = self._slots
+        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
+        return bool(slots) and slots[0].memory.nbytes >= size_bytes
+
     def reserve(self, wanted_bytes: int) -> None:
         """Have slots of ``wanted_bytes``, at most the limit; waits for copies before it grows."""
-        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
-        if self._slots and self._slots[0].memory.nbytes >= size_bytes:
+        if self.has(wanted_bytes):
             return
+        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
         self.drain()
         self._slots = []
         self._slots = [Slot(size_bytes) for _ in range(2)]
