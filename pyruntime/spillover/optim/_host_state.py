@@ -224,7 +224,9 @@ class StateMemory:
                 f"'blockwise8': {error}"
             ) from error
         for (parameter, name, each), place in zip(missing, places, strict=True):
-            self._arrays.setdefault(parameter, {})[name] = _shaped(place, each, parameter)
+            self._arrays.setdefault(parameter, {})[name] = shaped(
+                place, each, parameter.shape, dense_stride(parameter)
+            )
         for parameter, arrays in wanted:
             held = self._arrays.get(parameter, {})
             for name in [name for name in held if name not in arrays]:
@@ -269,15 +271,17 @@ class StateMemory:
         return torch.empty(size_bytes, dtype=torch.uint8, device="cpu").numpy()
 
 
-def _shaped(place: torch.Tensor, wanted: Wanted, parameter: torch.Tensor) -> Array:
-    stride = dense_stride(parameter)
+def shaped(
+    place: torch.Tensor, wanted: Wanted, shape: torch.Size, stride: tuple[int, ...]
+) -> Array:
+    """An array over the bytes of ``place``."""
     if wanted.form != "blockwise8":
         flat: torch.Tensor = place.view(_DTYPES[wanted.form])
-        return flat.as_strided(parameter.shape, stride)
-    scales_bytes = place.numel() - parameter.numel()
+        return flat.as_strided(shape, stride, flat.storage_offset())
+    scales_bytes = place.numel() - shape.numel()
     # Scales first, since they need the alignment.
     scales, codes = place[:scales_bytes].view(torch.float32), place[scales_bytes:]
-    return BlockwiseState(Blockwise(codes, scales), parameter.shape, stride, wanted.is_signed)
+    return BlockwiseState(Blockwise(codes, scales), shape, stride, wanted.is_signed)
 
 
 def _aligned(size_bytes: int) -> int:

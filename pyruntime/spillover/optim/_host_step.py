@@ -59,6 +59,10 @@ class Unsent:
             weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype).clone()
             self._weights.append(_UnsentWeight(piece.weight, weight, piece.weight._version))
 
+    def forget(self) -> None:
+        """Something else has written all weights."""
+        self._weights.clear()
+
     def send(self) -> None:
         """Send them now, on the current streams, but for those that something else has written."""
         self._weights = [one for one in self._weights if one.version == one.target._version]
@@ -101,6 +105,11 @@ class Progress:
     def remember_all(self, taken: dict[int, _Position]) -> None:
         """After a step that failed and was then finished, with what it had ``taken``."""
         self._positions.update(taken)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step failed since the last one that came to its end."""
+        return not self._positions
 
     def clear(self) -> None:
         """After a step that came to its end."""

@@ -43,6 +43,8 @@ class Work:
         Of this step, from 1.
     needs_weight
         Whether the weight must come to the host though there is a master.
+    loaded_master
+        A whole master, flat, that is to be split now.
     done
         Elements that are updated: those of a step that failed midway, before this one began.
     """
@@ -57,6 +59,7 @@ class Work:
     arrays: StateArrays | None
     number: int
     needs_weight: bool = False
+    loaded_master: torch.Tensor | None = None
     pending: PendingGradient | None = None
     done: int = 0
 

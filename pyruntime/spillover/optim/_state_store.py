@@ -38,15 +38,6 @@ class StateArrays:
             _part(self.remainder, start, count),
         )
 
-    @property
-    def element_bytes(self) -> int:
-        """What an element takes, without scales of 8-bit moments."""
-        arrays = [each for each in (self.master, self.remainder) if each is not None]
-        return sum(
-            1 if isinstance(moment, Blockwise) else moment.element_size()
-            for moment in self.moments.values()
-        ) + sum(array.element_size() for array in arrays)
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
