@@ -114,23 +114,25 @@ def test_checkpoints_go_both_ways(pair: Pair, moments: str, tmp_path: Path) -> N
     weights = make_weights(dtype, "cpu")
     first = pair.ours(weights, **pair.options, moments=moments)
     run(first, weights, range(2), dtype)
-    twins, thirds = copies(weights), copies(weights)
     form = {"moments": moments, "master": "split"}
-    second = on_disk(pair, twins, tmp_path / "a", **form)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    run(second, twins, range(2, 3), dtype)
-    third = on_disk(pair, thirds, tmp_path / "b", **form)
-    with torch.no_grad():
-        for target, source in zip(thirds, twins, strict=True):
-            target.copy_(source)
-    third.load_state_dict(second.state_dict())
-    assert all(map(torch.equal, masters(third, thirds), masters(second, twins)))
-    run(first, weights, range(2, 4), dtype)
-    run(third, thirds, range(3, 4), dtype)
-    assert all(map(torch.equal, masters(first, weights), masters(third, thirds)))
+    chosen = [copies(weights), copies(weights)]
+    host = pair.ours(chosen[0], **pair.options, **form)
+    disk = on_disk(pair, chosen[1], tmp_path / "a", **form)
+    for optimizer, its_weights in zip((host, disk), chosen, strict=True):
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        optimizer.load_state_dict(torch.load(file, weights_only=True))
+        run(optimizer, its_weights, range(2, 3), dtype)
+    assert_equal_state(host, disk)
+
+    others = copies(chosen[1])
+    again = on_disk(pair, others, tmp_path / "b", **form)
+    again.load_state_dict(disk.state_dict())
+    assert_equal_state(host, again)
+    for optimizer, its_weights in ((host, chosen[0]), (again, others)):
+        run(optimizer, its_weights, range(3, 5), dtype)
+    assert_equal_state(host, again)
 
 
 # ---- commits -----------------------------------------------------------------------------------
@@ -260,33 +262,28 @@ def test_a_step_whose_disk_fails_is_repeated(operation: str, tmp_path: Path) -> 
     run(optimizer, weights, range(1), torch.bfloat16)
     optimizer.commit()
     run(optimizer, weights, range(1, 2), torch.bfloat16)
-    failed = False
-    with faults(storage=[StorageFault(operation, error="EIO", times=3)]):
-        try:
-            run(optimizer, weights, range(2, 3), torch.bfloat16)
-            optimizer.commit()
-        except OSError as error:
-            failed = True
-            assert error.errno == errno.EIO
-    assert failed
-    for _ in range(3):
-        try:
-            optimizer.step()
-        except OSError:
-            continue
-        break
+
+    def last_step() -> None:
+        run(optimizer, weights, range(2, 3), torch.bfloat16)
+        optimizer.commit()
+
+    fault = StorageFault(operation, error="EIO", times=1)
+    with faults(storage=[fault]), pytest.raises(spillover.StorageError) as caught:
+        last_step()
+    assert caught.value.errno == errno.EIO
+    # A write may fail when the step is over, in the commit.
+    if caught.value.__dict__.get("__notes__"):
+        optimizer.step()
     optimizer.commit()
-    if operation == "read":
-        assert all(map(torch.equal, weights, twins))
-    resumed = resume(tmp_path, optimizer)
-    assert resumed is not None
+    assert all(map(torch.equal, weights, twins))
+    assert all(map(torch.equal, masters(optimizer, weights), masters(host, twins)))
 
 
 def test_a_bit_that_flips_is_found_and_the_last_commit_is_kept(tmp_path: Path) -> None:
     weights = make_weights()
     optimizer = AdamW(weights, tier="disk", directory=tmp_path, commit_every=1)
     run(optimizer, weights, range(1), torch.float32)
-    flipped = StorageFault("read", "flip")
+    flipped = StorageFault("read", "flip", times=5)
     with faults(storage=[flipped]), pytest.raises(CorruptData):
         run(optimizer, weights, range(1, 2), torch.float32)
     optimizer.step()
