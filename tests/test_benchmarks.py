@@ -72,6 +72,11 @@ EXPECTED = {
         "fraction_of_stream",
         "fraction_of_stream_mixed",
         "stream_gb_s",
+        "equality_one_step_error",
+        "equality_200_steps_error",
+        "equality_bitwise.repeated",
+        "closed_loop_distance.ours",
+        "closed_loop_distance.torch_fused",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",

@@ -43,6 +43,7 @@ from spillover.optim._host_state import (
     wanted_arrays,
 )
 from spillover.optim._masters import drop_odd_remainders, refresh_master, split_master, whole_master
+from spillover.optim._state_dictionaries import HostEntry
 from spillover.optim._state_store import HostStore, StateStore
 
 #: What torch's ``optimizer.state`` has for a parameter.
@@ -226,7 +227,7 @@ class Entries:
                         )
 
     def _placed(self, parameter: torch.Tensor, wanted: dict[str, Wanted], entry: Entry) -> Entry:
-        found: Entry = {}
+        found = HostEntry()
         for name, value in entry.items():
             if name == "step":
                 step = torch.as_tensor(value, dtype=torch.float32, device="cpu").detach()

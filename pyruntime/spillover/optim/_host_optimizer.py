@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from spillover._stalls import Timed
 from spillover.optim._algorithms import Algorithm, Group, MomentSpec
 from spillover.optim._disk_entries import DiskEntries
 from spillover.optim._disk_tier import DiskTier, Resumed, note_living
+from spillover.optim._failures import check_capture
 from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
 from spillover.optim._host_entries import Entries
@@ -33,6 +34,7 @@ from spillover.optim._host_step import (
 )
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
+from spillover.optim._state_dictionaries import HostEntry
 from spillover.optim._state_store import StateArrays
 from spillover.optim._tiers import Tier, TierOptions, check_device_tier, tier_options
 
@@ -275,7 +277,7 @@ class HostOptimizer(torch.optim.Optimizer):
         self.synchronize()
         self.algorithm.check(param_group)
         params = param_group.get("params", ())
-        if not isinstance(params, torch.Tensor):
+        if not isinstance(params, torch.Tensor | set):  # torch refuses a set.
             params = list(params)
             param_group["params"] = params
         known: set[int] = set()
@@ -305,6 +307,7 @@ class HostOptimizer(torch.optim.Optimizer):
         """Check the options of a whole group; subclasses add what options must be together."""
         self.algorithm.check(group)
 
+    @torch.no_grad()
     def _reserve(self, groups: Iterable[Group]) -> None:
         """Have the memory of all that will have state, and state that is there from the start."""
         trained = [
@@ -316,7 +319,10 @@ class HostOptimizer(torch.optim.Optimizer):
         self._entries.reserve(trained)
         if self.algorithm.has_initial_state:
             for parameter, group in trained:
-                self._entries.complete_moments(parameter, group, self.state[parameter])
+                entry = self.state[parameter] = _entry_of(self.state, parameter)
+                self._entries.complete_moments(parameter, group, entry)
+                # So that a checkpoint that is loaded into the state has its masters, too.
+                self._entries.complete_master(parameter, group, entry)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -369,6 +375,9 @@ class HostOptimizer(torch.optim.Optimizer):
         """Give a group of a checkpoint what it has not, as torch's classes do."""
         for key, value in (self.algorithm.newer_options | self.algorithm.torch_options).items():
             group.setdefault(key, value)
+        # They say how torch computed; the step on the host computes as it does.
+        for key in {"capturable", "differentiable"} & group.keys():
+            group[key] = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch's; it is converted to the forms of ours.
@@ -403,7 +412,8 @@ class HostOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def _check_kind(self, loaded: dict[str, Any]) -> None:
-        known = {*self.algorithm.newer_options, *self.algorithm.torch_options}
+        # torch adds "differentiable" to the defaults of whatever has been loaded before.
+        known = {*self.algorithm.newer_options, *self.algorithm.torch_options, "differentiable"}
         for group in loaded["param_groups"]:
             missing = [name for name in self.defaults if name not in group and name not in known]
             if missing:
@@ -437,6 +447,7 @@ class HostOptimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
@@ -453,10 +464,13 @@ class HostOptimizer(torch.optim.Optimizer):
         HostOutOfMemory
             There is no memory for the state or for staging; no weight, moment or step count has
             been changed then.
+        StateError
+            The current stream records a CUDA graph.
         RuntimeError
             A CUDA call failed on the way. A note on the error says what has been updated; a step
             that is repeated with the same gradients updates the rest, and nothing twice.
         """
+        check_capture(f"{type(self).__name__}.step()", "the update runs on the host")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -534,8 +548,9 @@ class HostOptimizer(torch.optim.Optimizer):
         for work in works:
             groups.setdefault(id(work.group), []).append(work)
         try:
-            store = self._entries.store
-            run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
+            if works:
+                store = self._entries.store
+                run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
         except BaseException as error:
             self._progress.remember(works)
             explain(error, works, skipped)
@@ -602,7 +617,7 @@ class HostOptimizer(torch.optim.Optimizer):
         return todo
 
     def _prepare(self, parameter: torch.Tensor, group: Group, done: int) -> Work:
-        entry = self._raw_state.get(parameter, {})
+        entry = _entry_of(self._raw_state, parameter)
         late = self._entries.complete_moments(parameter, group, entry)
         if done == 0:
             self._entries.complete_master(parameter, group, entry)
@@ -668,6 +683,12 @@ def _frozen(group: Group) -> Group:
         return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 
     return {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _entry_of(state: Mapping[torch.Tensor, Any], parameter: torch.Tensor) -> HostEntry:
+    """The state of a parameter, empty where there is none."""
+    found = state.get(parameter, {})
+    return found if isinstance(found, HostEntry) else HostEntry(found)
 
 
 def _whole(specs: Iterable[MomentSpec], arrays: dict[str, Any]) -> StateArrays:

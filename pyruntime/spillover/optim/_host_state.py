@@ -85,6 +85,10 @@ class BlockwiseState:
     stride: tuple[int, ...]
     is_signed: bool
 
+    def to(self, device: torch.device, **_: Any) -> BlockwiseState:
+        """Itself: it stays where it is. Tools that move state to a device call this."""
+        return self
+
     def to_float32(self) -> torch.Tensor:
         """A copy of the parameter's shape, in pageable memory; as a moment it is the same again."""
         values = torch.empty_strided(self.shape, self.stride, dtype=torch.float32, device="cpu")

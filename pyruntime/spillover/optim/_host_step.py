@@ -160,7 +160,7 @@ def run(
     """
     by_device = _by_device(groups)
     # Now, since weights may move when they are updated.
-    on_host = [[work for work in works if work.parameter.device.type == "cpu"] for works in groups]
+    on_host = [[w for w in works if w.parameter.device.type == "cpu"] for works in groups]
     store.begin([works for device in by_device.values() for works in device] + on_host)
     with contextlib.ExitStack() as held:
         # Every step takes the locks in one order.

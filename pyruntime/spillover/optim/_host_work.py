@@ -104,7 +104,7 @@ def update(
     parts: Sequence[Part],
     gradients: Sequence[torch.Tensor],
 ) -> None:
-    """One step of a batch, in place, with the parts' gradients. Blocks."""
+    """One step of a batch, in place, with the parts' gradients; blocks."""
     states = store.acquire(parts)
     ranges = [
         part.work.range(state, part.start, gradient, part.weight)
