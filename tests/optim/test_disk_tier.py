@@ -170,9 +170,8 @@ def test_who_resumes_ends_where_the_run_that_went_on_ends(tier: str, tmp_path: P
     assert optimizer.commit(extra) == 1
     for _ in range(2):
         train(model, optimizer, scheduler)
-    expected, last = copy.deepcopy(model.state_dict()), optimizer.state_dict()
-    del last
-    optimizer._disk.store.close()  # As the end of the process does.
+    expected = copy.deepcopy(model.state_dict())
+    optimizer.close()  # As the end of the process does.
 
     model, optimizer = make_trained(tmp_path, seed=5, **options)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
@@ -208,7 +207,7 @@ def test_steps_commit_by_themselves_and_may_be_taken_back(tmp_path: Path) -> Non
 def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
     model, optimizer = make_trained(tmp_path, commit_every=1)
     train(model, optimizer)
-    optimizer._disk.store.close()
+    optimizer.close()
     with pytest.raises(ConfigError, match="other parameters or options"):
         AdamW([nn.Parameter(torch.ones(10))], tier="disk", directory=tmp_path)
     model, optimizer = make_trained(tmp_path)
@@ -277,6 +276,52 @@ def test_a_step_whose_disk_fails_is_repeated(operation: str, tmp_path: Path) -> 
     optimizer.commit()
     assert all(map(torch.equal, weights, twins))
     assert all(map(torch.equal, masters(optimizer, weights), masters(host, twins)))
+
+
+def test_a_commit_that_fails_can_be_taken_back(tmp_path: Path) -> None:
+    weights = make_weights(torch.bfloat16)
+    optimizer = AdamW(weights, tier="disk", directory=tmp_path, commit_every=1)
+    run(optimizer, weights, range(1), torch.bfloat16)
+    values = copies(weights)
+    with (
+        faults(storage=[StorageFault("sync", error="EIO", times=None)]),
+        pytest.raises(spillover.StorageError) as caught,
+    ):
+        run(optimizer, weights, range(1, 2), torch.bfloat16)
+    assert "must not be repeated" in caught.value.__notes__[-1]
+    with pytest.raises(spillover.StorageError, match="a commit failed"):
+        run(optimizer, weights, range(2, 3), torch.bfloat16)
+    resumed = resume(tmp_path, optimizer)
+    assert resumed is not None
+    assert resumed.step == 1
+    assert all(map(torch.equal, weights, values))
+    twins = make_weights(torch.bfloat16)
+    host = AdamW(twins)
+    run(host, twins, range(2), torch.bfloat16)
+    run(optimizer, weights, range(1, 2), torch.bfloat16)
+    assert all(map(torch.equal, masters(optimizer, weights), masters(host, twins)))
+
+
+def test_a_disk_that_is_full_keeps_what_was_committed(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = AdamW(weights, tier="disk", directory=tmp_path, commit_every=1, write_limit=150_000)
+    values: list[nn.Parameter] = []
+
+    def train_until_it_is_full() -> None:
+        for number in range(9):
+            run(optimizer, weights, range(number, number + 1), torch.float32)
+            values[:] = copies(weights)
+
+    with pytest.raises(DiskFull, match="write"):
+        train_until_it_is_full()
+    assert values
+    optimizer.close()
+    others = make_weights(seed=3)
+    fresh = AdamW(others, tier="disk", directory=tmp_path, commit_every=1)
+    resumed = fresh.resume()
+    assert resumed is not None
+    assert resumed.step > 0
+    assert all(map(torch.equal, others, values))
 
 
 def test_a_bit_that_flips_is_found_and_the_last_commit_is_kept(tmp_path: Path) -> None:

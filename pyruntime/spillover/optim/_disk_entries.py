@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -48,8 +49,15 @@ class DiskEntries(Entries):
     """As its base, over a :class:`DiskStateStore`, which is there from :meth:`attach` on."""
 
     def __init__(
-        self, algorithm: Algorithm, options: StateOptions, pool: HostPool | None, name: str
+        self,
+        algorithm: Algorithm,
+        options: StateOptions,
+        pool: HostPool | None,
+        name: str,
+        synchronize: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
+        # Waits for a step that is under way; the optimizer's.
+        self._synchronize = synchronize
         super().__init__(algorithm, options, pool, name)
         self.disk: DiskStateStore | None = None
         self._initial: dict[torch.Tensor, float] = {}
@@ -144,6 +152,9 @@ class DiskEntries(Entries):
 
     def read(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
         """A copy of an array; see :meth:`StateOnDisk.read`."""
+        synchronize = self._synchronize()
+        if synchronize is not None:
+            synchronize()
         store = self._store()
         found: torch.Tensor | None = None
         for place in store.layout.places(parameter):
