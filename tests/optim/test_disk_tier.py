@@ -135,6 +135,30 @@ def test_checkpoints_go_both_ways(pair: Pair, moments: str, tmp_path: Path) -> N
     assert_equal_state(host, again)
 
 
+def test_a_large_checkpoint_is_in_files_and_can_be_mapped(tmp_path: Path) -> None:
+    weights = [nn.Parameter(torch.ones(700, 500))]
+    weights[0].grad = torch.full((700, 500), 0.5)
+    optimizer = AdamW(weights, tier="disk", directory=tmp_path / "a", commit_every=None)
+    optimizer.step()
+    state = optimizer.state_dict()
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path / "a") in maps
+    torch.save(state, tmp_path / "state.pt")
+    twins = copies(weights)
+    twins[0].grad = weights[0].grad
+    other = AdamW(twins, tier="disk", directory=tmp_path / "b", commit_every=None)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", mmap=True))
+    optimizer.step()
+    other.step()
+    assert torch.equal(weights[0], twins[0])
+    assert torch.equal(state["state"][0]["exp_avg"], torch.full((700, 500), 0.05))
+    with (
+        faults(storage=[StorageFault("read", error="EIO", times=None)]),
+        pytest.raises(spillover.StorageError),
+    ):
+        optimizer.state_dict()
+
+
 # ---- commits -----------------------------------------------------------------------------------
 
 

@@ -120,6 +120,7 @@ class DiskTier:
                 "choose another directory, or remove it with 'spillover store delete'"
             ) from error
         self._must_resume = disk.sequence > 0
+        self.entries.folder = self.options.folders[0]
         algorithm = self.entries.algorithm
         self.entries.attach(DiskStateStore(algorithm, layout, disk, ring, homes))
 
