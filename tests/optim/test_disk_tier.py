@@ -275,6 +275,45 @@ def test_room_is_looked_for_before_training(tmp_path: Path) -> None:
     assert stats.bytes_per_parameter["host"] == stats.bytes_per_parameter["device"] == 0
 
 
+@pytest.mark.parametrize(
+    ("moments", "moment_bytes"), [("float32", 4.0), ("bfloat16", 2.0), ("blockwise8", 1.015625)]
+)
+@pytest.mark.parametrize(
+    ("dtype", "master", "master_bytes"),
+    [
+        (torch.float32, "float32", 0),
+        (torch.float16, "float32", 4),
+        (torch.bfloat16, "float32", 4),
+        (torch.bfloat16, "split", 2),
+    ],
+)
+@pytest.mark.parametrize("pair", CLASSES[1:3], ids=str)
+def test_bytes_per_parameter_are_those_of_the_documentation(
+    pair: Pair,
+    moments: str,
+    moment_bytes: float,
+    dtype: torch.dtype,
+    master: str,
+    master_bytes: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_disk_layout, "UNIT_BYTES_MAX", 16 << 20)
+    moment_count = 2 if pair.name.startswith("adam") else 1
+    state = moment_count * moment_bytes + master_bytes
+    disk = 2 * state + 2 * dtype.itemsize
+    for options, expected in (
+        ({}, {"device": 0, "host": state, "disk": 0}),
+        ({"tier": "disk"}, {"device": 0, "host": 0, "disk": disk}),
+        ({"tier": "auto"}, {"device": 0, "host": state, "disk": disk}),
+    ):
+        weights = [nn.Parameter(torch.zeros(512, 512, dtype=dtype)) for _ in range(2)]
+        folder = {"directory": tmp_path / str(options)} if options else {}
+        form = {"moments": moments, "master": master}
+        optimizer = pair.ours(weights, **pair.options, **form, **options, **folder)
+        assert optimizer.stats().bytes_per_parameter == expected
+
+
 @pytest.mark.parametrize("operation", ["read", "write"])
 def test_a_step_whose_disk_fails_is_repeated(operation: str, tmp_path: Path) -> None:
     weights = make_weights(torch.bfloat16)
