@@ -33,6 +33,8 @@ EXPECTED = {
         "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
     "crash": {
+        "optimizer_kill_points_survived",
+        "optimizer_kill_points_tried",
         "kill_points_survived",
         "kill_points_tried",
         "crash_points_survived",
