@@ -70,6 +70,9 @@ EXPECTED = {
         "fraction_of_stream",
         "fraction_of_stream_mixed",
         "stream_gb_s",
+        "simulated_fraction_of_bound.rtx4090_accumulation_2",
+        "simulated_fraction_of_no_offload.rtx4090_accumulation_2.ours",
+        "simulated_fraction_of_no_offload.rtx4090_accumulation_2.fsdp2_cpu_offload",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",
