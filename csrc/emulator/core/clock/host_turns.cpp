@@ -24,6 +24,8 @@ constexpr std::int64_t kIdleNs = 500'000'000;
 constexpr std::int64_t kSilentNs = 10'000'000'000;
 
 thread_local void* followed = nullptr;
+// For whom an autograd worker waits.
+thread_local void* stood_for = nullptr;
 
 // By the name that torch gives them.
 bool is_autograd_worker() {
@@ -62,7 +64,7 @@ bool another_thread_is_ready() {
 
 // In a forked child there is one thread, and nobody to take turns with.
 void forget_after_fork() {
-  followed = nullptr;
+  followed = stood_for = nullptr;
   the_turns = new HostTurns;
 }
 
@@ -304,11 +306,22 @@ void HostTurns::yield(Nanoseconds order_time) {
   take(guard, entry);
 }
 
+// The thread itself, or whom an autograd worker acts for: that one waits for its backward pass, so
+// what the pass waits for, it waits for.
+HostTurns::Entry* HostTurns::waiting_entry() const {
+  if (followed != nullptr) return mine();
+  if (stood_for != nullptr) return static_cast<Entry*>(stood_for);
+  thread_local const bool is_worker = is_autograd_worker();
+  return is_worker ? holder_ : nullptr;
+}
+
 HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
-  Entry* const entry = mine();
-  if (entry == nullptr || !is_started_) return Outcome::kNotFollowed;
+  if (!is_started_) return Outcome::kNotFollowed;
   const Pause pause(*this);
   Guard guard(mutex_);
+  Entry* const entry = waiting_entry();
+  if (entry == nullptr) return Outcome::kNotFollowed;
+  if (followed == nullptr) stood_for = entry;
   const bool is_new = holder_ == entry || entry->state == State::kOutside;
   if (is_new) {
     progress_.fetch_add(1, std::memory_order_relaxed);
@@ -333,14 +346,17 @@ HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
     pass();
     take(guard, entry);
   }
+  stood_for = nullptr;
   return entry->timed_out ? Outcome::kTimedOut : Outcome::kWoken;
 }
 
 void HostTurns::resume() {
-  Entry* const entry = mine();
-  if (entry == nullptr || !is_started_) return;
+  if (!is_started_) return;
   const Pause pause(*this);
   Guard guard(mutex_);
+  Entry* const entry = waiting_entry();
+  if (entry == nullptr) return;
+  stood_for = nullptr;
   if (entry->state != State::kRunnable) make_runnable(entry, entry->now);
   take(guard, entry);
 }
