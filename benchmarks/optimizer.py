@@ -3,7 +3,7 @@ then whole training steps with the optimizer on the host, simulated on the virtu
 
 One process for all, which take turns on the same memory, with as many threads each as torch has.
 The physical limit is an in-place scale of four arrays of the same size. Results are compared with
-float64 outside of the time.
+float64 outside of the time. Whole trainings are compared in ``_optimizer/training.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks._harness import spread
-from benchmarks._optimizer import simulated
+from benchmarks._optimizer import equality, simulated
 
 #: Bytes that a step moves for a parameter, and a scale of four arrays for an element of each.
 _STEP_BYTES = {"ours_fp32": 28, "ours_mixed": 28, "ours_8bit": 16 + 4 * 4 / 256}
@@ -53,9 +53,11 @@ def run(*, quick: bool) -> dict[str, Any]:
         )
         if found["no_deepspeed"]:
             notes.append(f"no figures of DeepSpeed: {found['no_deepspeed']}")
-    simulated_metrics, details["simulated"], simulated_notes = simulated.measure(quick=quick)
-    notes += simulated_notes
-    return {"metrics": {**metrics, **simulated_metrics}, "details": details, "notes": notes}
+    equal, what = equality.measure(quick=quick)
+    metrics.update(equal)
+    found, details["simulated"], simulated_notes = simulated.measure(quick=quick)
+    metrics.update(found)
+    return {"metrics": metrics, "details": details, "notes": [*notes, *what, *simulated_notes]}
 
 
 def _add(

@@ -73,6 +73,11 @@ EXPECTED = {
         "simulated_fraction_of_bound.rtx4090_accumulation_2",
         "simulated_fraction_of_no_offload.rtx4090_accumulation_2.ours",
         "simulated_fraction_of_no_offload.rtx4090_accumulation_2.fsdp2_cpu_offload",
+        "equality_one_step_error",
+        "equality_200_steps_error",
+        "equality_bitwise.repeated",
+        "closed_loop_distance.ours",
+        "closed_loop_distance.torch_fused",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",

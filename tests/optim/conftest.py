@@ -1,14 +1,14 @@
-"""What tests of optimizers share: little memory on the way to the disk, and a lazy worker."""
+"""What tests of optimizers share: gradients off the device, little memory, a lazy worker."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+from gradient_models import Twins, backward, make_gpt
+from overlap_models import LazyWorker
 
-from spillover.optim import _awaited, _host_step, _overlap, _paging_store, _staging
+from spillover.optim import _awaited, _paging_store, _staging, offload_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -18,66 +18,22 @@ def little_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_paging_store, "_STAGING_BYTES", 16 << 10)
 
 
-_wait_until: Any = _overlap.PendingStep._wait_until
-
-
-class LazyWorker:
-    """Has overlapped updates make progress only while somebody waits for one.
-
-    Whoever does not wait then reads old weights, every time.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._wanted: list[Callable[[], bool]] = []
-        self._is_open = False
-        self.batches = 0
-
-    def await_demand(self) -> None:
-        """On the worker, before each batch."""
-        with self._condition:
-            self._condition.wait_for(
-                lambda: self._is_open or not all(is_so() for is_so in self._wanted)
-            )
-            self.batches += 1
-
-    def wait(self, pending: _overlap.PendingStep, is_so: Callable[[], bool]) -> None:
-        """What somebody waits for."""
-        with self._condition:
-            self._wanted.append(is_so)
-            self._condition.notify_all()
-        try:
-            _wait_until(pending, is_so)
-        finally:
-            with self._condition:
-                self._wanted.remove(is_so)
-
-    def open(self) -> None:
-        """Let it run freely."""
-        with self._condition:
-            self._is_open = True
-            self._condition.notify_all()
-
-
 @pytest.fixture
 def lazy_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyWorker]:
     """See there. Batches are small, so that a step has several."""
     monkeypatch.setattr(_staging, "_SLOT_BYTES_MAX", 8 << 10)
     monkeypatch.setattr(_staging, "_stagings", {})
     lazy = LazyWorker()
-    update_batch: Any = _host_step._Pipeline._update_batch
-
-    def replaced_update(pipeline: Any, *batch: Any) -> None:
-        if threading.current_thread().name.startswith("spillover-optimizer"):
-            lazy.await_demand()
-        update_batch(pipeline, *batch)
-
-    monkeypatch.setattr(
-        _overlap.PendingStep,
-        "_wait_until",
-        lambda pending, is_so: lazy.wait(pending, is_so),
-    )
-    monkeypatch.setattr(_host_step._Pipeline, "_update_batch", replaced_update)
+    lazy.install(monkeypatch.setattr)
     yield lazy
     lazy.open()
     _awaited.wait_for_all()
+
+
+@pytest.fixture
+def twins() -> Iterator[Twins]:
+    """A model, and one with its weights whose gradients are offloaded; both have gradients."""
+    plain, offloaded = make_gpt(), make_gpt()
+    with offload_gradients(offloaded.named_parameters()) as handle:
+        backward(plain, offloaded)
+        yield plain, offloaded, handle

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from spillover.optim import OffloadedGradients
 
 VOCABULARY = 61
 
@@ -52,6 +55,15 @@ def make_gpt(dtype: torch.dtype = torch.float32, **options: int) -> Gpt:
     return Gpt(**options).to("cuda", dtype)
 
 
+#: A model, one with its weights whose gradients are offloaded, and the handle of those.
+Twins: TypeAlias = tuple[Gpt, Gpt, OffloadedGradients]
+
+
+def backward(*models: Gpt, seed: int = 0) -> None:
+    for model in models:
+        model.loss(seed).backward()
+
+
 def is_offloaded(gradient: torch.Tensor | None) -> bool:
     return type(gradient).__name__ == "OffloadedGradient"
 
@@ -73,3 +85,8 @@ def assert_gradients_equal(
         else:
             assert one.grad is not None
             torch.testing.assert_close(one.grad.clone(), other.grad.clone(), rtol=rtol, atol=atol)
+
+
+def assert_twins_equal(twins: Twins, **tolerance: float) -> None:
+    plain, offloaded, _ = twins
+    assert_gradients_equal(offloaded.parameters(), plain.parameters(), **tolerance)

@@ -2,15 +2,78 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from spillover.optim import AdamW
+from spillover.optim import AdamW, _host_step, _overlap
 
 STEPS = 4
+
+
+_wait_until: Any = _overlap.PendingStep._wait_until
+
+
+class LazyWorker:
+    """Has overlapped updates make progress only while somebody waits for one.
+
+    Whoever does not wait then reads old weights, every time.
+    """
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._wanted: list[Callable[[], bool]] = []
+        self._is_open = False
+        self.batches = 0
+
+    def await_demand(self) -> None:
+        """On the worker, before each batch."""
+        with self._condition:
+            self._condition.wait_for(
+                lambda: self._is_open or not all(is_so() for is_so in self._wanted)
+            )
+            self.batches += 1
+
+    def wait(self, pending: _overlap.PendingStep, is_so: Callable[[], bool]) -> None:
+        """What somebody waits for."""
+        with self._condition:
+            self._wanted.append(is_so)
+            self._condition.notify_all()
+        try:
+            _wait_until(pending, is_so)
+        finally:
+            with self._condition:
+                self._wanted.remove(is_so)
+
+    def open(self) -> None:
+        """Let it run freely."""
+        with self._condition:
+            self._is_open = True
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Be lazy again."""
+        with self._condition:
+            self._is_open = False
+
+    def install(self, set_attribute: Callable[[Any, str, Any], Any]) -> None:
+        """By ``setattr``, or a test's."""
+        update_batch: Any = _host_step._Pipeline._update_batch
+
+        def replaced(pipeline: Any, *batch: Any) -> None:
+            if threading.current_thread().name.startswith("spillover-optimizer"):
+                self.await_demand()
+            update_batch(pipeline, *batch)
+
+        set_attribute(_host_step._Pipeline, "_update_batch", replaced)
+        set_attribute(
+            _overlap.PendingStep,
+            "_wait_until",
+            lambda pending, is_so: self.wait(pending, is_so),
+        )
 
 
 class Net(nn.Module):

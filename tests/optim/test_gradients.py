@@ -15,6 +15,7 @@ import pytest
 import torch
 from gradient_models import (
     Gpt,
+    Twins,
     all_offloaded,
     assert_gradients_equal,
     is_offloaded,
@@ -30,9 +31,8 @@ from spillover import (
     NonFiniteGradient,
     stream_parameters,
 )
-from spillover.optim import AdamW, OffloadedGradients, clip_grad_norm_, offload_gradients
+from spillover.optim import AdamW, clip_grad_norm_, offload_gradients
 
-Twins = tuple[Gpt, Gpt, OffloadedGradients]
 VIRTUAL_MEMORY = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
 
 

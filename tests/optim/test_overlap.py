@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from host_cases import CLASSES, Pair
-from overlap_models import Net, assert_same_run, loss_of, train
+from overlap_models import LazyWorker, Net, assert_same_run, loss_of, train
 
-from conftest import LazyWorker
 from spillover.optim import AdamW, _awaited
 
 each_class = pytest.mark.parametrize("pair", CLASSES, ids=str)

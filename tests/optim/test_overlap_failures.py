@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from host_cases import CLASSES, Pair
-from overlap_models import Net, loss_of
+from overlap_models import LazyWorker, Net, loss_of
 from test_host_failures import fail_at
 from torch import nn
 
-from conftest import LazyWorker
 from spillover import ConfigError
 from spillover.optim import SGD, AdamW, _awaited
 

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from overlap_models import Net, assert_same_run, loss_of, tokens_of, train
+from overlap_models import LazyWorker, Net, assert_same_run, loss_of, tokens_of, train
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from conftest import LazyWorker
 from spillover.optim import SGD, AdamW, _awaited, clip_grad_norm_
 
 pytestmark = pytest.mark.usefixtures("lazy_worker")

@@ -83,6 +83,11 @@ def is_awaited(tensor: object) -> bool:
     return type(tensor) in _OWN
 
 
+def is_any_awaited() -> bool:
+    """Whether any tensor is. Those that nobody has to wait for any more may be left out."""
+    return bool(_entries)
+
+
 def wait_for(tensors: Iterable[torch.Tensor | None], *, in_forward: bool = False) -> None:
     """Block until the bytes of those that are awaited are there. Raises what ``wait`` does."""
     for tensor in tensors:

@@ -96,7 +96,7 @@ def clip_grad_norm_(
             host.scale(factor)
         for gradient in others:
             gradient.mul_(factor)
-    is_double = any(gradient.dtype == torch.float64 for gradient in gradients)
+    is_double = any(g.dtype in (torch.float64, torch.complex128) for g in gradients)
     dtype = torch.float64 if is_double else torch.float32
     return torch.full((), total, dtype=dtype, device=gradients[0].device)
 
@@ -105,6 +105,8 @@ def _norms_of_tensors(tensors: list[torch.Tensor], order: float) -> list[float]:
     """Of ordinary gradients, with a wait a device."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
-        norm = torch.linalg.vector_norm(tensor, order, dtype=wide_dtype(tensor.dtype))
+        # Those of complex elements are taken of their magnitudes, in the type that torch chooses.
+        dtype = None if tensor.is_complex() else wide_dtype(tensor.dtype)
+        norm = torch.linalg.vector_norm(tensor, order, dtype=dtype)
         by_device.setdefault(tensor.device, []).append(norm.double())
     return [norm for norms in by_device.values() for norm in torch.stack(norms).tolist()]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from spillover._core import HostPool
-from spillover._errors import ConfigError
+from spillover._errors import ConfigError, StateError
 from spillover._layout import flat_view
 from spillover._settings import enabled
 from spillover._sources import register
 from spillover._stalls import Timed
-from spillover.optim._algorithms import Algorithm, Group
+from spillover.optim._algorithms import Algorithm, Group, MomentSpec
+from spillover.optim._disk_entries import DiskEntries
+from spillover.optim._disk_tier import DiskTier, Resumed, note_living
+from spillover.optim._failures import check_capture
 from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
 from spillover.optim._host_entries import Entries
@@ -30,6 +34,9 @@ from spillover.optim._host_step import (
 )
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
+from spillover.optim._state_dictionaries import HostEntry
+from spillover.optim._state_store import StateArrays
+from spillover.optim._tiers import Tier, TierOptions, check_device_tier, tier_options
 
 _STEP = Timed("optimizer", "step")
 _GO_ON = "Whatever waits for it next goes on with it, such as a second call of synchronize()."
@@ -43,6 +50,11 @@ _OWN_OPTIONS = (
     "offload_gradients",
     "gradient_anomalies",
     "overlap",
+    "directory",
+    "host_budget",
+    "commit_every",
+    "module",
+    "write_limit",
 )
 
 
@@ -58,12 +70,25 @@ class OptimizerStats:
         That require gradients, and how many numbers they are.
     host_bytes
         Of state, set aside for state, and of masters; without step counts and staging.
+    disk_bytes
+        Of state, weights and buffers, two slots of each.
     """
 
     optimizer: str
     parameters: int
     elements: int
     host_bytes: int
+    disk_bytes: int = 0
+
+    @property
+    def bytes_per_parameter(self) -> dict[str, float]:
+        """Of state between steps, by tier: on the device, on the host and on disk."""
+        count = max(1, self.elements)
+        return {
+            "device": 0.0,
+            "host": self.host_bytes / count,
+            "disk": self.disk_bytes / count,
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,21 +117,23 @@ class HostOptimizer(torch.optim.Optimizer):
         params: Any,
         defaults: Group,
         *,
-        tier: str,
+        tier: TierOptions,
         state: StateOptions,
         pool: HostPool | None,
         offload_gradients: bool,
         gradient_anomalies: Anomalies | None,
         overlap: Modules | None,
     ) -> None:
-        self._check_tier(tier)
         state.check()
         if gradient_anomalies is not None and not offload_gradients:
             raise ConfigError("gradient_anomalies needs offload_gradients=True")
         self.algorithm.check(defaults)
-        self._begin(state, pool)
+        self._begin(state, pool, tier)
         self._is_made = False
         super().__init__(params, defaults)
+        if self._disk is not None:
+            self._disk.open(self.param_groups, pool)
+            note_living(self)
         self._reserve(self.param_groups)
         self._is_made = True
         if offload_gradients:
@@ -114,19 +141,23 @@ class HostOptimizer(torch.optim.Optimizer):
         if overlap is not None:
             self._overlap = Overlap(overlap)
 
-    def _begin(self, options: StateOptions, pool: HostPool | None) -> None:
-        self._entries = Entries(self.algorithm, options, pool, type(self).__name__)
+    def _begin(
+        self, options: StateOptions, pool: HostPool | None, tier: TierOptions | None = None
+    ) -> None:
+        name = type(self).__name__
+        self._entries = Entries(self.algorithm, options, pool, name)
+        self._disk: DiskTier | None = None
+        if tier is not None and tier.tier != "host":
+            self._entries = DiskEntries(self.algorithm, options, pool, name)
+            self._disk = DiskTier(tier, self._entries, name)
         self._progress = Progress()
         self._unsent = Unsent()
         register("optimizer", self, HostOptimizer.stats)
 
     @classmethod
-    def _check_tier(cls, tier: str) -> None:
-        if tier == "device" and cls.torch_class is not None:
-            name = f"torch.optim.{cls.torch_class.__name__}"
-            raise ConfigError(f"tier='device' is what {name} does; here tier is 'host'")
-        if tier != "host":
-            raise ConfigError(f"tier={tier!r} is not known; it must be 'host'")
+    def _tier_options(cls, tier: Tier, *options: Any) -> TierOptions:
+        check_device_tier(tier, cls.torch_class)
+        return tier_options(tier, *options)
 
     # ---- what it has ---------------------------------------------------------------------------
 
@@ -148,8 +179,71 @@ class HostOptimizer(torch.optim.Optimizer):
             optimizer=type(self).__name__,
             parameters=len(trained),
             elements=sum(parameter.numel() for parameter in trained),
-            host_bytes=self._entries.memory.size_bytes(),
+            host_bytes=self._host_bytes(),
+            disk_bytes=0 if self._disk is None else self._disk.disk_bytes,
         )
+
+    def _host_bytes(self) -> int:
+        if self._disk is not None:
+            return self._disk.store.host_bytes
+        return self._entries.memory.size_bytes()
+
+    @property
+    def disk_folders(self) -> tuple[str, ...]:
+        """Absolute paths of ``directory``; none with ``tier="host"``."""
+        return () if self._disk is None else self._disk.options.folders
+
+    # ---- commits -------------------------------------------------------------------------------
+
+    def commit(self, extra: Any = None) -> int:
+        """Make state, weights and all that :func:`resume` needs durable, all or nothing.
+
+        Blocks until weights have been copied and the disks have flushed.
+
+        Parameters
+        ----------
+        extra
+            What you need to go on: the state of a scheduler, the place in the data. Numbers, text,
+            bytes, tensors and arrays, in lists, tuples and dicts.
+
+        Returns
+        -------
+        The number of the commit, from 1.
+
+        Raises
+        ------
+        StateError
+            State is not on disk; the directory has a commit that was not resumed; a step has failed
+            and was not repeated.
+        ConfigError
+            ``extra``, or an option of a group, is something else, or too large.
+        StorageError, DiskFull
+            It could not be made durable; the last commit is what it was. Call it again, or
+            :func:`resume`, which goes back to that one.
+        """
+        if self._disk is None:
+            raise StateError("commit() needs tier='disk' or tier='auto'; state is on the host")
+        self.synchronize()
+        if not self._progress.is_empty:
+            raise StateError(
+                "the last step has failed and updated a part; repeat it with the same gradients, "
+                "or go back to the last commit with spillover.optim.resume()"
+            )
+        self._unsent.send()
+        return self._disk.commit(self.param_groups, self._raw_state, extra)
+
+    def resume(self) -> Resumed | None:
+        """See :func:`spillover.optim.resume`."""
+        if self._disk is None:
+            raise StateError("resume() needs tier='disk' or tier='auto'; state is on the host")
+        # A step that failed is undone.
+        with contextlib.suppress(OSError):
+            self.synchronize()
+        found = self._disk.resume(self)
+        if found is not None:
+            self._progress.clear()
+            self._unsent.forget()
+        return found
 
     def _offload_gradients(self, anomalies: Anomalies | None) -> None:
         self._gradients = offload_gradients(_named(self.param_groups), anomalies=anomalies)
@@ -183,7 +277,7 @@ class HostOptimizer(torch.optim.Optimizer):
         self.synchronize()
         self.algorithm.check(param_group)
         params = param_group.get("params", ())
-        if not isinstance(params, torch.Tensor):
+        if not isinstance(params, torch.Tensor | set):  # torch refuses a set.
             params = list(params)
             param_group["params"] = params
         known: set[int] = set()
@@ -213,6 +307,7 @@ class HostOptimizer(torch.optim.Optimizer):
         """Check the options of a whole group; subclasses add what options must be together."""
         self.algorithm.check(group)
 
+    @torch.no_grad()
     def _reserve(self, groups: Iterable[Group]) -> None:
         """Have the memory of all that will have state, and state that is there from the start."""
         trained = [
@@ -224,7 +319,10 @@ class HostOptimizer(torch.optim.Optimizer):
         self._entries.reserve(trained)
         if self.algorithm.has_initial_state:
             for parameter, group in trained:
-                self._entries.complete_moments(parameter, group, self.state[parameter])
+                entry = self.state[parameter] = _entry_of(self.state, parameter)
+                self._entries.complete_moments(parameter, group, entry)
+                # So that a checkpoint that is loaded into the state has its masters, too.
+                self._entries.complete_master(parameter, group, entry)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
@@ -233,6 +331,11 @@ class HostOptimizer(torch.optim.Optimizer):
 
         They do not overlap, as they know no module.
         """
+        if self._disk is not None:
+            raise StateError(
+                f"a {type(self).__name__} with state on disk cannot be copied or pickled; use "
+                "state_dict(), or commit() and spillover.optim.resume()"
+            )
         self.synchronize()
         state: dict[str, Any] = super().__getstate__()
         state["host_options"] = self._entries.options
@@ -272,6 +375,9 @@ class HostOptimizer(torch.optim.Optimizer):
         """Give a group of a checkpoint what it has not, as torch's classes do."""
         for key, value in (self.algorithm.newer_options | self.algorithm.torch_options).items():
             group.setdefault(key, value)
+        # They say how torch computed; the step on the host computes as it does.
+        for key in {"capturable", "differentiable"} & group.keys():
+            group[key] = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of torch's; it is converted to the forms of ours.
@@ -284,6 +390,8 @@ class HostOptimizer(torch.optim.Optimizer):
             There is no memory for it. Nothing is loaded in either case.
         """
         self.synchronize()
+        if self._disk is not None:
+            self._disk.check()
 
         def hide(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
             self._check_kind(loaded)
@@ -304,7 +412,8 @@ class HostOptimizer(torch.optim.Optimizer):
             hook.remove()
 
     def _check_kind(self, loaded: dict[str, Any]) -> None:
-        known = {*self.algorithm.newer_options, *self.algorithm.torch_options}
+        # torch adds "differentiable" to the defaults of whatever has been loaded before.
+        known = {*self.algorithm.newer_options, *self.algorithm.torch_options, "differentiable"}
         for group in loaded["param_groups"]:
             missing = [name for name in self.defaults if name not in group and name not in known]
             if missing:
@@ -338,6 +447,7 @@ class HostOptimizer(torch.optim.Optimizer):
 
     # ---- the step ------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have gradients.
@@ -354,10 +464,13 @@ class HostOptimizer(torch.optim.Optimizer):
         HostOutOfMemory
             There is no memory for the state or for staging; no weight, moment or step count has
             been changed then.
+        StateError
+            The current stream records a CUDA graph.
         RuntimeError
             A CUDA call failed on the way. A note on the error says what has been updated; a step
             that is repeated with the same gradients updates the rest, and nothing twice.
         """
+        check_capture(f"{type(self).__name__}.step()", "the update runs on the host")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -383,6 +496,8 @@ class HostOptimizer(torch.optim.Optimizer):
 
     def _step(self) -> None:
         self.synchronize()
+        if self._disk is not None:
+            self._disk.check()
         if self.gradients is not None:
             # Some may require gradients only now; their next ones leave.
             self.gradients.add(_named(self.param_groups))
@@ -414,6 +529,8 @@ class HostOptimizer(torch.optim.Optimizer):
                 self.gradients.collect()
         if pending is not None:
             pending.wait_for_others()
+        if self._disk is not None:
+            self._disk.step_is_over(self)
 
     def _prepare_all(self, todo: list[tuple[torch.Tensor, Group]], works: list[Work]) -> int:
         """Append what there is to do; returns how many parameters are updated already."""
@@ -431,7 +548,9 @@ class HostOptimizer(torch.optim.Optimizer):
         for work in works:
             groups.setdefault(id(work.group), []).append(work)
         try:
-            run(self.algorithm, list(groups.values()), self._unsent, self._finish)
+            if works:
+                store = self._entries.store
+                run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
         except BaseException as error:
             self._progress.remember(works)
             explain(error, works, skipped)
@@ -469,7 +588,7 @@ class HostOptimizer(torch.optim.Optimizer):
         try:
             self._send_again(pending)
             left = [work for work in pending.works if work.done < work.parameter.numel()]
-            run(self.algorithm, [left], self._unsent, finish, pending)
+            run(self.algorithm, [left], self._unsent, finish, self._entries.store, pending)
         except BaseException as error:
             explain(error, pending.works, 0, _GO_ON)
             raise
@@ -498,7 +617,7 @@ class HostOptimizer(torch.optim.Optimizer):
         return todo
 
     def _prepare(self, parameter: torch.Tensor, group: Group, done: int) -> Work:
-        entry = self._raw_state.get(parameter, {})
+        entry = _entry_of(self._raw_state, parameter)
         late = self._entries.complete_moments(parameter, group, entry)
         if done == 0:
             self._entries.complete_master(parameter, group, entry)
@@ -513,21 +632,28 @@ class HostOptimizer(torch.optim.Optimizer):
                 parameter.shape, parameter.stride(), dtype=gradient.dtype, device=gradient.device
             ).copy_(gradient)
         arrays = {**entry, **late}
+        is_split = REMAINDER in self._entries.wanted(parameter, group)
         return Work(
             parameter=parameter,
             gradient=gradient,
             group=group,
             entry=entry,
             late=late,
-            moments={spec.slot: _flat(arrays[spec.name]) for spec in specs},
-            master=flat_view(entry[MASTER]) if MASTER in entry else None,
-            remainder=flat_view(entry[REMAINDER]) if REMAINDER in entry else None,
+            has_master=MASTER in entry and not is_split,
+            has_remainder=is_split,
+            arrays=None if self._disk is not None else _whole(specs, arrays),
+            needs_weight=self._entries.needs_weight(parameter),
+            loaded_master=self._entries.loaded_master(parameter, entry),
             number=self._entries.number(entry, late),
             pending=pending,
             done=done,
         )
 
     def _finish(self, work: Work) -> None:
+        if work.loaded_master is not None:
+            del work.entry[MASTER]
+            work.loaded_master = None
+            self._entries.complete_master(work.parameter, work.group, work.entry)
         work.entry.update(work.late)
         if work.late:
             self._raw_state[work.parameter] = work.entry
@@ -535,7 +661,7 @@ class HostOptimizer(torch.optim.Optimizer):
             work.entry["step"].fill_(work.number)
 
     def _note_written(self, work: Work) -> None:
-        if work.master is not None or work.remainder is not None:
+        if work.is_low:
             self._entries.has_written(work.parameter)
 
 
@@ -557,6 +683,20 @@ def _frozen(group: Group) -> Group:
         return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 
     return {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _entry_of(state: Mapping[torch.Tensor, Any], parameter: torch.Tensor) -> HostEntry:
+    """The state of a parameter, empty where there is none."""
+    found = state.get(parameter, {})
+    return found if isinstance(found, HostEntry) else HostEntry(found)
+
+
+def _whole(specs: Iterable[MomentSpec], arrays: dict[str, Any]) -> StateArrays:
+    return StateArrays(
+        {spec.slot: _flat(arrays[spec.name]) for spec in specs},
+        flat_view(arrays[MASTER]) if MASTER in arrays else None,
+        flat_view(arrays[REMAINDER]) if REMAINDER in arrays else None,
+    )
 
 
 def _flat(array: Any) -> Any:

@@ -42,6 +42,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,6 @@ import torch
 from torch import nn
 
 from spillover._errors import ConfigError
-from spillover._settings import logger
 from spillover._stalls import Stall
 from spillover.optim import _awaited
 from spillover.optim._host_work import Work
@@ -63,7 +63,7 @@ _GRADIENT = Stall("optimizer", "something that uses a gradient: its update")
 _ALL = Stall("optimizer", "all updates of the last step")
 _OTHERS = Stall("optimizer", "updates that cannot overlap")
 
-Modules = nn.Module | Iterable[nn.Module]
+Modules = nn.Module | Sequence[nn.Module]
 
 _steps: weakref.WeakSet[PendingStep] = weakref.WeakSet()
 
@@ -113,7 +113,7 @@ class PendingStep:
         self._awaited = awaited
         self._run_works = run
         self._note_sent = note_sent
-        self._condition = threading.Condition()
+        self._condition = threading.Condition()  # Its lock may be taken again.
         # Guarded by the condition's lock.
         self._sent: dict[int, torch.cuda.Event | None] = {}
         self._used: set[int] = set()
@@ -130,7 +130,13 @@ class PendingStep:
                 _awaited.begin(gradient, functools.partial(self._wait_for_gradient, id(parameter)))
             torch.autograd.graph.increment_version(parameter)
             _awaited.begin(parameter, functools.partial(self._wait_for_weight, id(parameter)))
-        _worker.submit(self._run)
+        self._submit()
+
+    def _submit(self) -> None:
+        try:
+            _worker.submit(self._run)
+        except RuntimeError:
+            self._run()  # The interpreter is shutting down, and has ended the worker.
 
     # ---- by the worker -------------------------------------------------------------------------
 
@@ -223,7 +229,8 @@ class PendingStep:
                     raise error
                 if error is not None:
                     self._error, self._is_reported = None, False
-                    _worker.submit(self._run)
+                    self._submit()
+                    continue  # It may be over already.
                 self._condition.wait()
 
 
@@ -234,7 +241,8 @@ class Overlap:
     """
 
     def __init__(self, modules: Modules) -> None:
-        roots = [modules] if isinstance(modules, nn.Module) else list(modules)
+        roots: list[Any]
+        roots = list(modules) if isinstance(modules, list | tuple | set) else [modules]
         for root in roots:
             if not isinstance(root, nn.Module):
                 raise ConfigError(
@@ -264,9 +272,10 @@ class Overlap:
             self._note(module)
         if torch.cuda.is_current_stream_capturing():
             self._captured.update(map(id, module.parameters()))
-        is_whole = not module.training or _runs_children(module)
-        weights = module.parameters() if is_whole else module._parameters.values()
-        _awaited.wait_for(weights, in_forward=True)
+        if _awaited.is_any_awaited():
+            is_whole = not module.training or _runs_children(module)
+            weights = module.parameters() if is_whole else module._parameters.values()
+            _awaited.wait_for(weights, in_forward=True)
 
     def _note(self, module: nn.Module) -> None:
         whole = _runs_children(module)
@@ -333,7 +342,7 @@ def _runs_children(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.MultiheadAttention | nn.DataParallel)
         or "forward" in module.__dict__
-        or hasattr(module, "_orig_mod")  # Of torch.compile.
+        or "_orig_mod" in module._modules  # Of torch.compile.
         or any(isinstance(child, torch.jit.ScriptModule) for child in module.children())
     )
 
@@ -365,8 +374,9 @@ def _remove(hooks: list[Any]) -> None:
 
 
 def _before_fork() -> None:
-    """A child has no worker, so nothing may be awaited in it."""
-    _awaited.wait_for_all()
+    """A child has no worker, so nothing may be under way in it."""
+    for pending in list(_steps):
+        pending.wait()
 
 
 def _start_again() -> None:
@@ -375,11 +385,11 @@ def _start_again() -> None:
 
 
 def _report() -> None:
-    """At the end of the process, when the worker has ended."""
+    """At the end of the process, when the worker has ended: as any error that nobody caught."""
     for pending in list(_steps):
         error = pending.unheard_error()
         if error is not None:
-            logger.error("the optimizer's last step failed", exc_info=error)
+            sys.excepthook(type(error), error, error.__traceback__)
 
 
 atexit.register(_report)

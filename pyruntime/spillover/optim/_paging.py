@@ -24,6 +24,7 @@ from spillover._errors import ConfigError, StateError
 from spillover._settings import enabled
 from spillover._sources import register
 from spillover._stalls import Timed
+from spillover.optim._failures import check_capture
 from spillover.optim._paging_classes import Group, Rules, check_group, check_optimizer
 from spillover.optim._paging_load import adopt, hidden, keep
 from spillover.optim._paging_state import Entry, States, is_large, leaves
@@ -34,6 +35,7 @@ _Optimizer = TypeVar("_Optimizer", bound=torch.optim.Optimizer)
 
 _STEP = Timed("optimizer paging", "step")
 _PAGING = "_spillover_paging"
+_MOVES = "its state moves between host and device"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def page(
     options = paging_options(tier, directory, host_budget, bucket_bytes, write_limit)
     check_optimizer(optimizer)
     _check_step(optimizer)
-    _check_capture("page()")
+    check_capture("page()", _MOVES)
     base = type(optimizer)
     paging = Paging(StateStore(options), Rules(base))
     existing = _state_bytes(optimizer)
@@ -294,7 +296,7 @@ def _make_class(base: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer
 
 
 def _step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-    _check_capture("step()")
+    check_capture("step() of a paged optimizer", _MOVES)
     paging = _paging_of(self)
     for group in self.param_groups:
         check_group(type(self).__name__, group)
@@ -368,16 +370,6 @@ def _renew_step(optimizer: torch.optim.Optimizer) -> None:
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
     optimizer.step = step  # type: ignore[method-assign]
-
-
-def _check_capture(what: str) -> None:
-    # What has no driver records nothing.
-    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if is_initialized and torch.cuda.is_current_stream_capturing():
-        raise StateError(
-            f"{what} of a paged optimizer cannot be recorded in a CUDA graph: its state moves "
-            "between host and device; call it outside of the capture"
-        )
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> list[int]:

@@ -25,6 +25,7 @@ import torch
 
 from spillover._layout import dense_stride
 from spillover._stalls import Stall
+from spillover.optim._state_dictionaries import on_host
 
 _STATE_READ = Stall("optimizer paging", "state to arrive on the host")
 
@@ -187,7 +188,9 @@ class Entry(dict[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         old = dict.get(self, key)
-        if isinstance(old, Parked) and is_movable(value) and value.device.type == "cpu":
+        if isinstance(old, Parked) and is_movable(value):
+            if value.device.type != "cpu":
+                value = on_host(old.tensor(), value)
             value = old.replaced_by(value)
         dict.__setitem__(self, key, value)
 

@@ -156,14 +156,15 @@ def cut(
     slot_bytes: int,
     used_bytes: int,
     start: int,
+    end: int,
 ) -> Piece | None:
-    """The next piece of ``parameter`` that fits in a slot with ``used_bytes`` taken.
+    """The next piece of ``parameter``, up to ``end``, that fits behind ``used_bytes`` of a slot.
 
     ``parameter`` and ``gradient`` are flat. None: start a new batch.
     """
     gradient_bytes = _slot_bytes(gradient) // max(1, gradient.numel())
     per_element = gradient_bytes + parameter.element_size()
-    remaining = parameter.numel() - start
+    remaining = end - start
     room = (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
     # A sliver at the end of a slot is not worth its two copies.
     count = remaining if remaining <= room else room // _CUT_ELEMENTS * _CUT_ELEMENTS
