@@ -75,6 +75,7 @@ EXPECTED = {
         "equality_bitwise.repeated",
         "closed_loop_distance.ours",
         "closed_loop_distance.torch_fused",
+        "closed_loop_distance.torch_fused_cuda",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",

@@ -10,6 +10,7 @@ run makes its own gradients, it is how far torch's own two implementations come 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -228,6 +229,35 @@ def _ours(
 # ---- the closed loop ---------------------------------------------------------------------------
 
 
+class _CudaFusedAdamW(torch.optim.Optimizer):
+    """The arithmetic of torch's fused kernel for CUDA: constants in double, results in float32.
+
+    On an emulated device the fused kernel is the CPU's, which rounds as foreach does.
+    """
+
+    def __init__(self, params: Any, **options: float) -> None:
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-8, **options})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step."""
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state.update(step=0, first=torch.zeros_like(weight))
+                    state["second"] = torch.zeros_like(weight)
+                state["step"] += 1
+                first, second, gradient = state["first"], state["second"], weight.grad.double()
+                weight.copy_(weight.double() * (1 - lr * group["weight_decay"]))
+                first.copy_(beta1 * first.double() + (1 - beta1) * gradient)
+                second.copy_(beta2 * second.double() + (1 - beta2) * gradient * gradient)
+                root = second.sqrt() / math.sqrt(1 - beta2 ** state["step"])
+                denominator = (root.double() + group["eps"]).float()
+                weight.sub_(first * (lr / (1 - beta1 ** state["step"])) / denominator)
+
+
 def _closed_loop(make: Callable[[Iterable[nn.Parameter]], Optimizer], seed: int) -> list[Any]:
     """Weights of a training in which each step's gradients depend on those before."""
     model = _make_model(torch.float32, seed)
@@ -251,6 +281,7 @@ def distances(seeds: int) -> dict[str, float]:
     ways: dict[str, Callable[[Any], Optimizer]] = {
         "ours": lambda params: spillover.optim.AdamW(params, **options),
         "torch_fused": lambda params: torch.optim.AdamW(params, fused=True, **options),
+        "torch_fused_cuda": lambda params: _CudaFusedAdamW(params, **options),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(seeds):
