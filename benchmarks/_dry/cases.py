@@ -300,6 +300,20 @@ def _host_optimizer() -> None:
         optimizer.zero_grad()
 
 
+def _host_gradients() -> None:
+    from spillover import optim
+
+    model, loss = _small_llama()
+    optimizer = optim.AdamW(model.parameters(), lr=1e-3, offload_gradients=True)
+    for step in range(_STEPS + 1):
+        for _ in range(1 + step % 2):
+            loss().backward()
+        clip = optim.clip_grad_norm_ if step % 3 else torch.nn.utils.clip_grad_norm_
+        clip(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def _offloaded_activations() -> None:
     import spillover
 
@@ -379,6 +393,7 @@ CASES: dict[str, Callable[[], None]] = {
     "generate with a cache": _generate,
     "fsdp2 CPUOffloadPolicy": _fsdp2_offloaded,
     "spillover AdamW on the host": _host_optimizer,
+    "spillover gradients on the host": _host_gradients,
     "spillover offloaded activations": _offloaded_activations,
     "spillover streamed parameters": _streamed_parameters,
 }

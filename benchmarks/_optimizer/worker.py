@@ -13,6 +13,10 @@ from benchmarks._optimizer import ways
 from benchmarks._optimizer.arrays import Arrays, Check, Piece, windows_of
 from benchmarks._transfer.host_memory import weight_counts
 
+# OpenMP's threads, torch's and DeepSpeed's, spin for milliseconds after their work and would take a
+# processor from whoever comes next.
+_SETTLE_SECONDS = 0.03
+
 
 def _shapes(name: str) -> list[int]:
     if name == "1b":
@@ -51,6 +55,7 @@ def _main(shape_list: str, rounds: int) -> None:
             total = 0.0
             for index, window in enumerate(windows):
                 check = Check(arrays, window, seed=number)
+                time.sleep(_SETTLE_SECONDS)
                 begin = time.perf_counter()
                 steps[index][name]()
                 total += time.perf_counter() - begin

@@ -13,7 +13,6 @@
 #include "tiers/host_pool.hpp"
 #include "tiers/numa.hpp"
 #include "tiers/system_memory.hpp"
-#include "tiers/work_annotation.hpp"
 
 namespace py = pybind11;
 
@@ -114,11 +113,6 @@ void register_host_pool(py::module_& module) {
   module.def(
       "living_host_pools", [] { return living<HostPool>().all(); },
       "The host pools of this process, for statistics.");
-  module.def("begin_work", &annotate_work_begin, py::arg("resource"), py::arg("size_bytes"),
-             ReleaseGil(),
-             "Tell a virtual clock, where there is one, that this thread begins to do something.");
-  module.def("end_work", &annotate_work_end, py::arg("work"), ReleaseGil(),
-             "The work with this number is done.");
   module.def(
       "available_host_memory",
       [](const std::string& root) { return as_tuple(available_host_memory(root)); },

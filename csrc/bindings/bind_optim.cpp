@@ -83,26 +83,41 @@ UpdateRange make_range(size_t count, uintptr_t gradient, const std::string& grad
 }
 
 // Tells the emulated device, while it lives, of work on these arrays by the calling thread and by
-// those that help it.
+// those that help it. In a dry run, where they have no bytes, the work is not to be done.
 class Announced {
  public:
   explicit Announced(const std::vector<MemorySpan>& spans) {
     size_t moved_bytes = 0;
+    std::vector<HostRange> ranges;
     for (const MemorySpan& span : spans) {
       moved_bytes += span.size_bytes * ((span.is_read ? 1 : 0) + (span.is_written ? 1 : 0));
       if (span.address == nullptr) continue;  // The kernel will say so.
       annotate_host_access(span.name, span.address, span.size_bytes,
                            span.is_written ? HostAccess::kWrite : HostAccess::kRead);
+      const HostRange range{span.address, span.size_bytes, HostAccess::kRead};
+      if (span.is_read) ranges.push_back(range);
+      if (span.is_written) ranges.push_back({range.address, range.size_bytes, HostAccess::kWrite});
     }
+    has_bytes_ = annotate_host_work(ranges);
     work_ = annotate_work_begin(kCpuOptimizer, moved_bytes);
   }
   ~Announced() { annotate_work_end(work_); }
   Announced(const Announced&) = delete;
   Announced& operator=(const Announced&) = delete;
 
+  bool has_bytes() const { return has_bytes_; }
+
  private:
   WorkId work_ = 0;
+  bool has_bytes_ = true;
 };
+
+// What stands for squares that a dry run does not have: gradients are taken to be finite there.
+SquareSum unknown_squares() {
+  SquareSum sum;
+  sum.add(1.0);
+  return sum;
+}
 
 void append(std::vector<MemorySpan>& all, const std::vector<MemorySpan>& more) {
   all.insert(all.end(), more.begin(), more.end());
@@ -154,6 +169,7 @@ SquareSum accumulate_pieces(const std::vector<std::tuple<uintptr_t, ArrayTuple>>
   }
   const GilRelease released;
   const Announced announced(spans);
+  if (!announced.has_bytes()) return unknown_squares();
   return accumulate(pieces, scale, mode, threads);
 }
 
@@ -172,6 +188,7 @@ void register_updates(py::module_& module) {
          double weight_decay, bool decoupled, bool amsgrad, bool maximize, double gradient_scale,
          int threads) {
         const Announced announced = announce(ranges);
+        if (!announced.has_bytes()) return;
         update_adam(
             ranges,
             {lr, beta1, beta2, eps, weight_decay,
@@ -186,6 +203,7 @@ void register_updates(py::module_& module) {
       [](const std::vector<UpdateRange>& ranges, double lr, double momentum, double dampening,
          double weight_decay, bool nesterov, bool maximize, double gradient_scale, int threads) {
         const Announced announced = announce(ranges);
+        if (!announced.has_bytes()) return;
         update_sgd(ranges, {lr, momentum, dampening, weight_decay, nesterov, direction(maximize)},
                    {gradient_scale, threads});
       },
@@ -197,6 +215,7 @@ void register_updates(py::module_& module) {
       [](const std::vector<UpdateRange>& ranges, double lr, double beta1, double beta2,
          double weight_decay, bool maximize, double gradient_scale, int threads) {
         const Announced announced = announce(ranges);
+        if (!announced.has_bytes()) return;
         update_lion(ranges, {lr, beta1, beta2, weight_decay, direction(maximize)},
                     {gradient_scale, threads});
       },
@@ -208,6 +227,7 @@ void register_updates(py::module_& module) {
       [](const std::vector<UpdateRange>& ranges, double lr, double lr_decay, double weight_decay,
          double eps, bool maximize, double gradient_scale, int threads) {
         const Announced announced = announce(ranges);
+        if (!announced.has_bytes()) return;
         update_adagrad(ranges, {lr, lr_decay, weight_decay, eps, direction(maximize)},
                        {gradient_scale, threads});
       },
@@ -228,7 +248,7 @@ void register_gradients(py::module_& module) {
       [](const std::vector<ArrayTuple>& given, int threads) {
         const auto arrays = arrays_of(given);
         const Announced announced = announce(arrays, false);
-        return sum_of_squares(arrays, threads);
+        return announced.has_bytes() ? sum_of_squares(arrays, threads) : unknown_squares();
       },
       py::arg("arrays"), py::kw_only(), py::arg("threads"), ReleaseGil());
   module.def(
@@ -236,7 +256,7 @@ void register_gradients(py::module_& module) {
       [](const std::vector<ArrayTuple>& given, double factor, int threads) {
         const auto arrays = arrays_of(given);
         const Announced announced = announce(arrays, true);
-        scale_elements(arrays, factor, threads);
+        if (announced.has_bytes()) scale_elements(arrays, factor, threads);
       },
       py::arg("arrays"), py::kw_only(), py::arg("factor"), py::arg("threads"), ReleaseGil());
   module.def(
@@ -244,7 +264,8 @@ void register_gradients(py::module_& module) {
       [](const std::vector<ArrayTuple>& given, int threads) {
         const auto arrays = arrays_of(given);
         const Announced announced = announce(arrays, false);
-        const NonFinite found = find_non_finite(arrays, threads);
+        NonFinite found{};
+        if (announced.has_bytes()) found = find_non_finite(arrays, threads);
         return std::tuple{found.count, found.array, found.index};
       },
       py::arg("arrays"), py::kw_only(), py::arg("threads"), ReleaseGil());
@@ -257,6 +278,9 @@ void register_conversions(py::module_& module) {
       "decode_blockwise",
       [signs](uintptr_t codes, uintptr_t scales, uintptr_t to, size_t count, bool is_signed,
               int threads) {
+        const Announced announced({{"codes", pointer<void>(codes), count, true, false},
+                                   {"to", pointer<void>(to), count * sizeof(float), false, true}});
+        if (!announced.has_bytes()) return;
         decode_blockwise(pointer<uint8_t>(codes), pointer<float>(scales), signs(is_signed), count,
                          pointer<float>(to), threads);
       },
@@ -266,6 +290,10 @@ void register_conversions(py::module_& module) {
       "encode_blockwise",
       [signs](uintptr_t from, uintptr_t codes, uintptr_t scales, size_t count, bool is_signed,
               int threads) {
+        const Announced announced(
+            {{"origin", pointer<void>(from), count * sizeof(float), true, false},
+             {"codes", pointer<void>(codes), count, false, true}});
+        if (!announced.has_bytes()) return;
         encode_blockwise(pointer<float>(from), signs(is_signed), count, pointer<uint8_t>(codes),
                          pointer<float>(scales), threads);
       },
@@ -274,6 +302,11 @@ void register_conversions(py::module_& module) {
   module.def(
       "join_weights",
       [](uintptr_t low, uintptr_t remainder, uintptr_t to, size_t count, int threads) {
+        const Announced announced(
+            {{"low_weight", pointer<void>(low), count * sizeof(uint16_t), true, false},
+             {"remainder", pointer<void>(remainder), count * sizeof(int16_t), true, false},
+             {"to", pointer<void>(to), count * sizeof(float), false, true}});
+        if (!announced.has_bytes()) return;
         join_weights(pointer<uint16_t>(low), pointer<int16_t>(remainder), count, pointer<float>(to),
                      threads);
       },
@@ -282,6 +315,11 @@ void register_conversions(py::module_& module) {
   module.def(
       "split_weights",
       [](uintptr_t from, uintptr_t low, uintptr_t remainder, size_t count, int threads) {
+        const Announced announced(
+            {{"origin", pointer<void>(from), count * sizeof(float), true, false},
+             {"low_weight", pointer<void>(low), count * sizeof(uint16_t), false, true},
+             {"remainder", pointer<void>(remainder), count * sizeof(int16_t), false, true}});
+        if (!announced.has_bytes()) return;
         split_weights(pointer<float>(from), count, pointer<uint16_t>(low),
                       pointer<int16_t>(remainder), threads);
       },

@@ -1,6 +1,7 @@
 #include "tiers/host_annotation.hpp"
 
 #include <string>
+#include <vector>
 
 #include "base/emulator_symbol.hpp"
 #include "base/error.hpp"
@@ -17,6 +18,7 @@ struct EmulatorRange {
 };
 using HostAccessFunction = int (*)(const char*, const EmulatorRange*, size_t);
 using LastHazardFunction = const char* (*)();
+using HostPhantomFunction = int (*)(const EmulatorRange*, size_t);
 
 struct Checker {
   HostAccessFunction host_access =
@@ -35,6 +37,18 @@ void annotate_host_access(const char* name, const void* address, size_t size_byt
   if (checker.host_access(name, &range, 1) == 0) return;
   const char* text = checker.last_hazard != nullptr ? checker.last_hazard() : "no description";
   throw StateError(std::string(name) + " is not ordered after the device's work: " + text);
+}
+
+bool annotate_host_work(std::span<const HostRange> ranges) {
+  static const auto is_phantom = reinterpret_cast<HostPhantomFunction>(
+      find_emulator_symbol("spillover_emulator_host_phantom"));
+  if (is_phantom == nullptr) return true;
+  std::vector<EmulatorRange> found;
+  found.reserve(ranges.size());
+  for (const HostRange& range : ranges) {
+    found.push_back({range.address, range.size_bytes, range.access == HostAccess::kWrite ? 1 : 0});
+  }
+  return is_phantom(found.data(), found.size()) == 0;
 }
 
 }  // namespace spillover

@@ -175,23 +175,25 @@ bool TransferEngine::start_read(const ChunkRef& ref, HostBuffer&& host, Transfer
 }
 
 // Asks the disk for as much as memory is free for, at least for one piece: see Note [Time of
-// detached work]. The others are read by the engine's thread, as memory becomes free.
+// detached work]. The others are read by the engine's thread, as memory becomes free. So are all,
+// once something is read for them: its memory comes back only when they are enqueued.
 void TransferEngine::start_first_reads(std::span<Piece> pieces) {
-  bool is_first = true;
+  const auto is_any_moving = [&] {
+    const Lock lock(mutex_);
+    return std::any_of(pieces.begin(), pieces.end(), [](const Piece& piece) {
+      return !piece.ref.chunk().residency.is_on_disk_only();
+    });
+  };
   for (Piece& piece : pieces) {
     const Chunk& chunk = piece.ref.chunk();
     {
       const Lock lock(mutex_);
-      if (!chunk.residency.is_on_disk_only()) {
-        is_first = false;
-        continue;
-      }
+      if (!chunk.residency.is_on_disk_only()) continue;
     }
     std::optional<HostBuffer> host = try_acquire(chunk.size_bytes, kAnyUse, kLastRequest);
-    if (!host && !is_first) return;
-    if (!host) host = acquire(chunk.size_bytes);
+    if (!host) host = acquire_unless(chunk.size_bytes, is_any_moving);
+    if (!host) return;
     start_read(piece.ref, std::move(*host), piece.ticket.get());
-    is_first = false;
   }
 }
 

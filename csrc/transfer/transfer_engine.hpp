@@ -273,6 +273,7 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at, uint64_t since,
                                         std::exception_ptr* error = nullptr);
   HostBuffer acquire(size_t size_bytes);
+  std::optional<HostBuffer> acquire_unless(size_t size_bytes, const std::function<bool()>& is_moot);
   uint64_t changes() const;
   uint64_t next_request();
   bool help_to_memory(size_t size_bytes, uint64_t since, Asker asker);

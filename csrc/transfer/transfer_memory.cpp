@@ -76,12 +76,18 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, uint64_t since, Garbage&
 }
 
 HostBuffer TransferEngine::acquire(size_t size_bytes) {
+  return *acquire_unless(size_bytes, [] { return false; });
+}
+
+// Blocks until there is room, or, where there is none, is_moot: empty then.
+std::optional<HostBuffer> TransferEngine::acquire_unless(size_t size_bytes,
+                                                         const std::function<bool()>& is_moot) {
   const uint64_t since = next_request();
   for (int retries = 0;;) {
     const uint64_t seen = changes();
     std::exception_ptr error;
-    if (std::optional<HostBuffer> host = try_acquire(size_bytes, kAnyUse, since, &error))
-      return std::move(*host);
+    std::optional<HostBuffer> host = try_acquire(size_bytes, kAnyUse, since, &error);
+    if (host || is_moot()) return host;
     if (help_to_memory(size_bytes, since, Asker::kProgram)) continue;
     // Others may have let go of memory, and ended, after this thread had looked for it.
     if (changes() == seen || retries++ == kRetriesMax) throw_no_memory(size_bytes, since, error);

@@ -41,6 +41,7 @@ SAMPLE = (
     "generate with a cache",
     "fsdp2 CPUOffloadPolicy",
     "spillover AdamW on the host",
+    "spillover gradients on the host",
     "spillover offloaded activations",
     "spillover streamed parameters",
 )

@@ -1,4 +1,4 @@
-"""Gradients off the device beside ordinary ones, and paging with little memory on its way."""
+"""What tests of optimizers share: gradients off the device, little memory, a lazy worker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 from gradient_models import Twins, backward, make_gpt
+from overlap_models import LazyWorker
 
-from spillover.optim import _paging_store, offload_gradients
+from spillover.optim import _awaited, _paging_store, _staging, offload_gradients
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +16,18 @@ def little_staging(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least that a transfer engine takes, so that small states really go to the disk."""
     monkeypatch.setattr(_paging_store, "_CHUNK_BYTES", 8 << 10)
     monkeypatch.setattr(_paging_store, "_STAGING_BYTES", 16 << 10)
+
+
+@pytest.fixture
+def lazy_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LazyWorker]:
+    """See there. Batches are small, so that a step has several."""
+    monkeypatch.setattr(_staging, "_SLOT_BYTES_MAX", 8 << 10)
+    monkeypatch.setattr(_staging, "_stagings", {})
+    lazy = LazyWorker()
+    lazy.install(monkeypatch.setattr)
+    yield lazy
+    lazy.open()
+    _awaited.wait_for_all()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from typing import Any
 
 import pytest
@@ -376,3 +377,14 @@ def test_a_weight_that_changes_its_order_in_memory() -> None:
 
     assert_close([run(AdamW)], [run(torch.optim.AdamW)])
     assert_close([run(lambda params: AdamW(params, moments="blockwise8"))], [run(AdamW)], 1e-2)
+
+
+@pytest.mark.parametrize("elements", [1 << 20, 3 << 20])
+def test_large_arrays_of_a_parameter_have_no_addresses_alike(elements: int) -> None:
+    weight = nn.Parameter(torch.zeros(elements, dtype=torch.bfloat16, device="cpu"))
+    optimizer = AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    places = [v.data_ptr() % (1 << 20) for k, v in optimizer.state[weight].items() if k != "step"]
+    assert len(places) == 3
+    assert all(abs(a - b) >= 4096 for a, b in itertools.combinations(places, 2))

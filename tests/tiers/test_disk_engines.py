@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import subprocess
 import sys
@@ -237,13 +238,14 @@ def test_small_limit_on_locked_memory(tmp_path: Path, make_store: Make) -> None:
         store.read(payload, buffer).wait()
         assert buffer == bytearray((8 << 20) + 4096)
     """
-    # Not below pytest's folders, which are closed to other users.
-    with tempfile.TemporaryDirectory() as folder:
-        # The kernel counts locked memory by user: a test that runs beside this one has another.
-        user = 100_000 + os.getpid()
-        os.chown(folder, user, -1)
-        # Huge pages count as a whole, so that fewer fit where the kernel uses them.
-        for limit, registered in ((64 << 10, "0"), (3 << 19, "[0-3]")):
+    # Huge pages count as a whole, so that fewer fit where the kernel uses them.
+    for limit, registered in ((64 << 10, "0"), (3 << 19, "[0-3]")):
+        # Not below pytest's folders, which are closed to other users.
+        with tempfile.TemporaryDirectory() as folder:
+            # The kernel counts locked memory by user, that of a ring also for a while after its
+            # process has ended: each run has a user of its own.
+            user = random.SystemRandom().randrange(100_000, 2**31)
+            os.chown(folder, user, -1)
             notes = run_python(code, folder, str(limit), str(user))
             assert re.search(f"leaves {registered} of 8 registered buffers", notes)
 

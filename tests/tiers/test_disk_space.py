@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,13 +52,10 @@ def test_slow_folder_gets_less(make_store: Make, tmp_path: Path, slow: int) -> N
     bandwidths = [folder.bandwidth_bytes_s for folder in store.stats().folders]
     assert bandwidths[slow] < bandwidths[1 - slow] / 2
     assert shares(payloads, 2)[slow] < 0.3
-    # It is noticed when the folder is fast again.
-    for _ in range(150):
-        payloads = [stored(store, data)]
-        if shares(payloads, 2)[slow] > 0.15:
-            break
-    else:
-        pytest.fail(f"shares stay at {shares(payloads, 2)}")
+    # It is noticed when the folder is fast again; a busy machine makes it look slow for longer.
+    give_up = time.monotonic() + 60
+    while shares([stored(store, data)], 2)[slow] <= 0.15:
+        assert time.monotonic() < give_up
     store.close()
 
 

@@ -274,6 +274,23 @@ def test_what_is_needed_soonest_ends_up_on_the_host(make_engine: MakeEngine, hos
     assert states[4:] == ["disk"] * 4
 
 
+def test_memory_that_is_being_read_for_the_same_fetch_is_waited_for(
+    make_engine: MakeEngine,
+) -> None:
+    engine = make_engine(on_disk=True, host=0, prefetch="256KiB")
+    payloads = [engine.put(numbered(64 * KIB, seed))[0] for seed in range(9)]
+    engine.synchronize()
+    away = [payload for payload in payloads if payload.state == "disk"]
+    assert len(away) == 5
+    with faults(storage=[StorageFault("read", "delay", call=1, times=None, delay_us=200_000)]):
+        engine.expect(away[1:])
+        assert [payload.state for payload in away] == ["disk"] + ["reading"] * 4
+        targets = [torch.empty(64 * KIB, dtype=torch.uint8, device="cuda") for _ in away]
+        engine.fetch_all(list(zip(away, targets, strict=True))).wait()
+    for payload, target in zip(away, targets, strict=True):
+        assert torch.equal(target, numbered(64 * KIB, payloads.index(payload)))
+
+
 # ---- priorities and cancelling ----
 
 

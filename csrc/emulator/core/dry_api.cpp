@@ -56,6 +56,28 @@ int spillover_emulator_is_pinned(const void* pointer, size_t size_bytes) {
   return machine.host_memory.covers(reinterpret_cast<Address>(pointer), size_bytes) ? 1 : 0;
 }
 
+int spillover_emulator_host_phantom(const spillover_emulator_range* ranges, size_t count) {
+  if (!emulator::config().dry || !emulator::process_ready()) return 0;
+  Machine& machine = Machine::instance();
+  bool is_phantom = false;
+  for (size_t i = 0; i < count && !is_phantom; ++i) {
+    const auto address = reinterpret_cast<Address>(ranges[i].pointer);
+    const size_t size_bytes = ranges[i].size_bytes;
+    if (ranges[i].is_write == 0) {
+      is_phantom = !machine.known.is_known(address, size_bytes);
+    } else if (size_bytes > emulator::KnownBytes::kRunBytesMax) {
+      const emulator::Lock lock(machine.mutex);
+      is_phantom = machine.host_memory.covers(address, size_bytes);
+    }
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (ranges[i].is_write == 0) continue;
+    machine.known.set(reinterpret_cast<Address>(ranges[i].pointer), ranges[i].size_bytes,
+                      !is_phantom);
+  }
+  return is_phantom ? 1 : 0;
+}
+
 size_t spillover_emulator_unknown_host_runs(void) {
   return emulator::process_ready() ? Machine::instance().known.unknown_host_runs() : 0;
 }

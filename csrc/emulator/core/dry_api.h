@@ -10,6 +10,8 @@
 
 #include <stddef.h>
 
+#include "emulator/core/c_api.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -40,6 +42,12 @@ void spillover_emulator_set_known(const void* pointer, size_t size_bytes, int is
 
 /* 1 where the host's memory is pinned or registered. */
 int spillover_emulator_is_pinned(const void* pointer, size_t size_bytes);
+
+/* The calling thread is about to read and write host memory outside of torch, without asking for
+ * values; what it both reads and writes is given twice. 1 where it must not touch that memory: what
+ * it reads is unknown, or what it writes is pinned memory too large to have bytes in a dry run.
+ * What it writes is unknown from then on, else known. 0 where this is no dry run. */
+int spillover_emulator_host_phantom(const spillover_emulator_range* ranges, size_t count);
 
 /* Runs of host memory that are unknown; 0 lets callers skip the question. */
 size_t spillover_emulator_unknown_host_runs(void);

@@ -6,11 +6,13 @@ emulated device's ATen part keeps the blocks (``dry_recorder.hpp``, which has th
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -248,27 +250,45 @@ class Records:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._tag_parameter(parameter)
-        for state in optimizer.state.values():
+        # Not through the properties and methods of a derived class: optimizers of ours wait for
+        # updates that are under way, or for state that is on its way off the device.
+        states: dict[Any, Any] = vars(optimizer).get("state", {})
+        for state in dict.values(states):
             if isinstance(state, dict):
-                # Not through the methods of a derived class: a paged optimizer's wait for state
-                # that is on its way off the device, which is of no interest here.
                 for value in dict.values(state):
                     self._tag(value, _STATE)
 
     def _tag_parameter(self, parameter: Any) -> None:
         if parameter is not None:
             self._tag(parameter, _PARAMETERS)
-            self._tag(parameter.grad, _GRADIENTS)
+            with _plain_tensors():
+                gradient = parameter.grad
+            self._tag(gradient, _GRADIENTS)
 
     def _tag(self, tensor: Any, kind: int) -> None:
-        if tensor is None or not getattr(tensor, "is_cuda", False):
-            return
         try:
-            address = tensor.untyped_storage().data_ptr()
+            with _plain_tensors() as tensor_class:
+                if not isinstance(tensor, tensor_class) or not tensor.is_cuda:
+                    return
+                address = tensor_class.untyped_storage(tensor).data_ptr()
+                device = tensor.device.index
         except (NotImplementedError, RuntimeError):
             return  # sparse, or a subclass without a storage of its own
         if address:
-            self._library.spillover_emulator_recorder_tag(tensor.device.index, address, kind)
+            self._library.spillover_emulator_recorder_tag(device, address, kind)
+
+
+@contextlib.contextmanager
+def _plain_tensors() -> Iterator[Any]:
+    """Have tensors of derived classes answer without the class: torch's own, which it yields.
+
+    Asked for its address, a gradient that is off the device would come back to it, and a weight
+    that is being updated would wait for that.
+    """
+    import torch
+
+    with torch._C.DisableTorchFunctionSubclass():
+        yield torch.Tensor
 
 
 def _stack(site: int) -> tuple[str, ...]:

@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 from spillover._errors import SpilloverError
 from spillover.emulator import _libraries
 
+#: What this package's own code gets: it asks for norms of gradients, which are taken to be finite.
+_ASSUMED = 1.0
+_EMULATOR = __name__.rpartition(".")[0]
 _UNKNOWN_TEXT = "spillover dry run: the program asks for a value"
 
 
@@ -101,6 +104,14 @@ def _is_engine(frame: Any) -> bool:
     return str(frame.f_globals.get("__name__", "")).startswith("spillover.")
 
 
+def _engine_asks() -> bool:
+    """Whether this package's code, other than the emulator's, is who called it."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith(_EMULATOR):
+        frame = frame.f_back
+    return frame is not None and _is_engine(frame)
+
+
 def is_unknown(tensor: Any) -> bool:
     """Whether a tensor on a device or the CPU has bytes that a dry run does not know."""
     import torch
@@ -138,21 +149,30 @@ def watch(torch: Any) -> None:
         tensor_class.__repr__,
     )
 
-    @functools.wraps(item)
-    def unknown_item(self: Any) -> Any:
+    def number_of(tensor: Any) -> Any:
         try:
-            return item(self)
+            return item(tensor)
         except RuntimeError as error:
             text = str(error)
-            if not text.startswith(_UNKNOWN_TEXT) or not self.is_floating_point():
+            if not text.startswith(_UNKNOWN_TEXT) or not tensor.is_floating_point():
                 raise
             return UnknownNumber(text)
 
+    def numbers_of(tensor: Any) -> Any:
+        return [numbers_of(part) for part in tensor] if tensor.dim() else number_of(tensor)
+
+    @functools.wraps(item)
+    def unknown_item(self: Any) -> Any:
+        number = number_of(self)
+        is_assumed = type(number) is UnknownNumber and _engine_asks()
+        return _ASSUMED if is_assumed else number
+
     @functools.wraps(tolist)
     def unknown_tolist(self: Any) -> Any:
-        if is_unknown(self):
-            return [part.tolist() for part in self] if self.dim() else self.item()
-        return tolist(self)
+        if self.is_floating_point() and _engine_asks():
+            on_host = self.cpu()
+            return tolist(torch.full_like(on_host, _ASSUMED) if is_unknown(on_host) else on_host)
+        return numbers_of(self) if is_unknown(self) else tolist(self)
 
     @functools.wraps(as_numpy)
     def unknown_numpy(self: Any, *arguments: Any, **options: Any) -> Any:

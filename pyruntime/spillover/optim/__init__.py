@@ -1,6 +1,8 @@
 """Optimizers whose state lives off the device, and gradients that leave it during backward."""
 
 from spillover.optim._clipping import clip_grad_norm_
+from spillover.optim._disk_entries import StateOnDisk
+from spillover.optim._disk_tier import Resumed, resume
 from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import (
     GradientStats,
@@ -23,9 +25,12 @@ __all__ = [
     "OptimizerStats",
     "PagingStats",
     "PendingGradient",
+    "Resumed",
+    "StateOnDisk",
     "clip_grad_norm_",
     "offload_gradients",
     "page",
     "pending_gradient",
+    "resume",
     "unpage",
 ]

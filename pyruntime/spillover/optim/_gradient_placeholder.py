@@ -447,6 +447,6 @@ def _number(value: Any) -> float:
     last = _last_number
     if last is not None and last[0]() is value and last[1] == value._version:
         return last[2]
-    number = float(value)
+    number = float(value.item())
     _last_number = (weakref.ref(value), value._version, number)
     return number

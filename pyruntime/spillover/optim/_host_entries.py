@@ -44,6 +44,7 @@ from spillover.optim._host_state import (
 )
 from spillover.optim._masters import drop_odd_remainders, refresh_master, split_master, whole_master
 from spillover.optim._state_dictionaries import HostEntry
+from spillover.optim._state_store import HostStore, StateStore
 
 #: What torch's ``optimizer.state`` has for a parameter.
 Entry = dict[str, Any]
@@ -61,6 +62,7 @@ class Entries:
         self.algorithm = algorithm
         self.options = options
         self.memory = StateMemory(pool)
+        self.store: StateStore = HostStore()
         # The rounding of bfloat16 moments is random by step.
         self.counts_steps = algorithm.counts_steps or options.moments == "bfloat16"
         self._name = name
@@ -124,7 +126,7 @@ class Entries:
             if master is not None:
                 if master is not array:
                     array.copy_(master)
-                if not self._was_ours(parameter):
+                if not self.was_ours(parameter):
                     refresh_master(parameter, array)
             elif remainder is not None and parameter.dtype == torch.bfloat16:
                 array.copy_(whole_master(parameter, remainder))
@@ -134,6 +136,14 @@ class Entries:
         for name in (MASTER, REMAINDER):
             if name not in wanted:
                 entry.pop(name, None)
+
+    def needs_weight(self, parameter: torch.Tensor) -> bool:
+        """Whether a step needs the weight's values beside its master."""
+        return False
+
+    def loaded_master(self, parameter: torch.Tensor, entry: Entry) -> torch.Tensor | None:
+        """A whole master, flat, that a step has to split part by part."""
+        return None
 
     def number(self, entry: Entry, late: Entry) -> int:
         """Of the step to come, from 1."""
@@ -146,11 +156,12 @@ class Entries:
         """Note that the weight is as the optimizer wrote it."""
         self._versions[parameter] = _identity(parameter)
 
-    def _was_ours(self, parameter: torch.Tensor) -> bool:
+    def was_ours(self, parameter: torch.Tensor) -> bool:
+        """Whether the weight is as the optimizer wrote it."""
         return self._versions.get(parameter) == _identity(parameter)
 
     def _drop_odd_remainders(self, parameter: torch.Tensor, remainder: torch.Tensor) -> None:
-        if not self._was_ours(parameter):
+        if not self.was_ours(parameter):
             drop_odd_remainders(parameter, remainder)
 
     # ---- for checkpoints -----------------------------------------------------------------------
@@ -177,14 +188,7 @@ class Entries:
         HostOutOfMemory
             There is no memory. Nothing has been changed in either case.
         """
-        for parameter, group, entry in loaded:
-            for name in (*self.wanted(parameter, group), MASTER):
-                value = entry.get(name)
-                if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
-                    raise ConfigError(
-                        f"the state {name!r} of a parameter of shape {tuple(parameter.shape)} has "
-                        f"shape {tuple(value.shape)} in what is loaded; nothing was loaded"
-                    )
+        self._check_shapes(loaded)
         self.reserve(
             (parameter, group)
             for parameter, group, entry in loaded
@@ -197,6 +201,16 @@ class Entries:
         ]
         self._versions.clear()
         return found
+
+    def _check_shapes(self, loaded: Sequence[tuple[torch.Tensor, Group, Entry]]) -> None:
+        for parameter, group, entry in loaded:
+            for name in (*self.wanted(parameter, group), MASTER):
+                value = entry.get(name)
+                if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                    raise ConfigError(
+                        f"the state {name!r} of a parameter of shape {tuple(parameter.shape)} has "
+                        f"shape {tuple(value.shape)} in what is loaded; nothing was loaded"
+                    )
 
     def _check_shared(self, loaded: Sequence[tuple[torch.Tensor, Group, Entry]]) -> None:
         """Raise where writing one state would change another that is still to be read."""

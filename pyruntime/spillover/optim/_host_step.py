@@ -16,6 +16,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -23,11 +24,20 @@ from spillover._layout import flat_view
 from spillover._stalls import Stall
 from spillover.optim._algorithms import Algorithm
 from spillover.optim._failures import note
-from spillover.optim._host_work import Work, batches, update
+from spillover.optim._host_work import Work, batches, host_batches, update
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
+from spillover.optim._state_store import Part, StateStore
 
 _ARRIVAL = Stall("optimizer", "gradients to arrive")
 _OTHER_STEP = Stall("optimizer", "another optimizer's step")
+
+
+class Observer(Protocol):
+    """Hears of a step that runs beside the program, on the thread that runs it."""
+
+    def sent(self, work: Work, event: torch.cuda.Event) -> None:
+        """The new weight is on the device after ``event``."""
+        ...
 
 
 @dataclass(eq=False)
@@ -48,6 +58,10 @@ class Unsent:
         for _, piece in batch:
             weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype).clone()
             self._weights.append(_UnsentWeight(piece.weight, weight, piece.weight._version))
+
+    def forget(self) -> None:
+        """Something else has written all weights."""
+        self._weights.clear()
 
     def send(self) -> None:
         """Send them now, on the current streams, but for those that something else has written."""
@@ -88,9 +102,46 @@ class Progress:
                 position = _Position(weakref.ref(gradient), gradient._version, work.done)
                 self._positions[id(work.parameter)] = position
 
+    def remember_all(self, taken: dict[int, _Position]) -> None:
+        """After a step that failed and was then finished, with what it had ``taken``."""
+        self._positions.update(taken)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step failed since the last one that came to its end."""
+        return not self._positions
+
     def clear(self) -> None:
         """After a step that came to its end."""
         self._positions.clear()
+
+
+def taken_by(works: Sequence[Work]) -> dict[int, _Position]:
+    """The gradients of ``works``, as what :class:`Progress` knows when all of them are updated."""
+    found = {}
+    for work in works:
+        parameter, gradient = work.parameter, work.parameter.grad
+        if gradient is not None:
+            position = _Position(weakref.ref(gradient), gradient._version, parameter.numel())
+            found[id(parameter)] = position
+    return found
+
+
+def reserve_staging(works: Sequence[Work]) -> None:
+    """Have the staging that :func:`run` wants for ``works``. Raises HostOutOfMemory."""
+    for device, groups in _by_device([list(works)]).items():
+        staging = staging_of(device)
+        wanted_bytes = _wanted_bytes(groups)
+        if not staging.has(wanted_bytes):
+            with staging.lock:
+                staging.reserve(wanted_bytes)
+
+
+def order_after_compute(works: Sequence[Work]) -> None:
+    """Have copies of an observed :func:`run` come after what is on the current streams now."""
+    for device in _by_device([list(works)]):
+        streams = staging_of(device).streams
+        streams.copy_out.wait_stream(torch.cuda.current_stream(device))
 
 
 def run(
@@ -98,13 +149,19 @@ def run(
     groups: Sequence[list[Work]],
     unsent: Unsent,
     finish: Callable[[Work], None],
+    store: StateStore,
+    observer: Observer | None = None,
 ) -> None:
     """Update all parameters; ``finish`` is called for each when it is.
 
     Blocks the host until the last gradient has arrived and been applied; kernels launched on the
-    current streams from then on see the new weights.
+    current streams from then on see the new weights. With an ``observer`` no current stream waits,
+    or is waited for: see :func:`order_after_compute`.
     """
     by_device = _by_device(groups)
+    # Now, since weights may move when they are updated.
+    on_host = [[w for w in works if w.parameter.device.type == "cpu"] for works in groups]
+    store.begin([works for device in by_device.values() for works in device] + on_host)
     with contextlib.ExitStack() as held:
         # Every step takes the locks in one order.
         for device in sorted(by_device, key=str):
@@ -115,12 +172,19 @@ def run(
             staging.reserve(_wanted_bytes(by_device[device]))
         for device, device_groups in by_device.items():
             with torch.cuda.device(device):
-                _Pipeline(algorithm, staging_of(device), unsent, finish).run(device_groups)
-    for works in groups:
-        _update_host(algorithm, [w for w in works if w.parameter.device.type == "cpu"], finish)
+                pipeline = _Pipeline(algorithm, staging_of(device), unsent, finish, store, observer)
+                pipeline.run(device_groups)
+    for works in on_host:
+        _update_host(algorithm, works, finish, store)
+    store.end()
 
 
-def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
+def explain(
+    error: BaseException,
+    works: Sequence[Work],
+    skipped: int,
+    remedy: str = "Calling step() again with the same gradients finishes it.",
+) -> None:
     """Say in ``error`` what has been updated. ``skipped``: parameters that were before the step."""
     whole = skipped + sum(work.done == work.parameter.numel() for work in works)
     partial = [work for work in works if 0 < work.done < work.parameter.numel()]
@@ -132,29 +196,30 @@ def explain(error: BaseException, works: Sequence[Work], skipped: int) -> None:
         text += (
             f", and the first {work.done} elements of one of shape {tuple(work.parameter.shape)}"
         )
-    note(
-        error,
-        f"{text}, before it failed. Calling step() again with the same gradients finishes it.",
-    )
+    note(error, f"{text}, before it failed. {remedy}")
 
 
-def _update_host(algorithm: Algorithm, works: list[Work], finish: Callable[[Work], None]) -> None:
+def _update_host(
+    algorithm: Algorithm, works: list[Work], finish: Callable[[Work], None], store: StateStore
+) -> None:
     """Update weights that lie on the host, all of one group."""
-    if not works:
-        return
-    ranges = []
-    for work in works:
-        if work.pending is not None:
-            work.pending.wait()
-        gradient = work.gradient if work.pending is not None else flat_view(work.gradient)
-        weight = flat_view(work.parameter)
-        ranges.append((work, work.range(0, weight.numel(), gradient, weight)))
-    update(algorithm, ranges)
-    for work in works:
-        # Kernels do not tell autograd, nor those who watch for changed weights.
-        torch.autograd.graph.increment_version(work.parameter)
-        work.done = work.parameter.numel()
-        finish(work)
+    for parts in host_batches(works, store):
+        gradients = []
+        for part in parts:
+            if part.work.pending is not None:
+                part.work.pending.wait()
+            gradient = part.work.gradient
+            flat = gradient if part.work.pending is not None else flat_view(gradient)
+            gradients.append(flat[part.start : part.start + part.count])
+        try:
+            update(algorithm, store, parts, gradients)
+        finally:
+            for part in parts:
+                if part.work.done == part.start + part.count:
+                    # Kernels do not tell autograd, nor those who watch for changed weights.
+                    torch.autograd.graph.increment_version(part.work.parameter)
+                if part.work.done == part.work.parameter.numel():
+                    finish(part.work)
 
 
 class _Pipeline:
@@ -166,7 +231,11 @@ class _Pipeline:
         staging: Staging,
         unsent: Unsent,
         finish: Callable[[Work], None],
+        store: StateStore,
+        observer: Observer | None,
     ) -> None:
+        self._store = store
+        self._observer = observer
         self._algorithm = algorithm
         self._staging = staging
         self._unsent = unsent
@@ -175,7 +244,8 @@ class _Pipeline:
     def run(self, groups: Sequence[list[Work]]) -> None:
         staging = self._staging
         compute = torch.cuda.current_stream(staging.device)
-        staging.streams.copy_out.wait_stream(compute)
+        if self._observer is None:
+            staging.streams.copy_out.wait_stream(compute)
         try:
             self._run_batches(groups)
         except BaseException:
@@ -183,11 +253,12 @@ class _Pipeline:
             staging.drain()
             raise
         finally:
-            compute.wait_stream(staging.streams.copy_in)
+            if self._observer is None:
+                compute.wait_stream(staging.streams.copy_in)
 
     def _run_batches(self, groups: Sequence[list[Work]]) -> None:
         waiting: tuple[Slot, list[tuple[Work, Piece]]] | None = None
-        for batch in batches(groups, self._staging.slot_bytes):
+        for batch in batches(groups, self._store, self._staging.slot_bytes):
             slot = self._staging.next_slot()
             self._staging.start_arrival(slot, [piece for _, piece in batch])
             if waiting is not None:
@@ -198,7 +269,7 @@ class _Pipeline:
 
     def _update_batch(self, slot: Slot, batch: list[tuple[Work, Piece]]) -> None:
         _ARRIVAL.wait(slot.arrived.synchronize)
-        ranges = []
+        parts, gradients = [], []
         for work, piece in batch:
             weight = slot.view(piece.weight_offset, piece.count, piece.weight.dtype)
             if work.pending is not None:
@@ -206,10 +277,16 @@ class _Pipeline:
                 gradient = work.gradient[piece.start : piece.start + piece.count]
             else:
                 gradient = slot.view(piece.gradient_offset, piece.count, piece.gradient.dtype)
-            ranges.append((work, work.range(piece.start, piece.count, gradient, weight)))
-        update(self._algorithm, ranges)
-        for work, piece in batch:
-            work.done = piece.start + piece.count
+            parts.append(Part(work, piece.start, piece.count, weight))
+            gradients.append(gradient)
+        try:
+            update(self._algorithm, self._store, parts, gradients)
+        finally:
+            # Also where what has been updated cannot be stored.
+            if all(part.work.done == part.start + part.count for part in parts):
+                self._send(slot, batch)
+
+    def _send(self, slot: Slot, batch: list[tuple[Work, Piece]]) -> None:
         try:
             self._staging.start_departure(slot, [piece for _, piece in batch])
         except BaseException:
@@ -219,6 +296,10 @@ class _Pipeline:
             for work, _ in batch:
                 if work.done == work.parameter.numel():
                     self._finish(work)
+        if self._observer is not None:
+            for work, _ in batch:
+                if work.done == work.parameter.numel():
+                    self._observer.sent(work, slot.left)
 
 
 def _by_device(groups: Sequence[list[Work]]) -> dict[torch.device, list[list[Work]]]:

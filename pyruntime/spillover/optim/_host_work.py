@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
-from spillover._core import begin_work, end_work
 from spillover._errors import ConfigError
 from spillover._layout import flat_view, is_dense
 from spillover._stalls import Timed
 from spillover.optim._algorithms import Algorithm, Group
 from spillover.optim._host_gradient import PendingGradient
 from spillover.optim._host_state import Array
-from spillover.optim._kernels import Blockwise, Moment, Range, make_range
+from spillover.optim._kernels import Range, make_range
 from spillover.optim._staging import Piece, cut, end_of
+from spillover.optim._state_store import Part, StateArrays, StateStore
 
 _UPDATE = Timed("optimizer", "update")
 
@@ -35,10 +35,16 @@ class Work:
         Of the parameter's strides; flat where it is off the device, and ``pending`` is there.
     entry, late
         The parameter's state, and what the step adds to it at its end.
-    moments, master, remainder
-        Flat arrays of the state, for the kernels.
+    has_master, has_remainder
+        Whether the state has one.
+    arrays
+        The whole state; None where it comes in parts.
     number
         Of this step, from 1.
+    needs_weight
+        Whether the weight must come to the host though there is a master.
+    loaded_master
+        A whole master, flat, that is to be split now.
     done
         Elements that are updated: those of a step that failed midway, before this one began.
     """
@@ -48,10 +54,12 @@ class Work:
     group: Group
     entry: dict[str, Any]
     late: dict[str, Array]
-    moments: dict[str, Moment]
-    master: torch.Tensor | None
-    remainder: torch.Tensor | None
+    has_master: bool
+    has_remainder: bool
+    arrays: StateArrays | None
     number: int
+    needs_weight: bool = False
+    loaded_master: torch.Tensor | None = None
     pending: PendingGradient | None = None
     done: int = 0
 
@@ -61,81 +69,101 @@ class Work:
         return 1.0 if self.pending is None else self.pending.factor
 
     @property
-    def reads_weight(self) -> bool:
-        """Whether the weight itself is what is updated."""
-        return self.master is None
+    def is_low(self) -> bool:
+        """Whether something else than the weight is what is updated."""
+        return self.has_master or self.has_remainder
 
-    def range(self, start: int, count: int, gradient: torch.Tensor, weight: torch.Tensor) -> Range:
-        """The elements from ``start`` on, whose gradients and weights are flat and on the host."""
+    @property
+    def reads_weight(self) -> bool:
+        """Whether the weight comes to the host: it is what is updated, or somebody asks for it."""
+        return not self.has_master or self.needs_weight
+
+    def range(
+        self, state: StateArrays, start: int, gradient: torch.Tensor, weight: torch.Tensor
+    ) -> Range:
+        """Elements from ``start`` on; their state, gradients and weights are flat, on the host."""
         if not math.isfinite(self.factor):
             # Kernels take no such factor; what comes of it is what torch makes of it.
             gradient = gradient.float() * self.factor
-        is_low = self.master is not None or self.remainder is not None
         return make_range(
             gradient=gradient,
-            weight=_part(self.master, start, count) if is_low else weight,
-            low_weight=weight if is_low else None,
-            remainder=_part(self.remainder, start, count),
-            first=_moment_part(self.moments.get("first"), start, count),
-            second=_moment_part(self.moments.get("second"), start, count),
-            second_max=_moment_part(self.moments.get("second_max"), start, count),
+            weight=state.master if self.is_low else weight,
+            low_weight=weight if self.is_low else None,
+            remainder=state.remainder,
+            first=state.moments.get("first"),
+            second=state.moments.get("second"),
+            second_max=state.moments.get("second_max"),
             step=self.number,
             first_index=start,
         )
 
 
-def _part(array: torch.Tensor | None, start: int, count: int) -> torch.Tensor | None:
-    return None if array is None else array[start : start + count]
+def update(
+    algorithm: Algorithm,
+    store: StateStore,
+    parts: Sequence[Part],
+    gradients: Sequence[torch.Tensor],
+) -> None:
+    """One step of a batch, in place, with the parts' gradients; blocks."""
+    states = store.acquire(parts)
+    ranges = [
+        part.work.range(state, part.start, gradient, part.weight)
+        for part, state, gradient in zip(parts, states, gradients, strict=True)
+    ]
+    _UPDATE.call(lambda: _update(algorithm, parts, ranges))
+    for part in parts:
+        part.work.done = part.start + part.count
+    store.release(parts)
 
 
-def _moment_part(moment: Moment | None, start: int, count: int) -> Moment | None:
-    return (
-        moment.part(start, count) if isinstance(moment, Blockwise) else _part(moment, start, count)
-    )
+def _update(algorithm: Algorithm, parts: Sequence[Part], ranges: Sequence[Range]) -> None:
+    # By groups too, where a step is in the order of forward.
+    chosen: dict[tuple[int, float], tuple[Group, list[Range]]] = {}
+    for part, each in zip(parts, ranges, strict=True):
+        work = part.work
+        factor = work.factor if math.isfinite(work.factor) else 1.0
+        chosen.setdefault((id(work.group), factor), (work.group, []))[1].append(each)
+    for (_, factor), (group, alike) in chosen.items():
+        algorithm.update(alike, group, factor)
 
 
-def update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
-    """One step of ranges of one group, in place."""
-    _UPDATE.call(lambda: _update(algorithm, ranges))
+def host_batches(group: Iterable[Work], store: StateStore) -> Iterator[list[Part]]:
+    """The weights of one group that are on the host, in parts."""
+    batch: list[Part] = []
+    current: int | None = None
+    for work in group:
+        weight = flat_view(work.parameter)
+        start = work.done
+        while start < weight.numel():
+            unit, end = store.unit(work, start)
+            if batch and unit != current:
+                yield batch
+                batch = []
+            current = unit
+            batch.append(Part(work, start, end - start, weight[start:end]))
+            start = end
+    if batch:
+        yield batch
 
 
-def _update(algorithm: Algorithm, ranges: list[tuple[Work, Range]]) -> None:
-    reported = begin_work("cpu-optimizer", sum(map(_traffic_bytes, ranges)))
-    try:
-        by_factor: dict[float, list[Range]] = {}
-        for work, each in ranges:
-            factor = work.factor if math.isfinite(work.factor) else 1.0
-            by_factor.setdefault(factor, []).append(each)
-        for factor, chosen in by_factor.items():
-            algorithm.update(chosen, ranges[0][0].group, factor)
-    finally:
-        end_work(reported)
-
-
-def _traffic_bytes(entry: tuple[Work, Range]) -> int:
-    """Moments and what is updated are read and written, gradients read, low weights written."""
-    work, each = entry
-    element_bytes = float(work.gradient.element_size())
-    for moment in work.moments.values():
-        element_bytes += 2 * (1 if isinstance(moment, Blockwise) else moment.element_size())
-    weight_bytes = work.parameter.element_size()
-    if work.master is not None:
-        element_bytes += 8 + weight_bytes
-    else:
-        element_bytes += 2 * (weight_bytes + (2 if work.remainder is not None else 0))
-    return int(each.count * element_bytes)
-
-
-def batches(works: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple[Work, Piece]]]:
-    """Pieces packed into slots; a batch has parameters of one group, so of one learning rate."""
+def batches(
+    works: Iterable[list[Work]], store: StateStore, slot_bytes: int
+) -> Iterator[list[tuple[Work, Piece]]]:
+    """Pieces packed into slots; a batch has parameters of one of the lists."""
     for group in works:
         batch: list[tuple[Work, Piece]] = []
         used = 0
+        current: int | None = None
         for work in group:
             weight = flat_view(work.parameter)
             gradient = work.gradient if work.pending is not None else flat_view(work.gradient)
             start = work.done
             while start < weight.numel():
+                unit, end = store.unit(work, start)
+                if batch and unit != current:
+                    yield batch
+                    batch, used = [], 0
+                current = unit
                 piece = cut(
                     weight,
                     gradient,
@@ -143,6 +171,7 @@ def batches(works: Iterable[list[Work]], slot_bytes: int) -> Iterator[list[tuple
                     slot_bytes=slot_bytes,
                     used_bytes=used,
                     start=start,
+                    end=end,
                 )
                 if piece is None:
                     yield batch

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import nn
 
 from spillover._core import HostPool
+from spillover._disk import Folder
 from spillover.optim import _algorithms
 from spillover.optim._algorithms import Group, check_nesterov
 from spillover.optim._gradients import Anomalies
 from spillover.optim._host_optimizer import HostOptimizer
 from spillover.optim._host_state import Master, StateOptions
 from spillover.optim._kernels import MomentFormat
+from spillover.optim._overlap import Modules
+from spillover.optim._tiers import Tier
 
 Number = float | torch.Tensor
 
@@ -42,12 +47,18 @@ class Adam(HostOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        tier: Literal["host"] = "host",
+        tier: Tier = "host",
+        directory: Folder | Sequence[Folder] | None = None,
+        host_budget: int | str | None = None,
+        commit_every: int | Literal["auto"] | None = "auto",
+        module: nn.Module | None = None,
+        write_limit: int | str | None = None,
         moments: MomentFormat = "float32",
         master: Master = "float32",
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -65,11 +76,14 @@ class Adam(HostOptimizer):
         super().__init__(
             params,
             defaults,
-            tier=tier,
+            tier=self._tier_options(
+                tier, directory, host_budget, commit_every, module, write_limit
+            ),
             state=StateOptions(moments, master),
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
 
@@ -95,7 +109,22 @@ class AdamW(Adam):
     capturable, differentiable
         Must be False.
     tier
-        Where the state lives; ``"host"``.
+        Where the state lives. ``"host"``: pinned host memory. ``"disk"``: files in ``directory``,
+        from which it passes through at most 96 MiB of pinned memory. ``"auto"``: the host up to
+        ``host_budget``, the rest on disk. Results are the same bits. All that is on either is made
+        durable by commits, from which :func:`spillover.optim.resume` goes on after a kill.
+    directory
+        A folder, or several on different disks, for this optimizer alone. What was committed there
+        is never overwritten: without :func:`resume` the first ``step()`` raises StateError.
+    host_budget
+        The most bytes of state in host memory with ``tier="auto"``. None: what there is.
+    commit_every
+        ``step()`` commits after so many steps, 10 unless said otherwise. None: only
+        :meth:`commit` does, where your iteration ends, with what else you need.
+    module
+        The model, whose buffers and other parameters are committed, too.
+    write_limit
+        The most bytes that may be written to disk, to spare flash memory.
     moments
         ``"float32"``; ``"bfloat16"``, with stochastic rounding, an error below 2^-7 of the value;
         or ``"blockwise8"``, in 8 bits with a scale for 256 elements, an error of at most 1.4 % of
@@ -113,6 +142,13 @@ class AdamW(Adam):
     gradient_anomalies
         What ``step()`` does about gradients with NaN or infinity that were offloaded: ``"raise"``
         :class:`NonFiniteGradient` before anything changes, ``"warn"``, or nothing.
+    overlap
+        The module that uses the weights, or several: updates then run on a thread, in the order of
+        forward, under what follows ``step()``. Each module waits for its own weights, and whatever
+        else uses a weight in Python for that one. Weights, state and losses are bit for bit those
+        of steps that do not overlap. :meth:`synchronize` waits for all, which is needed before code
+        that gets weights without torch's functions; ``docs/optimizer.md`` has the list. A step's
+        failure on the thread is raised by whatever waits next.
 
     Raises
     ------
@@ -154,12 +190,18 @@ class AdamW(Adam):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        tier: Literal["host"] = "host",
+        tier: Tier = "host",
+        directory: Folder | Sequence[Folder] | None = None,
+        host_budget: int | str | None = None,
+        commit_every: int | Literal["auto"] | None = "auto",
+        module: nn.Module | None = None,
+        write_limit: int | str | None = None,
         moments: MomentFormat = "float32",
         master: Master = "float32",
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -175,11 +217,17 @@ class AdamW(Adam):
             fused=fused,
             decoupled_weight_decay=True,
             tier=tier,
+            directory=directory,
+            host_budget=host_budget,
+            commit_every=commit_every,
+            module=module,
+            write_limit=write_limit,
             moments=moments,
             master=master,
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
     def _complete_group(self, group: Group) -> None:
@@ -211,12 +259,18 @@ class SGD(HostOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
-        tier: Literal["host"] = "host",
+        tier: Tier = "host",
+        directory: Folder | Sequence[Folder] | None = None,
+        host_budget: int | str | None = None,
+        commit_every: int | Literal["auto"] | None = "auto",
+        module: nn.Module | None = None,
+        write_limit: int | str | None = None,
         moments: MomentFormat = "float32",
         master: Master = "float32",
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -232,11 +286,14 @@ class SGD(HostOptimizer):
         super().__init__(
             params,
             defaults,
-            tier=tier,
+            tier=self._tier_options(
+                tier, directory, host_budget, commit_every, module, write_limit
+            ),
             state=StateOptions(moments, master),
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
     def _check_group(self, group: Group) -> None:
@@ -262,22 +319,31 @@ class Lion(HostOptimizer):
         weight_decay: float = 0.0,
         *,
         maximize: bool = False,
-        tier: Literal["host"] = "host",
+        tier: Tier = "host",
+        directory: Folder | Sequence[Folder] | None = None,
+        host_budget: int | str | None = None,
+        commit_every: int | Literal["auto"] | None = "auto",
+        module: nn.Module | None = None,
+        write_limit: int | str | None = None,
         moments: MomentFormat = "float32",
         master: Master = "float32",
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
             params,
             defaults,
-            tier=tier,
+            tier=self._tier_options(
+                tier, directory, host_budget, commit_every, module, write_limit
+            ),
             state=StateOptions(moments, master),
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )
 
 
@@ -304,12 +370,18 @@ class Adagrad(HostOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        tier: Literal["host"] = "host",
+        tier: Tier = "host",
+        directory: Folder | Sequence[Folder] | None = None,
+        host_budget: int | str | None = None,
+        commit_every: int | Literal["auto"] | None = "auto",
+        module: nn.Module | None = None,
+        write_limit: int | str | None = None,
         moments: MomentFormat = "float32",
         master: Master = "float32",
         pool: HostPool | None = None,
         offload_gradients: bool = False,
         gradient_anomalies: Anomalies | None = None,
+        overlap: Modules | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -325,9 +397,12 @@ class Adagrad(HostOptimizer):
         super().__init__(
             params,
             defaults,
-            tier=tier,
+            tier=self._tier_options(
+                tier, directory, host_budget, commit_every, module, write_limit
+            ),
             state=StateOptions(moments, master),
             pool=pool,
             offload_gradients=offload_gradients,
             gradient_anomalies=gradient_anomalies,
+            overlap=overlap,
         )

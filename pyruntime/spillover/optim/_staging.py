@@ -82,11 +82,17 @@ class Staging:
         self._slots: list[Slot] = []
         self._turn = 0
 
+    def has(self, wanted_bytes: int) -> bool:
+        """Whether slots of ``wanted_bytes``, or of the limit, are there. Needs no lock."""
+        slots = self._slots
+        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
+        return bool(slots) and slots[0].memory.nbytes >= size_bytes
+
     def reserve(self, wanted_bytes: int) -> None:
         """Have slots of ``wanted_bytes``, at most the limit; waits for copies before it grows."""
-        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
-        if self._slots and self._slots[0].memory.nbytes >= size_bytes:
+        if self.has(wanted_bytes):
             return
+        size_bytes = min(wanted_bytes, _SLOT_BYTES_MAX)
         self.drain()
         self._slots = []
         self._slots = [Slot(size_bytes) for _ in range(2)]
@@ -150,14 +156,15 @@ def cut(
     slot_bytes: int,
     used_bytes: int,
     start: int,
+    end: int,
 ) -> Piece | None:
-    """The next piece of ``parameter`` that fits in a slot with ``used_bytes`` taken.
+    """The next piece of ``parameter``, up to ``end``, that fits behind ``used_bytes`` of a slot.
 
     ``parameter`` and ``gradient`` are flat. None: start a new batch.
     """
     gradient_bytes = _slot_bytes(gradient) // max(1, gradient.numel())
     per_element = gradient_bytes + parameter.element_size()
-    remaining = parameter.numel() - start
+    remaining = end - start
     room = (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
     # A sliver at the end of a slot is not worth its two copies.
     count = remaining if remaining <= room else room // _CUT_ELEMENTS * _CUT_ELEMENTS

@@ -1,0 +1,441 @@
+"""The disk tier of one optimizer: its store, its commits, and how it resumes.
+
+Note [What a commit holds]
+--------------------------
+All state, the weights of the optimizer's parameters, the other parameters and the buffers of
+``module``, the options of groups, step counts, the states of random number generators, and what the
+user adds. It is one commit of the durable store, so all of it or nothing. A unit that no step has
+changed since the last commit, and a frozen weight that nobody wrote, stay where they are.
+
+What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, has not happened when
+``step()`` commits by itself; who has such things commits where his iteration ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spillover._core import HostPool
+from spillover._disk import Folder, absolute_folders
+from spillover._durable import DurableStore
+from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError
+from spillover._layout import flat_view, is_dense
+from spillover._units import format_bytes
+from spillover.optim import _disk_layout, _disk_store
+from spillover.optim._algorithms import Group
+from spillover.optim._commit_values import dumps, loads, random_states, restore_random_states
+from spillover.optim._disk_entries import DiskEntries
+from spillover.optim._disk_layout import Layout
+from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
+from spillover.optim._tiers import TierOptions
+
+if TYPE_CHECKING:
+    from spillover.optim._host_optimizer import HostOptimizer
+
+_EXTENT_BYTES_MAX = 8 << 20
+_BLOCK_BYTES = 4096
+_EXTRA_BYTES = 4 << 20
+_EXTRA_BYTES_PER_TENSOR = 1024
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What :func:`resume` found.
+
+    Attributes
+    ----------
+    step
+        How many steps the optimizer had made.
+    extra
+        What the commit was given; None where ``step()`` committed by itself.
+    """
+
+    step: int
+    extra: Any
+
+
+class DiskTier:
+    """See the notes; what one optimizer has on disk. Not thread-safe, as optimizers are not."""
+
+    def __init__(self, options: TierOptions, entries: DiskEntries, name: str) -> None:
+        self.options = options
+        self.entries = entries
+        self.steps = 0
+        self._name = name
+        self._committed_steps = 0
+        self._must_resume = False
+        self._frozen: dict[str, tuple[int, int]] = {}
+        self._sizes: dict[str, int] = {}
+        self._extent_bytes = 0
+        self._extra_bytes = 0
+
+    # ---- when it is made -----------------------------------------------------------------------
+
+    def open(self, groups: list[Group], pool: HostPool | None) -> None:
+        """Have all memory and disk space that training will need; or find what was committed.
+
+        Raises
+        ------
+        HostOutOfMemory, DiskFull
+            There is no room; the message has the bytes of each tier. Nothing is left behind.
+        ConfigError
+            What is in the directory is of other parameters.
+        """
+        tensors = self._tensors(groups)
+        layout = Layout(self._trained(group) for group in groups)
+        largest = max((each.nbytes for _, each in tensors), default=1)
+        slot_bytes = max([*layout.sizes, min(largest, _disk_layout.UNIT_BYTES_MAX)])
+        slot_bytes = _rounded(slot_bytes, _BLOCK_BYTES)
+        self._extent_bytes = min(slot_bytes, _EXTENT_BYTES_MAX)
+        slot_bytes = _rounded(slot_bytes, self._extent_bytes)
+        self._sizes = unit_entries(layout) | {key: each.nbytes for key, each in tensors}
+        self._extra_bytes = _EXTRA_BYTES + _EXTRA_BYTES_PER_TENSOR * len(self._sizes)
+        if not self._sizes:
+            raise ConfigError(f"{self._name} has no parameters to keep state of")
+        ring, homes = self._memory(layout, slot_bytes, pool)
+        host_bytes = sum(slot.memory.nbytes for slot in (*ring, *homes))
+        try:
+            disk = self._open_store()
+        except DiskFull as error:
+            raise DiskFull(
+                error.errno,
+                f"{self._name} needs {host_bytes} bytes of pinned host memory, which are there, "
+                f"and {self.disk_bytes} bytes ({format_bytes(self.disk_bytes)}) on disk for two "
+                f"slots of state and weights, which are not: {error.strerror}",
+                error.filename,
+            ) from error
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}. It is what an optimizer of other parameters or options left there: "
+                "choose another directory, or remove it with 'spillover store delete'"
+            ) from error
+        self._must_resume = disk.sequence > 0
+        algorithm = self.entries.algorithm
+        self.entries.attach(DiskStateStore(algorithm, layout, disk, ring, homes))
+
+    def _trained(self, group: Group) -> list[tuple[torch.Tensor, Any]]:
+        return [
+            (each, self.entries.wanted(each, group))
+            for each in group["params"]
+            if each.requires_grad and each.numel() > 0
+        ]
+
+    def _memory(
+        self, layout: Layout, slot_bytes: int, pool: HostPool | None
+    ) -> tuple[list[Slot], list[Slot]]:
+        count = min(_disk_store.RING_SLOTS, max(2, len(layout.sizes)))
+        try:
+            ring = [Slot(slot_bytes, pool) for _ in range(count)]
+        except HostOutOfMemory as error:
+            raise HostOutOfMemory(
+                f"{self._name} needs {count * slot_bytes} bytes "
+                f"({format_bytes(count * slot_bytes)}) of pinned host memory, through which its "
+                f"state passes, and {self.disk_bytes} bytes on disk; nothing was made: {error}"
+            ) from error
+        homes: list[Slot] = []
+        if self.options.tier == "auto":
+            left = self.options.host_budget
+            for size in layout.sizes:
+                if left is not None and size > left:
+                    break
+                try:
+                    homes.append(Slot(size, pool))
+                except HostOutOfMemory:
+                    break
+                left = None if left is None else left - size
+        return ring, homes
+
+    def _open_store(self) -> DurableStore:
+        return DurableStore(
+            self.options.folders,
+            self._sizes,
+            extra_limit=self._extra_bytes,
+            extent_bytes=self._extent_bytes,
+            write_limit=self.options.write_limit,
+        )
+
+    @property
+    def disk_bytes(self) -> int:
+        """On disk: two slots of state, weights and buffers."""
+        return 2 * sum(self._sizes.values())
+
+    @property
+    def store(self) -> DiskStateStore:
+        """Of the state."""
+        assert self.entries.disk is not None
+        return self.entries.disk
+
+    # ---- commits -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise StateError where what is committed would be lost."""
+        if self._must_resume:
+            folders = ", ".join(self.options.folders)
+            raise StateError(
+                f"{folders} holds a commit of {self._name} that was not resumed: call "
+                "spillover.optim.resume(directory) after making the optimizer, or choose another "
+                "directory, or remove it with 'spillover store delete'"
+            )
+
+    def step_is_over(self, optimizer: HostOptimizer) -> None:
+        """Count it, and commit where it is time."""
+        self.steps += 1
+        every = self.options.commit_every
+        if every is not None and self.steps - self._committed_steps >= every:
+            optimizer.commit()
+
+    def commit(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> int:
+        """Note [What a commit holds]. Blocks."""
+        self.check()
+        document = dumps(self._document(groups, state, extra))
+        if len(document) > self._extra_bytes:
+            raise ConfigError(
+                f"extra is too large: the commit would have {len(document)} bytes beside state and "
+                f"weights, and there is room for {self._extra_bytes}"
+            )
+        self.store.flush()
+        self._write_tensors(self._tensors(groups), self._frozen_keys(groups))
+        sequence = self.store.disk.commit(document)
+        self._committed_steps = self.steps
+        return sequence
+
+    def _document(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> dict[str, Any]:
+        parameters = _parameters(groups)
+        entries = []
+        for parameter in parameters:
+            entry = state.get(parameter, {})
+            step = entry.get("step")
+            names = self.entries.stored_names(parameter, entry)
+            is_ours = self.entries.was_ours(parameter)
+            entries.append([None if step is None else float(step), names, is_ours])
+        return {
+            "format": _FORMAT,
+            "optimizer": self._name,
+            "signature": self._signature(groups),
+            "steps": self.steps,
+            "groups": [_options(group) for group in groups],
+            "entries": entries,
+            "random": random_states(),
+            "extra": extra,
+        }
+
+    def _signature(self, groups: list[Group]) -> list[Any]:
+        """What must be the same in a process that resumes."""
+        options = self.entries.options
+        return [
+            [options.moments, options.master],
+            *(
+                [key, str(each.dtype), list(each.shape), list(each.stride())]
+                for key, each in self._tensors(groups)
+            ),
+        ]
+
+    def _tensors(self, groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
+        """Weights and buffers, by their names on disk."""
+        parameters = _parameters(groups)
+        found = [(f"weight/{index}", each) for index, each in enumerate(parameters)]
+        if self.options.module is not None:
+            known = set(map(id, parameters))
+            module = self.options.module
+            named: Iterable[tuple[str, torch.Tensor]] = (
+                *module.named_parameters(),
+                *module.named_buffers(),
+            )
+            found += [(f"module/{name}", each) for name, each in named if id(each) not in known]
+        return [(key, each.detach()) for key, each in found if each.numel() > 0]
+
+    def _frozen_keys(self, groups: list[Group]) -> set[str]:
+        layout = self.store.layout
+        parameters = _parameters(groups)
+        return {f"weight/{i}" for i, each in enumerate(parameters) if each not in layout}
+
+    def _write_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], frozen: set[str]) -> None:
+        slots = self.store.scratch()
+        turn = 0
+        try:
+            for key, tensor in tensors:
+                identity = (tensor._version, tensor.data_ptr())
+                if key in frozen and self._frozen.get(key) == identity:
+                    continue
+                flat = flat_view(tensor) if is_dense(tensor) else tensor.contiguous().view(-1)
+                each = slots[0].memory.nbytes // tensor.element_size()
+                for start in range(0, flat.numel(), each):
+                    self._write_part(slots[turn], key, flat, start, each)
+                    turn = 1 - turn
+                self._frozen[key] = identity
+            for slot in slots:
+                slot.wait()
+        except BaseException:
+            self._frozen.clear()
+            for slot in slots:
+                slot.give_up()
+            raise
+
+    def _write_part(
+        self, slot: Slot, key: str, flat: torch.Tensor, start: int, count_max: int
+    ) -> None:
+        slot.wait()
+        part = flat[start : start + count_max]
+        slot.memory[: part.nbytes].view(part.dtype).copy_(part)
+        offset = start * part.element_size()
+        slot.start(self.store.disk.write(key, slot.bytes(part.nbytes), offset=offset))
+
+    # ---- resuming ------------------------------------------------------------------------------
+
+    def resume(self, optimizer: HostOptimizer) -> Resumed | None:
+        """Take everything back to the last commit; None where there is none."""
+        store = self.store
+        groups = optimizer.param_groups
+        if store.disk.sequence == 0:
+            if self.steps:
+                raise StateError("nothing was committed yet, so there is nothing to go back to")
+            return None
+        # Opened again, since a store whose commit failed takes no more writes.
+        self._must_resume = True
+        store.disk.close()
+        store.disk = self._open_store()
+        document = loads(store.disk.extra)
+        self._check_document(document, groups)
+        parameters = _parameters(groups)
+        entries = document["entries"]
+        store.go_back(
+            {each: set(saved[1]) for each, saved in zip(parameters, entries, strict=True)}
+        )
+        with torch.no_grad():
+            for key, tensor in self._tensors(groups):
+                self._read_tensor(key, tensor)
+        for group, saved in zip(groups, document["groups"], strict=True):
+            group.update(saved)
+        self._resume_entries(optimizer, entries)
+        self.steps = self._committed_steps = int(document["steps"])
+        self._must_resume = False
+        restore_random_states(document["random"])
+        return Resumed(step=self.steps, extra=document["extra"])
+
+    def _resume_entries(self, optimizer: HostOptimizer, saved: list[Any]) -> None:
+        optimizer.state.clear()
+        self._frozen.clear()
+        all_of = [(each, group) for group in optimizer.param_groups for each in group["params"]]
+        for (parameter, group), (step, names, is_ours) in zip(all_of, saved, strict=True):
+            entry: dict[str, Any] = {}
+            if step is not None:
+                entry["step"] = torch.tensor(step, dtype=torch.float32, device="cpu")
+            entry.update({name: self.entries.stand_in(parameter, name) for name in names})
+            if self.entries.algorithm.has_initial_state and parameter in self.store.layout:
+                self.entries.complete_moments(parameter, group, entry)
+            if entry:
+                optimizer.state[parameter] = entry
+            if is_ours:
+                self.entries.has_written(parameter)
+
+    def _check_document(self, document: dict[str, Any], groups: list[Group]) -> None:
+        where = ", ".join(self.options.folders)
+        if document["format"] != _FORMAT:
+            raise ConfigError(f"the commit in {where} is of another version of Spillover")
+        if document["optimizer"] != self._name:
+            raise ConfigError(
+                f"the commit in {where} is of {document['optimizer']}, not of {self._name}"
+            )
+        mine, saved = self._signature(groups), document["signature"]
+        if mine != saved:
+            pairs = (pair for pair in zip(mine, saved, strict=False) if pair[0] != pair[1])
+            here, there = next(pairs, (len(mine), len(saved)))
+            raise ConfigError(
+                f"the commit in {where} is of other parameters: it has {there} where the "
+                f"optimizer has {here}"
+            )
+
+    def _read_tensor(self, key: str, tensor: torch.Tensor) -> None:
+        slot = self.store.scratch()[0]
+        whole = tensor if is_dense(tensor) else torch.empty_like(tensor).contiguous()
+        flat = flat_view(whole)
+        count_max = slot.memory.nbytes // tensor.element_size()
+        for start in range(0, flat.numel(), count_max):
+            part = flat[start : start + count_max]
+            offset = start * part.element_size()
+            self.store.disk.read(key, slot.bytes(part.nbytes), offset=offset).wait()
+            part.copy_(slot.memory[: part.nbytes].view(part.dtype))
+        if whole is not tensor:
+            tensor.copy_(whole)
+
+
+#: Of this process, for :func:`resume`.
+_living: weakref.WeakSet[HostOptimizer] = weakref.WeakSet()
+
+
+def note_living(optimizer: HostOptimizer) -> None:
+    """Have :func:`resume` find it."""
+    _living.add(optimizer)
+
+
+def resume(
+    directory: Folder | Sequence[Folder], optimizer: HostOptimizer | None = None
+) -> Resumed | None:
+    """Take an optimizer with ``tier="disk"`` or ``"auto"``, and its weights, to the last commit.
+
+    Call it when model and optimizer are made as they were before, in the process that was started
+    again; or later, to go back to the last commit. It restores state, the weights in place, buffers
+    of ``module``, options of groups, step counts and random number generators, so that training
+    goes on to the same bits as if it had never ended.
+
+    Parameters
+    ----------
+    directory
+        As for the optimizer.
+    optimizer
+        Which one; None: the one of this process that has that directory.
+
+    Returns
+    -------
+    What the commit says beside, or None where nothing was committed yet, as in a first run.
+
+    Raises
+    ------
+    StateError
+        No optimizer here has that directory.
+    ConfigError
+        The commit is of another optimizer, or of parameters of other shapes, types or order.
+    CorruptData, StorageError
+        What is on the disk is not what was written, or cannot be read. Call it again, or choose
+        another directory.
+
+    Notes
+    -----
+    Blocks until weights are read. State is read, and its checksums are compared, as steps use it.
+
+    Examples
+    --------
+    >>> optimizer = spillover.optim.AdamW(
+    ...     model.named_parameters(), tier="disk", directory="/nvme0/state", module=model
+    ... )
+    >>> resumed = spillover.optim.resume("/nvme0/state")
+    >>> for step in range(resumed.step if resumed else 0, 1000): ...
+    """
+    if optimizer is None:
+        wanted = set(absolute_folders(directory))
+        found = [each for each in _living if set(each.disk_folders) == wanted]
+        if not found:
+            raise StateError(
+                f"no optimizer of this process has the directory {', '.join(sorted(wanted))}: make "
+                "model and optimizer first, as they were, and then resume"
+            )
+        optimizer = found[0]
+    return optimizer.resume()
+
+
+def _parameters(groups: list[Group]) -> list[torch.Tensor]:
+    return [each for group in groups for each in group["params"]]
+
+
+def _options(group: Group) -> dict[str, Any]:
+    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
+
+
+def _rounded(size_bytes: int, unit_bytes: int) -> int:
+    return -(-size_bytes // unit_bytes) * unit_bytes

@@ -1,0 +1,396 @@
+"""Updates of a step that run under the next forward.
+
+Note [Overlap]
+--------------
+``step()`` checks everything, has all memory, reads options, takes hold of gradients, tells autograd
+that the weights have changed, and gives the rest to one thread of the process. The thread updates
+parameters in the order in which the last forward used them. A weight that is still to come is
+awaited by whatever uses it:
+
+- Forward pre-hooks of all modules wait for the module's own parameters, whoever reads them then:
+  C++ extensions, too. Those that may read parameters of their children, or run without calling
+  them, wait for all below them: ``nn.MultiheadAttention``, modules in evaluation, those that
+  torch.compile or TorchScript run, and those with a ``forward`` of their own, as graphed callables.
+- Whatever else uses a weight in Python waits by Note [Awaited tensors]: an EMA, a weight that
+  another module uses, DDP's broadcast, ``state_dict()``, ``deepcopy``.
+- The optimizer's own methods wait for all, as do forks and the end of the process.
+
+Not overlapped, so updated when ``step()`` returns, are weights whose memory somebody else holds at
+that time (the storage has other users: an alias such as ``weight.data`` that was kept can be read
+without the weight), weights that no hooked module has, weights on the host, weights that a CUDA
+graph's capture has used, those below a module that was compiled in place, and tensor subclasses.
+The same holds for a gradient on the device in memory that somebody else holds.
+
+A wait ends when the new weight is in device memory, not when its copy is ordered before the current
+stream: from then on the weight is good for every stream and thread. The host has time for that,
+since it runs ahead of the device; where it does not, updates are what the step takes. Nobody waits
+for more than his weight, and the copies before it.
+
+Old weights are overwritten when the kernels that were launched before ``step()`` are over, since
+copies out wait for them, and each copy in follows a copy out (Note [Optimizer pipeline]). Kernels
+that are launched later read new weights only. Gradients are read from where they are: one on the
+device is awaited as weights are, so that what writes to it comes later, and setting ``.grad`` to
+None frees it when it was read. Offloaded ones are leased.
+
+A failure is raised by whoever waits next, once. Nothing is lost: whoever waits then has the step
+continue where it stopped (Note [Failed updates]), and a ``step()`` with gradients that a step which
+failed had already taken applies none of them twice.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+from spillover._errors import ConfigError
+from spillover._stalls import Stall
+from spillover.optim import _awaited
+from spillover.optim._host_work import Work
+
+_FORWARD = Stall("optimizer", "forward: a weight's update")
+_READ = Stall("optimizer", "something else that uses a weight: its update")
+_GRADIENT = Stall("optimizer", "something that uses a gradient: its update")
+_ALL = Stall("optimizer", "all updates of the last step")
+_OTHERS = Stall("optimizer", "updates that cannot overlap")
+
+Modules = nn.Module | Sequence[nn.Module]
+
+_steps: weakref.WeakSet[PendingStep] = weakref.WeakSet()
+
+
+def _nothing(_: object) -> None:
+    """What is left of a step that is over: it must not keep its optimizer."""
+
+
+def _executor() -> ThreadPoolExecutor:
+    """One thread, which the interpreter joins before it shuts down."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="spillover-optimizer")
+
+
+_worker = _executor()
+
+
+class PendingStep:
+    """The updates of one step, on the worker. Any thread may wait.
+
+    Parameters
+    ----------
+    works
+        To be done, in this order.
+    awaited
+        Those of them whose weights and gradients are awaited by what uses them.
+    run
+        Does what is left of them; called again after a failure. It tells :meth:`sent` which weights
+        are on their way, and :meth:`used` which gradients it does not need any more.
+    note_sent
+        Called on the worker for each weight that is on its way, before anybody hears of it.
+    taken
+        For the caller: the gradients of the step.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        awaited: Sequence[Work],
+        *,
+        run: Callable[[PendingStep], None],
+        note_sent: Callable[[Work], None],
+        taken: dict[int, Any],
+    ) -> None:
+        self.works = works
+        self.taken = taken
+        self.has_failed = False
+        self._awaited = awaited
+        self._run_works = run
+        self._note_sent = note_sent
+        self._condition = threading.Condition()  # Its lock may be taken again.
+        # Guarded by the condition's lock.
+        self._sent: dict[int, torch.cuda.Event | None] = {}
+        self._used: set[int] = set()
+        self._error: BaseException | None = None
+        self._is_reported = False
+        self._is_over = False
+        _steps.add(self)
+
+    def start(self) -> None:
+        """Hand it to the worker."""
+        for work in self._awaited:
+            parameter, gradient = work.parameter, work.gradient
+            if work.pending is None and gradient is parameter.grad:
+                _awaited.begin(gradient, functools.partial(self._wait_for_gradient, id(parameter)))
+            torch.autograd.graph.increment_version(parameter)
+            _awaited.begin(parameter, functools.partial(self._wait_for_weight, id(parameter)))
+        self._submit()
+
+    def _submit(self) -> None:
+        try:
+            _worker.submit(self._run)
+        except RuntimeError:
+            self._run()  # The interpreter is shutting down, and has ended the worker.
+
+    # ---- by the worker -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            # Our own uses of weights wait for nothing.
+            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+                self._run_works(self)
+        except BaseException as error:
+            with self._condition:
+                self._error = error
+                self.has_failed = True
+                self._condition.notify_all()
+        else:
+            self._run_works = self._note_sent = _nothing
+            with self._condition:
+                self._is_over = True
+                self._condition.notify_all()
+
+    def sent(self, work: Work, event: torch.cuda.Event | None) -> None:
+        """The new weight is there after ``event``; None: it is there."""
+        self._note_sent(work)
+        with self._condition:
+            self._sent[id(work.parameter)] = event
+            self._condition.notify_all()
+
+    def used(self, work: Work) -> None:
+        """The gradient is not needed any more, and is let go."""
+        gradient = work.gradient
+        work.gradient = gradient.new_empty(0, device="cpu")
+        if work.pending is not None:
+            work.pending.release()
+        else:
+            _awaited.forget(gradient)
+        with self._condition:
+            self._used.add(id(work.parameter))
+            self._condition.notify_all()
+
+    def is_sent(self, work: Work) -> bool:
+        """Whether its new weight is on its way, or there."""
+        with self._condition:
+            return id(work.parameter) in self._sent
+
+    # ---- by those who wait ---------------------------------------------------------------------
+
+    def _wait_for_weight(self, key: int, in_forward: bool) -> None:
+        self._wait_for(key, _FORWARD if in_forward else _READ)
+
+    def _wait_for(self, key: int, stall: Stall) -> None:
+        self._wait(lambda: key in self._sent, stall)
+        event = self._sent[key]
+        if event is not None:
+            stall.wait(event.synchronize)
+
+    def _wait_for_gradient(self, key: int, in_forward: bool) -> None:
+        self._wait(lambda: key in self._used, _GRADIENT)
+
+    def wait(self) -> None:
+        """Block until all weights are there. Raises what went wrong, once."""
+        self._wait(lambda: self._is_over, _ALL)
+        for event in dict.fromkeys(self._sent.values()):
+            if event is not None:
+                _ALL.wait(event.synchronize)
+        for work in self._awaited:
+            _awaited.end(work.parameter)
+
+    def wait_for_others(self) -> None:
+        """Block until those weights are there that are not awaited."""
+        awaited = set(self._awaited)
+        for work in self.works:
+            if work not in awaited:
+                self._wait_for(id(work.parameter), _OTHERS)
+
+    def unheard_error(self) -> BaseException | None:
+        """A failure that nobody has been told of."""
+        return None if self._is_reported else self._error
+
+    def _wait(self, is_so: Callable[[], bool], stall: Stall) -> None:
+        with self._condition:
+            if is_so():
+                return
+        stall.wait(functools.partial(self._wait_until, is_so))
+
+    def _wait_until(self, is_so: Callable[[], bool]) -> None:
+        with self._condition:
+            while not is_so():
+                error = self._error
+                if error is not None and not self._is_reported:
+                    self._is_reported = True
+                    raise error
+                if error is not None:
+                    self._error, self._is_reported = None, False
+                    self._submit()
+                    continue  # It may be over already.
+                self._condition.wait()
+
+
+class Overlap:
+    """The hooks of one optimizer, and the step that is under way.
+
+    One thread at a time makes steps, as for all optimizers; hooks run on any.
+    """
+
+    def __init__(self, modules: Modules) -> None:
+        roots: list[Any]
+        roots = list(modules) if isinstance(modules, list | tuple | set) else [modules]
+        for root in roots:
+            if not isinstance(root, nn.Module):
+                raise ConfigError(
+                    f"overlap must be the module that uses the weights, or several, such as "
+                    f"overlap=model; got a {type(root).__name__}"
+                )
+        self._roots = roots
+        self.pending: PendingStep | None = None
+        # By identity of parameters: their places in the last forward, and in this one.
+        self._last_order: dict[int, int] = {}
+        self._order: dict[int, int] = {}
+        self._entered: set[int] = set()
+        self._captured: set[int] = set()
+        hooks = [
+            module.register_forward_pre_hook(_Hook(self), prepend=True)
+            for module in dict.fromkeys(each for root in roots for each in root.modules())
+            if not isinstance(module, torch.jit.ScriptModule)
+        ]
+        weakref.finalize(self, _remove, hooks)
+
+    # ---- forward -------------------------------------------------------------------------------
+
+    def enter(self, module: nn.Module) -> None:
+        """Before ``module`` runs."""
+        if id(module) not in self._entered:
+            self._entered.add(id(module))
+            self._note(module)
+        if torch.cuda.is_current_stream_capturing():
+            self._captured.update(map(id, module.parameters()))
+        if _awaited.is_any_awaited():
+            is_whole = not module.training or _runs_children(module)
+            weights = module.parameters() if is_whole else module._parameters.values()
+            _awaited.wait_for(weights, in_forward=True)
+
+    def _note(self, module: nn.Module) -> None:
+        whole = _runs_children(module)
+        for parameter in module.parameters() if whole else module._parameters.values():
+            if parameter is not None:
+                self._order.setdefault(id(parameter), len(self._order))
+
+    # ---- steps ---------------------------------------------------------------------------------
+
+    def in_order(self, works: Iterable[Work]) -> list[Work]:
+        """As the last forward used their weights; those that it did not use come last."""
+        if self._order:
+            self._last_order, self._order = self._order, {}
+            self._entered.clear()
+        last = len(self._last_order)
+        return sorted(works, key=lambda work: self._last_order.get(id(work.parameter), last))
+
+    def covered(self) -> set[int]:
+        """Identities of the parameters whose uses by their modules wait."""
+        found: set[int] = set()
+        for root in self._roots:
+            for module in root.modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
+                found.update(id(each) for each in module._parameters.values())
+            for module in root.modules():
+                if _is_compiled_in_place(module):
+                    found.difference_update(map(id, module.parameters()))
+        return found - self._captured
+
+    def start(self, pending: PendingStep) -> None:
+        """Have a step under way; there is none."""
+        self.pending = pending
+        pending.start()
+
+    def synchronize(self) -> PendingStep | None:
+        """Block until no step is under way; the one that was. Raises what went wrong, once."""
+        pending = self.pending
+        if pending is not None:
+            pending.wait()
+            self.pending = None
+        return pending
+
+
+def can_overlap(work: Work, covered: set[int]) -> bool:
+    """Whether every use of the weight and the gradient can be made to wait; Note [Overlap]."""
+    parameter, gradient = work.parameter, work.gradient
+    if not parameter.is_cuda or id(parameter) not in covered or not _is_alone(parameter):
+        return False
+    return work.pending is not None or gradient is not parameter.grad or _is_alone(gradient)
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor has its memory."""
+    if not _awaited.can_await(tensor):
+        return False
+    storage = tensor.untyped_storage()
+    # The tensor, and ``storage``.
+    return int(torch._C._storage_Use_Count(storage._cdata)) <= 2
+
+
+def _runs_children(module: nn.Module) -> bool:
+    """Whether ``module`` may read the weights of its children without calling them."""
+    return (
+        isinstance(module, nn.MultiheadAttention | nn.DataParallel)
+        or "forward" in module.__dict__
+        or "_orig_mod" in module._modules  # Of torch.compile.
+        or any(isinstance(child, torch.jit.ScriptModule) for child in module.children())
+    )
+
+
+def _is_compiled_in_place(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None
+
+
+class _Hook:
+    """A forward pre-hook. A copy, as of a module that is copied or pickled, does nothing."""
+
+    def __init__(self, overlap: Overlap | None = None) -> None:
+        self._overlap = weakref.ref(overlap) if overlap is not None else None
+
+    def __call__(self, module: nn.Module, arguments: Any) -> None:
+        if torch.compiler.is_compiling() or self._overlap is None:
+            return
+        overlap = self._overlap()
+        if overlap is not None:
+            overlap.enter(module)
+
+    def __reduce__(self) -> Any:
+        return _Hook, ()
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def _before_fork() -> None:
+    """A child has no worker, so nothing may be under way in it."""
+    for pending in list(_steps):
+        pending.wait()
+
+
+def _start_again() -> None:
+    global _worker
+    _worker = _executor()
+
+
+def _report() -> None:
+    """At the end of the process, when the worker has ended: as any error that nobody caught."""
+    for pending in list(_steps):
+        error = pending.unheard_error()
+        if error is not None:
+            sys.excepthook(type(error), error, error.__traceback__)
+
+
+atexit.register(_report)
+os.register_at_fork(before=_before_fork, after_in_child=_start_again)

@@ -1,0 +1,311 @@
+"""Optimizers whose state is on disk: the same bits as on the host, commits, resuming, faults."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from host_cases import CLASSES, Pair, copies, make_weights, masters, step
+from torch import nn
+
+import spillover
+from spillover import ConfigError, CorruptData, DiskFull, HostOutOfMemory, HostPool, StateError
+from spillover.emulator import StorageFault, faults
+from spillover.optim import AdamW, _disk_layout, _staging, resume
+
+each_class = pytest.mark.parametrize("pair", CLASSES, ids=str)
+each_moments = pytest.mark.parametrize("moments", ["float32", "bfloat16", "blockwise8"])
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State then passes in more units than the ring has, and weights in several slots."""
+    monkeypatch.setattr(_disk_layout, "UNIT_BYTES_MAX", 4 << 10)
+    monkeypatch.setattr(_staging, "_SLOT_BYTES_MAX", 4 << 10)
+    monkeypatch.setattr(_staging, "_stagings", {})
+
+
+def on_disk(pair: Pair, weights: list[nn.Parameter], folder: Path, **options: Any) -> Any:
+    options = {"tier": "disk", "directory": folder, **pair.options, **options}
+    return pair.ours(weights, **options)
+
+
+def run(optimizer: Any, weights: list[nn.Parameter], numbers: range, dtype: torch.dtype) -> None:
+    for number in numbers:
+        step(optimizer, weights, number, dtype)
+
+
+def assert_equal_state(one: Any, other: Any) -> None:
+    """Bit for bit."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first["param_groups"] == second["param_groups"]
+    assert first["state"].keys() == second["state"].keys()
+    for key, entry in first["state"].items():
+        assert entry.keys() == second["state"][key].keys()
+        for name, value in entry.items():
+            assert torch.equal(value, second["state"][key][name]), (key, name)
+
+
+# ---- equality ----------------------------------------------------------------------------------
+
+
+@each_class
+@each_moments
+@pytest.mark.parametrize(
+    ("dtype", "device", "master"),
+    [
+        (torch.float32, "cuda", "float32"),
+        (torch.bfloat16, "cuda", "float32"),
+        (torch.bfloat16, "cpu", "split"),
+        (torch.float16, "cpu", "float32"),
+    ],
+)
+def test_disk_and_auto_are_the_host_tier_bit_for_bit(
+    pair: Pair, moments: str, dtype: torch.dtype, device: str, master: str, tmp_path: Path
+) -> None:
+    form = {"moments": moments, "master": master}
+    weights = make_weights(dtype, device)
+    others, twins = copies(weights), copies(weights)
+    host = pair.ours(weights, **pair.options, **form)
+    disk = on_disk(pair, others, tmp_path / "disk", commit_every=2, **form)
+    auto = on_disk(pair, twins, tmp_path / "auto", tier="auto", host_budget=9000, **form)
+    for optimizer, chosen in ((host, weights), (disk, others), (auto, twins)):
+        run(optimizer, chosen, range(2), dtype)
+        with torch.no_grad():  # What something else writes is the master from then on.
+            chosen[1][:50].fill_(0.5)
+        run(optimizer, chosen, range(2, 4), dtype)
+    for optimizer, chosen in ((disk, others), (auto, twins)):
+        assert all(map(torch.equal, weights, chosen))
+        assert all(map(torch.equal, masters(host, weights), masters(optimizer, chosen)))
+        assert_equal_state(host, optimizer)
+    assert disk.stats().host_bytes == 0
+    assert 0 <= auto.stats().host_bytes <= 9000
+
+
+@pytest.mark.parametrize("offloads", [False, True])
+def test_overlap_and_offloaded_gradients(offloads: bool, tmp_path: Path) -> None:
+    def train(**options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 3)).to("cuda")
+        optimizer = AdamW(
+            model.parameters(), lr=0.1, offload_gradients=offloads, overlap=model, **options
+        )
+        for seed in range(4):
+            value = torch.randn(8, 40, generator=torch.Generator().manual_seed(seed)).cuda()
+            model(value).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.synchronize()
+        return [parameter.detach().cpu() for parameter in model.parameters()]
+
+    assert all(map(torch.equal, train(), train(tier="disk", directory=tmp_path, commit_every=3)))
+
+
+@each_class
+@each_moments
+def test_checkpoints_go_both_ways(pair: Pair, moments: str, tmp_path: Path) -> None:
+    dtype = torch.bfloat16
+    weights = make_weights(dtype, "cpu")
+    first = pair.ours(weights, **pair.options, moments=moments)
+    run(first, weights, range(2), dtype)
+    twins, thirds = copies(weights), copies(weights)
+    form = {"moments": moments, "master": "split"}
+    second = on_disk(pair, twins, tmp_path / "a", **form)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    run(second, twins, range(2, 3), dtype)
+    third = on_disk(pair, thirds, tmp_path / "b", **form)
+    with torch.no_grad():
+        for target, source in zip(thirds, twins, strict=True):
+            target.copy_(source)
+    third.load_state_dict(second.state_dict())
+    assert all(map(torch.equal, masters(third, thirds), masters(second, twins)))
+    run(first, weights, range(2, 4), dtype)
+    run(third, thirds, range(3, 4), dtype)
+    assert all(map(torch.equal, masters(first, weights), masters(third, thirds)))
+
+
+# ---- commits -----------------------------------------------------------------------------------
+
+
+def make_trained(folder: Path, seed: int = 0, **options: Any) -> tuple[nn.Module, AdamW]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(20, 60), nn.BatchNorm1d(60), nn.Dropout(0.3), nn.Linear(60, 3)
+    ).to("cuda")
+    model[3].bias.requires_grad_(False)
+    options = {"tier": "disk", "directory": folder, "module": model, "lr": 0.1, **options}
+    return model, AdamW(model.named_parameters(), **options)
+
+
+def train(model: nn.Module, optimizer: Any, scheduler: Any = None) -> None:
+    value = torch.randn(16, 20, device="cuda") * random.random()
+    model(value).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if scheduler is not None:
+        scheduler.step()
+
+
+@pytest.mark.parametrize("tier", ["disk", "auto"])
+def test_who_resumes_ends_where_the_run_that_went_on_ends(tier: str, tmp_path: Path) -> None:
+    options = {"tier": tier, "commit_every": None}
+    model, optimizer = make_trained(tmp_path, **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    assert resume(tmp_path) is None
+    random.seed(7)
+    for _ in range(3):
+        train(model, optimizer, scheduler)
+    extra = {"scheduler": scheduler.state_dict(), "place": (3, [1.5], b"x", None)}
+    assert optimizer.commit(extra) == 1
+    for _ in range(2):
+        train(model, optimizer, scheduler)
+    expected, last = copy.deepcopy(model.state_dict()), optimizer.state_dict()
+    del last
+    optimizer._disk.store.close()  # As the end of the process does.
+
+    model, optimizer = make_trained(tmp_path, seed=5, **options)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    random.seed(8)
+    with pytest.raises(StateError, match="resume"):
+        train(model, optimizer)
+    resumed = resume(tmp_path, optimizer)
+    assert resumed is not None
+    assert resumed.step == 3
+    assert resumed.extra == extra
+    scheduler.load_state_dict(resumed.extra["scheduler"])
+    optimizer.zero_grad()
+    for _ in range(2):
+        train(model, optimizer, scheduler)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_steps_commit_by_themselves_and_may_be_taken_back(tmp_path: Path) -> None:
+    model, optimizer = make_trained(tmp_path, commit_every=2)
+    before: dict[str, Any] = {}
+    for number in range(5):
+        train(model, optimizer)
+        if number == 3:
+            before = copy.deepcopy(model.state_dict())
+    resumed = resume(tmp_path, optimizer)
+    assert resumed is not None
+    assert (resumed.step, resumed.extra) == (4, None)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
+    model, optimizer = make_trained(tmp_path, commit_every=1)
+    train(model, optimizer)
+    optimizer._disk.store.close()
+    with pytest.raises(ConfigError, match="other parameters or options"):
+        AdamW([nn.Parameter(torch.ones(10))], tier="disk", directory=tmp_path)
+    model, optimizer = make_trained(tmp_path)
+    with pytest.raises(StateError, match="holds a commit of AdamW that was not resumed"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(StateError, match="choose another directory"):
+        optimizer.commit()
+    with pytest.raises(StateError, match="no optimizer of this process"):
+        resume(tmp_path / "elsewhere")
+
+
+# ---- errors ------------------------------------------------------------------------------------
+
+
+def test_options_that_do_not_fit() -> None:
+    weights = make_weights()
+    for options, message in (
+        ({"tier": "disk"}, "needs directory"),
+        ({"directory": "x"}, "directory is for"),
+        ({"tier": "disk", "directory": "x", "host_budget": "1GiB"}, "host_budget"),
+        ({"tier": "disk", "directory": "x", "commit_every": 0}, "commit_every=0"),
+        ({"tier": "nowhere"}, "'host', 'disk' or 'auto'"),
+        ({"tier": "device"}, "torch.optim.AdamW"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            AdamW(weights, **options)  # type: ignore[arg-type]
+
+
+def test_room_is_looked_for_before_training(tmp_path: Path) -> None:
+    weights = make_weights()
+    with pytest.raises(HostOutOfMemory, match=r"pinned host memory.*bytes on disk"):
+        AdamW(weights, tier="disk", directory=tmp_path, pool=HostPool(limit=8 << 10))
+    full = StorageFault("allocate", error="ENOSPC", times=None)
+    with faults(storage=[full]), pytest.raises(DiskFull, match=r"bytes of pinned host.*on disk"):
+        AdamW(weights, tier="disk", directory=tmp_path)
+    assert not [each for each in tmp_path.rglob("*") if each.stat().st_size > 4096]
+    count = sum(weight.numel() for weight in weights)
+    stats = AdamW(weights, tier="disk", directory=tmp_path / "next").stats()
+    # Two slots of two moments and the weight, and what aligns them.
+    assert 2 * 12 <= stats.bytes_per_parameter["disk"] <= 2 * 12 + 2 * 64 * 12 / count
+    assert stats.bytes_per_parameter["host"] == stats.bytes_per_parameter["device"] == 0
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_a_step_whose_disk_fails_is_repeated(operation: str, tmp_path: Path) -> None:
+    weights = make_weights(torch.bfloat16)
+    twins = copies(weights)
+    host = AdamW(twins, lr=0.1)
+    optimizer = AdamW(weights, lr=0.1, tier="disk", directory=tmp_path, commit_every=None)
+    run(host, twins, range(3), torch.bfloat16)
+    run(optimizer, weights, range(1), torch.bfloat16)
+    optimizer.commit()
+    run(optimizer, weights, range(1, 2), torch.bfloat16)
+    failed = False
+    with faults(storage=[StorageFault(operation, error="EIO", times=3)]):
+        try:
+            run(optimizer, weights, range(2, 3), torch.bfloat16)
+            optimizer.commit()
+        except OSError as error:
+            failed = True
+            assert error.errno == errno.EIO
+    assert failed
+    for _ in range(3):
+        try:
+            optimizer.step()
+        except OSError:
+            continue
+        break
+    optimizer.commit()
+    if operation == "read":
+        assert all(map(torch.equal, weights, twins))
+    resumed = resume(tmp_path, optimizer)
+    assert resumed is not None
+
+
+def test_a_bit_that_flips_is_found_and_the_last_commit_is_kept(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = AdamW(weights, tier="disk", directory=tmp_path, commit_every=1)
+    run(optimizer, weights, range(1), torch.float32)
+    flipped = StorageFault("read", "flip")
+    with faults(storage=[flipped]), pytest.raises(CorruptData):
+        run(optimizer, weights, range(1, 2), torch.float32)
+    optimizer.step()
+    twins = make_weights()
+    host = AdamW(twins)
+    run(host, twins, range(2), torch.float32)
+    assert all(map(torch.equal, weights, twins))
+
+
+def test_what_is_not_done_with_state_on_disk_says_so(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = AdamW(weights, tier="disk", directory=tmp_path)
+    with pytest.raises(StateError, match="cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    with pytest.raises(ConfigError, match="has no place on disk"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(StateError, match="tier='disk'"):
+        AdamW(weights).commit()
+    with pytest.raises(ConfigError, match="a commit cannot hold a object"):
+        optimizer.commit({"what": object()})
+    assert spillover.stats().others["optimizer"]
