@@ -12,7 +12,9 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +24,14 @@ from torch import nn
 import spillover
 
 STEPS = 200
-#: Beside the first, which is compared with float64: options of our classes for a run that must have
-#: the same weights and state to the last bit.
-WAYS: dict[str, dict[str, Any]] = {"host": {}, "repeated": {}}
+#: Options of ours, for a model and a folder; with each the weights and state must be those of the
+#: first, which is compared with float64, to the last bit.
+WAYS: dict[str, Callable[[nn.Module, Path], dict[str, Any]]] = {
+    "host": lambda model, folder: {},
+    "repeated": lambda model, folder: {},
+    "disk": lambda model, folder: {"tier": "disk", "directory": folder},
+    "overlap": lambda model, folder: {"overlap": model},
+}
 
 MICRO_STEPS, _CLIP, _LR = 2, 0.5, 3e-3
 CHECKED_EVERY = 10
@@ -196,7 +203,7 @@ def recorded(classes: int) -> dict[str, float]:
             pass
         ends: list[list[torch.Tensor]] = []
         for way in WAYS.values():
-            found, follower = _ours(name, {**options, **way}, recording, follows=not ends)
+            found, follower = _ours(name, options, way, recording, follows=not ends)
             if not ends:
                 end = max(end, _error(found[: len(expected)], expected))
                 one_step = max(one_step, follower.error)
@@ -211,19 +218,24 @@ def recorded(classes: int) -> dict[str, float]:
 
 
 def _ours(
-    name: str, options: dict[str, Any], recording: Recording, *, follows: bool
+    name: str, options: dict[str, Any], way: Any, recording: Recording, *, follows: bool
 ) -> tuple[list[torch.Tensor], _Follower]:
     """Masters, then weights and all state, after the recorded steps."""
-    parameters: list[torch.Tensor] = list(_make_model(torch.bfloat16).parameters())
-    optimizer = getattr(spillover.optim, name)(parameters, offload_gradients=True, **options)
-    follower = _Follower(name, optimizer, parameters)
-    for step in _replay(parameters, optimizer, spillover.optim.clip_grad_norm_, recording):
-        follower.after()
-        if follows and step % CHECKED_EVERY == 0 and step < len(recording):
-            follower.before(recording[step])
-    state = optimizer.state_dict()["state"]
-    arrays = [torch.as_tensor(v) for entry in state.values() for v in entry.values()]
-    return [*_masters(optimizer), *(p.detach().cpu() for p in parameters), *arrays], follower
+    model = _make_model(torch.bfloat16)
+    parameters: list[torch.Tensor] = list(model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = getattr(spillover.optim, name)(
+            parameters, offload_gradients=True, **options, **way(model, Path(folder))
+        )
+        follower = _Follower(name, optimizer, parameters)
+        for step in _replay(parameters, optimizer, spillover.optim.clip_grad_norm_, recording):
+            follower.after()
+            if follows and step % CHECKED_EVERY == 0 and step < len(recording):
+                follower.before(recording[step])
+        state = optimizer.state_dict()["state"]
+        arrays = [torch.as_tensor(v) for entry in state.values() for v in entry.values()]
+        found = [*_masters(optimizer), *parameters, *arrays]
+        return [each.detach().cpu().clone() for each in found], follower
 
 
 # ---- the closed loop ---------------------------------------------------------------------------
