@@ -23,6 +23,7 @@ import torch
 from spillover._errors import ConfigError
 from spillover._settings import logger
 from spillover.optim._failures import note
+from spillover.optim._gradient_placeholder import fetched_gradients
 from spillover.optim._paging_classes import Group, Rules
 from spillover.optim._paging_state import (
     Entry,
@@ -211,8 +212,11 @@ class Paging:
         optimizer.state = local
         if groups is not None:
             optimizer.param_groups = groups
+        # Updates read gradients several times. Where a fused kernel unscales them, it writes them.
+        writes = getattr(optimizer, "grad_scale", None) is not None or not self.rules.in_buckets
         try:
-            found = inner()
+            with fetched_gradients([] if writes else parameters):
+                found = inner()
         except BaseException as error:
             counts.put_back()
             # Whether they have been changed cannot be seen: foreach kernels count no versions.
