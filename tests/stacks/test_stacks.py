@@ -27,6 +27,7 @@ GROUPS = {
         "accelerate_loop",
         "peft_lora",
         "diffusers_unet",
+        "host_optimizers",
     ),
     "torch": (
         "torch_allocator",
