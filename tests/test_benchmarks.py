@@ -78,8 +78,11 @@ EXPECTED = {
         "equality_one_step_error",
         "equality_200_steps_error",
         "equality_bitwise.repeated",
+        "equality_bitwise.disk",
+        "equality_bitwise.overlap",
         "closed_loop_distance.ours",
         "closed_loop_distance.torch_fused",
+        "closed_loop_distance.torch_fused_cuda",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",
