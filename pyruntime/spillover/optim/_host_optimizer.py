@@ -25,7 +25,6 @@ from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gr
 from spillover.optim._host_entries import Entries
 from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
 from spillover.optim._host_step import (
-    Progress,
     Unsent,
     explain,
     order_after_compute,
@@ -35,6 +34,7 @@ from spillover.optim._host_step import (
 )
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
+from spillover.optim._progress import Progress
 from spillover.optim._state_dictionaries import HostEntry
 from spillover.optim._state_store import StateArrays
 from spillover.optim._tiers import Tier, TierOptions, check_device_tier, tier_options
@@ -226,7 +226,7 @@ class HostOptimizer(torch.optim.Optimizer):
         if self._disk is None:
             raise StateError("commit() needs tier='disk' or tier='auto'; state is on the host")
         self.synchronize()
-        if not self._progress.is_empty:
+        if self._progress:
             raise StateError(
                 "the last step has failed and updated a part; repeat it with the same gradients, "
                 "or go back to the last commit with spillover.optim.resume()"
@@ -564,7 +564,9 @@ class HostOptimizer(torch.optim.Optimizer):
                 store = self._entries.store
                 run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
         except BaseException as error:
-            self._progress.remember(works)
+            for work in works:
+                if work.done:
+                    self._progress.remember(work.parameter, work.done)
             explain(error, works, skipped)
             raise
         self._progress.clear()
