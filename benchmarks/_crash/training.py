@@ -71,8 +71,13 @@ def _tensors(state: dict[str, Any]) -> list[Any]:
     return [value for entry in state["state"].values() for value in entry.values()]
 
 
-def _fork(folder: Path, tier: str, delay_s: float | None) -> tuple[list[list[Any]], int]:
-    """What a run told, and how it ended; it is killed after ``delay_s``."""
+def _fork(
+    folder: Path, tier: str, delay_s: float | None = None, *, from_step: bool = False
+) -> tuple[list[list[Any]], float]:
+    """What a run told, and the seconds from its first step to its end.
+
+    It is killed ``delay_s`` after its start, or after its first step begins.
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -85,28 +90,25 @@ def _fork(folder: Path, tier: str, delay_s: float | None) -> tuple[list[list[Any
             os.write(writing, f"{json.dumps(['error', repr(error)])}\n".encode())
         os._exit(0)
     os.close(writing)
-    if delay_s is not None:
-        time.sleep(delay_s)
-        os.kill(child, signal.SIGKILL)
     with os.fdopen(reading, "rb") as pipe:
-        lines = pipe.read().splitlines()
-    _, status = os.waitpid(child, 0)
-    return [json.loads(line) for line in lines], status
-
-
-def _trial(folder: Path, tier: str, delay_s: float, expected: str) -> tuple[str | None, bool]:
-    """What is wrong, or None; whether the kill came between the first step and the last."""
-    told, _ = _fork(folder, tier, delay_s)
-    kinds = [kind for kind, _ in told]
-    return _problem(folder, tier, told, expected), "begin" in kinds and "end" not in kinds
+        told = pipe.readline() if from_step or delay_s is None else b""
+        begin = time.monotonic()
+        if delay_s is not None:
+            time.sleep(delay_s)
+            os.kill(child, signal.SIGKILL)
+        told += pipe.read()
+    duration_s = time.monotonic() - begin
+    os.waitpid(child, 0)
+    return [json.loads(line) for line in told.splitlines()], duration_s
 
 
 def _problem(folder: Path, tier: str, told: list[list[Any]], expected: str) -> str | None:
+    """What is wrong with the run that follows one that was killed, or None."""
     errors = [what for kind, what in told if kind == "error"]
     if errors:
         return f"the run to be killed ended by itself: {errors[0]}"
     least = max((what for kind, what in told if kind == "commit"), default=0)
-    told, _ = _fork(folder, tier, None)
+    told, _ = _fork(folder, tier)
     found = dict(reversed(told))
     if "error" in found:
         return f"the second run: {found['error']}"
@@ -119,30 +121,33 @@ def _launch(root: str, kills: int) -> None:
     from spillover import emulator
 
     emulator.enable()
-    import torch
+    # What a run imports, so that it costs a fork; nothing is called, for a fork copies no threads.
+    import torch._dynamo  # noqa: F401
 
-    from spillover import optim
-
-    # What torch imports at first use; no CUDA, which a forked process cannot use.
-    torch.optim.lr_scheduler.ExponentialLR(optim.SGD([torch.zeros(1, requires_grad=True)]), 0.9)
-    optim.SGD([torch.zeros(1, requires_grad=True)]).step()
+    import spillover.optim  # noqa: F401
 
     problems: list[str] = []
     in_training = 0
     begin = time.monotonic()
-    expected = {tier: dict(_fork(Path(root, tier), tier, None)[0]) for tier in ("disk", "auto")}
-    window_s = (time.monotonic() - begin) / 2
-    assert expected["disk"].get("end") == expected["auto"].get("end"), expected
+    told, training_s = _fork(Path(root, "disk"), "disk")
+    whole_s = time.monotonic() - begin
+    expected = dict(told)["end"]
+    told, _ = _fork(Path(root, "auto"), "auto")
+    assert dict(told)["end"] == expected, "the tiers end with other weights"
     for number in range(kills):
         tier = "auto" if number % 5 == 4 else "disk"
-        delay_s = random.Random(number).uniform(0, window_s)
+        # Some while the store is made.
+        from_step = number % 4 != 3
+        delay_s = random.Random(number).uniform(0, training_s if from_step else whole_s)
         folder = Path(root, f"trial{number}")
-        problem, is_training = _trial(folder, tier, delay_s, expected[tier]["end"])
-        in_training += is_training
+        told, _ = _fork(folder, tier, delay_s, from_step=from_step)
+        kinds = [kind for kind, _ in told]
+        in_training += "begin" in kinds and "end" not in kinds
+        problem = _problem(folder, tier, told, expected)
         if problem is not None:
             problems.append(f"kill {number} after {delay_s:.3f} s ({tier}): {problem}")
     print(
-        json.dumps({"problems": problems, "window_s": window_s, "in_training": in_training}),
+        json.dumps({"problems": problems, "window_s": whole_s, "in_training": in_training}),
         flush=True,
     )
     os._exit(0)
