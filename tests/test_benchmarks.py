@@ -33,6 +33,8 @@ EXPECTED = {
         "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
     "crash": {
+        "optimizer_kill_points_survived",
+        "optimizer_kill_points_tried",
         "kill_points_survived",
         "kill_points_tried",
         "crash_points_survived",
@@ -76,8 +78,11 @@ EXPECTED = {
         "equality_one_step_error",
         "equality_200_steps_error",
         "equality_bitwise.repeated",
+        "equality_bitwise.disk",
+        "equality_bitwise.overlap",
         "closed_loop_distance.ours",
         "closed_loop_distance.torch_fused",
+        "closed_loop_distance.torch_fused_cuda",
     },
     "sleep": {
         "sleep_wake_gib_s.ours",

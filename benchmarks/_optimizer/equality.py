@@ -28,8 +28,8 @@ def measure(*, quick: bool) -> tuple[dict[str, float], list[str]]:
         "equality_bitwise: 1 where weights and state of that way are those of the first one",
         "closed_loop_distance: ||weights - foreach's|| / ||foreach's|| after 200 steps in which "
         "each run makes its own gradients (float32 weights, bfloat16 autocast), median of "
-        f"{arguments[1]} seeds. Emulated kernels of foreach and fused are those of the CPU, which "
-        "round alike; a GPU's do not",
+        f"{arguments[1]} seeds. torch_fused on an emulated device is the CPU's kernel, which "
+        "rounds as foreach does; torch_fused_cuda has the arithmetic of that for CUDA",
     ]
 
 

@@ -10,8 +10,11 @@ run makes its own gradients, it is how far torch's own two implementations come 
 from __future__ import annotations
 
 import copy
+import math
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +24,14 @@ from torch import nn
 import spillover
 
 STEPS = 200
-#: Beside the first, which is compared with float64: options of our classes for a run that must have
-#: the same weights and state to the last bit.
-WAYS: dict[str, dict[str, Any]] = {"host": {}, "repeated": {}}
+#: Options of ours, for a model and a folder; with each the weights and state must be those of the
+#: first, which is compared with float64, to the last bit.
+WAYS: dict[str, Callable[[nn.Module, Path], dict[str, Any]]] = {
+    "host": lambda model, folder: {},
+    "repeated": lambda model, folder: {},
+    "disk": lambda model, folder: {"tier": "disk", "directory": folder},
+    "overlap": lambda model, folder: {"overlap": model},
+}
 
 MICRO_STEPS, _CLIP, _LR = 2, 0.5, 3e-3
 CHECKED_EVERY = 10
@@ -195,7 +203,7 @@ def recorded(classes: int) -> dict[str, float]:
             pass
         ends: list[list[torch.Tensor]] = []
         for way in WAYS.values():
-            found, follower = _ours(name, {**options, **way}, recording, follows=not ends)
+            found, follower = _ours(name, options, way, recording, follows=not ends)
             if not ends:
                 end = max(end, _error(found[: len(expected)], expected))
                 one_step = max(one_step, follower.error)
@@ -210,22 +218,56 @@ def recorded(classes: int) -> dict[str, float]:
 
 
 def _ours(
-    name: str, options: dict[str, Any], recording: Recording, *, follows: bool
+    name: str, options: dict[str, Any], way: Any, recording: Recording, *, follows: bool
 ) -> tuple[list[torch.Tensor], _Follower]:
     """Masters, then weights and all state, after the recorded steps."""
-    parameters: list[torch.Tensor] = list(_make_model(torch.bfloat16).parameters())
-    optimizer = getattr(spillover.optim, name)(parameters, offload_gradients=True, **options)
-    follower = _Follower(name, optimizer, parameters)
-    for step in _replay(parameters, optimizer, spillover.optim.clip_grad_norm_, recording):
-        follower.after()
-        if follows and step % CHECKED_EVERY == 0 and step < len(recording):
-            follower.before(recording[step])
-    state = optimizer.state_dict()["state"]
-    arrays = [torch.as_tensor(v) for entry in state.values() for v in entry.values()]
-    return [*_masters(optimizer), *(p.detach().cpu() for p in parameters), *arrays], follower
+    model = _make_model(torch.bfloat16)
+    parameters: list[torch.Tensor] = list(model.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = getattr(spillover.optim, name)(
+            parameters, offload_gradients=True, **options, **way(model, Path(folder))
+        )
+        follower = _Follower(name, optimizer, parameters)
+        for step in _replay(parameters, optimizer, spillover.optim.clip_grad_norm_, recording):
+            follower.after()
+            if follows and step % CHECKED_EVERY == 0 and step < len(recording):
+                follower.before(recording[step])
+        state = optimizer.state_dict()["state"]
+        arrays = [torch.as_tensor(v) for entry in state.values() for v in entry.values()]
+        found = [*_masters(optimizer), *parameters, *arrays]
+        return [each.detach().cpu().clone() for each in found], follower
 
 
 # ---- the closed loop ---------------------------------------------------------------------------
+
+
+class _CudaFusedAdamW(torch.optim.Optimizer):
+    """The arithmetic of torch's fused kernel for CUDA: constants in double, results in float32.
+
+    On an emulated device the fused kernel is the CPU's, which rounds as foreach does.
+    """
+
+    def __init__(self, params: Any, **options: float) -> None:
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-8, **options})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step."""
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state.update(step=0, first=torch.zeros_like(weight))
+                    state["second"] = torch.zeros_like(weight)
+                state["step"] += 1
+                first, second, gradient = state["first"], state["second"], weight.grad.double()
+                weight.copy_(weight.double() * (1 - lr * group["weight_decay"]))
+                first.copy_(beta1 * first.double() + (1 - beta1) * gradient)
+                second.copy_(beta2 * second.double() + (1 - beta2) * gradient * gradient)
+                root = second.sqrt() / math.sqrt(1 - beta2 ** state["step"])
+                denominator = (root.double() + group["eps"]).float()
+                weight.sub_(first * (lr / (1 - beta1 ** state["step"])) / denominator)
 
 
 def _closed_loop(make: Callable[[Iterable[nn.Parameter]], Optimizer], seed: int) -> list[Any]:
@@ -251,6 +293,7 @@ def distances(seeds: int) -> dict[str, float]:
     ways: dict[str, Callable[[Any], Optimizer]] = {
         "ours": lambda params: spillover.optim.AdamW(params, **options),
         "torch_fused": lambda params: torch.optim.AdamW(params, fused=True, **options),
+        "torch_fused_cuda": lambda params: _CudaFusedAdamW(params, **options),
     }
     found: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(seeds):

@@ -39,6 +39,8 @@ class ReferenceLion(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for weight in group["params"]:
+                if weight.grad is None:
+                    continue
                 gradient = -weight.grad if group["maximize"] else weight.grad
                 mean = self.state[weight].setdefault("exp_avg", torch.zeros_like(weight))
                 beta1, beta2 = group["betas"]

@@ -27,6 +27,7 @@ GROUPS = {
         "accelerate_loop",
         "peft_lora",
         "diffusers_unet",
+        "host_optimizers",
     ),
     "torch": (
         "torch_allocator",
@@ -38,7 +39,7 @@ GROUPS = {
         "torchvision_resnet",
         "lightning_fit",
     ),
-    "ddp": ("ddp_gloo", "ddp_offloaded_gradients"),
+    "ddp": ("ddp_gloo", "ddp_host_optimizers", "ddp_offloaded_gradients"),
     "fsdp2": ("fsdp2_gloo",),
     "spillover": ("spillover_llama",),
 }

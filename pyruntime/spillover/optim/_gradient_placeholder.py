@@ -15,8 +15,9 @@ Views of the placeholder as a whole (``detach()``, ``.data``) are placeholders o
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +144,28 @@ def pending_gradient(parameter: torch.Tensor) -> PendingGradient | None:
     if host is None or gradient is None or gradient.stride() != parameter.stride():
         return None
     return host.lease()
+
+
+@contextlib.contextmanager
+def fetched_gradients(parameters: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Have ``.grad`` be ordinary tensors meanwhile, for code that reads each more than once.
+
+    What is written to them is lost. Raises torch.OutOfMemoryError, with all as it was.
+    """
+    replaced: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for parameter in parameters:
+            gradient, host = parameter.grad, host_of(parameter.grad)
+            if gradient is None or host is None:
+                continue
+            here = host.to_device() if host.place is Place.DEVICE else host.fetch()
+            replaced.append((parameter, gradient))
+            parameter.grad = here
+            del here
+        yield
+    finally:
+        for parameter, gradient in replaced:
+            parameter.grad = gradient
 
 
 def _note_read(host: HostGradient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +25,6 @@ from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gr
 from spillover.optim._host_entries import Entries
 from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
 from spillover.optim._host_step import (
-    Progress,
     Unsent,
     explain,
     order_after_compute,
@@ -34,6 +34,7 @@ from spillover.optim._host_step import (
 )
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
+from spillover.optim._progress import Progress
 from spillover.optim._state_dictionaries import HostEntry
 from spillover.optim._state_store import StateArrays
 from spillover.optim._tiers import Tier, TierOptions, check_device_tier, tier_options
@@ -148,7 +149,8 @@ class HostOptimizer(torch.optim.Optimizer):
         self._entries = Entries(self.algorithm, options, pool, name)
         self._disk: DiskTier | None = None
         if tier is not None and tier.tier != "host":
-            self._entries = DiskEntries(self.algorithm, options, pool, name)
+            synchronize = weakref.WeakMethod(self.synchronize)
+            self._entries = DiskEntries(self.algorithm, options, pool, name, synchronize)
             self._disk = DiskTier(tier, self._entries, name)
         self._progress = Progress()
         self._unsent = Unsent()
@@ -185,7 +187,7 @@ class HostOptimizer(torch.optim.Optimizer):
 
     def _host_bytes(self) -> int:
         if self._disk is not None:
-            return self._disk.store.host_bytes
+            return self._disk.host_bytes
         return self._entries.memory.size_bytes()
 
     @property
@@ -224,13 +226,23 @@ class HostOptimizer(torch.optim.Optimizer):
         if self._disk is None:
             raise StateError("commit() needs tier='disk' or tier='auto'; state is on the host")
         self.synchronize()
-        if not self._progress.is_empty:
+        if self._progress:
             raise StateError(
                 "the last step has failed and updated a part; repeat it with the same gradients, "
                 "or go back to the last commit with spillover.optim.resume()"
             )
         self._unsent.send()
         return self._disk.commit(self.param_groups, self._raw_state, extra)
+
+    def close(self) -> None:
+        """Let go of the directory, so that another optimizer may have it. Blocks.
+
+        What was not committed is forgotten, and steps raise StateError from then on. With
+        ``tier="host"`` there is nothing to do. The end of the process does the same.
+        """
+        self.synchronize()
+        if self._disk is not None:
+            self._disk.store.close()
 
     def resume(self) -> Resumed | None:
         """See :func:`spillover.optim.resume`."""
@@ -552,7 +564,9 @@ class HostOptimizer(torch.optim.Optimizer):
                 store = self._entries.store
                 run(self.algorithm, list(groups.values()), self._unsent, self._finish, store)
         except BaseException as error:
-            self._progress.remember(works)
+            for work in works:
+                if work.done:
+                    self._progress.remember(work.parameter, work.done)
             explain(error, works, skipped)
             raise
         self._progress.clear()

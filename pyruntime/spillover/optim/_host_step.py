@@ -6,14 +6,13 @@ Everything that can be known is checked, and all memory is there, before the fir
 What still can fail are calls of the driver on the way. ``Work.done`` says how far each parameter
 came. New weights whose copy to the device could not be launched are kept and go there first in the
 next step, so state and weights never come apart. A step that is repeated with the same gradients,
-known by identity and version as in Note [Failed steps] of ``_paging_step``, goes on where the
+known by identity and version (``_progress``), goes on where the
 failed one stopped.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,6 +24,7 @@ from spillover._stalls import Stall
 from spillover.optim._algorithms import Algorithm
 from spillover.optim._failures import note
 from spillover.optim._host_work import Work, batches, host_batches, update
+from spillover.optim._progress import Position, position_of
 from spillover.optim._staging import Piece, Slot, Staging, piece_bytes, staging_of
 from spillover.optim._state_store import Part, StateStore
 
@@ -74,57 +74,10 @@ class Unsent:
                 other.version = other.target._version
 
 
-@dataclass(frozen=True)
-class _Position:
-    gradient: weakref.ref[torch.Tensor]
-    version: int
-    done: int
-
-
-class Progress:
-    """How far a step that failed came with each gradient."""
-
-    def __init__(self) -> None:
-        self._positions: dict[int, _Position] = {}
-
-    def done(self, parameter: torch.Tensor) -> int:
-        """Elements of ``parameter`` that have been updated with the gradient that it has now."""
-        position, gradient = self._positions.get(id(parameter)), parameter.grad
-        if position is None or gradient is None or position.gradient() is not gradient:
-            return 0
-        return position.done if position.version == gradient._version else 0
-
-    def remember(self, works: Sequence[Work]) -> None:
-        """After a failure."""
-        for work in works:
-            gradient = work.parameter.grad
-            if work.done and gradient is not None:
-                position = _Position(weakref.ref(gradient), gradient._version, work.done)
-                self._positions[id(work.parameter)] = position
-
-    def remember_all(self, taken: dict[int, _Position]) -> None:
-        """After a step that failed and was then finished, with what it had ``taken``."""
-        self._positions.update(taken)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no step failed since the last one that came to its end."""
-        return not self._positions
-
-    def clear(self) -> None:
-        """After a step that came to its end."""
-        self._positions.clear()
-
-
-def taken_by(works: Sequence[Work]) -> dict[int, _Position]:
-    """The gradients of ``works``, as what :class:`Progress` knows when all of them are updated."""
-    found = {}
-    for work in works:
-        parameter, gradient = work.parameter, work.parameter.grad
-        if gradient is not None:
-            position = _Position(weakref.ref(gradient), gradient._version, parameter.numel())
-            found[id(parameter)] = position
-    return found
+def taken_by(works: Sequence[Work]) -> dict[int, Position]:
+    """The gradients of ``works``, as what a step knows when all of them are updated."""
+    found = {id(one.parameter): position_of(one.parameter, one.parameter.numel()) for one in works}
+    return {key: position for key, position in found.items() if position is not None}
 
 
 def reserve_staging(works: Sequence[Work]) -> None:

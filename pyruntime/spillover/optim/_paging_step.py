@@ -14,7 +14,6 @@ full disk, it goes to pageable host memory, and the step ends with the error beh
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from spillover._errors import ConfigError
 from spillover._settings import logger
 from spillover.optim._failures import note
+from spillover.optim._gradient_placeholder import fetched_gradients
 from spillover.optim._paging_classes import Group, Rules
 from spillover.optim._paging_state import (
     Entry,
@@ -36,6 +36,7 @@ from spillover.optim._paging_state import (
 )
 from spillover.optim._paging_store import StateStore
 from spillover.optim._paging_transfer import Pair, Transfers, Transit
+from spillover.optim._progress import Progress
 
 #: Runs the optimizer's own step without its hooks.
 Inner = Callable[[], Any]
@@ -63,8 +64,8 @@ class Paging:
         #: Of the last step.
         self.buckets: list[Bucket] = []
         self._transfers = Transfers(store)
-        # Gradients, and their versions, that an unfinished step has used; see Note [Failed steps].
-        self._used: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        # Of an unfinished step; see Note [Failed steps].
+        self._progress = Progress()
         self._has_warned = False
 
     def step_in_buckets(self, optimizer: torch.optim.Optimizer, inner: Inner) -> None:
@@ -88,10 +89,12 @@ class Paging:
                     groups = _groups_of(optimizer, bucket, decisions)
                     self._update(optimizer, inner, bucket.parameters, groups, [transit])
         except BaseException as error:
-            done = sum(1 for bucket in plan for each in bucket.parameters if self._was_used(each))
+            done = sum(
+                1 for bucket in plan for each in bucket.parameters if self._progress.is_done(each)
+            )
             _explain(error, done, sum(len(bucket.parameters) for bucket in plan))
             raise
-        self._used.clear()
+        self._progress.clear()
 
     def step_whole(self, optimizer: torch.optim.Optimizer, inner: Inner) -> Any:
         """Run the optimizer's step with all of its state on the device."""
@@ -103,10 +106,10 @@ class Paging:
                 arrived = self._bring_all(state, keys)
                 return self._update(optimizer, inner, keys, None, arrived)
         except BaseException as error:
-            _explain(error, len(self._used), len(self._used))
+            _explain(error, len(self._progress), len(self._progress))
             raise
         finally:
-            self._used.clear()
+            self._progress.clear()
 
     def take_over(self, local: dict[Any, Any]) -> States:
         """Send state that is on devices to its places; nothing is changed where that fails."""
@@ -144,7 +147,7 @@ class Paging:
         last: dict[torch.device, Bucket] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or self._was_used(parameter):
+                if parameter.grad is None or self._progress.is_done(parameter):
                     continue
                 size_bytes = self._state_bytes(optimizer, group, parameter)
                 bucket = last.get(parameter.device)
@@ -168,16 +171,6 @@ class Paging:
             if found:
                 return found
         return sum(self.rules.expected(group, parameter))
-
-    def _was_used(self, parameter: torch.Tensor) -> bool:
-        gradient, version = self._used.get(id(parameter), (None, 0))
-        found = parameter.grad
-        return (
-            gradient is not None
-            and found is not None
-            and gradient() is found
-            and found._version == version
-        )
 
     def _bring(self, state: States, bucket: Bucket) -> Transit:
         wanted = {id(each): each for each in _parked(state, bucket.parameters)}
@@ -219,8 +212,11 @@ class Paging:
         optimizer.state = local
         if groups is not None:
             optimizer.param_groups = groups
+        # Updates read gradients several times. Where a fused kernel unscales them, it writes them.
+        writes = getattr(optimizer, "grad_scale", None) is not None or not self.rules.in_buckets
         try:
-            found = inner()
+            with fetched_gradients([] if writes else parameters):
+                found = inner()
         except BaseException as error:
             counts.put_back()
             # Whether they have been changed cannot be seen: foreach kernels count no versions.
@@ -235,9 +231,7 @@ class Paging:
             if groups is not None:
                 optimizer.param_groups = all_groups
         for parameter in parameters:
-            if parameter.grad is not None:
-                used = (weakref.ref(parameter.grad), parameter.grad._version)
-                self._used[id(parameter)] = used
+            self._progress.remember(parameter, parameter.numel())
         self._put_away(state, keys, local, arrived)
         return found
 

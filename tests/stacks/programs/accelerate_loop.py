@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 
 from _program import assert_close, assert_learns, main
 
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader
 NEEDS = ("transformers", "accelerate")
 
 
-def train(*, cpu: bool) -> list[float]:
+def train(
+    *, cpu: bool, make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW
+) -> list[float]:
     """Losses of sixteen batches, eight steps."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -24,7 +27,7 @@ def train(*, cpu: bool) -> list[float]:
     set_seed(0)
     accelerator = Accelerator(cpu=cpu, mixed_precision="bf16", gradient_accumulation_steps=2)
     model = new_llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = make(model.parameters(), lr=5e-3)
     loader = DataLoader(sequences(128), batch_size=8, shuffle=False, pin_memory=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.5, 1.0, 4)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 
 from _program import assert_close, assert_learns, main
 
@@ -15,8 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 NEEDS = ("lightning",)
 
 
-def fit(accelerator: str) -> tuple[list[float], list[Tensor]]:
-    """Losses of the steps, and predictions."""
+def fit(
+    accelerator: str,
+    make: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    *,
+    resume: bool = False,
+    precision: str = "bf16-mixed",
+) -> tuple[list[float], list[Tensor]]:
+    """Losses of the steps, and predictions; with ``resume`` of a run that begins again midway."""
     import lightning
 
     class Module(lightning.LightningModule):
@@ -41,7 +48,7 @@ def fit(accelerator: str) -> tuple[list[float], list[Tensor]]:
             self.log("validation", F.cross_entropy(self(batch), batch[1]))
 
         def configure_optimizers(self) -> dict[str, object]:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            optimizer = make(self.parameters(), lr=1e-2)
             return {
                 "optimizer": optimizer,
                 "lr_scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
@@ -51,19 +58,28 @@ def fit(accelerator: str) -> tuple[list[float], list[Tensor]]:
     data = TensorDataset(x, x[:, :4].argmax(1))
     loader = DataLoader(data, batch_size=16, pin_memory=accelerator == "gpu")
     with tempfile.TemporaryDirectory() as folder:
-        trainer = lightning.Trainer(
-            accelerator=accelerator,
-            devices=1,
-            precision="bf16-mixed",
-            max_epochs=3,
-            gradient_clip_val=1.0,
-            default_root_dir=folder,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        module = Module()
-        trainer.fit(module, loader, loader)
+
+        def make_trainer(epochs: int) -> lightning.Trainer:
+            return lightning.Trainer(
+                accelerator=accelerator,
+                devices=1,
+                precision=precision,
+                max_epochs=epochs,
+                gradient_clip_val=1.0,
+                default_root_dir=folder,
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+
+        module, checkpoint = Module(), None
+        if resume:
+            first = make_trainer(2)
+            first.fit(module, loader, loader)
+            checkpoint, module = f"{folder}/middle.ckpt", Module()
+            first.save_checkpoint(checkpoint)
+        trainer = make_trainer(3)
+        trainer.fit(module, loader, loader, ckpt_path=checkpoint, weights_only=False)
         assert trainer.callback_metrics["validation"].isfinite()
         predictions = trainer.predict(module, loader, ckpt_path="best", weights_only=True)
     return module.losses, predictions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from _program import assert_close, assert_learns, main
 
@@ -13,8 +14,10 @@ from _llama import new_llama, sequences
 NEEDS = ("transformers", "accelerate")
 
 
-def train(folder: str, *, use_cpu: bool, resume: bool = False) -> list[float]:
-    """The losses that the Trainer logs."""
+def train(
+    folder: str, *, use_cpu: bool, resume: bool = False, optimizer: Any = None
+) -> list[float]:
+    """The losses that the Trainer logs; ``optimizer`` is a class and its options."""
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -43,6 +46,7 @@ def train(folder: str, *, use_cpu: bool, resume: bool = False) -> list[float]:
         args=arguments,
         train_dataset=sequences(64),
         eval_dataset=sequences(16),
+        optimizer_cls_and_kwargs=optimizer,
     )
     trainer.train(resume_from_checkpoint=str(Path(folder) / "checkpoint-4") if resume else None)
     history = trainer.state.log_history
