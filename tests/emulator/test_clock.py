@@ -411,7 +411,8 @@ def test_what_a_hook_waits_for_in_backward_is_seen() -> None:
         """
     )
     assert found["unseen"] == 0
-    assert 15_000_000 <= found["waited"] < 18_000_000  # type: ignore[operator]
+    # The server may be a little behind at the start.
+    assert 14_900_000 <= found["waited"] < 18_000_000  # type: ignore[operator]
 
 
 def test_mistakes_are_sentences() -> None:
