@@ -1,4 +1,5 @@
-"""AdamW on the CPU beside torch's fused kernel and DeepSpeed's, and beside the memory's bandwidth.
+"""AdamW on the CPU beside torch's fused kernel and DeepSpeed's, and beside the memory's bandwidth;
+then whole training steps with the optimizer on the host, simulated on the virtual clock.
 
 One process for all, which take turns on the same memory, with as many threads each as torch has.
 The physical limit is an in-place scale of four arrays of the same size. Results are compared with
@@ -14,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks._harness import spread
-from benchmarks._optimizer import equality
+from benchmarks._optimizer import equality, simulated
 
 #: Bytes that a step moves for a parameter, and a scale of four arrays for an element of each.
 _STEP_BYTES = {"ours_fp32": 28, "ours_mixed": 28, "ours_8bit": 16 + 4 * 4 / 256}
@@ -54,7 +55,9 @@ def run(*, quick: bool) -> dict[str, Any]:
             notes.append(f"no figures of DeepSpeed: {found['no_deepspeed']}")
     equal, what = equality.measure(quick=quick)
     metrics.update(equal)
-    return {"metrics": metrics, "details": details, "notes": [*notes, *what]}
+    found, details["simulated"], simulated_notes = simulated.measure(quick=quick)
+    metrics.update(found)
+    return {"metrics": metrics, "details": details, "notes": [*notes, *what, *simulated_notes]}
 
 
 def _add(

@@ -33,6 +33,8 @@ EXPECTED = {
         "simulated_slowdown.h100-pcie.fsdp2_cpu_offload",
     },
     "crash": {
+        "optimizer_kill_points_survived",
+        "optimizer_kill_points_tried",
         "kill_points_survived",
         "kill_points_tried",
         "crash_points_survived",
@@ -70,6 +72,9 @@ EXPECTED = {
         "fraction_of_stream",
         "fraction_of_stream_mixed",
         "stream_gb_s",
+        "simulated_fraction_of_bound.rtx4090_accumulation_2",
+        "simulated_fraction_of_no_offload.rtx4090_accumulation_2.ours",
+        "simulated_fraction_of_no_offload.rtx4090_accumulation_2.fsdp2_cpu_offload",
         "equality_one_step_error",
         "equality_200_steps_error",
         "equality_bitwise.repeated",

@@ -148,19 +148,26 @@ def add_low_rank(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def sharded_on_the_host(model: LanguageModel) -> Iterator[None]:
+def sharded_on_the_host(
+    model: LanguageModel, *, low_precision: torch.dtype | None = None
+) -> Iterator[None]:
     """FSDP2 with weights, gradients and optimizer on the host, in one process.
 
-    It computes what each of many processes would, without their communication.
+    It computes what each of many processes would, without their communication. ``low_precision``
+    is what weights are cast to for computing.
     """
     import torch.distributed as dist
-    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     try:
         for module in (*model.blocks, model):
-            fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=True))
+            fully_shard(
+                module,
+                offload_policy=CPUOffloadPolicy(pin_memory=True),
+                mp_policy=MixedPrecisionPolicy(param_dtype=low_precision),
+            )
         yield
     finally:
         dist.destroy_process_group()

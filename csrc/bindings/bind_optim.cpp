@@ -86,7 +86,8 @@ UpdateRange make_range(size_t count, uintptr_t gradient, const std::string& grad
 // those that help it. In a dry run, where they have no bytes, the work is not to be done.
 class Announced {
  public:
-  explicit Announced(const std::vector<MemorySpan>& spans) {
+  // Of what the spans move, cached_bytes are in the processor's caches.
+  explicit Announced(const std::vector<MemorySpan>& spans, size_t cached_bytes = 0) {
     size_t moved_bytes = 0;
     std::vector<HostRange> ranges;
     for (const MemorySpan& span : spans) {
@@ -99,7 +100,7 @@ class Announced {
       if (span.is_written) ranges.push_back({range.address, range.size_bytes, HostAccess::kWrite});
     }
     has_bytes_ = annotate_host_work(ranges);
-    work_ = annotate_work_begin(kCpuOptimizer, moved_bytes);
+    work_ = annotate_work_begin(kCpuOptimizer, moved_bytes - cached_bytes);
   }
   ~Announced() { annotate_work_end(work_); }
   Announced(const Announced&) = delete;
@@ -159,16 +160,19 @@ Announced announce(const std::vector<ElementArray>& arrays, bool is_written) {
 }
 
 SquareSum accumulate_pieces(const std::vector<std::tuple<uintptr_t, ArrayTuple>>& given,
-                            double scale, bool add, int threads) {
+                            double scale, bool add, bool is_cached, int threads) {
   std::vector<Accumulation> pieces;
   std::vector<MemorySpan> spans;
   const AccumulateMode mode = add ? AccumulateMode::kAdd : AccumulateMode::kOverwrite;
+  size_t cached_bytes = 0;
   for (const auto& [accumulator, gradient] : given) {
     pieces.push_back({pointer<float>(accumulator), array_of(gradient)});
     append(spans, memory_spans(pieces.back(), mode));
+    const MemorySpan& written = spans.back();
+    if (is_cached) cached_bytes += written.size_bytes * (written.is_read ? 2 : 1);
   }
   const GilRelease released;
-  const Announced announced(spans);
+  const Announced announced(spans, cached_bytes);
   if (!announced.has_bytes()) return unknown_squares();
   return accumulate(pieces, scale, mode, threads);
 }
@@ -242,7 +246,7 @@ void register_gradients(py::module_& module) {
       .def("add", py::overload_cast<const SquareSum&>(&SquareSum::add), py::arg("other"))
       .def_property_readonly("value", &SquareSum::value);
   module.def("accumulate", &accumulate_pieces, py::arg("pieces"), py::kw_only(), py::arg("scale"),
-             py::arg("add"), py::arg("threads"));
+             py::arg("add"), py::arg("is_cached") = false, py::arg("threads"));
   module.def(
       "sum_of_squares",
       [](const std::vector<ArrayTuple>& given, int threads) {

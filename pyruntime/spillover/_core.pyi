@@ -546,7 +546,12 @@ def update_adagrad(
     threads: int,
 ) -> None: ...
 def accumulate(
-    pieces: Sequence[tuple[int, _Array]], *, scale: float, add: bool, threads: int
+    pieces: Sequence[tuple[int, _Array]],
+    *,
+    scale: float,
+    add: bool,
+    is_cached: bool = ...,
+    threads: int,
 ) -> SquareSum: ...
 def sum_of_squares(arrays: Sequence[_Array], *, threads: int) -> SquareSum: ...
 def scale_elements(arrays: Sequence[_Array], *, factor: float, threads: int) -> None: ...

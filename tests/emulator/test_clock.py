@@ -386,6 +386,34 @@ def test_a_wait_that_nobody_sees_passes_the_turn_on() -> None:
     assert found == {"value": 8, "times_out": True, "unseen": 1}
 
 
+def test_what_a_hook_waits_for_in_backward_is_seen() -> None:
+    found = run_clocked(
+        """
+        import queue, threading
+        asked, answered = queue.Queue(), queue.Queue()
+
+        def serve():
+            while asked.get():
+                emulator.advance(5_000_000)
+                answered.put(1)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        weight = torch.nn.Parameter(torch.ones(4, device="cuda"))
+        weight.register_hook(lambda _: (asked.put(True), answered.get())[0])
+        start = emulator.now_ns()
+        for _ in range(3):
+            (weight * 2).sum().backward()
+        waited = emulator.now_ns() - start
+        asked.put(False)
+        server.join()
+        print(json.dumps({"waited": waited, "unseen": emulator.clock_report().unseen_waits}))
+        """
+    )
+    assert found["unseen"] == 0
+    assert 15_000_000 <= found["waited"] < 18_000_000  # type: ignore[operator]
+
+
 def test_mistakes_are_sentences() -> None:
     found = run_clocked(
         """

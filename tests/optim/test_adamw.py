@@ -340,7 +340,7 @@ def test_all_weights_on_the_host() -> None:
     ("options", "message"),
     [
         ({"tier": "device"}, r"torch\.optim\.AdamW"),
-        ({"tier": "disk"}, "must be 'host'"),
+        ({"tier": "disk"}, "needs directory"),
         ({"lr": -1.0}, "lr"),
         ({"betas": (1.0, 0.9)}, "betas"),
         ({"eps": -1.0}, "eps"),

@@ -134,8 +134,9 @@ def test_micro_steps_add_up_in_float32(dtype: torch.dtype) -> None:
 def test_large_gradients_pass_the_ring_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     from spillover.optim import _gradient_memory, _gradient_worker, _host_gradient
 
+    monkeypatch.setattr(_gradient_worker, "_RING_BYTES_MIN", 4096)
+    monkeypatch.setattr(_gradient_worker, "_RING_BYTES_MAX", 4096)
     worker = _gradient_worker.GradientWorker()
-    monkeypatch.setattr(_gradient_worker, "_RING_BYTES", 4096)
     monkeypatch.setattr(_host_gradient, "PIECE_BYTES", 1536)
     monkeypatch.setattr(_gradient_memory, "_COPIED_ELEMENTS", 100)
     monkeypatch.setattr(_host_gradient, "worker", worker)

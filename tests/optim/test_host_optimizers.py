@@ -284,7 +284,7 @@ def test_saving_one_array_saves_that_one() -> None:
     [
         ({"lr": -1.0}, "^lr must be"),
         ({"weight_decay": float("nan")}, "^weight_decay must be"),
-        ({"tier": "disk"}, "must be 'host'"),
+        ({"tier": "disk"}, "needs directory"),
         ({"moments": "int4"}, "moments='int4' is not known"),
         ({"master": "none"}, "master='none' is not known"),
         ({"gradient_anomalies": "raise"}, "offload_gradients=True"),

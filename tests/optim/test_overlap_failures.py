@@ -90,9 +90,11 @@ def test_what_waits_next_hears_of_a_failure_and_what_waits_then_finishes_it(
         remedy = next(remedies)
         with monkeypatch.context() as patch:
             fail_at(patch, method, 0, before=True)
-            call(lambda: remedy(found))  # noqa: B023
-        remedy(found)
-        assert all(map(torch.equal, found.end(), wanted))
+            has_failed_again = call(lambda: remedy(found))  # noqa: B023
+        if has_failed_again:
+            remedy(found)
+        same = list(map(torch.equal, found.end(), wanted))
+        assert all(same), (number, remedy, same)
     assert number > 2
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from spillover._core import HostPool
-from spillover._errors import ConfigError, StateError
+from spillover._errors import ConfigError, DiskFull, StateError
 from spillover._layout import dense_stride, flat_view
 from spillover.optim import _kernels
 from spillover.optim._algorithms import Algorithm, Group
@@ -26,6 +30,9 @@ from spillover.optim._host_state import (
 )
 from spillover.optim._masters import whole_master
 
+# Of a copy of an array; a smaller one is in ordinary memory.
+_MAPPED_BYTES_MIN = 1 << 20
+
 
 @dataclass(frozen=True, eq=False)
 class StateOnDisk:
@@ -37,9 +44,10 @@ class StateOnDisk:
     _entries: DiskEntries = field(repr=False)
 
     def read(self) -> torch.Tensor:
-        """A copy in pageable memory, of the parameter's shape; 8-bit moments as float32. Blocks.
+        """A copy of the parameter's shape, 8-bit moments as float32. Blocks.
 
-        Raises CorruptData and StorageError.
+        A large one is in memory that is mapped from an unnamed file beside the state, so that the
+        system can do without it. Raises CorruptData, StorageError and DiskFull.
         """
         return self._entries.read(self._parameter, self.name)
 
@@ -48,10 +56,19 @@ class DiskEntries(Entries):
     """As its base, over a :class:`DiskStateStore`, which is there from :meth:`attach` on."""
 
     def __init__(
-        self, algorithm: Algorithm, options: StateOptions, pool: HostPool | None, name: str
+        self,
+        algorithm: Algorithm,
+        options: StateOptions,
+        pool: HostPool | None,
+        name: str,
+        synchronize: weakref.WeakMethod[Callable[[], None]],
     ) -> None:
+        # Waits for a step that is under way; the optimizer's.
+        self._synchronize = synchronize
         super().__init__(algorithm, options, pool, name)
         self.disk: DiskStateStore | None = None
+        #: For copies of state.
+        self.folder: str | None = None
         self._initial: dict[torch.Tensor, float] = {}
 
     def attach(self, store: DiskStateStore) -> None:
@@ -144,6 +161,9 @@ class DiskEntries(Entries):
 
     def read(self, parameter: torch.Tensor, name: str) -> torch.Tensor:
         """A copy of an array; see :meth:`StateOnDisk.read`."""
+        synchronize = self._synchronize()
+        if synchronize is not None:
+            synchronize()
         store = self._store()
         found: torch.Tensor | None = None
         for place in store.layout.places(parameter):
@@ -151,7 +171,7 @@ class DiskEntries(Entries):
             if found is None:
                 dtype = torch.float32 if isinstance(array, BlockwiseState) else array.dtype
                 stride = dense_stride(parameter)
-                found = torch.empty_strided(parameter.shape, stride, dtype=dtype, device="cpu")
+                found = self._empty(parameter.numel(), dtype).as_strided(parameter.shape, stride)
             part = flat_view(found)[place.start : place.end]
             if name not in place.valid:
                 part.fill_(self._initial.get(parameter, 0.0))
@@ -171,8 +191,34 @@ class DiskEntries(Entries):
         remainder = found.pop(REMAINDER, None)
         if remainder is not None and MASTER not in found:
             self._drop_odd_remainders(parameter, remainder)
-            found[MASTER] = whole_master(parameter, remainder)
+            whole = whole_master(parameter, remainder)
+            flat = self._empty(whole.numel(), whole.dtype)
+            found[MASTER] = flat.as_strided(whole.shape, whole.stride()).copy_(whole)
         return found
+
+    def _empty(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host; much of it is a file's without a name, which the system may evict.
+
+        Raises DiskFull.
+        """
+        size_bytes = count * dtype.itemsize
+        if size_bytes < _MAPPED_BYTES_MIN:
+            return torch.empty(count, dtype=dtype, device="cpu")
+        folder = self.folder
+        with tempfile.TemporaryFile(dir=folder) as file:
+            try:
+                # Now: a page that has no room when it is written to would end the process.
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            except OSError as error:
+                raise DiskFull(
+                    error.errno,
+                    f"a copy of the state needs {size_bytes} bytes beside it in {folder}: "
+                    f"{error.strerror}",
+                    folder,
+                ) from error
+            memory = mmap.mmap(file.fileno(), size_bytes)
+        # The tensor's storage holds the mapping.
+        return torch.frombuffer(memory, dtype=dtype, count=count)
 
     def take_over(self, loaded: Sequence[tuple[torch.Tensor, Group, Entry]]) -> list[Entry]:
         """As the base's. What is loaded is read unit by unit, so that files may be mapped.

@@ -23,8 +23,9 @@ import torch
 from spillover._core import HostPool
 from spillover._disk import Folder, absolute_folders
 from spillover._durable import DurableStore
-from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError
+from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError, StorageError
 from spillover._layout import flat_view, is_dense
+from spillover._settings import enabled
 from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
 from spillover.optim._algorithms import Group
@@ -32,6 +33,7 @@ from spillover.optim._commit_values import dumps, loads, random_states, restore_
 from spillover.optim._disk_entries import DiskEntries
 from spillover.optim._disk_layout import Layout
 from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
+from spillover.optim._failures import note
 from spillover.optim._tiers import TierOptions
 
 if TYPE_CHECKING:
@@ -42,6 +44,8 @@ _BLOCK_BYTES = 4096
 _EXTRA_BYTES = 4 << 20
 _EXTRA_BYTES_PER_TENSOR = 1024
 _FORMAT = 1
+# Of the host's memory, left for staging and others where tier="auto" has no budget.
+_ROOM_BYTES = 128 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,7 @@ class DiskTier:
                 "choose another directory, or remove it with 'spillover store delete'"
             ) from error
         self._must_resume = disk.sequence > 0
+        self.entries.folder = self.options.folders[0]
         algorithm = self.entries.algorithm
         self.entries.attach(DiskStateStore(algorithm, layout, disk, ring, homes))
 
@@ -147,6 +152,8 @@ class DiskTier:
                 try:
                     homes.append(Slot(size, pool))
                 except HostOutOfMemory:
+                    # The rest of the program needs some, too.
+                    del homes[max(0, len(homes) - -(-_ROOM_BYTES // slot_bytes)) :]
                     break
                 left = None if left is None else left - size
         return ring, homes
@@ -159,6 +166,11 @@ class DiskTier:
             extent_bytes=self._extent_bytes,
             write_limit=self.options.write_limit,
         )
+
+    @property
+    def host_bytes(self) -> int:
+        """In memory of the host, between steps."""
+        return 0 if self.entries.disk is None else self.entries.disk.host_bytes
 
     @property
     def disk_bytes(self) -> int:
@@ -187,8 +199,17 @@ class DiskTier:
         """Count it, and commit where it is time."""
         self.steps += 1
         every = self.options.commit_every
-        if every is not None and self.steps - self._committed_steps >= every:
+        if every is None or self.steps - self._committed_steps < every:
+            return
+        try:
             optimizer.commit()
+        except StorageError as error:
+            note(
+                error,
+                "The step itself is done, and must not be repeated; what failed is the commit "
+                "after it. commit() tries again, as the next step does.",
+            )
+            raise
 
     def commit(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> int:
         """Note [What a commit holds]. Blocks."""
@@ -393,7 +414,8 @@ def resume(
 
     Returns
     -------
-    What the commit says beside, or None where nothing was committed yet, as in a first run.
+    What the commit says beside, or None where nothing was committed yet, as in a first run, and
+    with ``SPILLOVER=0``.
 
     Raises
     ------
@@ -417,6 +439,8 @@ def resume(
     >>> resumed = spillover.optim.resume("/nvme0/state")
     >>> for step in range(resumed.step if resumed else 0, 1000): ...
     """
+    if not enabled():
+        return None
     if optimizer is None:
         wanted = set(absolute_folders(directory))
         found = [each for each in _living if set(each.disk_folders) == wanted]

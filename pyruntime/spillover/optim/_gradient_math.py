@@ -54,7 +54,7 @@ def _combine(
     elif factor != 1.0:
         _kernels.scale([target], factor)
     if addend is not None:
-        squares = _kernels.accumulate([target], [addend])
+        squares = _kernels.accumulate([target], [addend], is_cached=base is not target)
     elif base is target:
         squares = _kernels.sum_of_squares([target])
     return squares.value

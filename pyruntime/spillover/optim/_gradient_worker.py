@@ -7,7 +7,9 @@ through a ring of pinned memory: the thread of autograd takes room in it, starts
 the worker a job, which waits for the copy, adds, and gives the room back. Jobs run one after
 another in the order in which they were handed in, so all that was done to one gradient is done when
 its last job is. The ring is the back-pressure: where the host adds slower than the link brings,
-backward waits for room, and no more than the ring's bytes are ever under way.
+backward waits for room, and no more than the ring's bytes are ever under way. Backward that waits
+launches no kernels, so the ring takes several of the largest gradients: the device has work until
+there is room.
 
 One worker and one ring a process, made when the first gradient has to be added. A forked child
 starts without either. Methods may be called from any thread; none holds the interpreter's lock
@@ -30,7 +32,9 @@ from spillover._pinned import empty_pinned
 from spillover._settings import logger
 from spillover._stalls import Stall
 
-_RING_BYTES = 64 << 20
+_RING_BYTES_MIN, _RING_BYTES_MAX = 64 << 20, 512 << 20
+#: Gradients that the ring has room for.
+_RING_GRADIENTS = 4
 #: The largest piece that is copied and added at a time.
 PIECE_BYTES = 16 << 20
 _ALIGNMENT = 64
@@ -61,6 +65,7 @@ class GradientWorker:
         self._thread: threading.Thread | None = None
         self._is_closing = False
         self._ring: torch.Tensor | None = None
+        self._ring_bytes = _RING_BYTES_MIN
         self._rooms: deque[Room] = deque()
         self._head = 0
 
@@ -91,11 +96,18 @@ class GradientWorker:
         """Whether the job of that number is over."""
         return self._finished >= number
 
+    def expect(self, size_bytes: int) -> None:
+        """Have a ring that suits gradients of so many bytes, unless there is one already."""
+        with self._condition:
+            if self._ring is None:
+                wanted_bytes = min(_RING_GRADIENTS * size_bytes, _RING_BYTES_MAX)
+                self._ring_bytes = max(self._ring_bytes, wanted_bytes // _ALIGNMENT * _ALIGNMENT)
+
     def reserve(self) -> None:
         """Have the ring, rather than at its first use. Raises HostOutOfMemory."""
         with self._condition:
             if self._ring is None:
-                self._ring = empty_pinned((_RING_BYTES,), torch.uint8)
+                self._ring = empty_pinned((self._ring_bytes,), torch.uint8)
 
     def take(self, size_bytes: int) -> Room:
         """Room for a piece of at most ``PIECE_BYTES``; blocks until there is some."""
@@ -130,19 +142,21 @@ class GradientWorker:
     def _place(self, size_bytes: int) -> int:
         """Where the next room begins: it must not go over the ring's end."""
         begin = -(-self._head // _ALIGNMENT) * _ALIGNMENT
-        offset = begin % _RING_BYTES
-        return begin if offset + size_bytes <= _RING_BYTES else begin - offset + _RING_BYTES
+        offset = begin % self._ring_bytes
+        return (
+            begin if offset + size_bytes <= self._ring_bytes else begin - offset + self._ring_bytes
+        )
 
     def _fits(self, size_bytes: int) -> bool:
         tail = self._rooms[0].begin if self._rooms else self._head
-        return not self._rooms or self._place(size_bytes) + size_bytes <= tail + _RING_BYTES
+        return not self._rooms or self._place(size_bytes) + size_bytes <= tail + self._ring_bytes
 
     def _try_take(self, size_bytes: int) -> Room | None:
         if not self._fits(size_bytes):
             return None
         assert self._ring is not None
         begin = self._place(size_bytes)
-        offset = begin % _RING_BYTES
+        offset = begin % self._ring_bytes
         room = Room(self._ring[offset : offset + size_bytes], begin, begin + size_bytes)
         self._head = room.end
         self._rooms.append(room)

@@ -73,8 +73,8 @@ class GradientStats:
     late
         Gradients that left when their backward was over, such as after a reduction.
     host_bytes
-        Pinned memory for gradients at this moment, without the ring of 64 MiB that the process has
-        from the first micro-step on that was added.
+        Pinned memory for gradients at this moment, without the ring (64 to 512 MiB) that the
+        process has from the first micro-step on that was added.
     parameters
         With a hook.
     """
@@ -245,7 +245,8 @@ def offload_gradients(
     Notes
     -----
     Blocks the host while memory is pinned. Pinned memory is 2 bytes a half-precision parameter with
-    one micro-step a step, and 4 with several; 4 a float32 one; and 64 MiB a process with several.
+    one micro-step a step, and 4 with several; 4 a float32 one; and with several 64 to 512 MiB a
+    process.
 
     A gradient is copied after the work of the stream that made it, and read by operators on the
     current stream, as any gradient. ``torch.autograd.grad`` is not touched, nor are gradients with
@@ -402,6 +403,7 @@ class OffloadedGradients:
         if on_device:
             measure()
             worker.start()
+            worker.expect(max(parameter.nbytes for _, parameter in on_device))
         try:
             for part, parameter in on_device:
                 if parameter.dtype in GRADIENT_DTYPES:

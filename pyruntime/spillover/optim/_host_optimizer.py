@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -148,7 +149,8 @@ class HostOptimizer(torch.optim.Optimizer):
         self._entries = Entries(self.algorithm, options, pool, name)
         self._disk: DiskTier | None = None
         if tier is not None and tier.tier != "host":
-            self._entries = DiskEntries(self.algorithm, options, pool, name)
+            synchronize = weakref.WeakMethod(self.synchronize)
+            self._entries = DiskEntries(self.algorithm, options, pool, name, synchronize)
             self._disk = DiskTier(tier, self._entries, name)
         self._progress = Progress()
         self._unsent = Unsent()
@@ -185,7 +187,7 @@ class HostOptimizer(torch.optim.Optimizer):
 
     def _host_bytes(self) -> int:
         if self._disk is not None:
-            return self._disk.store.host_bytes
+            return self._disk.host_bytes
         return self._entries.memory.size_bytes()
 
     @property
@@ -231,6 +233,16 @@ class HostOptimizer(torch.optim.Optimizer):
             )
         self._unsent.send()
         return self._disk.commit(self.param_groups, self._raw_state, extra)
+
+    def close(self) -> None:
+        """Let go of the directory, so that another optimizer may have it. Blocks.
+
+        What was not committed is forgotten, and steps raise StateError from then on. With
+        ``tier="host"`` there is nothing to do. The end of the process does the same.
+        """
+        self.synchronize()
+        if self._disk is not None:
+            self._disk.store.close()
 
     def resume(self) -> Resumed | None:
         """See :func:`spillover.optim.resume`."""

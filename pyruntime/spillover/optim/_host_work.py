@@ -173,7 +173,8 @@ def batches(
                     start=start,
                     end=end,
                 )
-                if piece is None:
+                if piece is None or (batch and batch[-1][0] is work):
+                    # A batch has one piece of a parameter.
                     yield batch
                     batch, used = [], 0
                     continue

@@ -268,6 +268,7 @@ def accumulate(
     *,
     scale: float = 1.0,
     add: bool = True,
+    is_cached: bool = False,
     threads: int = 0,
 ) -> SquareSum:
     """``accumulator += scale * gradient``, or ``=``, and the exact sum of what is then squared.
@@ -280,6 +281,9 @@ def accumulate(
         Of gradients; in fp32, in one operation with the addition.
     add
         False overwrites accumulators without reading them.
+    is_cached
+        Accumulators were written just before, few enough to be in the processor's caches still. It
+        changes nothing but what the emulated device's clock takes the call to move of memory.
     threads
         At most; 0 for :func:`spillover._core.optimizer_threads`.
 
@@ -299,6 +303,7 @@ def accumulate(
         ],
         scale=scale,
         add=add,
+        is_cached=is_cached,
         threads=threads,
     )
 

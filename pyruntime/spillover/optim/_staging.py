@@ -165,10 +165,17 @@ def cut(
     gradient_bytes = _slot_bytes(gradient) // max(1, gradient.numel())
     per_element = gradient_bytes + parameter.element_size()
     remaining = end - start
-    room = (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
-    # A sliver at the end of a slot is not worth its two copies.
-    count = remaining if remaining <= room else room // _CUT_ELEMENTS * _CUT_ELEMENTS
-    if count <= 0 or (count < remaining and used_bytes > 0 and count * 8 < remaining):
+    count, room = remaining, (slot_bytes - used_bytes - 2 * _ALIGNMENT) // per_element
+    if count > room:
+        # In pieces of about one size. A sliver would not be worth its two copies at the end of a
+        # slot, and at the beginning of the next it would have the weight come one batch later.
+        whole = (slot_bytes - 2 * _ALIGNMENT) // per_element
+        fits_elsewhere = remaining <= whole and used_bytes * 8 > slot_bytes
+        if used_bytes * 2 > slot_bytes or fits_elsewhere:
+            return None
+        pieces = max(2, -(-remaining // max(1, whole)))
+        count = min(_up_to_cut(-(-remaining // pieces)), room // _CUT_ELEMENTS * _CUT_ELEMENTS)
+    if count <= 0:
         return None
     gradient_offset = _align(used_bytes)
     weight_offset = _align(gradient_offset + count * gradient_bytes)
@@ -204,6 +211,10 @@ def piece_bytes(parameter: torch.Tensor, gradient: torch.Tensor) -> int:
 
 def _slot_bytes(gradient: torch.Tensor) -> int:
     return int(gradient.nbytes) if gradient.is_cuda else 0
+
+
+def _up_to_cut(count: int) -> int:
+    return -(-count // _CUT_ELEMENTS) * _CUT_ELEMENTS
 
 
 def _align(offset: int) -> int:

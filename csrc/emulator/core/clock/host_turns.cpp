@@ -2,23 +2,30 @@
 
 #include <pthread.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <string>
 #include <string_view>
+#include <system_error>
 
 namespace spillover::emulator {
 namespace {
 
 constexpr auto kSlice = std::chrono::milliseconds(50);
 
-// Nothing has moved for so long, and the process has hardly computed: the thread whose turn it is
-// waits for something that nobody sees.
+// Nothing has moved for so long, and the process neither computes nor could: the thread whose turn
+// it is waits for something that nobody sees.
 constexpr std::int64_t kIdleNs = 500'000'000;
 // However busy it is: it may be waiting in a loop.
 constexpr std::int64_t kSilentNs = 10'000'000'000;
 
 thread_local void* followed = nullptr;
+// For whom an autograd worker waits.
+thread_local void* stood_for = nullptr;
 
 // By the name that torch gives them.
 bool is_autograd_worker() {
@@ -36,9 +43,28 @@ std::int64_t read_clock(clockid_t clock) {
   return std::int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec;
 }
 
+// Whether another thread of the process runs, waits for a processor, or for a disk: on a machine
+// with too much to do a process computes hardly anything for seconds and yet waits for nothing.
+bool another_thread_is_ready() {
+  std::error_code error;
+  const std::string self = std::to_string(gettid());
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", error)) {
+    if (task.path().filename() == self) continue;
+    std::ifstream file(task.path() / "stat");
+    std::string text;
+    std::getline(file, text);
+    // The state comes after the name, which is in parentheses and may have any characters.
+    const std::size_t name_end = text.rfind(')');
+    if (name_end == std::string::npos || name_end + 2 >= text.size()) continue;
+    const char state = text[name_end + 2];
+    if (state == 'R' || state == 'D') return true;
+  }
+  return false;
+}
+
 // In a forked child there is one thread, and nobody to take turns with.
 void forget_after_fork() {
-  followed = nullptr;
+  followed = stood_for = nullptr;
   the_turns = new HostTurns;
 }
 
@@ -229,7 +255,8 @@ bool HostTurns::is_stuck() {
     return false;
   }
   const std::int64_t silent_ns = now_ns - seen_at_ns_;
-  const bool is_idle = silent_ns > kIdleNs && cpu_ns - seen_cpu_ns_ < silent_ns / 20;
+  const bool is_idle =
+      silent_ns > kIdleNs && cpu_ns - seen_cpu_ns_ < silent_ns / 20 && !another_thread_is_ready();
   if (!is_idle && silent_ns < kSilentNs) return false;
   seen_at_ns_ = 0;
   return true;
@@ -279,11 +306,22 @@ void HostTurns::yield(Nanoseconds order_time) {
   take(guard, entry);
 }
 
+// The thread itself, or whom an autograd worker acts for: that one waits for its backward pass, so
+// what the pass waits for, it waits for.
+HostTurns::Entry* HostTurns::waiting_entry() const {
+  if (followed != nullptr) return mine();
+  if (stood_for != nullptr) return static_cast<Entry*>(stood_for);
+  thread_local const bool is_worker = is_autograd_worker();
+  return is_worker ? holder_ : nullptr;
+}
+
 HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
-  Entry* const entry = mine();
-  if (entry == nullptr || !is_started_) return Outcome::kNotFollowed;
+  if (!is_started_) return Outcome::kNotFollowed;
   const Pause pause(*this);
   Guard guard(mutex_);
+  Entry* const entry = waiting_entry();
+  if (entry == nullptr) return Outcome::kNotFollowed;
+  if (followed == nullptr) stood_for = entry;
   const bool is_new = holder_ == entry || entry->state == State::kOutside;
   if (is_new) {
     progress_.fetch_add(1, std::memory_order_relaxed);
@@ -308,14 +346,17 @@ HostTurns::Outcome HostTurns::block(std::uint64_t token, Nanoseconds timeout) {
     pass();
     take(guard, entry);
   }
+  stood_for = nullptr;
   return entry->timed_out ? Outcome::kTimedOut : Outcome::kWoken;
 }
 
 void HostTurns::resume() {
-  Entry* const entry = mine();
-  if (entry == nullptr || !is_started_) return;
+  if (!is_started_) return;
   const Pause pause(*this);
   Guard guard(mutex_);
+  Entry* const entry = waiting_entry();
+  if (entry == nullptr) return;
+  stood_for = nullptr;
   if (entry->state != State::kRunnable) make_runnable(entry, entry->now);
   take(guard, entry);
 }

@@ -9,7 +9,8 @@
 // lets go of Python's interpreter lock.
 //
 // Threads of C++ are not followed and never switch. Autograd's workers act for the thread whose
-// turn it is, which waits for them, and move its clock. All others (of process groups, of pools)
+// turn it is, which waits for them, and move its clock; where a hook waits for another thread, the
+// turn passes on as if that thread waited. All others (of process groups, of pools)
 // are detached: see Note [Detached threads] in detached.hpp. What a followed thread waits for in
 // ways that nobody sees (an import, a lock of C++, a pipe) is noticed when nothing has moved for
 // half a second: the turn passes on, and the report counts it as an unseen wait, since the order
@@ -123,6 +124,7 @@ class HostTurns {
   class Pause;
 
   Entry* mine() const;
+  Entry* waiting_entry() const;
   Entry* next(const Entry* except = nullptr) const;
   void pass();
   void take(Guard& guard, Entry* entry);
