@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,8 +112,10 @@ def move_state(optimizer: torch.optim.Optimizer) -> int:
     for entry in optimizer.state.values():
         for name, value in entry.items():
             if name != "step":
-                on_device = isinstance(value, torch.Tensor)
-                entry[name] = value.to("cuda", non_blocking=True) if on_device else value.to("cuda")
+                if isinstance(value, torch.Tensor):
+                    entry[name] = value.to("cuda", non_blocking=True)
+                elif hasattr(value, "to"):
+                    entry[name] = value.to("cuda")
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -132,6 +135,36 @@ def test_state_that_is_moved_to_the_device_stays_on_the_host(pair: Pair, moments
             optimizer.load_state_dict(copy.deepcopy(twin.state_dict()))
         step(optimizer, weights, number, torch.bfloat16)
         step(twin, twins, number, torch.bfloat16)
+    assert all(map(torch.equal, weights, twins))
+    assert all(map(torch.equal, masters(optimizer, weights), masters(twin, twins)))
+
+
+@pytest.mark.parametrize("way", ["disk", "auto", "overlap"])
+@pytest.mark.filterwarnings("ignore")
+def test_tools_with_state_on_disk_and_with_overlap(way: str, tmp_path: Path) -> None:
+    weights, twins = make_weights(torch.bfloat16), make_weights(torch.bfloat16)
+    options: dict[str, Any] = {
+        "disk": {"tier": "disk", "directory": tmp_path},
+        "auto": {"tier": "auto", "directory": tmp_path, "host_budget": "8KiB"},
+        "overlap": {"overlap": nn.ParameterList(weights)},
+    }[way]
+    optimizer, twin = AdamW(weights, **options), AdamW(twins)
+
+    @torch.compile(backend="eager")
+    def compiled() -> None:
+        optimizer.step()
+
+    for number in range(4):
+        move_state(optimizer)
+        if number == 2:
+            optimizer.load_state_dict(copy.deepcopy(twin.state_dict()))
+        step(twin, twins, number, torch.bfloat16)
+        for weight, other in zip(weights, twins, strict=True):
+            weight.grad = other.grad.clone()
+        compiled() if number % 2 else optimizer.step()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(StateError, match="capture"):
+            optimizer.step()
+    optimizer.synchronize()
     assert all(map(torch.equal, weights, twins))
     assert all(map(torch.equal, masters(optimizer, weights), masters(twin, twins)))
 

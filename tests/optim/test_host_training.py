@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,8 +42,9 @@ def ends(*models: nn.Module) -> list[torch.Tensor]:
 @each_class
 @pytest.mark.parametrize("micro_steps", [1, 3])
 def test_accumulated_clipped_scheduled_steps_end_where_float64_ends(
-    pair: Pair, micro_steps: int
+    pair: Pair, micro_steps: int, tmp_path: Path
 ) -> None:
+    """And repeated, on disk and with overlap at the same bits."""
     weights = make_weights(torch.bfloat16)
     expected = copies(weights, device="cpu", dtype=torch.float64)
 
@@ -62,12 +64,16 @@ def test_accumulated_clipped_scheduled_steps_end_where_float64_ends(
             optimizer.zero_grad()
 
     found = []
-    for _ in range(2):
+    for way in ("host", "again", "disk", "overlap"):
         each = copies(weights)
-        optimizer = pair.ours(each, **pair.options, offload_gradients=True)
+        options: dict[str, Any] = {
+            "disk": {"tier": "disk", "directory": tmp_path},
+            "overlap": {"overlap": nn.ParameterList(each)},
+        }.get(way, {})
+        optimizer = pair.ours(each, **pair.options, offload_gradients=True, **options)
         run(each, optimizer, clip_grad_norm_)
         found.append([*masters(optimizer, each), *each])
-    assert all(map(torch.equal, *found))
+        assert all(map(torch.equal, found[0], found[-1])), way
     run(expected, pair.reference(expected, **pair.options), nn.utils.clip_grad_norm_)
     one, other = (
         torch.cat([part.detach().double().cpu().flatten() for part in parts])
