@@ -57,6 +57,8 @@ def hazards() -> Iterator[None]:
 
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            # torch.cuda.graph() leaves its stream current when a capture fails.
+            torch.cuda.set_stream(torch.cuda.default_stream())
     found = emulator.hazards()
     emulator.clear_hazards()
     assert not found, "hazards were reported:\n" + "\n".join(found)

@@ -13,7 +13,7 @@ from test_host_failures import fail_at
 from torch import nn
 
 from spillover import ConfigError
-from spillover.optim import SGD, AdamW, _awaited
+from spillover.optim import SGD, AdamW, _awaited, _staging
 
 pytestmark = pytest.mark.usefixtures("lazy_worker")
 
@@ -96,6 +96,35 @@ def test_what_waits_next_hears_of_a_failure_and_what_waits_then_finishes_it(
         same = list(map(torch.equal, found.end(), wanted))
         assert all(same), (number, remedy, same)
     assert number > 2
+
+
+def test_weights_that_had_left_when_it_failed_are_not_overtaken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Unrecordable:
+        def record(self, stream: Any) -> None:
+            raise RuntimeError("on purpose")
+
+    inner: Any = _staging.Staging.start_departure
+
+    def replaced(staging: _staging.Staging, slot: Any, batch: Any) -> None:
+        event, slot.left = slot.left, Unrecordable()
+        try:
+            inner(staging, slot, batch)
+        finally:
+            slot.left = event
+
+    runs = [
+        Training(CLASSES[0], torch.float32, overlaps=overlaps, offloads=False)
+        for overlaps in (True, False)
+    ]
+    runs[1].optimizer.step()
+    runs[0].optimizer.synchronize()
+    with monkeypatch.context() as patch:
+        patch.setattr(_staging.Staging, "start_departure", replaced)
+        runs[0].optimizer.step()
+        assert call(runs[0].optimizer.synchronize)
+    assert all(map(torch.equal, *(one.end() for one in runs)))
 
 
 def test_a_failure_is_raised_by_the_forward_of_a_layer_that_needs_it(

@@ -98,10 +98,12 @@ class Staging:
         self._slots = [Slot(size_bytes) for _ in range(2)]
 
     def drain(self) -> None:
-        """Block the host until no copy reads or writes the slots, also after an aborted step."""
-        for slot in self._slots:
-            _DRAIN.wait(slot.arrived.synchronize)
-            _DRAIN.wait(slot.left.synchronize)
+        """Block the host until no copy reads or writes the slots, also after an aborted step.
+
+        It waits for all of both streams: copies of a batch that failed midway have no event.
+        """
+        for stream in (self.streams.copy_out, self.streams.copy_in):
+            _DRAIN.wait(stream.synchronize)
 
     @property
     def slot_bytes(self) -> int:
