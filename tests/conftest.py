@@ -102,7 +102,8 @@ def run_emulated() -> Callable[..., subprocess.CompletedProcess[str]]:
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, **(env or {})},
+            # Where a process ends by a signal, stderr has what its threads were doing.
+            env={**os.environ, "PYTHONFAULTHANDLER": "1", **(env or {})},
             check=False,
         )
         if check:
