@@ -51,7 +51,11 @@ def test_events_peers_and_ends(program: str, variables: dict[str, str]) -> None:
 @pytest.mark.parametrize("native", ["sender", "receiver"])
 @pytest.mark.parametrize(
     "variables",
-    [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak), EXPANDABLE],
+    [
+        pytest.param(MAPPED, marks=pytest.mark.soak),
+        pytest.param(FIXED, marks=pytest.mark.soak),
+        EXPANDABLE,
+    ],
     ids=["plain", "fixed", "exp"],
 )
 def test_one_side_has_torchs_own_allocator(native: str, variables: dict[str, str]) -> None:

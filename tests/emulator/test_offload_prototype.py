@@ -56,7 +56,15 @@ print(len(spillover.emulator.hazards()), "hazards")
 """
 
 
-@pytest.mark.parametrize("schedule", ["late", "eager", "threaded", "random"])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "late",
+        pytest.param("eager", marks=pytest.mark.soak),
+        pytest.param("threaded", marks=pytest.mark.soak),
+        "random",
+    ],
+)
 def test_ordered_offload_is_exact(run_emulated, schedule: str) -> None:
     result = run_emulated(PROGRAM, "", schedule=schedule)
     assert result.stdout.split() == ["0", "hazards"]

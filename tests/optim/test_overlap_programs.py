@@ -46,8 +46,8 @@ print("equal")
     ("schedule", "seed"),
     [
         ("late", 0),
-        ("threaded", 0),
         ("random", 1),
+        pytest.param("threaded", 0, marks=pytest.mark.soak),
         pytest.param("eager", 0, marks=pytest.mark.soak),
         pytest.param("random", 2, marks=pytest.mark.soak),
     ],
@@ -153,7 +153,7 @@ print("equal")
 @pytest.mark.parametrize(
     ("kind", "given"),
     [
-        ("module", "given"),
+        pytest.param("module", "given", marks=pytest.mark.soak),
         pytest.param("in place", "given", marks=pytest.mark.soak),
         pytest.param("block", "given", marks=pytest.mark.soak),
         pytest.param("module", "inner", marks=pytest.mark.soak),
