@@ -152,6 +152,7 @@ std::vector<ElementArray> arrays_of(const std::vector<ArrayTuple>& given) {
 
 Announced announce(const std::vector<ElementArray>& arrays, bool is_written) {
   std::vector<MemorySpan> spans;
+  spans.reserve(arrays.size());
   for (const ElementArray& array : arrays) {
     spans.push_back(
         {"array", array.address, array.count * size_bytes_of(array.type), true, is_written});

@@ -76,7 +76,7 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, uint64_t since, Garbage&
 }
 
 HostBuffer TransferEngine::acquire(size_t size_bytes) {
-  return *acquire_unless(size_bytes, [] { return false; });
+  return acquire_unless(size_bytes, [] { return false; }).value();
 }
 
 // Blocks until there is room, or, where there is none, is_moot: empty then.
