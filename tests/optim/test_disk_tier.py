@@ -414,3 +414,115 @@ def test_what_is_not_done_with_state_on_disk_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a commit cannot hold a object"):
         optimizer.commit({"what": object()})
     assert spillover.stats().others["optimizer"]
+
+
+# ---- what a program does beside ----------------------------------------------------------------
+
+
+def two_alike(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)).to("cuda")
+
+
+def test_a_frozen_weight_that_is_written_through_data_is_committed(tmp_path: Path) -> None:
+    model, optimizer = make_trained(tmp_path, commit_every=1)
+    train(model, optimizer)
+    model[3].bias.data.fill_(7.0)  # Changes no version of the parameter.
+    train(model, optimizer)
+    optimizer.close()
+    model, optimizer = make_trained(tmp_path, seed=4)
+    optimizer.resume()
+    assert torch.equal(model[3].bias.cpu(), torch.full((3,), 7.0))
+
+
+def test_weights_of_one_shape_in_another_order_are_refused(tmp_path: Path) -> None:
+    model = two_alike()
+    optimizer = AdamW(model.named_parameters(), tier="disk", directory=tmp_path)
+    optimizer.commit()
+    optimizer.close()
+    named = list(two_alike().named_parameters())
+    other = AdamW([*named[2:], *named[:2]], tier="disk", directory=tmp_path)
+    with pytest.raises(ConfigError, match=r"another order.*0\.weight"):
+        other.resume()
+    other.close()
+    # A wrapper such as torch.compile's gives all of them other names.
+    renamed = [(f"_orig_mod.{name}", each) for name, each in named]
+    assert AdamW(renamed, tier="disk", directory=tmp_path).resume() is not None
+
+
+@pytest.mark.parametrize("tier", ["disk", "auto"])
+def test_one_that_is_closed_changes_nothing_and_is_not_found(tier: str, tmp_path: Path) -> None:
+    closed = []
+    for number in range(8):
+        model, optimizer = make_trained(tmp_path, tier=tier, commit_every=None)
+        # Whether anything was committed or not.
+        assert (resume(tmp_path) is None) == (number == 0)
+        optimizer.commit()
+        optimizer.close()
+        optimizer.close()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(StateError, match="closed"):
+            train(model, optimizer)
+        for call in (optimizer.commit, optimizer.resume):
+            with pytest.raises(StateError, match="closed"):
+                call()
+        after = model.state_dict()
+        assert all(
+            torch.equal(after[name], value)
+            for name, value in before.items()
+            if "running" not in name and "num_batches" not in name
+        )
+        closed.append(optimizer)
+    with pytest.raises(StateError, match="no optimizer of this process"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("commit_every", [None, 2])
+def test_a_step_that_is_finished_after_a_failure_counts_once(
+    commit_every: int | None, tmp_path: Path
+) -> None:
+    model = two_alike()
+    optimizer = AdamW(
+        model.parameters(),
+        tier="disk",
+        directory=tmp_path,
+        commit_every=commit_every,
+        overlap=model,
+    )
+
+    def backward() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(4, 40, device="cuda")).square().sum().backward()
+
+    def last_step() -> None:
+        optimizer.step()
+        optimizer.synchronize()
+
+    backward()
+    last_step()
+    backward()
+    fault = StorageFault("read", error="EIO", times=1)
+    with faults(storage=[fault]), pytest.raises(spillover.StorageError) as caught:
+        last_step()
+    assert not any("must not be repeated" in each for each in caught.value.__notes__)
+    optimizer.synchronize()
+    optimizer.commit()  # It is complete.
+    optimizer.step()
+    optimizer.commit()
+    assert float(optimizer.state[model[0].weight]["step"]) == 2
+    resumed = optimizer.resume()
+    assert resumed is not None
+    assert resumed.step == 2
+
+
+def test_buffers_that_have_no_place_are_named(tmp_path: Path) -> None:
+    model, optimizer = make_trained(tmp_path)
+    before = model[1].running_mean
+    for value in (torch.ones(30, device="cuda"), torch.ones(90, device="cuda")):
+        model[1].running_mean = value
+        with pytest.raises(ConfigError, match=r"running_mean.*when the optimizer was made"):
+            optimizer.commit()
+    model[1].running_mean = before
+    model.register_buffer("late", torch.ones(3))
+    with pytest.raises(ConfigError, match=r"late.*when the optimizer was made"):
+        optimizer.commit()

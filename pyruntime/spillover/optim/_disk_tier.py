@@ -5,7 +5,8 @@ Note [What a commit holds]
 All state, the weights of the optimizer's parameters, the other parameters and the buffers of
 ``module``, the options of groups, step counts, the states of random number generators, and what the
 user adds. It is one commit of the durable store, so all of it or nothing. A unit that no step has
-changed since the last commit, and a frozen weight that nobody wrote, stay where they are.
+changed since the last commit stays where it is. Frozen weights are written each time, as nothing
+tells who writes them through ``weight.data``.
 
 What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, has not happened when
 ``step()`` commits by itself; who has such things commits where his iteration ends.
@@ -74,7 +75,7 @@ class DiskTier:
         self._name = name
         self._committed_steps = 0
         self._must_resume = False
-        self._frozen: dict[str, tuple[int, int]] = {}
+        self._is_closed = False
         self._sizes: dict[str, int] = {}
         self._extent_bytes = 0
         self._extra_bytes = 0
@@ -186,7 +187,8 @@ class DiskTier:
     # ---- commits -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise StateError where what is committed would be lost."""
+        """Raise StateError where nothing can be kept, or what is committed would be lost."""
+        self._check_open()
         if self._must_resume:
             folders = ", ".join(self.options.folders)
             raise StateError(
@@ -195,12 +197,22 @@ class DiskTier:
                 "directory, or remove it with 'spillover store delete'"
             )
 
-    def step_is_over(self, optimizer: HostOptimizer) -> None:
-        """Count it, and commit where it is time."""
-        self.steps += 1
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StateError(f"this {self._name} is closed; make another one to go on")
+
+    def close(self) -> None:
+        """Let go of the folders; again does nothing."""
+        self._is_closed = True
+        self.store.close()
+
+    def step_is_over(self, optimizer: HostOptimizer, *, counts: bool) -> None:
+        """Count it, unless it was counted when it was begun, and commit where it is time."""
+        self.steps += counts
         every = self.options.commit_every
         if every is None or self.steps - self._committed_steps < every:
             return
+        optimizer.synchronize()  # What fails there is the step itself.
         try:
             optimizer.commit()
         except StorageError as error:
@@ -214,6 +226,8 @@ class DiskTier:
     def commit(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> int:
         """Note [What a commit holds]. Blocks."""
         self.check()
+        tensors = self._tensors(groups)
+        self._check_places(tensors)
         document = dumps(self._document(groups, state, extra))
         if len(document) > self._extra_bytes:
             raise ConfigError(
@@ -221,10 +235,20 @@ class DiskTier:
                 f"weights, and there is room for {self._extra_bytes}"
             )
         self.store.flush()
-        self._write_tensors(self._tensors(groups), self._frozen_keys(groups))
+        self._write_tensors(tensors)
         sequence = self.store.disk.commit(document)
         self._committed_steps = self.steps
         return sequence
+
+    def _check_places(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        for key, tensor in tensors:
+            size = self._sizes.get(key)
+            if size != tensor.nbytes:
+                had = "was not there" if size is None else f"had {size}"
+                raise ConfigError(
+                    f"{key} has {tensor.nbytes} bytes and {had} when the optimizer was made, which "
+                    "is when weights and buffers get their places on disk; nothing is committed"
+                )
 
     def _document(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> dict[str, Any]:
         parameters = _parameters(groups)
@@ -241,6 +265,7 @@ class DiskTier:
             "signature": self._signature(groups),
             "steps": self.steps,
             "groups": [_options(group) for group in groups],
+            "names": _names(groups),
             "entries": entries,
             "random": random_states(),
             "extra": extra,
@@ -271,29 +296,19 @@ class DiskTier:
             found += [(f"module/{name}", each) for name, each in named if id(each) not in known]
         return [(key, each.detach()) for key, each in found if each.numel() > 0]
 
-    def _frozen_keys(self, groups: list[Group]) -> set[str]:
-        layout = self.store.layout
-        parameters = _parameters(groups)
-        return {f"weight/{i}" for i, each in enumerate(parameters) if each not in layout}
-
-    def _write_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]], frozen: set[str]) -> None:
+    def _write_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         slots = self.store.scratch()
         turn = 0
         try:
             for key, tensor in tensors:
-                identity = (tensor._version, tensor.data_ptr())
-                if key in frozen and self._frozen.get(key) == identity:
-                    continue
                 flat = flat_view(tensor) if is_dense(tensor) else tensor.contiguous().view(-1)
                 each = slots[0].memory.nbytes // tensor.element_size()
                 for start in range(0, flat.numel(), each):
                     self._write_part(slots[turn], key, flat, start, each)
                     turn = 1 - turn
-                self._frozen[key] = identity
             for slot in slots:
                 slot.wait()
         except BaseException:
-            self._frozen.clear()
             for slot in slots:
                 slot.give_up()
             raise
@@ -311,6 +326,7 @@ class DiskTier:
 
     def resume(self, optimizer: HostOptimizer) -> Resumed | None:
         """Take everything back to the last commit; None where there is none."""
+        self._check_open()
         store = self.store
         groups = optimizer.param_groups
         if store.disk.sequence == 0:
@@ -341,7 +357,6 @@ class DiskTier:
 
     def _resume_entries(self, optimizer: HostOptimizer, saved: list[Any]) -> None:
         optimizer.state.clear()
-        self._frozen.clear()
         all_of = [(each, group) for group in optimizer.param_groups for each in group["params"]]
         for (parameter, group), (step, names, is_ours) in zip(all_of, saved, strict=True):
             entry: dict[str, Any] = {}
@@ -371,6 +386,16 @@ class DiskTier:
                 f"the commit in {where} is of other parameters: it has {there} where the "
                 f"optimizer has {here}"
             )
+        names, saved_names = _names(groups), document["names"]
+        # Wrappers give all other names, but none in another order.
+        if names != saved_names and set(names) == set(saved_names):
+            here, there = next(
+                each for each in zip(names, saved_names, strict=True) if len({*each}) > 1
+            )
+            raise ConfigError(
+                f"the commit in {where} has the parameters in another order: it has {there!r} "
+                f"where the optimizer has {here!r}"
+            )
 
     def _read_tensor(self, key: str, tensor: torch.Tensor) -> None:
         slot = self.store.scratch()[0]
@@ -393,6 +418,11 @@ _living: weakref.WeakSet[HostOptimizer] = weakref.WeakSet()
 def note_living(optimizer: HostOptimizer) -> None:
     """Have :func:`resume` find it."""
     _living.add(optimizer)
+
+
+def forget_living(optimizer: HostOptimizer) -> None:
+    """Have it find it no more."""
+    _living.discard(optimizer)
 
 
 def resume(
@@ -420,9 +450,10 @@ def resume(
     Raises
     ------
     StateError
-        No optimizer here has that directory.
+        No optimizer here has that directory, or it is closed.
     ConfigError
-        The commit is of another optimizer, or of parameters of other shapes, types or order.
+        The commit is of another optimizer, or of parameters of other shapes or types, or in
+        another order, which among equal shapes is told where both had ``named_parameters()``.
     CorruptData, StorageError
         What is on the disk is not what was written, or cannot be read. Call it again, or choose
         another directory.
@@ -455,6 +486,11 @@ def resume(
 
 def _parameters(groups: list[Group]) -> list[torch.Tensor]:
     return [each for group in groups for each in group["params"]]
+
+
+def _names(groups: list[Group]) -> list[str]:
+    """Of parameters, by groups; none of groups that were made without."""
+    return [name for group in groups for name in group.get("param_names", ())]
 
 
 def _options(group: Group) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from spillover._sources import register
 from spillover._stalls import Timed
 from spillover.optim._algorithms import Algorithm, Group, MomentSpec
 from spillover.optim._disk_entries import DiskEntries
-from spillover.optim._disk_tier import DiskTier, Resumed, note_living
+from spillover.optim._disk_tier import DiskTier, Resumed, forget_living, note_living
 from spillover.optim._failures import check_capture
 from spillover.optim._gradient_placeholder import pending_gradient
 from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
@@ -226,7 +226,7 @@ class HostOptimizer(torch.optim.Optimizer):
         if self._disk is None:
             raise StateError("commit() needs tier='disk' or tier='auto'; state is on the host")
         self.synchronize()
-        if self._progress:
+        if self._progress and not self._progress.is_whole:
             raise StateError(
                 "the last step has failed and updated a part; repeat it with the same gradients, "
                 "or go back to the last commit with spillover.optim.resume()"
@@ -240,9 +240,12 @@ class HostOptimizer(torch.optim.Optimizer):
         What was not committed is forgotten, and steps raise StateError from then on. With
         ``tier="host"`` there is nothing to do. The end of the process does the same.
         """
-        self.synchronize()
-        if self._disk is not None:
-            self._disk.store.close()
+        try:
+            self.synchronize()
+        finally:
+            if self._disk is not None:
+                forget_living(self)
+                self._disk.close()
 
     def resume(self) -> Resumed | None:
         """See :func:`spillover.optim.resume`."""
@@ -522,6 +525,7 @@ class HostOptimizer(torch.optim.Optimizer):
         pending: PendingStep | None = None
         try:
             skipped = self._prepare_all(todo, works)
+            is_over = self._progress.is_whole and skipped > 0 and not works
             beside, awaited = self._beside(works)
             self._run_now([work for work in works if work not in beside], skipped)
             if beside:
@@ -542,7 +546,7 @@ class HostOptimizer(torch.optim.Optimizer):
         if pending is not None:
             pending.wait_for_others()
         if self._disk is not None:
-            self._disk.step_is_over(self)
+            self._disk.step_is_over(self, counts=not is_over)
 
     def _prepare_all(self, todo: list[tuple[torch.Tensor, Group]], works: list[Work]) -> int:
         """Append what there is to do; returns how many parameters are updated already."""

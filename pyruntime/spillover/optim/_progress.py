@@ -35,6 +35,8 @@ class Progress:
 
     def __init__(self) -> None:
         self._positions: dict[int, Position] = {}
+        #: Whether the step has come to its end after all, so that repeating it does nothing.
+        self.is_whole = False
 
     def done(self, parameter: torch.Tensor) -> int:
         """Elements of ``parameter`` that have been updated with the gradient that it has now."""
@@ -52,10 +54,12 @@ class Progress:
         position = position_of(parameter, done)
         if position is not None:
             self._positions[id(parameter)] = position
+            self.is_whole = False
 
     def remember_all(self, positions: Mapping[int, Position]) -> None:
-        """Positions by the identities of parameters."""
+        """Of a step that failed and was finished: positions by the identities of parameters."""
         self._positions.update(positions)
+        self.is_whole = True
 
     def __len__(self) -> int:
         return len(self._positions)
@@ -63,3 +67,4 @@ class Progress:
     def clear(self) -> None:
         """After a step that came to its end."""
         self._positions.clear()
+        self.is_whole = False
