@@ -220,6 +220,27 @@ def test_a_compiled_step(pair: Pair, moments: str) -> None:
 
 
 @each_class
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_with_a_hook_that_reads_the_groups(pair: Pair) -> None:
+    weights, twins = make_weights(), make_weights()
+    optimizer, twin = pair.ours(weights, **pair.options), pair.ours(twins, **pair.options)
+    seen: list[int] = []
+    optimizer.register_step_pre_hook(lambda each, *_: seen.append(len(each.param_groups)))
+
+    @torch.compile(backend="eager")
+    def compiled() -> None:
+        optimizer.step()
+
+    for number in range(2):
+        step(twin, twins, number, torch.float32)
+        for weight, other in zip(weights, twins, strict=True):
+            weight.grad = other.grad.clone()
+        compiled()
+    assert seen == [1, 1]
+    assert all(map(torch.equal, weights, twins))
+
+
+@each_class
 def test_captures_are_refused(pair: Pair) -> None:
     weights = make_weights()
     optimizer = pair.ours(weights, **pair.options)

@@ -385,6 +385,7 @@ def _attach(handle: StreamedParameters, model: nn.Module, streamer: WeightStream
         undo.extend(_attach_block(streamer, block))
     reference = weakref.ref(streamer)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
         alive = reference()
         if alive is not None:

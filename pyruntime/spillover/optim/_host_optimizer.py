@@ -625,6 +625,9 @@ class HostOptimizer(torch.optim.Optimizer):
         """Checked parameters that have gradients, with their groups."""
         todo = []
         for group in self.param_groups:
+            if group.get("capturable"):
+                # torch.compile sets it, where it traces what reads the groups.
+                group["capturable"] = False
             self._check_group(group)
             for parameter in group["params"]:
                 if parameter.grad is not None and parameter.numel() > 0:
