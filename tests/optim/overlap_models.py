@@ -111,6 +111,12 @@ def loss_of(model: nn.Module, step: int) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
+def set_ones(model: nn.Module) -> None:
+    """As gradients: a step of SGD with ``lr=1.0`` then subtracts 1."""
+    for each in model.parameters():
+        each.grad = torch.ones_like(each)
+
+
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices and the rest, as decay is mostly set: forward alternates between both."""
     return [

@@ -19,14 +19,16 @@ torch: extensions that take tensors from pybind11, TorchScript, replays of CUDA 
 to come after a wait that somebody else makes; Note [Overlap] has who does.
 
 Objects keep the class until somebody has waited, also where the bytes are there by then: only a
-thread that has waited knows that they are.
+thread that has waited knows that they are. They are not kept for that when the bytes are there.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,40 +39,74 @@ from torch import nn
 Wait = Callable[[bool], None]
 
 _lock = threading.RLock()  # Freeing a tensor may call anything.
-# By identity; an entry holds its tensor. Guarded by the lock.
-_entries: dict[int, _Entry] = {}
+# By identity. Guarded by the lock.
+_entries: dict[int, Awaiting] = {}
 
 
-class _Entry:
-    __slots__ = ("tensor", "wait")
+class Awaiting:
+    """One tensor that is awaited, until somebody has waited. Any thread may call its methods.
+
+    They do nothing where somebody has waited, also if the tensor is awaited anew by then.
+    """
+
+    __slots__ = ("__weakref__", "_kept", "_key", "_tensor", "wait")
 
     def __init__(self, tensor: torch.Tensor, wait: Wait) -> None:
-        self.tensor = tensor
         self.wait = wait
+        self._key = id(tensor)
+        self._kept: torch.Tensor | None = tensor
+        self._tensor: weakref.ref[torch.Tensor] | None = None
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """None where it was freed, which it may be after :meth:`let_go`."""
+        if self._tensor is not None:
+            return self._tensor()
+        return self._kept
+
+    def end(self) -> None:
+        """Have uses be ordinary again, when the caller has waited."""
+        tensor = self.tensor
+        with _lock:
+            if _entries.get(self._key) is self:
+                del _entries[self._key]
+                if tensor is not None:
+                    _restore(tensor)
+
+    def forget(self) -> None:
+        """Have the next use not call ``wait`` any more; the class stays until then."""
+        with _lock:
+            if _entries.get(self._key) is self:
+                del _entries[self._key]
+
+    def let_go(self) -> None:
+        """Have the tensor be freed when nobody else has it."""
+        with _lock:
+            if self._kept is not None and _entries.get(self._key) is self:
+                self._tensor = weakref.ref(
+                    self._kept, functools.partial(_forget, weakref.ref(self))
+                )
+                self._kept = None
 
 
-def begin(tensor: torch.Tensor, wait: Wait) -> None:
+def _forget(awaiting: weakref.ref[Awaiting], _: object) -> None:
+    found = awaiting()
+    if found is not None:
+        found.forget()
+
+
+def begin(tensor: torch.Tensor, wait: Wait) -> Awaiting:
     """Have every use of ``tensor`` call ``wait`` first, which blocks and may raise.
 
     ``tensor`` must be one that :func:`can_await` accepts. When ``wait`` raises, the use of the
     tensor does, and the next use calls ``wait`` again.
     """
+    # Making it may collect garbage, whose end may be to wait, which nobody may with the lock.
+    awaiting = Awaiting(tensor, wait)
     with _lock:
-        _entries[id(tensor)] = _Entry(tensor, wait)
-        tensor.__class__ = _AWAITED[type(tensor)]
-
-
-def forget(tensor: torch.Tensor) -> None:
-    """Have the next use not call ``wait`` any more; the class stays until then. Any thread may."""
-    with _lock:
-        _entries.pop(id(tensor), None)
-
-
-def end(tensor: torch.Tensor) -> None:
-    """Have uses be ordinary again, when the caller has waited."""
-    with _lock:
-        _entries.pop(id(tensor), None)
-        _restore(tensor)
+        _entries[id(tensor)] = awaiting
+        tensor.__class__ = _AWAITED.get(type(tensor), type(tensor))
+    return awaiting
 
 
 def can_await(tensor: torch.Tensor) -> bool:
@@ -104,14 +140,16 @@ def wait_for(tensors: Iterable[torch.Tensor | None], *, in_forward: bool = False
                 _restore(tensor)
 
 
-def wait_for_all() -> None:
-    """Block until no tensor of the process is awaited."""
+def wait_for_all(*, in_forward: bool = False) -> None:
+    """Block until no tensor of the process is awaited. Raises what ``wait`` does."""
     while True:
         with _lock:
-            tensors = [entry.tensor for entry in _entries.values()]
-        if not tensors:
+            found = list(_entries.values())
+        if not found:
             return
-        wait_for(tensors)
+        for each in found:
+            each.wait(in_forward)
+            each.end()
 
 
 def _restore(tensor: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -108,9 +108,15 @@ class PendingStep:
         taken: dict[int, Any],
     ) -> None:
         self.works = works
+        chosen = set(awaited)
+        self._others = [id(each.parameter) for each in works if each not in chosen]
         self.taken = taken
         self.has_failed = False
         self._awaited = awaited
+        # Those that are over are gone, so that nothing keeps this.
+        self._awaitings: list[weakref.ref[_awaited.Awaiting]] = []
+        # By the identity of the parameter; a gradient is let go when it was read.
+        self._gradients: dict[int, _awaited.Awaiting] = {}
         self._run_works = run
         self._note_sent = note_sent
         self._condition = threading.Condition()  # Its lock may be taken again.
@@ -127,9 +133,11 @@ class PendingStep:
         for work in self._awaited:
             parameter, gradient = work.parameter, work.gradient
             if work.pending is None and gradient is parameter.grad:
-                _awaited.begin(gradient, functools.partial(self._wait_for_gradient, id(parameter)))
+                wait = functools.partial(self._wait_for_gradient, id(parameter))
+                self._gradients[id(parameter)] = _awaited.begin(gradient, wait)
             torch.autograd.graph.increment_version(parameter)
-            _awaited.begin(parameter, functools.partial(self._wait_for_weight, id(parameter)))
+            wait = functools.partial(self._wait_for_weight, id(parameter))
+            self._awaitings.append(weakref.ref(_awaited.begin(parameter, wait)))
         self._submit()
 
     def _submit(self) -> None:
@@ -145,6 +153,9 @@ class PendingStep:
             # Our own uses of weights wait for nothing.
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self._run_works(self)
+            for event in dict.fromkeys(self._sent.values()):
+                if event is not None:
+                    event.synchronize()
         except BaseException as error:
             with self._condition:
                 self._error = error
@@ -152,9 +163,17 @@ class PendingStep:
                 self._condition.notify_all()
         else:
             self._run_works = self._note_sent = _nothing
+            # Nothing is under way, so that the program may free what it does not use any more.
+            self.works = self._awaited = ()
+            for awaiting in self._weights_awaited():
+                awaiting.let_go()
             with self._condition:
                 self._is_over = True
                 self._condition.notify_all()
+
+    def _weights_awaited(self) -> Iterator[_awaited.Awaiting]:
+        found = (each() for each in self._awaitings)
+        return (each for each in found if each is not None)
 
     def sent(self, work: Work, event: torch.cuda.Event | None) -> None:
         """The new weight is there after ``event``; None: it is there."""
@@ -169,8 +188,9 @@ class PendingStep:
         work.gradient = gradient.new_empty(0, device="cpu")
         if work.pending is not None:
             work.pending.release()
-        else:
-            _awaited.forget(gradient)
+        awaiting = self._gradients.pop(id(work.parameter), None)
+        if awaiting is not None:
+            awaiting.forget()
         with self._condition:
             self._used.add(id(work.parameter))
             self._condition.notify_all()
@@ -200,15 +220,13 @@ class PendingStep:
         for event in dict.fromkeys(self._sent.values()):
             if event is not None:
                 _ALL.wait(event.synchronize)
-        for work in self._awaited:
-            _awaited.end(work.parameter)
+        for awaiting in self._weights_awaited():
+            awaiting.end()
 
     def wait_for_others(self) -> None:
         """Block until those weights are there that are not awaited."""
-        awaited = set(self._awaited)
-        for work in self.works:
-            if work not in awaited:
-                self._wait_for(id(work.parameter), _OTHERS)
+        for key in self._others:
+            self._wait_for(key, _OTHERS)
 
     def unheard_error(self) -> BaseException | None:
         """A failure that nobody has been told of."""
