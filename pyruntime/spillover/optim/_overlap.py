@@ -19,7 +19,7 @@ Not overlapped, so updated when ``step()`` returns, are weights whose memory som
 that time (the storage has other users: an alias such as ``weight.data`` that was kept can be read
 without the weight), weights that no hooked module has, weights on the host, weights that a CUDA
 graph's capture has used, those below a module that was compiled in place, and tensor subclasses.
-The same holds for a gradient on the device in memory that somebody else holds.
+The same holds for a gradient on the device that somebody else has, or whose memory he has.
 
 A wait ends when the new weight is in device memory, not when its copy is ordered before the current
 stream: from then on the weight is good for every stream and thread. The host has time for that,
@@ -29,8 +29,8 @@ for more than his weight, and the copies before it.
 Old weights are overwritten when the kernels that were launched before ``step()`` are over, since
 copies out wait for them, and each copy in follows a copy out (Note [Optimizer pipeline]). Kernels
 that are launched later read new weights only. Gradients are read from where they are: one on the
-device is awaited as weights are, so that what writes to it comes later, and setting ``.grad`` to
-None frees it when it was read. Offloaded ones are leased.
+device is awaited as weights are, so that what writes to it comes later, by a backward that adds to
+it, too, and setting ``.grad`` to None frees it when it was read. Offloaded ones are leased.
 
 A failure is raised by whoever waits next, once. Nothing is lost: whoever waits then has the step
 continue where it stopped (Note [Failed updates]), and a ``step()`` with gradients that a step which
@@ -116,7 +116,7 @@ class PendingStep:
         # Those that are over are gone, so that nothing keeps this.
         self._awaitings: list[weakref.ref[_awaited.Awaiting]] = []
         # By the identity of the parameter; a gradient is let go when it was read.
-        self._gradients: dict[int, _awaited.Awaiting] = {}
+        self._gradients: dict[int, tuple[_awaited.Awaiting, Any]] = {}
         self._run_works = run
         self._note_sent = note_sent
         self._condition = threading.Condition()  # Its lock may be taken again.
@@ -134,7 +134,10 @@ class PendingStep:
             parameter, gradient = work.parameter, work.gradient
             if work.pending is None and gradient is parameter.grad:
                 wait = functools.partial(self._wait_for_gradient, id(parameter))
-                self._gradients[id(parameter)] = _awaited.begin(gradient, wait)
+                self._gradients[id(parameter)] = (
+                    _awaited.begin(gradient, wait),
+                    parameter.register_hook(functools.partial(_before_it_is_added_to, parameter)),
+                )
             torch.autograd.graph.increment_version(parameter)
             wait = functools.partial(self._wait_for_weight, id(parameter))
             self._awaitings.append(weakref.ref(_awaited.begin(parameter, wait)))
@@ -188,8 +191,9 @@ class PendingStep:
         work.gradient = gradient.new_empty(0, device="cpu")
         if work.pending is not None:
             work.pending.release()
-        awaiting = self._gradients.pop(id(work.parameter), None)
-        if awaiting is not None:
+        elif id(work.parameter) in self._gradients:
+            awaiting, hook = self._gradients.pop(id(work.parameter))
+            hook.remove()
             awaiting.forget()
         with self._condition:
             self._used.add(id(work.parameter))
@@ -343,7 +347,20 @@ def can_overlap(work: Work, covered: set[int]) -> bool:
     parameter, gradient = work.parameter, work.gradient
     if not parameter.is_cuda or id(parameter) not in covered or not _is_alone(parameter):
         return False
-    return work.pending is not None or gradient is not parameter.grad or _is_alone(gradient)
+    if work.pending is not None or gradient is not parameter.grad:
+        return True
+    return parameter.requires_grad and _is_of_one(gradient) and _is_alone(gradient)
+
+
+def _before_it_is_added_to(parameter: torch.Tensor, _: torch.Tensor) -> None:
+    """A hook of backward: autograd would write to ``.grad`` in C++."""
+    _awaited.wait_for([parameter.grad])
+
+
+def _is_of_one(gradient: torch.Tensor) -> bool:
+    """Whether it is ``.grad`` of one tensor, and nobody in C++ has it, as an array of cupy's."""
+    # Its object in Python, and ``.grad``.
+    return type(gradient) is torch.Tensor and gradient._use_count() <= 2
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
