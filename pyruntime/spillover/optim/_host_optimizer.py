@@ -538,8 +538,9 @@ class HostOptimizer(torch.optim.Optimizer):
                 )
                 self._overlap.start(pending)
         finally:
+            is_started = pending is not None and pending.is_started
             for work in works:
-                if work.pending is not None and (pending is None or work not in beside):
+                if work.pending is not None and not (is_started and work in beside):
                     work.pending.release()
             if self.gradients is not None:
                 self.gradients.collect()

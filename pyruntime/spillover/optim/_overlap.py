@@ -112,6 +112,8 @@ class PendingStep:
         self._others = [id(each.parameter) for each in works if each not in chosen]
         self.taken = taken
         self.has_failed = False
+        #: Whether it will be done, whatever breaks into :meth:`start`.
+        self.is_started = False
         self._awaited = awaited
         # Those that are over are gone, so that nothing keeps this.
         self._awaitings: list[weakref.ref[_awaited.Awaiting]] = []
@@ -121,6 +123,8 @@ class PendingStep:
         self._note_sent = note_sent
         self._condition = threading.Condition()  # Its lock may be taken again.
         # Guarded by the condition's lock.
+        self._unstarted = list(reversed(awaited))
+        self._is_submitted = False
         self._sent: dict[int, torch.cuda.Event | None] = {}
         self._used: set[int] = set()
         self._error: BaseException | None = None
@@ -129,19 +133,34 @@ class PendingStep:
         _steps.add(self)
 
     def start(self) -> None:
-        """Hand it to the worker."""
-        for work in self._awaited:
-            parameter, gradient = work.parameter, work.gradient
-            if work.pending is None and gradient is parameter.grad:
-                wait = functools.partial(self._wait_for_gradient, id(parameter))
-                self._gradients[id(parameter)] = (
-                    _awaited.begin(gradient, wait),
-                    parameter.register_hook(functools.partial(_before_it_is_added_to, parameter)),
-                )
-            torch.autograd.graph.increment_version(parameter)
-            wait = functools.partial(self._wait_for_weight, id(parameter))
-            self._awaitings.append(weakref.ref(_awaited.begin(parameter, wait)))
-        self._submit()
+        """Have weights and gradients awaited, and hand it to the worker.
+
+        Where something breaks into it (Ctrl-C, a signal's handler that reads weights), whoever
+        waits goes on with it.
+        """
+        with self._condition:
+            while self._unstarted:
+                work = self._unstarted[-1]
+                self._begin(work)
+                if self._unstarted and self._unstarted[-1] is work:
+                    self._unstarted.pop()
+            if not self._is_submitted:
+                self._submit()
+                self._is_submitted = True
+
+    def _begin(self, work: Work) -> None:
+        parameter, gradient = work.parameter, work.gradient
+        key = id(parameter)
+        if work.pending is None and gradient is parameter.grad and key not in self._gradients:
+            self._gradients[key] = (
+                _awaited.begin(gradient, functools.partial(self._wait_for_gradient, key)),
+                parameter.register_hook(  # type: ignore[no-untyped-call]
+                    functools.partial(_before_it_is_added_to, parameter)
+                ),
+            )
+        torch.autograd.graph.increment_version(parameter)
+        awaiting = _awaited.begin(parameter, functools.partial(self._wait_for_weight, key))
+        self._awaitings.append(weakref.ref(awaiting))
 
     def _submit(self) -> None:
         try:
@@ -152,6 +171,9 @@ class PendingStep:
     # ---- by the worker -------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self._condition:
+            if self._is_over or self._error is not None:
+                return  # It was submitted twice, by what broke into :meth:`start`.
         try:
             # Our own uses of weights wait for nothing.
             with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
@@ -229,8 +251,14 @@ class PendingStep:
 
     def wait_for_others(self) -> None:
         """Block until those weights are there that are not awaited."""
-        for key in self._others:
-            self._wait_for(key, _OTHERS)
+        try:
+            for key in self._others:
+                self._wait_for(key, _OTHERS)
+        except KeyboardInterrupt:
+            # Nobody would wait for them.
+            for key in self._others:
+                self._wait_for(key, _OTHERS)
+            raise
 
     def unheard_error(self) -> BaseException | None:
         """A failure that nobody has been told of."""
@@ -240,6 +268,8 @@ class PendingStep:
         with self._condition:
             if is_so():
                 return
+            if not self._is_submitted:
+                self.start()
         stall.wait(functools.partial(self._wait_until, is_so))
 
     def _wait_until(self, is_so: Callable[[], bool]) -> None:
@@ -330,6 +360,7 @@ class Overlap:
 
     def start(self, pending: PendingStep) -> None:
         """Have a step under way; there is none."""
+        pending.is_started = True
         self.pending = pending
         pending.start()
 
@@ -360,7 +391,7 @@ def _before_it_is_added_to(parameter: torch.Tensor, _: torch.Tensor) -> None:
 def _is_of_one(gradient: torch.Tensor) -> bool:
     """Whether it is ``.grad`` of one tensor, and nobody in C++ has it, as an array of cupy's."""
     # Its object in Python, and ``.grad``.
-    return type(gradient) is torch.Tensor and gradient._use_count() <= 2
+    return type(gradient) is torch.Tensor and gradient._use_count() <= 2  # type: ignore[attr-defined]
 
 
 def _is_alone(tensor: torch.Tensor) -> bool:
