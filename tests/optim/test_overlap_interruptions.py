@@ -1,17 +1,18 @@
-"""Steps and waits that something breaks into: Ctrl-C, signals."""
+"""Steps and waits that something breaks into: Ctrl-C, signals, garbage collection, forks."""
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from overlap_models import set_ones
+from overlap_models import LazyWorker, set_ones
 from torch import nn
 
-from spillover.optim import SGD, _awaited, _overlap
+from spillover.optim import SGD, _awaited, _host_step, _overlap, _staging
 
 pytestmark = pytest.mark.usefixtures("lazy_worker")
 
@@ -103,3 +104,81 @@ def test_an_interrupted_step_leaves_nothing_under_way_that_nobody_waits_for(
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert torch.equal(kept, wanted[0])
+
+
+class Trainer:
+    """Garbage in a cycle whose end uses the optimizer."""
+
+    def __init__(self, use: Callable[[], None]) -> None:
+        self.use = use
+        self.itself = self
+
+    def __del__(self) -> None:
+        self.use()
+
+
+def test_garbage_that_the_worker_collects_cannot_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, wanted = make()
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            optimizer.synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    gc.disable()
+    try:
+        Trainer(use)
+        with monkeypatch.context() as patch:
+            break_into(patch, _staging.Staging, "start_departure", 0, gc.collect)
+            optimizer.step()
+            optimizer.synchronize()
+    finally:
+        gc.enable()
+    assert ["cannot wait for updates" in str(error) for error in errors] == [True]
+    assert all(map(torch.equal, model.parameters(), wanted))
+
+
+def test_garbage_that_another_step_collects_cannot_stop_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, optimizer, wanted = make()
+    other = nn.Linear(8, 8).cuda()
+    set_ones(other)
+    beside = SGD(other.parameters(), lr=1.0)
+    errors: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            optimizer.synchronize()
+        except BaseException as error:
+            errors.append(error)
+
+    optimizer.step()
+    gc.disable()
+    try:
+        Trainer(use)
+        with monkeypatch.context() as patch:
+            break_into(patch, _host_step._Pipeline, "_update_batch", 0, gc.collect)
+            beside.step()
+    finally:
+        gc.enable()
+    assert ["cannot wait for updates" in str(error) for error in errors] == [True]
+    assert all(map(torch.equal, model.parameters(), wanted))
+
+
+def test_a_failure_is_not_lost_in_a_fork(
+    monkeypatch: pytest.MonkeyPatch, lazy_worker: LazyWorker
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    model, optimizer, wanted = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(_staging.Staging, "start_departure", fail)
+        optimizer.step()
+        _overlap._before_fork()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        optimizer.synchronize()
+    assert all(map(torch.equal, model.parameters(), wanted))

@@ -13,7 +13,8 @@ failed one stopped.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +31,24 @@ from spillover.optim._state_store import Part, StateStore
 
 _ARRIVAL = Stall("optimizer", "gradients to arrive")
 _OTHER_STEP = Stall("optimizer", "another optimizer's step")
+
+_thread = threading.local()
+
+
+@contextlib.contextmanager
+def stepping() -> Iterator[None]:
+    """Have :func:`is_stepping` be true meanwhile."""
+    before = is_stepping()
+    _thread.is_stepping = True
+    try:
+        yield
+    finally:
+        _thread.is_stepping = before
+
+
+def is_stepping() -> bool:
+    """Whether this thread has what updates need, so that to wait for one would be forever."""
+    return getattr(_thread, "is_stepping", False)
 
 
 class Observer(Protocol):
@@ -116,6 +135,7 @@ def run(
     on_host = [[w for w in works if w.parameter.device.type == "cpu"] for works in groups]
     store.begin([works for device in by_device.values() for works in device] + on_host)
     with contextlib.ExitStack() as held:
+        held.enter_context(stepping())
         # Every step takes the locks in one order.
         for device in sorted(by_device, key=str):
             staging = staging_of(device)

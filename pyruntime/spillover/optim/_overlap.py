@@ -52,9 +52,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from spillover._errors import ConfigError
+from spillover._errors import ConfigError, StateError
 from spillover._stalls import Stall
 from spillover.optim import _awaited
+from spillover.optim._host_step import is_stepping, stepping
 from spillover.optim._host_work import Work
 
 _FORWARD = Stall("optimizer", "forward: a weight's update")
@@ -176,7 +177,7 @@ class PendingStep:
                 return  # It was submitted twice, by what broke into :meth:`start`.
         try:
             # Our own uses of weights wait for nothing.
-            with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            with stepping(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self._run_works(self)
             for event in dict.fromkeys(self._sent.values()):
                 if event is not None:
@@ -249,6 +250,12 @@ class PendingStep:
         for awaiting in self._weights_awaited():
             awaiting.end()
 
+    def settle(self) -> None:
+        """Block until it is over or has failed, of which others will hear."""
+        self._wait(lambda: self._is_over or self._error is not None, _ALL)
+        if self._is_over:
+            self.wait()
+
     def wait_for_others(self) -> None:
         """Block until those weights are there that are not awaited."""
         try:
@@ -268,6 +275,11 @@ class PendingStep:
         with self._condition:
             if is_so():
                 return
+            if is_stepping():
+                raise StateError(
+                    "an update cannot wait for updates: something did that while an optimizer's "
+                    "step ran, such as a __del__ of garbage that was collected there"
+                )
             if not self._is_submitted:
                 self.start()
         stall.wait(functools.partial(self._wait_until, is_so))
@@ -442,7 +454,8 @@ def _remove(hooks: list[Any]) -> None:
 def _before_fork() -> None:
     """A child has no worker, so nothing may be under way in it."""
     for pending in list(_steps):
-        pending.wait()
+        if pending.is_started:
+            pending.settle()
 
 
 def _start_again() -> None:
