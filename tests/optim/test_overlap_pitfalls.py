@@ -6,6 +6,7 @@ The worker updates only while somebody waits (``lazy_worker``), so who does not 
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import io
 import pickle
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from overlap_models import LazyWorker, Net, assert_same_run, loss_of, tokens_of, train
+from overlap_models import LazyWorker, Net, assert_same_run, loss_of, set_ones, tokens_of, train
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -322,6 +323,49 @@ def test_an_extension_in_c_gets_new_weights_from_its_module() -> None:
         each.grad = torch.ones_like(each)
     optimizer.step()
     assert torch.equal(model(torch.ones(8, device="cuda")), torch.zeros(8, device="cuda"))
+
+
+def test_a_module_that_was_added_later_has_new_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 64)).cuda()
+    optimizer = SGD(model.parameters(), lr=1.0, overlap=model)
+    model.append(OfC().cuda())
+    optimizer.add_param_group({"params": model[1].weight})
+    set_ones(model)
+    optimizer.step()
+    assert torch.equal(model[1](torch.ones(8, device="cuda")), torch.zeros(8, device="cuda"))
+
+
+def sum_of_squares(model: nn.Module, weights: Any, value: torch.Tensor) -> torch.Tensor:
+    return torch.func.functional_call(model, weights, (value,)).square().sum()
+
+
+TRANSFORMS: dict[str, Callable[[Any], Any]] = {
+    "grad": torch.func.grad,
+    "vjp": lambda function: lambda *arguments: torch.func.vjp(function, *arguments)[0],
+    "jacrev": torch.func.jacrev,
+    "a gradient for each sample": lambda function: torch.vmap(
+        torch.func.grad(function), in_dims=(None, 0)
+    ),
+    "functionalize": torch.func.functionalize,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).cuda()
+    optimizer = SGD(model.parameters(), lr=1.0, overlap=model)
+    function = TRANSFORMS[name](functools.partial(sum_of_squares, model))
+    value = torch.ones(3, 8, device="cuda")
+    set_ones(model)
+    optimizer.step()
+    weights = dict(model.named_parameters())
+    found = function(weights, value)
+    optimizer.synchronize()
+    expected = function(weights, value)
+    assert torch.utils._pytree.tree_all(
+        lambda each: each, torch.utils._pytree.tree_map(torch.equal, found, expected)
+    )
 
 
 def test_weights_that_no_hooked_module_has_are_new_when_the_step_returns() -> None:

@@ -11,6 +11,7 @@ awaited by whatever uses it:
   C++ extensions, too. Those that may read parameters of their children, or run without calling
   them, wait for all below them: ``nn.MultiheadAttention``, modules in evaluation, those that
   torch.compile or TorchScript run, and those with a ``forward`` of their own, as graphed callables.
+  In a transform of torch.func, which wraps weights in C++, they wait for everything.
 - Whatever else uses a weight in Python waits by Note [Awaited tensors]: an EMA, a weight that
   another module uses, DDP's broadcast, ``state_dict()``, ``deepcopy``.
 - The optimizer's own methods wait for all, as do forks and the end of the process.
@@ -320,17 +321,29 @@ class Overlap:
         self._order: dict[int, int] = {}
         self._entered: set[int] = set()
         self._captured: set[int] = set()
-        hooks = [
-            module.register_forward_pre_hook(_Hook(self), prepend=True)
-            for module in dict.fromkeys(each for root in roots for each in root.modules())
-            if not isinstance(module, torch.jit.ScriptModule)
-        ]
-        weakref.finalize(self, _remove, hooks)
+        self._hooks: list[Any] = []
+        self._hooked: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._hook_all()
+        weakref.finalize(self, _remove, self._hooks)
+
+    def _hook_all(self) -> list[nn.Module]:
+        """Have hooks of all modules, those that were added meanwhile, too."""
+        found = dict.fromkeys(each for root in self._roots for each in root.modules())
+        modules = [each for each in found if not isinstance(each, torch.jit.ScriptModule)]
+        for module in modules:
+            if module not in self._hooked:
+                self._hooked.add(module)
+                self._hooks.append(module.register_forward_pre_hook(_Hook(self), prepend=True))
+        return modules
 
     # ---- forward -------------------------------------------------------------------------------
 
     def enter(self, module: nn.Module) -> None:
         """Before ``module`` runs."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            # Its weights may be of a transform of torch.func, which wraps others: any.
+            _awaited.wait_for_all(in_forward=True)
+            return
         if id(module) not in self._entered:
             self._entered.add(id(module))
             self._note(module)
@@ -360,14 +373,12 @@ class Overlap:
     def covered(self) -> set[int]:
         """Identities of the parameters whose uses by their modules wait."""
         found: set[int] = set()
-        for root in self._roots:
-            for module in root.modules():
-                if isinstance(module, torch.jit.ScriptModule):
-                    continue
-                found.update(id(each) for each in module._parameters.values())
-            for module in root.modules():
-                if _is_compiled_in_place(module):
-                    found.difference_update(map(id, module.parameters()))
+        modules = self._hook_all()
+        for module in modules:
+            found.update(id(each) for each in module._parameters.values())
+        for module in modules:
+            if _is_compiled_in_place(module):
+                found.difference_update(map(id, module.parameters()))
         return found - self._captured
 
     def start(self, pending: PendingStep) -> None:
