@@ -198,6 +198,14 @@ def replace_data(model: nn.Module, _: Any) -> list[torch.Tensor]:
     return []
 
 
+def replace_storage(model: nn.Module, _: Any) -> list[torch.Tensor]:
+    """``set_`` is a method that torch calls no class for."""
+    with torch.no_grad():
+        for each in model.parameters():
+            each.set_(torch.full(each.shape, 0.1, dtype=each.dtype, device="cuda"))
+    return []
+
+
 def from_vector(model: nn.Module, _: Any) -> list[torch.Tensor]:
     vector = torch.linspace(-0.1, 0.1, sum(each.numel() for each in model.parameters()))
     vector_to_parameters(vector.cuda(), model.parameters())
@@ -213,7 +221,7 @@ def move(model: nn.Module, _: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(
     "write",
-    [scale_all, fill_one, load, replace_data, from_vector, move],
+    [scale_all, fill_one, load, replace_data, replace_storage, from_vector, move],
     ids=lambda one: one.__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -227,6 +227,11 @@ class _Awaited:
             return nn.Parameter(args[0])
         return func(*args, **kwargs)
 
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Of torch's methods that lead to bytes the one that it calls no class for."""
+        wait_for([self])  # type: ignore[list-item]
+        return self.set_(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         wait_for([self])  # type: ignore[list-item]
         return copy.deepcopy(self, memo)
