@@ -12,6 +12,7 @@ import torch
 from overlap_models import LazyWorker, set_ones
 from torch import nn
 
+from spillover import StateError
 from spillover.optim import SGD, _awaited, _host_step, _overlap, _staging
 
 pytestmark = pytest.mark.usefixtures("lazy_worker")
@@ -165,6 +166,15 @@ def test_garbage_that_another_step_collects_cannot_stop_both(
     finally:
         gc.enable()
     assert ["cannot wait for updates" in str(error) for error in errors] == [True]
+    assert all(map(torch.equal, model.parameters(), wanted))
+
+
+def test_garbage_that_a_use_of_a_weight_collects_cannot_stop_the_worker() -> None:
+    model, optimizer, wanted = make()
+    optimizer.step()
+    # As a __del__ would that is called within, which needs a collection at the right instant.
+    with _awaited._lock, pytest.raises(StateError, match="cannot wait for updates"):
+        model[0].weight.sum()
     assert all(map(torch.equal, model.parameters(), wanted))
 
 

@@ -109,6 +109,11 @@ def begin(tensor: torch.Tensor, wait: Wait) -> Awaiting:
     return awaiting
 
 
+def has_lock() -> bool:
+    """Whether this thread has what those need that end waits, so that it must not wait."""
+    return _lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+
 def can_await(tensor: torch.Tensor) -> bool:
     """Whether it is of a class that we can put ours in place of."""
     return type(tensor) in _AWAITED

@@ -276,7 +276,7 @@ class PendingStep:
         with self._condition:
             if is_so():
                 return
-            if is_stepping():
+            if is_stepping() or _awaited.has_lock():
                 raise StateError(
                     "an update cannot wait for updates: something did that while an optimizer's "
                     "step ran, such as a __del__ of garbage that was collected there"
