@@ -77,6 +77,16 @@ def make_mlp(width: int = 64, depth: int = 4) -> nn.Sequential:
     return nn.Sequential(*layers).cuda()
 
 
+def make_leaf(rows: int = 48, seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(rows, 64, device="cuda").requires_grad_()
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor | None]:
+    """Gradients of the parameters, None for those that have none."""
+    return [parameter.grad for parameter in model.parameters()]
+
+
 def gradients(
     model: nn.Module,
     inputs: torch.Tensor,
