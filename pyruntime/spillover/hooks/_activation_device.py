@@ -16,19 +16,20 @@ the disk: they could wait for another thread, which wants the lock.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import weakref
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from spillover import _reclaim
 from spillover._backward_end import queue_backward_end
 from spillover._core import DiskStore, HostPool, Payload, TransferTicket
-from spillover._errors import HostOutOfMemory
+from spillover._errors import HostOutOfMemory, SpilloverError
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine
 from spillover.hooks._activation_budget import DeviceBudget
@@ -54,7 +55,7 @@ _NO_GRAPH_TASK = -1
 _NO_LIMIT = 1 << 62
 
 _COPIES_OUT = Stall("activations", "copies out (in_flight_max=)")
-_ARRIVALS = Stall("activations", "bytes from disk")
+_ARRIVALS = Stall("activations", "copies in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class EngineOptions:
 
 @dataclass(kw_only=True)
 class Counters:
-    """Figures of one engine since its start; guarded by the lock."""
+    """Figures of one context since its start; guarded by the lock."""
 
     tensors: int = 0
     deduplicated_bytes: int = 0
@@ -84,6 +85,15 @@ class Counters:
     prefetch_misses: int = 0
     away_bytes: int = 0
     away_bytes_max: int = 0
+    #: Of copies that ended away. Written to wherever Python drops them, so it needs no lock.
+    ended_away: deque[int] = field(default_factory=deque)
+
+    def count_away(self, size_bytes: int) -> None:
+        """More is off the device now, or less."""
+        while self.ended_away:
+            self.away_bytes -= self.ended_away.popleft()
+        self.away_bytes += size_bytes
+        self.away_bytes_max = max(self.away_bytes_max, self.away_bytes)
 
 
 class Arrival:
@@ -107,11 +117,9 @@ class ActivationDevice:
         options: EngineOptions,
         pool: HostPool,
         disk: DiskStore | None,
-        counters: Counters,
     ) -> None:
         self.device = device
         self._codec = options.codec
-        self._counters = counters
         self._has_disk = disk is not None
         limit = pool.stats().limit_bytes
         # A small budget is enough for the passage in smaller pieces.
@@ -150,7 +158,6 @@ class ActivationDevice:
         #: What ended without being asked for. Written to wherever Python drops it, so it is no
         #: number, and needs no lock.
         self.ended: deque[tuple[int, bool]] = deque()
-        self.ended_away: deque[int] = deque()
         self._last_departure: TransferTicket | None = None
         # Backward passes that will call `_backward_ends`; failed ones never do.
         self._graph_tasks: deque[int] = deque(maxlen=64)
@@ -163,7 +170,12 @@ class ActivationDevice:
         self._is_round_new = True
 
     def add(
-        self, tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, end: int
+        self,
+        counters: Counters,
+        tensor: torch.Tensor,
+        storage: torch.UntypedStorage,
+        start: int,
+        end: int,
     ) -> tuple[SavedView, bool]:
         """Take on what is saved first; whether :meth:`flush` is to be called, without the lock."""
         self._count_ended()
@@ -173,16 +185,16 @@ class ActivationDevice:
             round_ = self._next_round(size_bytes)
         self.budget.look(self._waiting_bytes, None)
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-        copy = SavedCopy(self, tensor, storage, start, end, stream)
+        copy = SavedCopy(self, counters, tensor, storage, start, end, stream)
         view = SavedView(copy, tensor, copy.counter, round_)
         round_.add(view, size_bytes)
         stays = self._stays(round_, view.index, size_bytes)
         copy.next_use = round_.base + self._use(round_, view.index)
         if stays:
             self._keep(copy)
-            self._counters.stayed_bytes += size_bytes
+            counters.stayed_bytes += size_bytes
             return view, False
-        self._counters.offloaded_bytes += size_bytes
+        counters.offloaded_bytes += size_bytes
         if self._codec is not None:
             self._encode(copy, tensor)
         self._pending.append(weakref.ref(copy))
@@ -262,8 +274,6 @@ class ActivationDevice:
             self._waiting_bytes -= size_bytes
             if was_kept:
                 self._kept_bytes -= size_bytes
-        while self.ended_away:
-            self._counters.away_bytes -= self.ended_away.popleft()
 
     def _uncount(self, copy: SavedCopy) -> None:
         size_bytes, copy.counted_bytes = copy.counted_bytes, 0
@@ -301,25 +311,21 @@ class ActivationDevice:
 
     def _put(self, group: list[tuple[SavedCopy, torch.UntypedStorage]], stream: int) -> None:
         sources: list[tuple[int, int, object, int | None]] = []
-        total_bytes = 0
         for copy, storage in group:
             start = copy.start if copy.encoding is None else 0
             size_bytes = _sent_bytes(copy)
-            total_bytes += size_bytes
             sources.append((storage.data_ptr() + start, size_bytes, storage, copy.next_use))
         payloads, ticket = self.engine._put(sources, stream)
         with lock:
             self._last_departure = ticket
-            self._counters.sent_bytes += total_bytes
             for (copy, storage), payload in zip(group, payloads, strict=True):
                 copy.payload = payload
                 copy.leaving = weakref.ref(storage)
                 copy.storage = None
-                self._counters.away_bytes += copy.size_bytes
+                copy.counters.sent_bytes += _sent_bytes(copy)
+                copy.counters.count_away(copy.size_bytes)
                 if copy.counted_bytes:
                     self._uncount(copy)
-            away_bytes = self._counters.away_bytes
-            self._counters.away_bytes_max = max(self._counters.away_bytes_max, away_bytes)
         sources.clear()
         group.clear()
 
@@ -370,22 +376,28 @@ class ActivationDevice:
         return chosen
 
     def _drop_arrived(self, but: SavedCopy | None = None) -> int:
-        """Drop what came back and waits for its use; it can come again."""
+        """Drop what came back and waits for its use; it can come again. Blocks until its memory
+        is free: the copies work on it yet.
+        """
         freed_bytes = 0
+        tickets: list[TransferTicket] = []
         with lock:
             for copy in (each() for each in self._arrived):
                 if copy is None or copy is but or copy.arrival is None or not copy.counted_bytes:
                     continue
                 freed_bytes += copy.counted_bytes
+                tickets.append(copy.arrival.ticket)
                 self._forget_arrival(copy)
             self._arrived = []
-        self.engine.collect()
+        for ticket in tickets:
+            with contextlib.suppress(SpilloverError):  # It is tried again when it is asked for.
+                _ARRIVALS.wait(ticket.wait)
         return freed_bytes
 
     def _forget_arrival(self, copy: SavedCopy) -> None:
         copy.arrival = None
         self._round.look_again()
-        self._counters.away_bytes += copy.size_bytes
+        copy.counters.count_away(copy.size_bytes)
         if copy.counted_bytes and not copy.is_kept:
             self._uncount(copy)
 
@@ -437,11 +449,11 @@ class ActivationDevice:
                 arrival = None
             is_late = storage is None and arrival is None
             if is_late:
-                self._counters.prefetch_misses += 1
+                copy.counters.prefetch_misses += 1
                 self._bring([copy], stream)
                 arrival = copy.arrival
             elif storage is None:
-                self._counters.prefetch_hits += 1
+                copy.counters.prefetch_hits += 1
             if copy.counted_bytes:
                 self._uncount(copy)
             round_.serve(view)
@@ -450,9 +462,10 @@ class ActivationDevice:
             if arrival is not None:
                 self._served.append(weakref.ref(copy))
             # Small ones are brought several at a time.
+            look_bytes = min(_BATCH_BYTES, self.budget.least_prefetch // 4)
             self._served_bytes += copy.size_bytes
             self._served_count += 1
-            if is_late or self._served_bytes >= _BATCH_BYTES or self._served_count >= _LOOK_COUNT:
+            if is_late or self._served_bytes >= look_bytes or self._served_count >= _LOOK_COUNT:
                 self._served_bytes = self._served_count = 0
                 self._look_ahead(view, stream)
             offset = copy.arrival_offset
@@ -531,8 +544,8 @@ class ActivationDevice:
             copy.arrival, copy.arrival_offset = arrival, offset
             copy.counted_bytes, copy.is_kept = copy.size_bytes, False
             self._waiting_bytes += copy.size_bytes
-            self._counters.away_bytes -= copy.size_bytes
-            self._counters.reloaded_bytes += _sent_bytes(copy)
+            copy.counters.count_away(-copy.size_bytes)
+            copy.counters.reloaded_bytes += _sent_bytes(copy)
             self._arrived.append(weakref.ref(copy))
         if len(self._arrived) > 4 * _BATCH_COUNT:
             self._arrived = [each for each in self._arrived if _is_waiting(each())]

@@ -61,7 +61,6 @@ class ActivationEngine:
         self._pool_source = pool
         self._disk = disk
         self._where = where
-        self.counters = Counters()
         # Guarded by the lock.
         self._copies: dict[int, list[weakref.ref[SavedCopy]]] = {}  # By StorageImpl address.
         self._copies_max = _COPIES_MIN  # Beyond it, dead ones are looked for.
@@ -143,16 +142,16 @@ class ActivationEngine:
 
     # ---- the hooks ----
 
-    def pack(self, tensor: torch.Tensor) -> SavedView | KeptTensor:
-        """Autograd saves ``tensor``."""
+    def pack(self, counters: Counters, tensor: torch.Tensor) -> SavedView | KeptTensor:
+        """Autograd saves ``tensor``, in a context that has ``counters``."""
         if not tensor.is_cuda or not is_plain(tensor) or tensor.numel() == 0:
-            return self._kept(tensor)
+            return _kept(counters, tensor)
         storage = tensor.untyped_storage()
         if self._where is not None and not self._where(tensor):
-            return self._kept(tensor)
+            return _kept(counters, tensor)
         with lock:
             if self._stays(tensor, storage):
-                return self._kept(tensor)
+                return _kept(counters, tensor)
             start, end = covering_range(tensor)
             copies = self._copies.get(storage._cdata)
             if copies is not None:
@@ -164,25 +163,21 @@ class ActivationEngine:
                         and end <= copy.end
                         and copy.is_current(tensor, storage)
                     ):
-                        self.counters.tensors += 1
-                        self.counters.deduplicated_bytes += end - start
+                        counters.tensors += 1
+                        counters.deduplicated_bytes += end - start
                         return copy.device.add_alias(copy, tensor, copy.counter)
             device = self._devices.get(tensor.device) or self._make_device(tensor.device)
             start, end = range_to_copy(start, end, storage.nbytes())
-            view, is_due = device.add(tensor, storage, start, end)
+            view, is_due = device.add(counters, tensor, storage, start, end)
             self._note(view.copy)
-            self.counters.tensors += 1
+            counters.tensors += 1
         if is_due:
             device.flush()
         return view
 
-    def _kept(self, tensor: torch.Tensor) -> KeptTensor:
-        self.counters.kept_tensors += 1
-        return keep(tensor)
-
     def _make_device(self, device: torch.device) -> ActivationDevice:
         made = self._devices[device] = ActivationDevice(
-            device, self._options, self._pool_source(), self._disk, self.counters
+            device, self._options, self._pool_source(), self._disk
         )
         return made
 
@@ -212,6 +207,11 @@ class ActivationEngine:
 
 #: Engines' devices in forked children: to take them apart would touch the parent's device.
 _left_behind: list[object] = []
+
+
+def _kept(counters: Counters, tensor: torch.Tensor) -> KeptTensor:
+    counters.kept_tensors += 1
+    return keep(tensor)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

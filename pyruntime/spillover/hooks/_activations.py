@@ -14,10 +14,10 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from spillover._settings import enabled
 from spillover._sources import register
 from spillover._units import parse_bytes
 from spillover.hooks._activation_codec import Codec
-from spillover.hooks._activation_device import EngineOptions, lock
+from spillover.hooks._activation_device import Counters, EngineOptions, lock
 from spillover.hooks._activation_engine import ActivationEngine, Predicate
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -85,7 +85,8 @@ _limited_stores: list[DiskStore] = []
 class ActivationStats:
     """What was done for one ``offload_activations`` object since it was made.
 
-    Contexts with equal options share an engine, and with it what runs at the same time.
+    Contexts with equal options share an engine, so that figures of the disk and of stalls are of
+    all of them that ran meanwhile.
 
     Attributes
     ----------
@@ -136,25 +137,35 @@ class OffloadedActivations(contextlib.ContextDecorator):
         self._engine = engine
         self._model = model
         self._entered = threading.local()
-        self._before: dict[str, Any] = {} if engine is None else _figures(engine)
+        self._counters = Counters()
+        self._before = _engine_figures(engine)
         if engine is not None:
             register("activations", self, OffloadedActivations.stats)
 
     def stats(self) -> ActivationStats:
         """Figures of this moment; cheap, and does not wait for the device."""
-        if self._engine is None:
-            zeros: dict[str, Any] = {each.name: 0 for each in fields(ActivationStats)}
-            return ActivationStats(**{**zeros, "stall_seconds": {}})
-        now, before = _figures(self._engine), self._before
-        stalls, stalls_before = now.pop("stall_seconds"), before.get("stall_seconds", {})
-        most = now.pop("saved_bytes_max")
-        return ActivationStats(
-            **{name: value - before.get(name, 0) for name, value in now.items()},
-            saved_bytes_max=most,
-            stall_seconds={
-                cause: seconds - stalls_before.get(cause, 0.0) for cause, seconds in stalls.items()
-            },
-        )
+        written, read, stalls = _engine_figures(self._engine)
+        written_before, read_before, stalls_before = self._before
+        with lock:
+            counters = self._counters
+            return ActivationStats(
+                tensors=counters.tensors,
+                kept_tensors=counters.kept_tensors,
+                deduplicated_bytes=counters.deduplicated_bytes,
+                stayed_bytes=counters.stayed_bytes,
+                offloaded_bytes=counters.offloaded_bytes,
+                bytes_out=counters.sent_bytes,
+                bytes_in=counters.reloaded_bytes,
+                disk_bytes_written=written - written_before,
+                disk_bytes_read=read - read_before,
+                prefetch_hits=counters.prefetch_hits,
+                prefetch_misses=counters.prefetch_misses,
+                saved_bytes_max=counters.away_bytes_max,
+                stall_seconds={
+                    cause: seconds - stalls_before.get(cause, 0.0)
+                    for cause, seconds in stalls.items()
+                },
+            )
 
     def _hooks(self) -> list[torch.autograd.graph.saved_tensors_hooks]:
         hooks: list[torch.autograd.graph.saved_tensors_hooks]
@@ -168,9 +179,11 @@ class OffloadedActivations(contextlib.ContextDecorator):
             entered = self._hooks()
             if not entered:
                 engine.begin_round()
+                engine.collect()
             if self._model is not None:
                 engine.keep_on_device(self._model)
-            hooks = torch.autograd.graph.saved_tensors_hooks(engine.pack, engine.unpack)
+            pack = functools.partial(engine.pack, self._counters)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, engine.unpack)
             hooks.__enter__()
             entered.append(hooks)
         return self
@@ -197,35 +210,17 @@ class OffloadedActivations(contextlib.ContextDecorator):
                 raise
 
 
-def _figures(engine: ActivationEngine) -> dict[str, Any]:
-    with lock:
-        counters = engine.counters
-        figures: dict[str, Any] = {
-            "tensors": counters.tensors,
-            "kept_tensors": counters.kept_tensors,
-            "deduplicated_bytes": counters.deduplicated_bytes,
-            "stayed_bytes": counters.stayed_bytes,
-            "offloaded_bytes": counters.offloaded_bytes,
-            "bytes_out": counters.sent_bytes,
-            "bytes_in": counters.reloaded_bytes,
-            "prefetch_hits": counters.prefetch_hits,
-            "prefetch_misses": counters.prefetch_misses,
-            "saved_bytes_max": counters.away_bytes_max,
-        }
+def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
+    """Bytes written to disk and read from there, and seconds of stalls by cause."""
     stalls: dict[str, float] = {}
     written = read = 0
-    for device in engine.devices():
+    for device in engine.devices() if engine is not None else ():
         stats = device.engine.stats()
         written += stats.written_bytes
         read += stats.read_bytes
         for cause, nanoseconds in stats.stall_ns.items():
             stalls[cause] = stalls.get(cause, 0.0) + nanoseconds / 1e9
-    return {
-        **figures,
-        "disk_bytes_written": written,
-        "disk_bytes_read": read,
-        "stall_seconds": stalls,
-    }
+    return written, read, stalls
 
 
 def offload_activations(

@@ -23,7 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 if TYPE_CHECKING:
     from spillover import _core
     from spillover.hooks._activation_codec import Encoding
-    from spillover.hooks._activation_device import ActivationDevice, Arrival
+    from spillover.hooks._activation_device import ActivationDevice, Arrival, Counters
     from spillover.hooks._activation_order import Round
 
 #: Allocators align to this, and kernels choose their vector width by it: a range that is copied
@@ -102,6 +102,7 @@ class SavedCopy:
         "arrival_offset",
         "counted_bytes",
         "counter",
+        "counters",
         "data_pointer",
         "device",
         "encoding",
@@ -122,6 +123,7 @@ class SavedCopy:
     def __init__(
         self,
         device: ActivationDevice,
+        counters: Counters,
         tensor: torch.Tensor,
         storage: torch.UntypedStorage,
         start: int,
@@ -129,6 +131,7 @@ class SavedCopy:
         stream: int,
     ) -> None:
         self.device = device
+        self.counters = counters  # Of the context that saved it.
         self.identity: StorageWeakRef = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.address = storage._cdata
         self.data_pointer = storage.data_ptr()
@@ -162,7 +165,7 @@ class SavedCopy:
         if self.counted_bytes:
             self.device.ended.append((self.counted_bytes, self.is_kept))
         if self.storage is None and self.arrival is None:
-            self.device.ended_away.append(self.size_bytes)
+            self.counters.ended_away.append(self.size_bytes)
 
 
 class SavedView:
