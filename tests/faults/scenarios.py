@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from spillover.hooks._saved_transfers import settle
 from torch import nn
 
 from spillover import (
@@ -150,8 +149,6 @@ def activations_disk() -> object:
         return _activations(tier="disk", disk=store, pool=pool)
     finally:
         store.close()
-        # What the last writes held would stay until the next saved tensor.
-        settle()
 
 
 def parameters() -> object:

@@ -281,7 +281,7 @@ def test_memory_that_is_not_there_is_an_error_at_construction() -> None:
     ("arguments", "message"),
     [
         ({"anomalies": "ignore"}, "'raise', 'warn' or None"),
-        ({"in_flight_max": "many"}, "in_flight_max"),
+        ({"inflight": "many"}, "inflight"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
