@@ -124,11 +124,11 @@ def _training_step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
-def _activations(**options: Any) -> list[torch.Tensor]:
+def _activations(rows: int = 64, **options: Any) -> list[torch.Tensor]:
     torch.manual_seed(0)
     layers = [part for _ in range(3) for part in (nn.Linear(64, 64), nn.GELU())]
     model = nn.Sequential(*layers).cuda()
-    x = torch.randn(64, 64).cuda().requires_grad_()
+    x = torch.randn(rows, 64).cuda().requires_grad_()
     options.update(min_bytes=1, keep_on_device=0, in_flight_max="64KiB", prefetch="64KiB")
     with offload_activations(**options):
         loss = _training_step(model, x)
@@ -146,7 +146,7 @@ def activations_disk() -> object:
     store = _core.DiskStore([f"{_FOLDER}/c"], threads_per_folder=1)
     pool = _core.HostPool(limit_bytes=256 << 10)
     try:
-        return _activations(tier="disk", disk=store, pool=pool)
+        return _activations(rows=256, tier="disk", disk=store, pool=pool)
     finally:
         store.close()
 

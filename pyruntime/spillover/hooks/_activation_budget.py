@@ -6,7 +6,8 @@ What the program itself needs, *other* memory, is what is allocated less what wa
 our care. It is measured at each save and each reload of the first rounds (a round is one forward
 and its backward), in which all that is saved leaves: in forward its maximum, in backward by how far
 that has come, since what backward uses up makes room for the gradients that it makes. Between two
-looks more may have been allocated and freed; where the allocator's peak rose, that is counted.
+looks more may have been allocated and freed: what passed so where the allocator's peak rose is
+taken to pass everywhere, as elsewhere it would not have shown.
 
 From then on the tensors that backward asks for first stay on the device, as many as leave room for
 other memory at each point of backward; the rest leaves as soon as it is saved, and is brought back
@@ -38,6 +39,8 @@ _AHEAD = 64
 #: fragments.
 _FREE_SHARE = 64
 _FREE_SHARE_NATIVE = 12
+#: By one part in so many of the device the budget shrinks in a round, at most.
+_GIVEN_SHARE = 16
 
 
 class DeviceBudget:
@@ -63,13 +66,14 @@ class DeviceBudget:
         self._is_measuring = False
         self._rounds_measured = 0
         self._last_peak = -1
-        self._last_waiting = 0
+        self._last_waiting = self._last_other = 0
         # Of the round that is measured, and the greatest so far.
         self._forward_other = self._forward_other_max = 0
         self._backward_other: list[int] = []
         self._backward_other_max: list[int] = []
+        self._passing_max = 0  # The most between two looks in backward.
         self._base_max = 0
-        self._given_back = 0
+        self._given_back = self._given_back_before = 0
         # For the present round; None: nothing is known yet.
         self._usable: int | None = None
         #: What of a round may stay on the device.
@@ -91,7 +95,10 @@ class DeviceBudget:
         grown = max(0, base - self._base_max)
         is_known = self._rounds_measured >= _ROUNDS_MEASURED
         self._is_measuring = not is_known or grown > 0
-        self._last_peak, self._last_waiting = peak, waiting_bytes
+        self._last_peak, self._last_waiting, self._last_other = peak, waiting_bytes, base
+        # If nobody asks again, the budget comes back.
+        self._given_back -= self._given_back // _GIVEN_SHARE
+        self._given_back_before = self._given_back
         if is_known:
             self._usable = _usable(self._device, reserved) - grown - self._given_back
             self.keep_bytes = self._most_that_stays(self._usable, plan)
@@ -103,7 +110,7 @@ class DeviceBudget:
         fits_plan = len(used) == len(self._backward_other_max)
         for place, other in enumerate(self._backward_other_max):
             gone = used[place - 1] if fits_plan and place > 0 else 0
-            room = min(room, usable - other + gone)
+            room = min(room, usable - other - self._passing_max + gone)
         return max(0, room)
 
     # ---- measuring ----
@@ -117,12 +124,15 @@ class DeviceBudget:
             return
         allocated, _, peak = figures
         other = allocated - waiting_bytes
+        passing = 0
         if peak != self._last_peak:
-            other = max(other, peak - min(waiting_bytes, self._last_waiting))
-        self._last_peak, self._last_waiting = peak, waiting_bytes
+            at_peak = peak - min(waiting_bytes, self._last_waiting)
+            passing = max(0, at_peak - max(other, self._last_other))
+        self._last_peak, self._last_waiting, self._last_other = peak, waiting_bytes, other
         if place is None:
-            self._forward_other = max(self._forward_other, other)
+            self._forward_other = max(self._forward_other, other + passing)
             return
+        self._passing_max = max(self._passing_max, passing)
         if len(self._backward_other) <= place:
             missing = place + 1 - len(self._backward_other)
             self._backward_other.extend([other] * missing)
@@ -165,8 +175,14 @@ class DeviceBudget:
             return self._least_prefetch - arrived
         others = self._backward_other_max
         other = max(others[place : place + _AHEAD], default=max(others, default=0))
+        other += self._passing_max
         room = max(self._usable - other - waiting_bytes, self._least_prefetch - arrived)
         return room if self._prefetch is None else min(room, self._prefetch - arrived)
+
+    @property
+    def least_in_flight(self) -> int:
+        """What may be on its way out in any case."""
+        return self._least_in_flight
 
     @property
     def least_prefetch(self) -> int:
@@ -176,7 +192,8 @@ class DeviceBudget:
     def give_back(self, size_bytes: int) -> None:
         """Somebody had to be given so much: the budget was too large."""
         if self._usable is not None:
-            self._given_back += size_bytes
+            most = self._given_back_before + self._usable // _GIVEN_SHARE
+            self._given_back = min(self._given_back + size_bytes, most)
 
     def shrink_prefetch(self, held_bytes: int) -> None:
         """No memory for what came ahead, where ``held_bytes`` had come: half of it from now on."""

@@ -6,9 +6,11 @@ Copy-out: the transfer engine's copy comes after what is on the stream that save
 holds the device bytes until the *host* has seen the end of the copy, so whichever stream's pool
 they return to, no copy reads them any more. Copy-in: the memory is allocated on the compute stream,
 whose work up to then the copy waits for, as its last user may still be queued; the engine has the
-copy wait for the copy-out of the same bytes as well, and holds the memory until it is over. The
-compute stream waits for the copy-in before its first use. ``record_stream`` is not used: it would
-keep memory for an unknown time. Streams are asked for at each call, and none is made.
+copy wait for the copy-out of the same bytes as well. The compute stream waits for the copy-in
+before the first use, so the memory may go back to that stream's pool at any time after that; what
+goes without a use is held until the host has seen the end of the copy. ``record_stream`` is not
+used: it would keep memory for an unknown time. Streams are asked for at each call, and none is
+made.
 
 Everything here is guarded by ``lock``. It is not held while a thread waits for copies out or for
 the disk: they could wait for another thread, which wants the lock.
@@ -29,7 +31,7 @@ import torch
 from spillover import _reclaim
 from spillover._backward_end import queue_backward_end
 from spillover._core import DiskStore, HostPool, Payload, TransferTicket
-from spillover._errors import HostOutOfMemory, SpilloverError
+from spillover._errors import HostOutOfMemory, SpilloverError, StateError
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine
 from spillover.hooks._activation_budget import DeviceBudget
@@ -53,6 +55,11 @@ _PAGE_BYTES = 4096
 _NO_GRAPH_TASK = -1
 #: An engine's own limit of bytes on their way out; ours is asked before.
 _NO_LIMIT = 1 << 62
+
+_CAPTURE_ERROR = (
+    "a CUDA graph cannot record the return of a saved tensor that was offloaded before the "
+    "capture; capture forward and backward together, or run that forward without offloading"
+)
 
 _COPIES_OUT = Stall("activations", "copies out (in_flight_max=)")
 _ARRIVALS = Stall("activations", "copies in")
@@ -99,13 +106,24 @@ class Counters:
 class Arrival:
     """Device memory that copies come back to: of one large, or of several small ones."""
 
-    __slots__ = ("storage", "stream", "ticket", "waited")
+    __slots__ = ("orphans", "storage", "stream", "ticket", "waited")
 
-    def __init__(self, storage: torch.UntypedStorage, stream: int, ticket: TransferTicket) -> None:
+    def __init__(
+        self,
+        storage: torch.UntypedStorage,
+        stream: int,
+        ticket: TransferTicket,
+        orphans: deque[tuple[TransferTicket, torch.UntypedStorage]],
+    ) -> None:
         self.storage = storage
         self.stream = stream  # Whose memory it is.
         self.ticket = ticket
         self.waited = False  # By that stream.
+        self.orphans = orphans
+
+    def __del__(self) -> None:
+        if not self.waited:  # The copy may be under way.
+            self.orphans.append((self.ticket, self.storage))
 
 
 class ActivationDevice:
@@ -141,6 +159,7 @@ class ActivationDevice:
             in_flight=options.in_flight_bytes,
             prefetch=options.prefetch_bytes,
         )
+        self._batch_bytes = min(_BATCH_BYTES, self.budget.least_in_flight // 4)
         self._plans = Plans()
         self._round = Round(0)
         self._rounds = 0
@@ -158,6 +177,8 @@ class ActivationDevice:
         #: What ended without being asked for. Written to wherever Python drops it, so it is no
         #: number, and needs no lock.
         self.ended: deque[tuple[int, bool]] = deque()
+        #: Memory of copies in that nobody waited for; likewise.
+        self._orphans: deque[tuple[TransferTicket, torch.UntypedStorage]] = deque()
         self._last_departure: TransferTicket | None = None
         # Backward passes that will call `_backward_ends`; failed ones never do.
         self._graph_tasks: deque[int] = deque(maxlen=64)
@@ -193,7 +214,9 @@ class ActivationDevice:
         if stays:
             self._keep(copy)
             counters.stayed_bytes += size_bytes
-            return view, False
+            leaving = self._leaving_bytes()
+            is_full = leaving > 0 and self._excess(leaving, 0) > 0
+            return view, is_full
         counters.offloaded_bytes += size_bytes
         if self._codec is not None:
             self._encode(copy, tensor)
@@ -201,7 +224,7 @@ class ActivationDevice:
         self._pending_bytes += size_bytes
         is_due = (
             size_bytes >= _SMALL_BYTES
-            or self._pending_bytes >= _BATCH_BYTES
+            or self._pending_bytes >= self._batch_bytes
             or len(self._pending) >= _BATCH_COUNT
         )
         return view, is_due
@@ -269,6 +292,8 @@ class ActivationDevice:
             copy.encoding = encoded[1]
 
     def _count_ended(self) -> None:
+        if self._orphans:
+            self._collect_orphans()
         while self.ended:
             size_bytes, was_kept = self.ended.popleft()
             self._waiting_bytes -= size_bytes
@@ -291,6 +316,7 @@ class ActivationDevice:
             self._pending, self._pending_bytes = [], 0
         if batch:
             self._send(batch)
+        self._make_room(0)  # What stays needs some, too.
 
     def _send(self, batch: list[SavedCopy]) -> None:
         groups: dict[int, list[tuple[SavedCopy, torch.UntypedStorage]]] = {}
@@ -334,12 +360,15 @@ class ActivationDevice:
         while True:
             leaving = self._leaving_bytes()
             with lock:
-                self._count_ended()
-                excess = self.budget.excess_in_forward(self._waiting_bytes, leaving, size_bytes)
+                excess = self._excess(leaving, size_bytes)
             if excess <= 0 or leaving == 0:
                 return
             wanted = min(excess, leaving)
             _COPIES_OUT.wait(functools.partial(self.engine._collect_bytes, wanted))
+
+    def _excess(self, leaving_bytes: int, more_bytes: int) -> int:
+        self._count_ended()
+        return self.budget.excess_in_forward(self._waiting_bytes, leaving_bytes, more_bytes)
 
     def give_back(self, missing_bytes: int, device: torch.device) -> int:
         """See ``_reclaim.Holder``. What is leaving goes first, then what came ahead of its use,
@@ -380,19 +409,28 @@ class ActivationDevice:
         is free: the copies work on it yet.
         """
         freed_bytes = 0
-        tickets: list[TransferTicket] = []
         with lock:
             for copy in (each() for each in self._arrived):
                 if copy is None or copy is but or copy.arrival is None or not copy.counted_bytes:
                     continue
                 freed_bytes += copy.counted_bytes
-                tickets.append(copy.arrival.ticket)
                 self._forget_arrival(copy)
             self._arrived = []
-        for ticket in tickets:
-            with contextlib.suppress(SpilloverError):  # It is tried again when it is asked for.
-                _ARRIVALS.wait(ticket.wait)
+        self._collect_orphans(wait=True)
         return freed_bytes
+
+    def _collect_orphans(self, *, wait: bool = False) -> None:
+        """Let go of memory whose copies in are over; ``wait`` for those that are not."""
+        for _ in range(len(self._orphans)):
+            try:
+                ticket, storage = self._orphans.popleft()
+            except IndexError:  # Another thread was faster.
+                return
+            if not wait and not ticket.done():
+                self._orphans.appendleft((ticket, storage))
+                return
+            with contextlib.suppress(SpilloverError):  # Whoever asks again hears of it.
+                _ARRIVALS.wait(ticket.wait)
 
     def _forget_arrival(self, copy: SavedCopy) -> None:
         copy.arrival = None
@@ -449,6 +487,8 @@ class ActivationDevice:
                 arrival = None
             is_late = storage is None and arrival is None
             if is_late:
+                if torch.cuda.is_current_stream_capturing():
+                    raise StateError(_CAPTURE_ERROR)
                 copy.counters.prefetch_misses += 1
                 self._bring([copy], stream)
                 arrival = copy.arrival
@@ -538,8 +578,9 @@ class ActivationDevice:
         targets: list[tuple[Payload, tuple[int, int, object]]] = []
         for copy, offset in zip(copies, offsets, strict=True):
             assert copy.payload is not None
-            targets.append((copy.payload, (address + offset, _sent_bytes(copy), storage)))
-        arrival = Arrival(storage, stream, self.engine._fetch(targets, stream, 0))
+            targets.append((copy.payload, (address + offset, _sent_bytes(copy), None)))
+        ticket = self.engine._fetch(targets, stream, 0)
+        arrival = Arrival(storage, stream, ticket, self._orphans)
         for copy, offset in zip(copies, offsets, strict=True):
             copy.arrival, copy.arrival_offset = arrival, offset
             copy.counted_bytes, copy.is_kept = copy.size_bytes, False
@@ -580,7 +621,7 @@ class ActivationDevice:
             chosen_bytes += copy.size_bytes
             if len(chosen) == _BATCH_COUNT:
                 break
-        if not chosen:
+        if not chosen or torch.cuda.is_current_stream_capturing():
             return
         try:
             self._bring(list(chosen.values()), stream)
