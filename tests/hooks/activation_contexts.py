@@ -35,7 +35,7 @@ def offloading(**options: Any) -> OffloadedActivations:
 
 def on_disk(folder: Path) -> dict[str, Any]:
     """Options of the disk tier, with so little memory for the passage that the disk is used."""
-    return {"tier": "disk", "directory": folder, "pool": HostPool("1MiB")}
+    return {"tier": "disk", "directory": folder, "pool": HostPool("256KiB")}
 
 
 def offloaded_bytes(context: OffloadedActivations) -> int:

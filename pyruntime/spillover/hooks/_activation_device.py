@@ -37,7 +37,7 @@ from spillover._transfer import TransferEngine
 from spillover.hooks._activation_budget import DeviceBudget
 from spillover.hooks._activation_codec import Codec, encode
 from spillover.hooks._activation_order import Plans, Round
-from spillover.hooks._saved_storage import ALIGNMENT, SavedCopy, SavedView
+from spillover.hooks._saved_storage import ALIGNMENT, SavedCopy, SavedView, forget_data
 
 #: Reentrant, since Python's collector may run a destructor on a thread that holds it.
 lock = threading.RLock()
@@ -207,7 +207,7 @@ class ActivationDevice:
         self.budget.look(self._waiting_bytes, None)
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         copy = SavedCopy(self, counters, tensor, storage, start, end, stream)
-        view = SavedView(copy, tensor, copy.counter, round_)
+        view = SavedView(copy, tensor, round_, is_whole=True)
         round_.add(view, size_bytes)
         stays = self._stays(round_, view.index, size_bytes)
         copy.next_use = round_.base + self._use(round_, view.index)
@@ -229,9 +229,9 @@ class ActivationDevice:
         )
         return view, is_due
 
-    def add_alias(self, copy: SavedCopy, tensor: torch.Tensor, counter: torch.Tensor) -> SavedView:
+    def add_alias(self, copy: SavedCopy, tensor: torch.Tensor) -> SavedView:
         """Take on another view of a copy that is there."""
-        view = SavedView(copy, tensor, counter, self._round)
+        view = SavedView(copy, tensor, self._round, is_whole=False)
         self._round.add(view, 0)
         return view
 
@@ -289,6 +289,7 @@ class ActivationDevice:
             return  # It goes as it is.
         if encoded is not None:
             copy.storage = encoded[0].untyped_storage()
+            forget_data(copy.counter)
             copy.encoding = encoded[1]
 
     def _count_ended(self) -> None:
@@ -321,8 +322,13 @@ class ActivationDevice:
     def _send(self, batch: list[SavedCopy]) -> None:
         groups: dict[int, list[tuple[SavedCopy, torch.UntypedStorage]]] = {}
         for copy in batch:
-            if copy.storage is not None:
+            if copy.storage is None:
+                continue
+            if copy.payload is None:
                 groups.setdefault(copy.stream, []).append((copy, copy.storage))
+            else:
+                with lock:
+                    self._leave(copy, copy.storage)
         batch.clear()
         for stream, group in groups.items():
             self._make_room(sum(_sent_bytes(copy) for copy, _ in group))
@@ -346,14 +352,19 @@ class ActivationDevice:
             self._last_departure = ticket
             for (copy, storage), payload in zip(group, payloads, strict=True):
                 copy.payload = payload
-                copy.leaving = weakref.ref(storage)
-                copy.storage = None
                 copy.counters.sent_bytes += _sent_bytes(copy)
-                copy.counters.count_away(copy.size_bytes)
-                if copy.counted_bytes:
-                    self._uncount(copy)
+                self._leave(copy, storage)
         sources.clear()
         group.clear()
+
+    def _leave(self, copy: SavedCopy, storage: torch.UntypedStorage) -> None:
+        """Give up the device's bytes of what has, or will have, others."""
+        copy.leaving = weakref.ref(storage)
+        copy.storage = None
+        forget_data(copy.counter)
+        copy.counters.count_away(copy.size_bytes)
+        if copy.counted_bytes:
+            self._uncount(copy)
 
     def _make_room(self, size_bytes: int) -> None:
         """Block while what is on the device is more than may be, which a lone copy may."""
@@ -487,7 +498,7 @@ class ActivationDevice:
                 arrival = None
             is_late = storage is None and arrival is None
             if is_late:
-                if torch.cuda.is_current_stream_capturing():
+                if torch._C._cuda_isCurrentStreamCapturing():
                     raise StateError(_CAPTURE_ERROR)
                 copy.counters.prefetch_misses += 1
                 self._bring([copy], stream)
@@ -512,6 +523,10 @@ class ActivationDevice:
         if storage is not None:
             if stream != copy.stream:
                 self._wait_for(copy.stream)
+            if view.is_whole:  # Shares the counter's memory, if that has any.
+                held = copy.counter.detach()
+                if held.shape == view.shape:
+                    return held
             return self._tensor_of(view, storage, copy.start if copy.encoding is None else 0)
         assert arrival is not None
         if not arrival.waited:
@@ -613,15 +628,20 @@ class ActivationDevice:
         for copy in round_.upcoming(view):
             if copy.storage is not None or copy.arrival is not None or id(copy) in chosen:
                 continue
-            if copy.leaving is not None and copy.leaving() is not None:
-                continue
             if chosen_bytes + copy.size_bytes > room and not (is_first and not chosen):
                 break
+            storage = copy.leaving() if copy.leaving is not None else None
+            if storage is not None:  # It is there still, and need not come back.
+                copy.storage = storage
+                copy.counters.count_away(-copy.size_bytes)
+                self._keep(copy)
+                room -= copy.size_bytes
+                continue
             chosen[id(copy)] = copy
             chosen_bytes += copy.size_bytes
             if len(chosen) == _BATCH_COUNT:
                 break
-        if not chosen or torch.cuda.is_current_stream_capturing():
+        if not chosen or torch._C._cuda_isCurrentStreamCapturing():
             return
         try:
             self._bring(list(chosen.values()), stream)

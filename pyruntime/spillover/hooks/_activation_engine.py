@@ -130,7 +130,9 @@ class ActivationEngine:
         base = tensor._base
         if base is None:
             base = tensor
-        if (base.requires_grad and base.is_leaf) or isinstance(base, nn.Parameter):
+        if (base.requires_grad and base.is_leaf) or (
+            type(base) is not torch.Tensor and isinstance(base, nn.Parameter)
+        ):
             self._stay(storage)
             return True
         held = self._staying.get(storage._cdata)
@@ -138,7 +140,7 @@ class ActivationEngine:
             if not _is_dead(held):
                 return True
             del self._staying[storage._cdata]
-        return storage.data_ptr() == 0 or torch.cuda.is_current_stream_capturing()
+        return storage.data_ptr() == 0 or torch._C._cuda_isCurrentStreamCapturing()
 
     # ---- the hooks ----
 
@@ -165,7 +167,7 @@ class ActivationEngine:
                     ):
                         counters.tensors += 1
                         counters.deduplicated_bytes += end - start
-                        return copy.device.add_alias(copy, tensor, copy.counter)
+                        return copy.device.add_alias(copy, tensor)
             device = self._devices.get(tensor.device) or self._make_device(tensor.device)
             start, end = range_to_copy(start, end, storage.nbytes())
             view, is_due = device.add(counters, tensor, storage, start, end)

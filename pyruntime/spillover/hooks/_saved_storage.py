@@ -56,15 +56,13 @@ def range_to_copy(start: int, end: int, storage_bytes: int) -> tuple[int, int]:
     return start // ALIGNMENT * ALIGNMENT, end
 
 
-def hold_counter(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor that shares the version counter of ``tensor``, but not its memory."""
-    counter = tensor.detach()
+def forget_data(tensor: torch.Tensor) -> None:
+    """Have ``tensor`` share its version counter still, but no memory."""
     key = tensor.dtype, tensor.device
     empty = _empties.get(key)
     if empty is None:
         empty = _empties[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    counter.data = empty
-    return counter
+    tensor.data = empty
 
 
 def share_counter(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -136,7 +134,8 @@ class SavedCopy:
         self.address = storage._cdata
         self.data_pointer = storage.data_ptr()
         self.version = tensor._version
-        self.counter = hold_counter(tensor)
+        #: Shares the version counter of what was saved, and its memory as long as that is held.
+        self.counter = tensor.detach()
         self.start, self.end = start, end
         self.size_bytes = end - start
         self.stream = stream  # On which they were produced.
@@ -169,7 +168,10 @@ class SavedCopy:
 
 
 class SavedView:
-    """What autograd holds for an offloaded tensor: which part of which copy it is."""
+    """What autograd holds for an offloaded tensor: which part of which copy it is.
+
+    ``is_whole``: the copy was made for it, so that the counter's memory is what was saved.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -177,6 +179,7 @@ class SavedView:
         "counter",
         "dtype",
         "index",
+        "is_whole",
         "round",
         "served_in",
         "shape",
@@ -186,17 +189,18 @@ class SavedView:
     )
 
     def __init__(
-        self, copy: SavedCopy, tensor: torch.Tensor, counter: torch.Tensor, round_: Round
+        self, copy: SavedCopy, tensor: torch.Tensor, round_: Round, *, is_whole: bool
     ) -> None:
         self.copy = copy
         self.version = copy.version
-        self.counter = counter
+        self.counter = copy.counter
         self.dtype = tensor.dtype
         self.shape = tensor.shape
         self.stride = tensor.stride()
         self.storage_offset = tensor.storage_offset()
         self.round = round_
         self.index = 0
+        self.is_whole = is_whole
         self.served_in = 0
 
 
@@ -223,7 +227,7 @@ def check_version(counter: torch.Tensor, shape: torch.Size, expected: int) -> No
     Parameters
     ----------
     counter
-        The tensor, or what ``hold_counter`` made of it.
+        The tensor, or one that shares its version counter.
     shape
         Of the saved tensor.
     expected
