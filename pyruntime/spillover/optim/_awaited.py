@@ -19,7 +19,8 @@ torch: extensions that take tensors from pybind11, TorchScript, replays of CUDA 
 to come after a wait that somebody else makes; Note [Overlap] has who does.
 
 Objects keep the class until somebody has waited, also where the bytes are there by then: only a
-thread that has waited knows that they are. They are not kept for that when the bytes are there.
+thread that has waited knows that they are. They are not kept for that when the bytes are on their
+way: whoever frees one waits.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Awaiting:
                 del _entries[self._key]
 
     def let_go(self) -> None:
-        """Have the tensor be freed when nobody else has it."""
+        """Have the tensor be freed when nobody else has it, which then waits."""
         with _lock:
             if self._kept is not None and _entries.get(self._key) is self:
                 self._tensor = weakref.ref(
@@ -90,8 +91,10 @@ class Awaiting:
 
 
 def _forget(awaiting: weakref.ref[Awaiting], _: object) -> None:
+    """Before the memory of a tensor is freed."""
     found = awaiting()
     if found is not None:
+        found.wait(False)
         found.forget()
 
 

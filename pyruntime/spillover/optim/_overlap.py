@@ -180,9 +180,6 @@ class PendingStep:
             # Our own uses of weights wait for nothing.
             with stepping(), torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
                 self._run_works(self)
-            for event in dict.fromkeys(self._sent.values()):
-                if event is not None:
-                    event.synchronize()
         except BaseException as error:
             with self._condition:
                 self._error = error
@@ -190,7 +187,8 @@ class PendingStep:
                 self._condition.notify_all()
         else:
             self._run_works = self._note_sent = _nothing
-            # Nothing is under way, so that the program may free what it does not use any more.
+            # The program may free what it does not use any more, which waits for the last copies.
+            # We must not: a stream may be recording a graph by now.
             self.works = self._awaited = ()
             for awaiting in self._weights_awaited():
                 awaiting.let_go()
