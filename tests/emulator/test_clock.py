@@ -10,7 +10,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -119,7 +119,8 @@ def cpu_load() -> Iterator[None]:
             process.wait()
 
 
-def test_the_same_nanoseconds_in_every_run() -> None:
+@pytest.mark.parametrize("is_loaded", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_same_nanoseconds_in_every_run(is_loaded: bool) -> None:
     program = (
         _STEP
         + _THREADS
@@ -131,7 +132,7 @@ print(json.dumps({"ends": ends, "order": order, "makespan": report.makespan_ns,
 """
     )
     first = run_clocked(program)
-    with cpu_load():
+    with cpu_load() if is_loaded else nullcontext():
         second = run_clocked(program)
     assert first == second
     assert first["unseen"] == 0
