@@ -14,6 +14,7 @@ What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, ha
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -438,7 +439,7 @@ def resume(
     Parameters
     ----------
     directory
-        As for the optimizer.
+        As for the optimizer, or by another name: a link counts as what it leads to.
     optimizer
         Which one; None: the one of this process that has that directory.
 
@@ -474,7 +475,7 @@ def resume(
         return None
     if optimizer is None:
         wanted = set(absolute_folders(directory))
-        found = [each for each in _living if set(each.disk_folders) == wanted]
+        found = [each for each in _living if _are_same(set(each.disk_folders), wanted)]
         if not found:
             raise StateError(
                 f"no optimizer of this process has the directory {', '.join(sorted(wanted))}: make "
@@ -482,6 +483,20 @@ def resume(
             )
         optimizer = found[0]
     return optimizer.resume()
+
+
+def _are_same(folders: set[str], others: set[str]) -> bool:
+    """Whether they are, by whatever names."""
+    return folders == others or set(map(_place, folders)) == set(map(_place, others))
+
+
+def _place(folder: str) -> tuple[int, int] | str:
+    """Where it lies; its name where that cannot be seen."""
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return folder
+    return found.st_dev, found.st_ino
 
 
 def _parameters(groups: list[Group]) -> list[torch.Tensor]:
