@@ -23,7 +23,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
-    result = demo("--steps", "5", "--batch", "1", "--report", str(tmp_path))
+    result = demo("--steps", "3", "--batch", "1", "--report", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert all(report["claims"].values())

@@ -85,7 +85,7 @@ int DurableFolder::open_raw(const char* name, int flags) const {
 void DurableFolder::lock() {
   const std::string path = path_of(kDurableLockName);
   for (;;) {
-    lock_ = FileDescriptor(open_raw(kDurableLockName, O_RDWR | O_CREAT));
+    lock_ = UnsharedFile([&] { return open_raw(kDurableLockName, O_RDWR | O_CREAT); });
     if (!lock_.is_open()) fail("cannot open the lock file " + path, errno);
     if (repeat([&] { return file_operations().lock(lock_.number()); }) != 0) {
       const int native_error = errno;
@@ -93,8 +93,8 @@ void DurableFolder::lock() {
       if (native_error != EWOULDBLOCK) fail("cannot lock " + path, native_error);
       throw StorageError("the durable store in " + path_ + " is in use: somebody has the lock of " +
                              path +
-                             ". Another process, a forked child of one, or another object of this "
-                             "process has it open; close that first",
+                             ". Another process, or another object of this process, has it open; "
+                             "close that first",
                          path, native_error);
     }
     if (is_same(kDurableLockName, lock_.number())) return;

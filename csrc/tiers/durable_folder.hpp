@@ -5,9 +5,11 @@
 //
 // Note [Lock of a durable store]. Whoever has the lock file's lock (flock) may write; the kernel
 // takes the lock back when the process ends, however it does, while a process id in a file would
-// lie across containers and network file systems. A forked child inherits the file and with it the
-// lock, so close() unlocks rather than closes only. Who deletes a store removes the lock file as
-// well, so whoever gets a lock looks whether the name still means this file.
+// lie across containers and network file systems. A forked child would inherit the file and with it
+// the lock, and keep that when its parent is killed, so its copy is closed as it begins. Children
+// that are made past fork() have one, so close() unlocks rather than closes only. Who deletes a
+// store removes the lock file as well, so whoever gets a lock looks whether the name still means
+// this file.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +18,7 @@
 #include <string>
 
 #include "base/file_descriptor.hpp"
+#include "base/unshared_file.hpp"
 #include "tiers/block_file.hpp"
 #include "tiers/file_operations.hpp"
 #include "trace/tracks.hpp"
@@ -80,7 +83,7 @@ class DurableFolder {
 
   std::string path_;
   FileDescriptor directory_;
-  FileDescriptor lock_;
+  UnsharedFile lock_;
   FileDescriptor file_;
   bool is_direct_ = true;
   mutable LazyTrack flushes_;

@@ -1,7 +1,8 @@
 """Processes that share CUDA tensors with the pool installed, on emulated devices.
 
-``python sharing_programs.py PROGRAM`` runs one; the other process is spawned, which imports this
-module. ``SPILLOVER_TEST_NATIVE`` names the sides that keep torch's own allocator.
+``python sharing_programs.py PROGRAM...`` runs one after the other; the other process is spawned,
+which imports this module. ``SPILLOVER_TEST_NATIVE`` names the sides that keep torch's own
+allocator.
 """
 
 from __future__ import annotations
@@ -327,4 +328,5 @@ def sender_dies() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for name in sys.argv[1:]:
+        globals()[name]()

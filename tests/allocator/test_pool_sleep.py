@@ -287,8 +287,8 @@ def test_wake_asks_reclaimers(pool: _core.Pool, weights: Blocks, host: _core.Hos
 @pytest.mark.parametrize(
     ("times", "at"),
     [
-        (1, (1, 4)),
-        pytest.param(1, (2, 3, 5, 8, 13, 21), marks=pytest.mark.soak),
+        (1, (1,)),
+        pytest.param(1, (2, 3, 4, 5, 8, 13, 21), marks=pytest.mark.soak),
         pytest.param(None, (1, 2, 3, 5, 8, 13, 21), marks=pytest.mark.soak),
     ],
 )

@@ -157,7 +157,6 @@ def test_any_call_may_fail(program: UpstreamProgram) -> None:
     points = [
         generator.choice(faults_at(name, generator.randint(1, count)))
         for name, count in counts.items()
-        for _ in range(2)
     ]
     sweep(program, points)
 

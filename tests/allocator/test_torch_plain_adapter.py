@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import textwrap
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ FULL_ONLY = {
     "test_a_checkpoint_of_a_pool",
 }
 
+#: Tests in processes of their own that hardly meet what differs between the adapters.
+SOAK = {
+    "test_children_with_devices_of_their_own",
+    "test_copies_feed_compute_in_any_order",
+    "test_memory_that_another_process_may_have_open_stays_awake",
+    "test_multiprocessing_by_fork_is_told_why",
+    "test_refusals_and_which_setting_comes_first",
+    "test_torchs_variable_against_caching",
+}
+
+
+def marked(test: types.FunctionType, *marks: pytest.MarkDecorator) -> types.FunctionType:
+    """The same test with marks, which its own module's does not get."""
+    copy = types.FunctionType(
+        test.__code__, test.__globals__, test.__name__, test.__defaults__, test.__closure__
+    )
+    vars(copy).update(vars(test))
+    for mark in marks:
+        copy = mark(copy)
+    return copy
+
+
 for module in (
     test_torch_caching,
     test_torch_devices,
@@ -73,8 +96,9 @@ for module in (
     for name, test in vars(module).items():
         if name.startswith("test_") and name not in FULL_ONLY:
             # What a mark of the module does to the test there it does here.
-            mark = getattr(module, "pytestmark", None)
-            globals()[name] = mark(test) if mark else test
+            own = getattr(module, "pytestmark", None)
+            marks = ([own] if own else []) + ([pytest.mark.soak] if name in SOAK else [])
+            globals()[name] = marked(test, *marks)
 
 
 spillover_run = test_torch_run.spillover_run

@@ -90,7 +90,16 @@ def test_a_module_gets_its_arguments(spillover_run: Run, tmp_path: Path) -> None
     spillover_run("-m", "package", "--epochs", "3")
 
 
-def test_settings_reach_the_children_too(spillover_run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--limit", "512MiB", "--set", "wait_max=5s"],
+        pytest.param(["--set", "limit=512MiB,wait_max=5s"], marks=pytest.mark.soak),
+    ],
+)
+def test_settings_reach_the_children_too(
+    spillover_run: Run, tmp_path: Path, options: list[str]
+) -> None:
     check = (
         _IS_INSTALLED
         + """
@@ -103,11 +112,7 @@ assert (settings["limit"], settings["wait_max"]) == (512 << 20, 5.0), settings
         tmp_path,
         check + "import subprocess, sys; subprocess.run([sys.executable, 'child.py'], check=True)",
     )
-    spillover_run(
-        "--limit", "512MiB", "--set", "wait_max=5s", name, SPILLOVER_ALLOCATOR="limit=1GiB"
-    )
-    both = ["--set", "limit=512MiB,wait_max=5s", name]
-    spillover_run(*both, SPILLOVER_ALLOCATOR="wait_max=1s,limit=1GiB")
+    spillover_run(*options, name, SPILLOVER_ALLOCATOR="wait_max=1s,limit=1GiB")
 
 
 @pytest.mark.soak
@@ -200,7 +205,10 @@ def test_what_is_wrong_is_one_sentence(
     assert "ran" not in result.stdout
 
 
-@pytest.mark.parametrize("first", ["import spillover, torch", "import torch, spillover"])
+@pytest.mark.parametrize(
+    "first",
+    ["import torch, spillover", pytest.param("import spillover, torch", marks=pytest.mark.soak)],
+)
 def test_the_variable_installs_it(run_emulated: Run, first: str) -> None:
     run_emulated(first + "\n" + _IS_INSTALLED, env={"SPILLOVER": "1"})
 

@@ -19,9 +19,9 @@ FIXED = {"SPILLOVER_TEST_VIRTUAL_MEMORY": "0"}
 EXPANDABLE = {**MAPPED, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
-def run(program: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(programs: str, variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, Path(__file__).parent / "sharing_programs.py", program],
+        [sys.executable, Path(__file__).parent / "sharing_programs.py", *programs.split()],
         capture_output=True,
         text=True,
         timeout=200,
@@ -43,9 +43,19 @@ def test_both_have_the_pool(program: str, variables: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "variables", [MAPPED, pytest.param(FIXED, marks=pytest.mark.soak)], ids=["mapped", "fixed"]
 )
-@pytest.mark.parametrize("program", ["events", "peers", "receiver_dies", "sender_dies"])
-def test_events_peers_and_ends(program: str, variables: dict[str, str]) -> None:
-    run(program, variables)
+@pytest.mark.parametrize(
+    "programs",
+    [
+        "events peers sender_dies receiver_dies",
+        *(
+            pytest.param(each, marks=pytest.mark.soak)
+            for each in ("events", "peers", "receiver_dies", "sender_dies")
+        ),
+    ],
+)
+def test_events_peers_and_ends(programs: str, variables: dict[str, str]) -> None:
+    """In one process, and each in one of its own."""
+    run(programs, variables)
 
 
 @pytest.mark.parametrize("native", ["sender", "receiver"])

@@ -219,7 +219,13 @@ BUGS = {
 _reports: dict[str, dict[str, list[str]]] = {}
 
 
-@pytest.fixture(params=["late", "eager", "threaded"])
+@pytest.fixture(
+    params=[
+        "late",
+        pytest.param("eager", marks=pytest.mark.soak),
+        pytest.param("threaded", marks=pytest.mark.soak),
+    ]
+)
 def reports(request: pytest.FixtureRequest, run_emulated: RunEmulated) -> dict[str, list[str]]:
     schedule = request.param
     if schedule not in _reports:

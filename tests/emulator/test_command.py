@@ -45,7 +45,7 @@ def emulate(*arguments: str, **kwargs: object) -> subprocess.CompletedProcess[st
     )
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.soak), "2"])
 def test_unmodified_script(tmp_path: Path, workers: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)

@@ -26,19 +26,13 @@ from benchmarks._dry.compare import (
 from spillover import ConfigError, StateError, emulator
 
 ROOT = Path(__file__).resolve().parents[2]
-#: A sample of benchmarks/_dry/cases.py: every optimizer form, memory format and context once.
+#: A sample of benchmarks/_dry/cases.py, which the soak has all of: what is least like the others.
 SAMPLE = (
     "gpt fp32 dropout",
-    "gpt bf16",
     "gpt amp fp16 with GradScaler",
     "gpt checkpointing",
-    "gpt save_on_cpu",
-    "llama LoRA",
     "conv net channels-last amp",
-    "u-net",
-    "vision transformer amp",
     "lstm and gru",
-    "generate with a cache",
     "fsdp2 CPUOffloadPolicy",
     "spillover AdamW on the host",
     "spillover gradients on the host",

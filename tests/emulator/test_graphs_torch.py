@@ -381,7 +381,7 @@ def test_a_replay_that_nothing_orders_is_a_hazard() -> None:
     emulator.clear_hazards()
 
 
-@pytest.mark.parametrize("schedule", ["late", "threaded"])
+@pytest.mark.parametrize("schedule", [pytest.param("late", marks=pytest.mark.soak), "threaded"])
 def test_a_replay_computes_with_the_programs_thread_count(
     run_emulated: RunEmulated, schedule: str
 ) -> None:

@@ -59,7 +59,7 @@ print(len(spillover.emulator.hazards()), "hazards")
 @pytest.mark.parametrize(
     "schedule",
     [
-        "late",
+        pytest.param("late", marks=pytest.mark.soak),
         pytest.param("eager", marks=pytest.mark.soak),
         pytest.param("threaded", marks=pytest.mark.soak),
         "random",

@@ -18,7 +18,7 @@ SEED = 3
 #: The exceptions are those of the newest torch; older ones lack some of its operators.
 IS_NEWEST_TORCH = torch.torch_version.TorchVersion(torch.__version__) >= (2, 14)
 #: What fits the time that ``make test`` has.
-SAMPLED = {"float32": 30, "bfloat16": 20, "accesses": 80}
+SAMPLED = {"float32": 15, "bfloat16": 10, "accesses": 30}
 SOAK_MINIMUM = {"float32": 665, "bfloat16": 560, "sparse": 35, "accesses": 690}
 #: The operators that are most unlike the others: own kernels, sparse results, random numbers.
 ALWAYS = (

@@ -54,7 +54,9 @@ print("ok")
 """
 
 
-@pytest.mark.parametrize("setting", ["", "expandable_segments:True"])
+@pytest.mark.parametrize(
+    "setting", [pytest.param("", marks=pytest.mark.soak), "expandable_segments:True"]
+)
 def test_native_allocator(run_emulated: RunEmulated, setting: str) -> None:
     run_emulated(MEMORY, env={"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting})
 

@@ -1,7 +1,7 @@
 """Each part of the product gives the same values on every order that a device may choose.
 
-The hazard checker is on: an order that nothing asks for raises. ``make test`` takes three seeds,
-``make soak`` fifty more.
+The hazard checker is on: an order that nothing asks for raises. ``make test`` takes one seed,
+``make soak`` more than fifty.
 """
 
 from __future__ import annotations

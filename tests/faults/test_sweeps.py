@@ -44,14 +44,14 @@ def run_sweep(run_emulated: Run) -> Callable[..., dict[str, Any]]:
 
 
 def test_sample_of_driver_calls(run_sweep: Callable[..., dict[str, Any]]) -> None:
-    run_sweep("all", "work", "6", "20")
+    run_sweep("all", "work", "3", "20")
 
 
 def test_sample_of_storage_operations(run_sweep: Callable[..., dict[str, Any]]) -> None:
-    run_sweep("activations_disk", "storage", "20", "7")
-    run_sweep("paging_disk", "storage", "20", "7")
-    run_sweep("transfers_disk", "storage", "20", "7")
-    run_sweep("durable", "storage", "20", "7")
+    run_sweep("activations_disk", "storage", "8", "7")
+    run_sweep("paging_disk", "storage", "8", "7")
+    run_sweep("transfers_disk", "storage", "8", "7")
+    run_sweep("durable", "storage", "8", "7")
 
 
 @pytest.mark.soak

@@ -162,7 +162,9 @@ def test_a_large_checkpoint_is_in_files_and_can_be_mapped(tmp_path: Path) -> Non
 # ---- commits -----------------------------------------------------------------------------------
 
 
-def make_trained(folder: Path, seed: int = 0, **options: Any) -> tuple[nn.Module, AdamW]:
+def make_trained(
+    folder: Path | list[Path], seed: int = 0, **options: Any
+) -> tuple[nn.Module, AdamW]:
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(20, 60), nn.BatchNorm1d(60), nn.Dropout(0.3), nn.Linear(60, 3)
@@ -241,6 +243,24 @@ def test_what_is_there_already_is_not_overwritten(tmp_path: Path) -> None:
         optimizer.commit()
     with pytest.raises(StateError, match="no optimizer of this process"):
         resume(tmp_path / "elsewhere")
+
+
+def test_a_directory_is_known_by_its_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        (tmp_path / f"link to {folder.name}").symlink_to(folder)
+    links = [tmp_path / "link to one", tmp_path / "link to two"]
+    model, optimizer = make_trained(links, commit_every=1)
+    train(model, optimizer)
+    monkeypatch.chdir(tmp_path)
+    for names in (links, folders, folders[::-1], ["one", "link to two"]):
+        assert resume(names) is not None
+    for names in (links[:1], [*folders, tmp_path], [tmp_path / "three", *links[1:]]):
+        with pytest.raises(StateError, match="no optimizer of this process"):
+            resume(names)
 
 
 # ---- errors ------------------------------------------------------------------------------------

@@ -303,7 +303,7 @@ for ours in (AdamW, Adam, SGD, Adagrad, Lion):
 """
 
 
-@pytest.mark.parametrize("schedule", ["late", "threaded"])
+@pytest.mark.parametrize("schedule", [pytest.param("late", marks=pytest.mark.soak), "threaded"])
 def test_parameters_on_several_devices(run_emulated: Callable[..., Any], schedule: str) -> None:
     run_emulated(SEVERAL_DEVICES, devices=2, schedule=schedule)
 

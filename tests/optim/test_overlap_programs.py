@@ -45,8 +45,8 @@ print("equal")
 @pytest.mark.parametrize(
     ("schedule", "seed"),
     [
-        ("late", 0),
         ("random", 1),
+        pytest.param("late", 0, marks=pytest.mark.soak),
         pytest.param("threaded", 0, marks=pytest.mark.soak),
         pytest.param("eager", 0, marks=pytest.mark.soak),
         pytest.param("random", 2, marks=pytest.mark.soak),

@@ -68,18 +68,18 @@ def test_peak_of_every_step(tier: str, foreach: bool, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "copies"),
     [
-        ("Adadelta", {}, 2),
-        ("Adagrad", {}, 1),
         ("Adam", {"amsgrad": True}, 3),
-        ("Adamax", {}, 2),
-        ("ASGD", {}, 1),
         ("Muon", {}, 1),
-        ("NAdam", {}, 2),
-        ("RAdam", {}, 2),
         ("RMSprop", {"momentum": 0.9, "centered": True}, 3),
-        ("Rprop", {}, 2),
-        ("SGD", {"momentum": 0.9}, 1),
         ("SGD", {}, 0),
+        pytest.param("Adadelta", {}, 2, marks=pytest.mark.soak),
+        pytest.param("Adagrad", {}, 1, marks=pytest.mark.soak),
+        pytest.param("Adamax", {}, 2, marks=pytest.mark.soak),
+        pytest.param("ASGD", {}, 1, marks=pytest.mark.soak),
+        pytest.param("NAdam", {}, 2, marks=pytest.mark.soak),
+        pytest.param("RAdam", {}, 2, marks=pytest.mark.soak),
+        pytest.param("Rprop", {}, 2, marks=pytest.mark.soak),
+        pytest.param("SGD", {"momentum": 0.9}, 1, marks=pytest.mark.soak),
     ],
 )
 def test_host_bytes_are_there_before_the_first_step(

@@ -368,6 +368,54 @@ def test_forked_child_neither_uses_the_store_nor_keeps_it(tmp_path: Path) -> Non
     assert run_python(code, tmp_path).strip() == "still locked"
 
 
+def test_a_forked_child_that_outlives_its_killed_parent_does_not_hold_the_store(
+    tmp_path: Path,
+) -> None:
+    code = """
+        import os, sys
+        from spillover import DurableStore
+        store = DurableStore(sys.argv[1], {"a": 4})
+        other = DurableStore(sys.argv[2], {"a": 4})
+        other.close()
+        store.write("a", b"abcd").wait()
+        store.commit()
+        if os.fork() == 0:
+            # The numbers of what was closed are those of other files.
+            files = [os.open("/dev/null", os.O_RDONLY) for _ in range(9)]
+            other = DurableStore(sys.argv[2])
+            if os.fork() == 0:
+                files.append(os.open("/dev/null", os.O_RDONLY))
+                del store, other
+                print("forked", flush=True)
+            else:
+                os.wait()
+            sys.stdin.read()  # Until it is told to end.
+            for file in files:
+                os.fstat(file)
+            print("child", flush=True)
+            os._exit(0)
+        os.wait()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), tmp_path / "one", tmp_path / "two"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "forked\n"
+        with pytest.raises(StorageError, match="in use"):
+            DurableStore(tmp_path / "one")
+        process.kill()
+        process.wait(60)
+        with DurableStore(tmp_path / "one") as store:
+            assert store.sequence == 1
+        with pytest.raises(StorageError, match="in use"):
+            DurableStore(tmp_path / "two")  # The child's own.
+        process.stdin.close()
+        assert process.stdout.read() == "child\n" * 2
+    DurableStore(tmp_path / "two").close()
+
+
 def test_folder_removed_while_open(open_store: Open, folders: list[Path]) -> None:
     store = open_store()
     put(store, 1)

@@ -112,7 +112,9 @@ def test_any_order(examples: int) -> None:
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.mark.parametrize("schedule", ["late", "threaded", "random"])
+@pytest.mark.parametrize(
+    "schedule", ["random", *(pytest.param(s, marks=pytest.mark.soak) for s in ("late", "threaded"))]
+)
 def test_random_programs(schedule: str, run_emulated: Run) -> None:
     run_emulated(PROGRAM, "7", "60", schedule=schedule, seed=7)
 

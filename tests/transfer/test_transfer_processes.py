@@ -38,11 +38,11 @@ def program(body: str) -> str:
 @pytest.mark.parametrize(
     ("ending", "schedule"),
     [
-        ("", "late"),
+        pytest.param("", "late", marks=pytest.mark.soak),
         ("", "threaded"),
-        ("del engine, engines", "late"),
+        pytest.param("del engine, engines", "late", marks=pytest.mark.soak),
         ("held.append(held); sys.exit(0)", "late"),
-        ("globals().clear()", "late"),
+        pytest.param("globals().clear()", "late", marks=pytest.mark.soak),
         ("import threading; threading.Thread(target=held[5][3].wait).start()", "threaded"),
     ],
 )

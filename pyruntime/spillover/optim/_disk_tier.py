@@ -14,7 +14,6 @@ What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, ha
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from spillover._core import HostPool
-from spillover._disk import Folder, absolute_folders
 from spillover._durable import DurableStore
 from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError, StorageError
-from spillover._layout import flat_view, is_dense
-from spillover._settings import enabled
 from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
 from spillover.optim._algorithms import Group
@@ -34,6 +30,7 @@ from spillover.optim._commit_values import dumps, loads, random_states, restore_
 from spillover.optim._disk_entries import DiskEntries
 from spillover.optim._disk_layout import Layout
 from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
+from spillover.optim._disk_tensors import read_tensor, write_tensors
 from spillover.optim._failures import note
 from spillover.optim._tiers import TierOptions
 
@@ -235,7 +232,7 @@ class DiskTier:
                 f"weights, and there is room for {self._extra_bytes}"
             )
         self.store.flush()
-        self._write_tensors(tensors)
+        write_tensors(self.store, tensors)
         sequence = self.store.disk.commit(document)
         self._committed_steps = self.steps
         return sequence
@@ -296,32 +293,6 @@ class DiskTier:
             found += [(f"module/{name}", each) for name, each in named if id(each) not in known]
         return [(key, each.detach()) for key, each in found if each.numel() > 0]
 
-    def _write_tensors(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        slots = self.store.scratch()
-        turn = 0
-        try:
-            for key, tensor in tensors:
-                flat = flat_view(tensor) if is_dense(tensor) else tensor.contiguous().view(-1)
-                each = slots[0].memory.nbytes // tensor.element_size()
-                for start in range(0, flat.numel(), each):
-                    self._write_part(slots[turn], key, flat, start, each)
-                    turn = 1 - turn
-            for slot in slots:
-                slot.wait()
-        except BaseException:
-            for slot in slots:
-                slot.give_up()
-            raise
-
-    def _write_part(
-        self, slot: Slot, key: str, flat: torch.Tensor, start: int, count_max: int
-    ) -> None:
-        slot.wait()
-        part = flat[start : start + count_max]
-        slot.memory[: part.nbytes].view(part.dtype).copy_(part)
-        offset = start * part.element_size()
-        slot.start(self.store.disk.write(key, slot.bytes(part.nbytes), offset=offset))
-
     # ---- resuming ------------------------------------------------------------------------------
 
     def resume(self, optimizer: HostOptimizer) -> Resumed | None:
@@ -346,7 +317,7 @@ class DiskTier:
         )
         with torch.no_grad():
             for key, tensor in self._tensors(groups):
-                self._read_tensor(key, tensor)
+                read_tensor(self.store, key, tensor)
         for group, saved in zip(groups, document["groups"], strict=True):
             group.update(saved)
         self._resume_entries(optimizer, entries)
@@ -396,92 +367,6 @@ class DiskTier:
                 f"the commit in {where} has the parameters in another order: it has {there!r} "
                 f"where the optimizer has {here!r}"
             )
-
-    def _read_tensor(self, key: str, tensor: torch.Tensor) -> None:
-        slot = self.store.scratch()[0]
-        whole = tensor if is_dense(tensor) else torch.empty_like(tensor).contiguous()
-        flat = flat_view(whole)
-        count_max = slot.memory.nbytes // tensor.element_size()
-        for start in range(0, flat.numel(), count_max):
-            part = flat[start : start + count_max]
-            offset = start * part.element_size()
-            self.store.disk.read(key, slot.bytes(part.nbytes), offset=offset).wait()
-            part.copy_(slot.memory[: part.nbytes].view(part.dtype))
-        if whole is not tensor:
-            tensor.copy_(whole)
-
-
-#: Of this process, for :func:`resume`.
-_living: weakref.WeakSet[HostOptimizer] = weakref.WeakSet()
-
-
-def note_living(optimizer: HostOptimizer) -> None:
-    """Have :func:`resume` find it."""
-    _living.add(optimizer)
-
-
-def forget_living(optimizer: HostOptimizer) -> None:
-    """Have it find it no more."""
-    _living.discard(optimizer)
-
-
-def resume(
-    directory: Folder | Sequence[Folder], optimizer: HostOptimizer | None = None
-) -> Resumed | None:
-    """Take an optimizer with ``tier="disk"`` or ``"auto"``, and its weights, to the last commit.
-
-    Call it when model and optimizer are made as they were before, in the process that was started
-    again; or later, to go back to the last commit. It restores state, the weights in place, buffers
-    of ``module``, options of groups, step counts and random number generators, so that training
-    goes on to the same bits as if it had never ended.
-
-    Parameters
-    ----------
-    directory
-        As for the optimizer.
-    optimizer
-        Which one; None: the one of this process that has that directory.
-
-    Returns
-    -------
-    What the commit says beside, or None where nothing was committed yet, as in a first run, and
-    with ``SPILLOVER=0``.
-
-    Raises
-    ------
-    StateError
-        No optimizer here has that directory, or it is closed.
-    ConfigError
-        The commit is of another optimizer, or of parameters of other shapes or types, or in
-        another order, which among equal shapes is told where both had ``named_parameters()``.
-    CorruptData, StorageError
-        What is on the disk is not what was written, or cannot be read. Call it again, or choose
-        another directory.
-
-    Notes
-    -----
-    Blocks until weights are read. State is read, and its checksums are compared, as steps use it.
-
-    Examples
-    --------
-    >>> optimizer = spillover.optim.AdamW(
-    ...     model.named_parameters(), tier="disk", directory="/nvme0/state", module=model
-    ... )
-    >>> resumed = spillover.optim.resume("/nvme0/state")
-    >>> for step in range(resumed.step if resumed else 0, 1000): ...
-    """
-    if not enabled():
-        return None
-    if optimizer is None:
-        wanted = set(absolute_folders(directory))
-        found = [each for each in _living if set(each.disk_folders) == wanted]
-        if not found:
-            raise StateError(
-                f"no optimizer of this process has the directory {', '.join(sorted(wanted))}: make "
-                "model and optimizer first, as they were, and then resume"
-            )
-        optimizer = found[0]
-    return optimizer.resume()
 
 
 def _parameters(groups: list[Group]) -> list[torch.Tensor]:

@@ -1,31 +1,26 @@
-"""The base of optimizers whose state lives in host memory and whose step runs on the CPU."""
+"""The base of optimizers whose state lives in host memory: commits, and the step on the CPU."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
 from spillover._core import HostPool
 from spillover._errors import ConfigError, StateError
 from spillover._layout import flat_view
-from spillover._settings import enabled
-from spillover._sources import register
 from spillover._stalls import Timed
-from spillover.optim._algorithms import Algorithm, Group, MomentSpec
-from spillover.optim._disk_entries import DiskEntries
-from spillover.optim._disk_tier import DiskTier, Resumed, forget_living, note_living
+from spillover.optim._algorithms import Group, MomentSpec
+from spillover.optim._disk_tier import Resumed
 from spillover.optim._failures import check_capture
 from spillover.optim._gradient_placeholder import pending_gradient
-from spillover.optim._gradients import Anomalies, OffloadedGradients, offload_gradients
-from spillover.optim._host_entries import Entries
+from spillover.optim._gradients import Anomalies
+from spillover.optim._host_base import entry_of, named_parameters
+from spillover.optim._host_checkpoints import HostCheckpoints
 from spillover.optim._host_state import MASTER, REMAINDER, BlockwiseState, StateOptions
 from spillover.optim._host_step import (
-    Unsent,
     explain,
     order_after_compute,
     reserve_staging,
@@ -34,84 +29,16 @@ from spillover.optim._host_step import (
 )
 from spillover.optim._host_work import Work, check_gradient, check_parameter
 from spillover.optim._overlap import Modules, Overlap, PendingStep, can_overlap
-from spillover.optim._progress import Progress
-from spillover.optim._state_dictionaries import HostEntry
+from spillover.optim._resuming import forget_living, note_living
 from spillover.optim._state_store import StateArrays
-from spillover.optim._tiers import Tier, TierOptions, check_device_tier, tier_options
+from spillover.optim._tiers import TierOptions
 
 _STEP = Timed("optimizer", "step")
 _GO_ON = "Whatever waits for it next goes on with it, such as a second call of synchronize()."
 
-#: Options of ours that torch's classes do not take.
-_OWN_OPTIONS = (
-    "tier",
-    "moments",
-    "master",
-    "pool",
-    "offload_gradients",
-    "gradient_anomalies",
-    "overlap",
-    "directory",
-    "host_budget",
-    "commit_every",
-    "module",
-    "write_limit",
-)
 
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerStats:
-    """Figures of one optimizer, in ``spillover.stats().others["optimizer"]``.
-
-    Attributes
-    ----------
-    optimizer
-        Its class.
-    parameters, elements
-        That require gradients, and how many numbers they are.
-    host_bytes
-        Of state, set aside for state, and of masters; without step counts and staging.
-    disk_bytes
-        Of state, weights and buffers, two slots of each.
-    """
-
-    optimizer: str
-    parameters: int
-    elements: int
-    host_bytes: int
-    disk_bytes: int = 0
-
-    @property
-    def bytes_per_parameter(self) -> dict[str, float]:
-        """Of state between steps, by tier: on the device, on the host and on disk."""
-        count = max(1, self.elements)
-        return {
-            "device": 0.0,
-            "host": self.host_bytes / count,
-            "disk": self.disk_bytes / count,
-        }
-
-
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """Hides a state tensor from torch's load_state_dict, which would cast it like the weight."""
-
-    tensor: torch.Tensor
-
-
-class HostOptimizer(torch.optim.Optimizer):
+class HostOptimizer(HostCheckpoints):
     """See the notes; a subclass says its algorithm and has a constructor with torch's arguments."""
-
-    algorithm: ClassVar[Algorithm]
-    #: Torch's class, which is made instead where Spillover is switched off.
-    torch_class: ClassVar[type[torch.optim.Optimizer] | None] = None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Give torch's own optimizer when Spillover is switched off."""
-        made = cls.__dict__.get("torch_class")
-        if made is not None and not enabled():
-            return made(*args, **{k: v for k, v in kwargs.items() if k not in _OWN_OPTIONS})
-        return super().__new__(cls)
 
     def __init__(
         self,
@@ -141,59 +68,6 @@ class HostOptimizer(torch.optim.Optimizer):
             self._offload_gradients(gradient_anomalies)
         if overlap is not None:
             self._overlap = Overlap(overlap)
-
-    def _begin(
-        self, options: StateOptions, pool: HostPool | None, tier: TierOptions | None = None
-    ) -> None:
-        name = type(self).__name__
-        self._entries = Entries(self.algorithm, options, pool, name)
-        self._disk: DiskTier | None = None
-        if tier is not None and tier.tier != "host":
-            synchronize = weakref.WeakMethod(self.synchronize)
-            self._entries = DiskEntries(self.algorithm, options, pool, name, synchronize)
-            self._disk = DiskTier(tier, self._entries, name)
-        self._progress = Progress()
-        self._unsent = Unsent()
-        register("optimizer", self, HostOptimizer.stats)
-
-    @classmethod
-    def _tier_options(cls, tier: Tier, *options: Any) -> TierOptions:
-        check_device_tier(tier, cls.torch_class)
-        return tier_options(tier, *options)
-
-    # ---- what it has ---------------------------------------------------------------------------
-
-    @property
-    def gradients(self) -> OffloadedGradients | None:
-        """The handle of gradients off the device; None unless ``offload_gradients`` was set."""
-        found: OffloadedGradients | None = self.__dict__.get("_gradients")
-        return found
-
-    def stats(self) -> OptimizerStats:
-        """Figures at this moment, also in :func:`spillover.stats`. Cheap; does not block."""
-        trained = [
-            parameter
-            for group in self.__dict__.get("param_groups", ())
-            for parameter in group["params"]
-            if parameter.requires_grad
-        ]
-        return OptimizerStats(
-            optimizer=type(self).__name__,
-            parameters=len(trained),
-            elements=sum(parameter.numel() for parameter in trained),
-            host_bytes=self._host_bytes(),
-            disk_bytes=0 if self._disk is None else self._disk.disk_bytes,
-        )
-
-    def _host_bytes(self) -> int:
-        if self._disk is not None:
-            return self._disk.host_bytes
-        return self._entries.memory.size_bytes()
-
-    @property
-    def disk_folders(self) -> tuple[str, ...]:
-        """Absolute paths of ``directory``; none with ``tier="host"``."""
-        return () if self._disk is None else self._disk.options.folders
 
     # ---- commits -------------------------------------------------------------------------------
 
@@ -260,206 +134,6 @@ class HostOptimizer(torch.optim.Optimizer):
             self._unsent.forget()
         return found
 
-    def _offload_gradients(self, anomalies: Anomalies | None) -> None:
-        self._gradients = offload_gradients(_named(self.param_groups), anomalies=anomalies)
-
-    @property
-    def state(self) -> Any:
-        """What torch's optimizers have under this name. Blocks as :meth:`synchronize`."""
-        self.synchronize()
-        return self._raw_state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.__dict__["state"] = value
-
-    @property
-    def _raw_state(self) -> Any:
-        return self.__dict__["state"]
-
-    # ---- groups --------------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; see the class for what they and their options may be.
-
-        Raises
-        ------
-        ConfigError
-            An option is out of range, or a parameter cannot be updated. Nothing is added.
-        HostOutOfMemory
-            There is no memory for their state or gradients. Nothing is added.
-        """
-        self.synchronize()
-        self.algorithm.check(param_group)
-        params = param_group.get("params", ())
-        if not isinstance(params, torch.Tensor | set):  # torch refuses a set.
-            params = list(params)
-            param_group["params"] = params
-        known: set[int] = set()
-        for entry in [params] if isinstance(params, torch.Tensor) else params:
-            tensor = entry[1] if isinstance(entry, tuple) else entry
-            if isinstance(tensor, torch.Tensor):
-                check_parameter(tensor, self.algorithm.name)
-                if id(tensor) in known:
-                    shape = tuple(tensor.shape)
-                    raise ConfigError(f"a parameter of shape {shape} is twice in one group")
-                known.add(id(tensor))
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-            if self._is_made:
-                self._reserve(self.param_groups[-1:])
-            if self.gradients is not None:
-                self.gradients.add(_named(self.param_groups))
-        except BaseException:
-            del self.param_groups[-1]
-            self._entries.memory.forget_all_but(
-                each for group in self.param_groups for each in group["params"]
-            )
-            raise
-
-    def _check_group(self, group: Group) -> None:
-        """Check the options of a whole group; subclasses add what options must be together."""
-        self.algorithm.check(group)
-
-    @torch.no_grad()
-    def _reserve(self, groups: Iterable[Group]) -> None:
-        """Have the memory of all that will have state, and state that is there from the start."""
-        trained = [
-            (parameter, group)
-            for group in groups
-            for parameter in group["params"]
-            if parameter.requires_grad and parameter.numel() > 0
-        ]
-        self._entries.reserve(trained)
-        if self.algorithm.has_initial_state:
-            for parameter, group in trained:
-                entry = self.state[parameter] = _entry_of(self.state, parameter)
-                self._entries.complete_moments(parameter, group, entry)
-                # So that a checkpoint that is loaded into the state has its masters, too.
-                self._entries.complete_master(parameter, group, entry)
-
-    # ---- checkpoints ---------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose gradients are offloaded where ours are.
-
-        They do not overlap, as they know no module.
-        """
-        if self._disk is not None:
-            raise StateError(
-                f"a {type(self).__name__} with state on disk cannot be copied or pickled; use "
-                "state_dict(), or commit() and spillover.optim.resume()"
-            )
-        self.synchronize()
-        state: dict[str, Any] = super().__getstate__()
-        state["host_options"] = self._entries.options
-        if self.gradients is not None:
-            state["gradient_anomalies"] = self.gradients.anomalies
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a loaded or unpickled state, in host memory and in our forms."""
-        options: StateOptions | None = state.pop("host_options", None)
-        is_offloaded = "gradient_anomalies" in state
-        anomalies = state.pop("gradient_anomalies", None)
-        if options is not None:
-            self._begin(options, None)
-        groups: list[Group] = state["param_groups"]
-        for group in groups:
-            self._complete_group(group)
-            self._check_group(group)
-        entries: dict[Any, Any] = state["state"]
-        parameters = [(each, group) for group in groups for each in group["params"]]
-        found = self._entries.take_over(
-            [
-                (each, group, {k: _shown(v) for k, v in entries.get(each, {}).items()})
-                for each, group in parameters
-            ]
-        )
-        for (parameter, _), entry in zip(parameters, found, strict=True):
-            if parameter in entries:
-                entries[parameter] = entry
-        super().__setstate__(state)
-        self._progress.clear()
-        self._is_made = True
-        if is_offloaded:
-            self._offload_gradients(anomalies)
-
-    def _complete_group(self, group: Group) -> None:
-        """Give a group of a checkpoint what it has not, as torch's classes do."""
-        for key, value in (self.algorithm.newer_options | self.algorithm.torch_options).items():
-            group.setdefault(key, value)
-        # They say how torch computed; the step on the host computes as it does.
-        for key in {"capturable", "differentiable"} & group.keys():
-            group[key] = False
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of torch's; it is converted to the forms of ours.
-
-        Raises
-        ------
-        ConfigError
-            It is of another class, or does not fit the parameters.
-        HostOutOfMemory
-            There is no memory for it. Nothing is loaded in either case.
-        """
-        self.synchronize()
-        if self._disk is not None:
-            self._disk.check()
-
-        def hide(optimizer: torch.optim.Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            self._check_kind(loaded)
-            hidden = {
-                key: {
-                    name: _Kept(value) if isinstance(value, torch.Tensor) else value
-                    for name, value in entry.items()
-                }
-                for key, entry in loaded["state"].items()
-            }
-            return {**loaded, "state": hidden}
-
-        # Registered last, so that it runs after the hooks of users, which see the tensors.
-        hook = self.register_load_state_dict_pre_hook(hide)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            hook.remove()
-
-    def _check_kind(self, loaded: dict[str, Any]) -> None:
-        # torch adds "differentiable" to the defaults of whatever has been loaded before.
-        known = {*self.algorithm.newer_options, *self.algorithm.torch_options, "differentiable"}
-        for group in loaded["param_groups"]:
-            missing = [name for name in self.defaults if name not in group and name not in known]
-            if missing:
-                raise ConfigError(
-                    f"this is no state of {self.algorithm.name}: its groups have no "
-                    f"{', '.join(missing)}"
-                )
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of torch's optimizers: tensors of the parameters' shapes, which are the state itself.
-
-        What is kept in 8 bits, or split, is a float32 copy in pageable memory.
-        """
-
-        def unpack(optimizer: torch.optim.Optimizer, packed: dict[str, Any]) -> dict[str, Any]:
-            parameters = [each for group in self.param_groups for each in group["params"]]
-            state = {
-                key: self._entries.unpacked(parameters[key], entry)
-                if isinstance(key, int)
-                else entry
-                for key, entry in packed["state"].items()
-            }
-            return {**packed, "state": state}
-
-        # First, so that the hooks of users see tensors.
-        hook = self.register_state_dict_post_hook(unpack, prepend=True)
-        try:
-            return super().state_dict()
-        finally:
-            hook.remove()
-
     # ---- the step ------------------------------------------------------------------------------
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -493,29 +167,13 @@ class HostOptimizer(torch.optim.Optimizer):
         _STEP.call(self._step)
         return loss
 
-    def synchronize(self) -> None:
-        """Block until the last step's updates are done and the weights in place.
-
-        Only with ``overlap`` is there anything to wait for. What uses weights, gradients or state
-        in Python waits by itself; what does not is listed in ``docs/optimizer.md``.
-
-        Raises
-        ------
-        RuntimeError
-            The step failed, and nobody has heard of it yet. Call this again to finish it.
-        """
-        overlap: Overlap | None = self.__dict__.get("_overlap")
-        ended = overlap.synchronize() if overlap is not None else None
-        if ended is not None and ended.has_failed:
-            self._progress.remember_all(ended.taken)
-
     def _step(self) -> None:
         self.synchronize()
         if self._disk is not None:
             self._disk.check()
         if self.gradients is not None:
             # Some may require gradients only now; their next ones leave.
-            self.gradients.add(_named(self.param_groups))
+            self.gradients.add(named_parameters(self.param_groups))
             self.gradients.check()
         todo = self._todo()
         self._entries.reserve(todo)
@@ -639,7 +297,7 @@ class HostOptimizer(torch.optim.Optimizer):
         return todo
 
     def _prepare(self, parameter: torch.Tensor, group: Group, done: int) -> Work:
-        entry = _entry_of(self._raw_state, parameter)
+        entry = entry_of(self._raw_state, parameter)
         late = self._entries.complete_moments(parameter, group, entry)
         if done == 0:
             self._entries.complete_master(parameter, group, entry)
@@ -687,15 +345,6 @@ class HostOptimizer(torch.optim.Optimizer):
             self._entries.has_written(work.parameter)
 
 
-def _named(groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
-    """All parameters, by their names where the optimizer was given them."""
-    return [
-        (group["param_names"][index] if "param_names" in group else f"{number}.{index}", parameter)
-        for number, group in enumerate(groups)
-        for index, parameter in enumerate(group["params"])
-    ]
-
-
 def _frozen(group: Group) -> Group:
     """The options of a group as they are now: schedulers change them when ``step()`` is over."""
 
@@ -705,12 +354,6 @@ def _frozen(group: Group) -> Group:
         return tuple(map(plain, value)) if isinstance(value, tuple | list) else value
 
     return {k: plain(v) for k, v in group.items() if k not in ("params", "param_names")}
-
-
-def _entry_of(state: Mapping[torch.Tensor, Any], parameter: torch.Tensor) -> HostEntry:
-    """The state of a parameter, empty where there is none."""
-    found = state.get(parameter, {})
-    return found if isinstance(found, HostEntry) else HostEntry(found)
 
 
 def _whole(specs: Iterable[MomentSpec], arrays: dict[str, Any]) -> StateArrays:
@@ -723,7 +366,3 @@ def _whole(specs: Iterable[MomentSpec], arrays: dict[str, Any]) -> StateArrays:
 
 def _flat(array: Any) -> Any:
     return array.moment if isinstance(array, BlockwiseState) else flat_view(array)
-
-
-def _shown(value: Any) -> Any:
-    return value.tensor if isinstance(value, _Kept) else value
