@@ -325,11 +325,21 @@ bool Clock::run_to_now(Lock& lock, LaneId lane, Ticket ticket) {
 }
 
 // Allocators look at the events of what other threads freed, whenever that was, so a few queries
-// cost nothing. Who polls makes many with nothing else in between.
+// cost nothing. Who polls makes many with nothing else in between, and some time between them, which
+// is not known: as much as can be at no more than a small part of the whole.
 void Clock::charge_polling(HostThread* thread) {
   constexpr unsigned kFreeQueries = 32;
-  if (thread->queried_at != thread->now) thread->queries = 0;
-  if (++thread->queries > kFreeQueries) thread->now += profile_.microseconds("host.query_us");
+  constexpr Nanoseconds kPolledShare = 128;
+  if (thread->queried_at != thread->now) {
+    thread->queries = 0;
+    thread->polled = 0;
+  }
+  if (++thread->queries > kFreeQueries) {
+    const Nanoseconds duration =
+        std::max(profile_.microseconds("host.query_us"), thread->polled / kPolledShare);
+    thread->polled += duration;
+    thread->now += duration;
+  }
   thread->queried_at = thread->now;
 }
 

@@ -47,6 +47,7 @@ struct HostThread {
   // Queries that found work undone since time last passed for the thread.
   Nanoseconds queried_at = -1;
   unsigned queries = 0;
+  Nanoseconds polled = 0;  // What those took.
 
   void move_to(Nanoseconds time) {
     if (time > now) now = time;
