@@ -204,7 +204,7 @@ class ActivationDevice:
         round_ = self._round
         if self._is_round_new or round_.is_over():
             round_ = self._next_round(size_bytes)
-        self.budget.look(self._waiting_bytes, None)
+        self._look(None)
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         copy = SavedCopy(self, counters, tensor, storage, start, end, stream)
         view = SavedView(copy, tensor, round_, is_whole=True)
@@ -235,13 +235,17 @@ class ActivationDevice:
         self._round.add(view, 0)
         return view
 
+    def _look(self, place: int | None) -> None:
+        if self.budget.is_measuring:
+            self.budget.look(self._waiting_bytes + self._leaving_bytes(), place)
+
     def _next_round(self, size_bytes: int) -> Round:
-        self._plans.learn(self._round)
+        self.budget.end_round(self._plans.learn(self._round))
         self._rounds += 1
         self._is_round_new = False
         round_ = self._round = Round(self._rounds)
         round_.plan = self._plans.find([size_bytes])
-        self.budget.begin_round(self._waiting_bytes, round_.plan)
+        self.budget.begin_round(self._waiting_bytes + self._leaving_bytes(), round_.plan)
         self._set_stays(round_)
         return round_
 
@@ -253,6 +257,10 @@ class ActivationDevice:
         plan = round_.plan
         if plan is not None and (len(plan.sizes) <= index or plan.sizes[index] != size_bytes):
             plan = round_.plan = self._plans.find(round_.sizes)
+            if plan is None:
+                self.budget.lose_plan(self._waiting_bytes + self._leaving_bytes())
+            else:
+                self.budget.begin_round(self._waiting_bytes + self._leaving_bytes(), plan)
             self._set_stays(round_)
         return (
             plan is not None
@@ -487,7 +495,7 @@ class ActivationDevice:
             if self._leaving_bytes():
                 self.engine.collect()
             round_ = view.round
-            self.budget.look(self._waiting_bytes, len(round_.served))
+            self._look(len(round_.served))
             storage = copy.storage
             if storage is None and copy.leaving is not None:
                 storage = copy.leaving()
@@ -655,7 +663,7 @@ class ActivationDevice:
             pass  # Backward will wait when its turn comes.
 
     def _leaving_bytes(self) -> int:
-        return self.engine._leaving_bytes
+        return self.engine._leaving_bytes + self._pending_bytes
 
     def _join_backward(self) -> None:
         """Have ``_backward_ends`` called when the present backward is complete."""

@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 
+from spillover.hooks._activation_memory import Measured
 from spillover.hooks._saved_storage import SavedCopy, SavedView
 
 #: Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
@@ -38,10 +39,13 @@ class Plan:
         By index: when backward asked for it first, counted from 0.
     order
         The indices by rank.
+    measured
+        The memory of rounds that did this.
     """
 
     def __init__(self, sizes: list[int], owners: list[int], served: list[int]) -> None:
         self.sizes = sizes
+        self.measured = Measured()
         self._owners = owners
         count = len(sizes)
         known = set(served)
@@ -204,6 +208,9 @@ class Plans:
         if not round_.served:
             return None
         plan = Plan(round_.sizes, round_.owners, round_.served)
+        for each in self._plans:
+            if each.sizes == plan.sizes:
+                plan.measured = each.measured
         self._plans = [each for each in self._plans if each.sizes != plan.sizes][: _PLANS_MAX - 1]
         self._plans.insert(0, plan)
         return plan
