@@ -41,7 +41,7 @@ def offloading(**options: Any) -> OffloadedActivations:
     return offload_activations(**{name: value for name, value in named.items() if name in known})
 
 
-def on_disk(folder: Path) -> dict[str, Any]:
+def on_disk(folder: str | Path) -> dict[str, Any]:
     """Options of the disk tier."""
     return {"tier": "disk", "directory": folder}
 
