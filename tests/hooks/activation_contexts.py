@@ -18,13 +18,6 @@ from spillover.hooks import OffloadedActivations, _saved_transfers
 #: Budgets that make every byte leave, wait for room, and come back on demand or shortly before.
 TIGHT = {"in_flight_max": "16KiB", "prefetch": "16KiB"}
 
-#: What comes back when: before it is asked for, in part, or not before.
-BUDGETS: dict[str, dict[str, Any]] = {
-    "ample": {},
-    "tight": TIGHT,
-    "on_demand": {**TIGHT, "prefetch": 0},
-}
-
 _OLDER_NAMES = {"in_flight_max": "inflight", "host_budget": "host"}
 
 Context = contextlib.AbstractContextManager[Any]

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from activation_contexts import (
-    BUDGETS,
     TIGHT,
     Context,
     check_equal,
@@ -26,11 +25,6 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 REENTRANT = [False, True]
-
-
-@pytest.fixture(params=BUDGETS)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return BUDGETS[request.param]
 
 
 def step(
@@ -62,7 +56,7 @@ class Dropping(nn.Module):
 
 @pytest.mark.parametrize("use_reentrant", REENTRANT)
 def test_region_inputs_leave_and_the_random_state_is_kept(
-    use_reentrant: bool, options: dict[str, Any]
+    use_reentrant: bool, budgets: dict[str, Any]
 ) -> None:
     model = nn.ModuleList(Dropping() for _ in range(3)).cuda()
 
@@ -71,7 +65,7 @@ def test_region_inputs_leave_and_the_random_state_is_kept(
             x = checkpoint(block, functional.dropout(x, 0.1), use_reentrant=use_reentrant)
         return x
 
-    context = check_equal(partial(step, model, forward), steps=2, **options)
+    context = check_equal(partial(step, model, forward), steps=2, **budgets)
     # Of each step: the masks between the regions, their inputs, and the input of the loss.
     size = 48 * 64 * 4
     assert offloaded_bytes(context) == 2 * (3 * size // 4 + 3 * size + size)
@@ -100,7 +94,7 @@ def test_a_region_leaves_only_its_input_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
-def test_early_stop(early_stop: bool, options: dict[str, Any]) -> None:
+def test_early_stop(early_stop: bool, budgets: dict[str, Any]) -> None:
     """Recomputation ends by an exception once it has what it needs, inside of our hooks or not."""
     model = Dropping().cuda()
 
@@ -109,17 +103,17 @@ def test_early_stop(early_stop: bool, options: dict[str, Any]) -> None:
             # The last operators save nothing that backward needs.
             return checkpoint(lambda y: model(y).add(1).view(-1), x, use_reentrant=False)
 
-    check_equal(partial(step, model, forward), steps=3, **options)
+    check_equal(partial(step, model, forward), steps=3, **budgets)
 
 
-def test_keyword_tensors_of_a_region(options: dict[str, Any]) -> None:
+def test_keyword_tensors_of_a_region(budgets: dict[str, Any]) -> None:
     """As the layers of Transformers are called: hidden_states= by keyword."""
     model = Dropping().cuda()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         return checkpoint(model, use_reentrant=False, x=x, mask=x.sin())
 
-    check_equal(partial(step, model, forward), steps=2, **options)
+    check_equal(partial(step, model, forward), steps=2, **budgets)
 
 
 @pytest.mark.xfail(reason="torch keeps keyword arguments in a closure, past any hook", strict=False)
@@ -142,7 +136,7 @@ def test_keyword_tensors_of_a_region_leave() -> None:
 @pytest.mark.filterwarnings("ignore:None of the inputs")
 @pytest.mark.parametrize("use_reentrant", REENTRANT)
 def test_checkpoints_in_sequence_and_in_one_another(
-    use_reentrant: bool, options: dict[str, Any]
+    use_reentrant: bool, budgets: dict[str, Any]
 ) -> None:
     model = nn.Sequential(*[Dropping() for _ in range(4)]).cuda()
 
@@ -154,7 +148,7 @@ def test_checkpoints_in_sequence_and_in_one_another(
 
         return checkpoint(inner, x, use_reentrant=use_reentrant)
 
-    check_equal(partial(step, model, forward), steps=2, **options)
+    check_equal(partial(step, model, forward), steps=2, **budgets)
 
 
 @pytest.mark.parametrize("use_reentrant", REENTRANT)
@@ -178,7 +172,7 @@ def test_a_context_inside_of_a_region(use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("respects", [True, False])
-def test_selective_checkpointing(respects: bool, options: dict[str, Any]) -> None:
+def test_selective_checkpointing(respects: bool, budgets: dict[str, Any]) -> None:
     """What a policy saves goes through the hooks if the caller says so, else stays."""
     model = Dropping().cuda()
 
@@ -194,24 +188,24 @@ def test_selective_checkpointing(respects: bool, options: dict[str, Any]) -> Non
             model, x, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=respects
         )
 
-    context = check_equal(partial(step, model, forward), **options)
+    context = check_equal(partial(step, model, forward), **budgets)
     size = 48 * 64 * 4
     of_policy = (96 * 2 + 64) * 48 * 4
     assert offloaded_bytes(context) == 2 * size + (of_policy if respects else 0)
 
 
 @pytest.mark.parametrize("use_reentrant", REENTRANT)
-def test_autocast_in_a_region(use_reentrant: bool, options: dict[str, Any]) -> None:
+def test_autocast_in_a_region(use_reentrant: bool, budgets: dict[str, Any]) -> None:
     model = Dropping().cuda()
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             return checkpoint(model, x, use_reentrant=use_reentrant).float()
 
-    check_equal(partial(step, model, forward), steps=2, **options)
+    check_equal(partial(step, model, forward), steps=2, **budgets)
 
 
-def test_retained_regions_and_an_exception_in_recomputation(options: dict[str, Any]) -> None:
+def test_retained_regions_and_an_exception_in_recomputation(budgets: dict[str, Any]) -> None:
     model = Dropping().cuda()
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -230,4 +224,4 @@ def test_retained_regions_and_an_exception_in_recomputation(options: dict[str, A
         value.backward()
         return on_host(value, x.grad, *gradients_of(model))
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)

@@ -49,7 +49,9 @@ FILES = (
     "test_activations_checkpoint.py",
     "test_activations_functions.py",
     "test_activations_peers.py",
+    "test_activations_networks.py",
     "test_activations_pitfalls.py",
+    "test_activations_surroundings.py",
     "test_activations_tensors.py",
     "test_activations_wrappers.py",
 )

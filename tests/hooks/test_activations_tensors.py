@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from activation_contexts import (
-    BUDGETS,
     Context,
     check_equal,
     offloaded_bytes,
@@ -89,9 +88,8 @@ DTYPES = [
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-@pytest.mark.parametrize("budget", BUDGETS)
-def test_every_dtype(budget: str) -> None:
-    context = offloading(**BUDGETS[budget])
+def test_every_dtype(budgets: dict[str, Any]) -> None:
+    context = offloading(**budgets)
     tensors = [patterned(dtype, 24, 32) for dtype in DTYPES]
     expected = [bits(tensor) for tensor in tensors]
     sizes = sum(tensor.nbytes for tensor in tensors)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from activation_contexts import (
-    BUDGETS,
     TIGHT,
     Context,
     check_equal,
@@ -25,18 +24,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-
-@pytest.fixture(params=BUDGETS)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return BUDGETS[request.param]
-
-
 # ---- precision ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_with_a_scaler_that_skips_steps(
-    dtype: torch.dtype, options: dict[str, Any]
+    dtype: torch.dtype, budgets: dict[str, Any]
 ) -> None:
     """A scale that overflows at first, clipping, and accumulation over two micro-steps."""
 
@@ -58,7 +51,7 @@ def test_autocast_with_a_scaler_that_skips_steps(
             optimizer.zero_grad()
         return [torch.tensor(scaler.get_scale()), *on_host(*model.parameters())]
 
-    check_equal(run, **options)
+    check_equal(run, **budgets)
 
 
 def test_weights_that_autocast_has_cast_are_shared_by_their_uses() -> None:
@@ -90,7 +83,7 @@ class Adapted(nn.Module):
         return self.base(x) + 2 * self.up(self.down(self.dropout(x)))
 
 
-def test_adapters_over_frozen_weights(options: dict[str, Any]) -> None:
+def test_adapters_over_frozen_weights(budgets: dict[str, Any]) -> None:
     model = make_mlp()
     for index in range(0, len(model), 2):
         model[index] = Adapted(model[index]).cuda()
@@ -104,7 +97,7 @@ def test_adapters_over_frozen_weights(options: dict[str, Any]) -> None:
         value.backward()
         return on_host(*gradients_of(model))
 
-    context = check_equal(run, steps=2, **options)
+    context = check_equal(run, steps=2, **budgets)
     assert context.stats.kept_tensors > 0
 
 
