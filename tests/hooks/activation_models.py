@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-SMALL = {"min_bytes": 1, "inflight": "64KiB", "prefetch": "64KiB"}
+SMALL = {"min_bytes": 1, "keep_on_device": 0, "in_flight_max": "64KiB", "prefetch": "64KiB"}
 
 
 class Attention(nn.Module):

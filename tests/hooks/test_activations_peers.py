@@ -327,7 +327,7 @@ def test_a_step_that_was_given_up_leaves_nothing() -> None:
 
     pool = HostPool(limit_bytes=16 * MIB)
     model, x = make_mlp(), make_leaf(512)
-    context = offloading(host_budget=pool, **TIGHT)
+    context = offloading(pool=pool, **TIGHT)
     held = []
     for _ in range(4):
         with contextlib.suppress(ZeroDivisionError), context:

@@ -361,7 +361,7 @@ def test_what_is_never_unpacked_dies_with_its_graph() -> None:
     gradients(model, inputs)
     settle()
     before = torch.cuda.memory_allocated()
-    context = offloading(host_budget=pool)
+    context = offloading(pool=pool)
     for _ in range(3):
         with context:
             value = model(inputs * 1)
@@ -378,7 +378,7 @@ def test_a_dead_graph_needs_no_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        with offloading(host_budget=pool) as context:
+        with offloading(pool=pool) as context:
             value = (make_inputs().requires_grad_() * 1).exp().sigmoid().tanh()
         assert offloaded_bytes(context) > 0
         del value

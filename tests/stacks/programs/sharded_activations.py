@@ -64,11 +64,11 @@ def rank_main(rank: int) -> dict[str, list[Any]]:
     }
     found: dict[str, list[Any]] = {}
     for name, (make, data) in cases.items():
-        offload = spillover.offload_activations(min_bytes=1, prefetch="16KiB")
+        offload = spillover.offload_activations(min_bytes=1, keep_on_device=0, prefetch="16KiB")
         found[name] = [
             train(make(), *data, context) for context in (contextlib.nullcontext(), offload)
         ]
-        found[name].append(offload.stats.host_bytes)
+        found[name].append(offload.stats().offloaded_bytes)
     return found
 
 
