@@ -21,7 +21,6 @@ def test_gradients_are_bitwise_equal_with_the_default_budgets(name: str) -> None
     check_equal(step, steps=2, model=step.model)  # type: ignore[attr-defined]
 
 
-@pytest.mark.xfail(reason="the write is not ordered after the copy out", strict=False)
 def test_running_statistics_without_the_model() -> None:
     """Batch normalization saves them, and the next step changes them in place."""
     check_network("unet", model=None)
