@@ -46,6 +46,7 @@ def test_networks_on_every_schedule(
 
 FILES = (
     "test_activations_autograd.py",
+    "test_activations_budgets.py",
     "test_activations_checkpoint.py",
     "test_activations_functions.py",
     "test_activations_peers.py",
