@@ -21,6 +21,8 @@ from activation_networks import NETWORKS, step_of
 from test_activations_memory import MIB, memory_limit
 from test_activations_tensors import Saving, bits, patterned
 
+from spillover._core import HostPool
+
 KIB = 1 << 10
 
 
@@ -69,28 +71,41 @@ def test_nothing_leaves_where_all_fits() -> None:
     assert moved[-1] == moved[-3]
 
 
-def check_sizes(sizes: list[int]) -> None:
-    """Steps of batches of these sizes, where their activations do not fit."""
+def check_sizes(sizes: list[int], *, ballast_step: int | None = None) -> None:
+    """Steps of batches of these sizes, where their activations do not fit.
+
+    From ``ballast_step`` on something else holds memory, too.
+    """
     model = make_mlp(depth=16)
     batches = [make_leaf(rows) for rows in sizes]
     expected = [gradients(model, batch) for batch in batches]
     model.zero_grad()
     settle()
-    context = offloading(keep_on_device=None)
-    with memory_limit(48 * MIB):
-        for batch, wanted in zip(batches, expected, strict=True):
+    # With a pool of its own it learns nothing from other tests' contexts.
+    context = offloading(keep_on_device=None, pool=HostPool(limit_bytes=128 * MIB))
+    ballast: list[torch.Tensor] = []
+    with memory_limit(64 * MIB):
+        for step, (batch, wanted) in enumerate(zip(batches, expected, strict=True)):
+            if step == ballast_step:
+                ballast.append(torch.empty(20 * MIB, dtype=torch.uint8, device="cuda"))
             assert_same(gradients(model, batch, context), wanted)
     assert offloaded_bytes(context) > 0
 
 
+@pytest.mark.xfail(reason="what stays leaves too little for torch's segments", strict=False)
 def test_as_much_stays_as_fits() -> None:
-    check_sizes([6144] * 6)
+    check_sizes([8192] * 6)
 
 
 @pytest.mark.xfail(reason="what the smaller batch left room for stays", strict=False)
 def test_a_larger_batch_after_what_stays_was_learnt() -> None:
     """With nothing kept it fits."""
-    check_sizes([4096] * 4 + [6144] * 2 + [4096])
+    check_sizes([4096] * 4 + [10240] * 2 + [4096])
+
+
+@pytest.mark.xfail(reason="what was learnt about memory is not learnt again", strict=False)
+def test_less_memory_after_what_stays_was_learnt() -> None:
+    check_sizes([8192] * 6, ballast_step=4)
 
 
 def test_kept_graphs_and_pipelines_where_a_part_stays() -> None:
