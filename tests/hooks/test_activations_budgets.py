@@ -92,18 +92,15 @@ def check_sizes(sizes: list[int], *, ballast_step: int | None = None) -> None:
     assert offloaded_bytes(context) > 0
 
 
-@pytest.mark.xfail(reason="what stays leaves too little for torch's segments", strict=False)
 def test_as_much_stays_as_fits() -> None:
     check_sizes([8192] * 6)
 
 
-@pytest.mark.xfail(reason="what the smaller batch left room for stays", strict=False)
 def test_a_larger_batch_after_what_stays_was_learnt() -> None:
     """With nothing kept it fits."""
     check_sizes([4096] * 4 + [10240] * 2 + [4096])
 
 
-@pytest.mark.xfail(reason="what was learnt about memory is not learnt again", strict=False)
 def test_less_memory_after_what_stays_was_learnt() -> None:
     check_sizes([8192] * 6, ballast_step=4)
 

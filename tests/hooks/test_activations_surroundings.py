@@ -63,7 +63,6 @@ def test_backward_that_works_in_place_on_what_it_saved(
     check_equal(run, steps=3, **budgets)
 
 
-@pytest.mark.xfail(reason="it gets the changed bytes", strict=False)
 @pytest.mark.parametrize("prefetch", [0, "1GiB"])
 def test_in_place_change_in_backward_of_what_another_use_needs(prefetch: int | str) -> None:
     """Torch raises at the other use. An error is right, and so is the true gradient."""
@@ -83,7 +82,6 @@ def test_in_place_change_in_backward_of_what_another_use_needs(prefetch: int | s
         assert torch.allclose(x.grad, 2 * x.detach() + x.detach().cos())
 
 
-@pytest.mark.xfail(reason="it gets the changed bytes", strict=False)
 @pytest.mark.parametrize("prefetch", [0, "1GiB"])
 def test_in_place_change_in_backward_of_a_graph_that_is_kept(prefetch: int | str) -> None:
     """The same of the second backward."""

@@ -345,7 +345,6 @@ def test_memory_that_torch_did_not_allocate() -> None:
     assert torch.equal(bits(found), expected)
 
 
-@pytest.mark.xfail(reason="the emptied storage is taken back", strict=False)
 @pytest.mark.parametrize("has_left", [True, False])
 def test_a_storage_that_its_owner_emptied(has_left: bool) -> None:
     """What left is still there; what has not may be refused, and is never read."""

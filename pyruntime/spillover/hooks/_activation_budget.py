@@ -3,20 +3,20 @@
 Note [Measured budget]
 ----------------------
 What the program itself needs, *other* memory, is what is allocated less what of saved tensors is on
-the device in our care. It is measured at each save and each reload of the first rounds (a round is
-one forward and its backward) of a kind, in which all that is saved leaves: in forward its maximum,
+the device in our care. It is measured at each save and each reload of the first rounds of a kind (a
+round is one forward and its backward), in which all that is saved leaves: in forward its maximum,
 in backward by how far that has come, since what backward uses up makes room for the gradients that
-it makes. Between two looks more may have been allocated and freed. Our allocator tells the most that
-was; torch's own tells its peak since the program began, so that what passed where that rose is taken
-to pass everywhere, as elsewhere it would not have shown.
+it makes. Between two looks more may have been allocated and freed. Our allocator tells the most
+that was; torch's own tells its peak since the program began, so that what passed where that rose is
+taken to pass everywhere, as elsewhere it would not have shown.
 
 From then on the tensors that backward asks for first stay on the device, as many as leave room for
 other memory at each point of backward; the rest leaves as soon as it is saved, and is brought back
 as early as there is room. If all fits, nothing leaves. A round that begins with more memory in use
-than any before, as when the optimizer has made its state, gets so much less, and measures again. One
-that saves other sizes than any before is measured like the first. The prediction may fail: with
-Spillover's allocator an allocation that would fail then takes from what stays (``_reclaim``), and the
-budget shrinks; torch's own allocator asks nobody, so that a larger part is left free there.
+than any before, as when the optimizer has made its state, gets so much less, and measures again.
+One that saves other sizes than any before is measured like the first. The prediction may fail: with
+Spillover's allocator an allocation that would fail then takes from what stays (``_reclaim``), and
+the budget shrinks; torch's own allocator asks nobody, so that a larger part is left free there.
 """
 
 from __future__ import annotations
