@@ -191,6 +191,7 @@ def test_figures_of_everything(tmp_path: Path) -> None:
     context = offload_activations(**SMALL, **on_disk(tmp_path))
     model = make_mlp()
     gradients(model, torch.randn(96, 64, device="cuda"), context)
+    settle()
     found = spillover.stats()
     assert context.stats() in found.others["activations"]
     (store,) = (store for store in found.disks if store.folders[0].folder == str(tmp_path))
