@@ -22,6 +22,7 @@ the budget shrinks; torch's own allocator asks nobody, so that a larger part is 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -36,8 +37,6 @@ _IN_FLIGHT_BYTES = 256 << 20
 _DEVICE_SHARE = 16
 #: Rounds of a kind that are measured before their figures are used.
 _ROUNDS_MEASURED = 2
-#: How far around a point of backward its memory is looked at.
-_AHEAD = 64
 #: One part in so many of the device is left free: with our allocator, and with torch's own, which
 #: fragments; there, so many times the largest saved tensor besides.
 _FREE_SHARE = 64
@@ -70,7 +69,8 @@ class DeviceBudget:
         self._given_back = self._given_back_before = 0
         # Of the present round.
         self._latest: Measured | None = None  # While it is measured.
-        self._last_peak = self._last_saved = self._last_other = 0
+        self._last_peak = self._last_saved = self._last_other = self._last_allocated = 0
+        self._unseen_peak = 0  # Of intervals that `look` has not seen.
         self._measured: Measured | None = None  # Of its kind, where enough is known.
         self._usable = 0
         #: What of the round may stay on the device.
@@ -95,6 +95,7 @@ class DeviceBudget:
         if figures is None:
             return  # Nothing stays, as nobody knows how much could.
         allocated, reserved, self._last_peak = figures
+        self._last_allocated, self._unseen_peak = allocated, 0
         base = self._last_other = allocated - saved_bytes
         self._last_saved = saved_bytes
         # If nobody asks again, the budget comes back.
@@ -116,7 +117,8 @@ class DeviceBudget:
             self._measured, self.keep_bytes = None, 0
             if self._latest is None and (figures := self._figures()) is not None:
                 self._latest = Measured(base=figures[0] - saved_bytes)
-                self._last_peak = figures[2]
+                self._last_allocated, _, self._last_peak = figures
+                self._unseen_peak = 0
                 self._last_saved, self._last_other = saved_bytes, self._latest.base
 
     def _most_that_stays(self, known: Measured, plan: Plan) -> int:
@@ -152,14 +154,17 @@ class DeviceBudget:
         if latest is None or figures is None:
             return
         allocated, _, peak = figures
+        peak, self._unseen_peak = max(peak, self._unseen_peak), 0
         other = allocated - saved_bytes
         passing = 0
         if peak != self._last_peak or _has_intervals():
             at_peak = peak - min(saved_bytes, self._last_saved)
             passing = max(0, at_peak - max(other, self._last_other))
         self._last_peak, self._last_saved, self._last_other = peak, saved_bytes, other
+        grown, self._last_allocated = peak - self._last_allocated, allocated
         if place is None:
             latest.forward = max(latest.forward, other + passing)
+            latest.growth = max(latest.growth, grown)
             return
         if _has_intervals():
             other += passing
@@ -189,26 +194,40 @@ class DeviceBudget:
         """How much has to leave the device before ``more_bytes`` do, which start to leave now."""
         leaving = leaving_bytes + more_bytes
         limit = self._least_in_flight
-        if self._measured is None:
+        if self._measured is None or leaving <= limit:
             return leaving - limit
-        room = max(self._usable - self._measured.forward - waiting_bytes, limit)
-        if self._in_flight is not None:
-            room = min(room, self._in_flight)
-        return leaving - room
+        excess = 0 if self._in_flight is None else leaving - self._in_flight
+        figures = self._figures() if _has_intervals() else None
+        if figures is None:
+            room = self._usable - self._measured.forward - waiting_bytes
+            return max(excess, leaving - max(room, limit))
+        # What leaves and is of use still needs no memory of its own.
+        allocated, _, peak = figures
+        self._unseen_peak = max(self._unseen_peak, peak)
+        return max(excess, min(allocated + self._measured.growth - self._usable, leaving - limit))
 
-    def room_in_backward(self, waiting_bytes: int, kept_bytes: int, place: int) -> int:
-        """How much may be brought back when backward had ``place`` tensors.
+    def room_in_backward(
+        self, waiting_bytes: int, kept_bytes: int, leaving_bytes: int, place: int, plan: Plan | None
+    ) -> Callable[[int], int]:
+        """How much may be brought back when backward had ``place`` tensors: by how much of it
+        backward has, before it asks for the last of it.
 
         ``waiting_bytes``: on the device by now; ``kept_bytes``: of them, those that never left.
         """
-        arrived = waiting_bytes - kept_bytes
-        if self._measured is None:
-            return self._least_prefetch - arrived
-        others = self._measured.backward
-        other = max(others[place : place + _AHEAD], default=max(others, default=0))
-        room = self._usable - other - self._measured.passing - waiting_bytes
-        room = max(room, self._least_prefetch - arrived)
-        return room if self._prefetch is None else min(room, self._prefetch - arrived)
+        ahead = waiting_bytes - kept_bytes + leaving_bytes
+        if self._measured is None or plan is None:
+            least = self._least_prefetch - ahead
+            return lambda until: least
+        most = self._usable if self._prefetch is None else self._prefetch - ahead
+        room = _Room(
+            self._usable - waiting_bytes - leaving_bytes, self._measured, plan.bytes_up_to, place
+        )
+        return lambda until: min(most, room.until(until))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the present round's memory is known."""
+        return self._measured is not None
 
     @property
     def least_in_flight(self) -> int:
@@ -235,6 +254,26 @@ class DeviceBudget:
         """No memory for what came ahead, where ``held_bytes`` had come: half of it from now on."""
         self._least_prefetch = min(self._least_prefetch, held_bytes) // 2
         self.give_back(held_bytes // 2)
+
+
+class _Room:
+    """Room at each point of backward from ``place`` on, until which what waits is used up."""
+
+    def __init__(self, now_bytes: int, measured: Measured, used: list[int], place: int) -> None:
+        self._now = now_bytes - measured.passing
+        self._others = measured.backward
+        self._used = used
+        self._used_before = used[place - 1] if 0 < place <= len(used) else 0
+        self._next = place
+        self._least = now_bytes
+
+    def until(self, place: int) -> int:
+        """The least, from where it began to ``place``."""
+        for at in range(self._next, min(place + 1, len(self._others))):
+            gone = self._used[min(at, len(self._used)) - 1] - self._used_before if at > 0 else 0
+            self._least = min(self._least, self._now - self._others[at] + max(gone, 0))
+        self._next = max(self._next, place + 1)
+        return self._least
 
 
 def memory_bytes(device: torch.device) -> int:

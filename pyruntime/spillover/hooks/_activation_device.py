@@ -666,24 +666,27 @@ class ActivationDevice:
         """Start to bring back what backward asks for next."""
         round_ = view.round
         place = len(round_.served)
-        room = self.budget.room_in_backward(self._waiting_bytes, self._kept_bytes, place)
-        room -= self._leaving_bytes()
-        is_first = self._waiting_bytes == self._kept_bytes
-        if room <= 0 and not (is_first and self.budget.least_prefetch > 0):
+        room = self.budget.room_in_backward(
+            self._waiting_bytes, self._kept_bytes, self._leaving_bytes(), place, round_.plan
+        )
+        # One may come ahead in any case, where nobody knows better.
+        is_free = self._waiting_bytes == self._kept_bytes and self.budget.least_prefetch > 0
+        is_free = is_free and not self.budget.is_known
+        if room(place) <= 0 and not is_free:
             return
         chosen: dict[int, SavedCopy] = {}
         chosen_bytes = 0
         for copy in round_.upcoming(view):
             if copy.storage is not None or copy.arrival is not None or id(copy) in chosen:
                 continue
-            if chosen_bytes + copy.size_bytes > room and not (is_first and not chosen):
+            is_small_enough = chosen_bytes + copy.size_bytes <= room(round_.ahead)
+            if not is_small_enough and not (is_free and chosen_bytes == 0):
                 break
+            chosen_bytes += copy.size_bytes
             if self._take_back(copy) is not None:
                 self._count_arrival(copy)
-                room -= copy.size_bytes
                 continue
             chosen[id(copy)] = copy
-            chosen_bytes += copy.size_bytes
             if len(chosen) == _BATCH_COUNT:
                 break
         if not chosen or torch._C._cuda_isCurrentStreamCapturing():

@@ -12,6 +12,7 @@ class Measured:
     rounds: int = 0
     base: int = 0  # When they began.
     forward: int = 0
+    growth: int = 0  # Of all that is allocated, between two looks in forward.
     backward: list[int] = field(default_factory=list)  # By how many tensors it had.
     passing: int = 0  # Between two looks in backward.
 
@@ -21,6 +22,7 @@ class Measured:
         self.base = max(self.base, latest.base)
         self.forward = max(self.forward, latest.forward)
         self.passing = max(self.passing, latest.passing)
+        self.growth = max(self.growth, latest.growth)
         if len(self.backward) == len(latest.backward):
             self.backward = list(map(max, self.backward, latest.backward))
         else:

@@ -89,9 +89,9 @@ class Round:
     """One forward and its backward, while its tensors live."""
 
     __slots__ = (
-        "_ahead",
         "_last",
         "_tail",
+        "ahead",
         "base",
         "owners",
         "plan",
@@ -114,7 +114,8 @@ class Round:
         self.turn = 1  # Of backward: with retain_graph there can be several.
         self._last = 0
         self._tail = 0
-        self._ahead = 0  # Places before it were looked at in this turn, see `upcoming`.
+        #: Places before it were looked at in this turn, see :meth:`upcoming`.
+        self.ahead = 0
 
     def is_over(self) -> bool:
         """Whether backward asked for something, and nothing that was saved lives."""
@@ -151,7 +152,7 @@ class Round:
         place = self._place(view)
         if place < self._last - _NODE_VIEWS_MAX:
             self.turn += 1
-            self._ahead = 0
+            self.ahead = 0
         self._last = place
         if view.served_in == 0:
             self.served.append(view.index)
@@ -177,24 +178,24 @@ class Round:
         count = len(views)
         if plan is not None:
             order = plan.order
-            first = max(plan.rank[view.index] + 1, self._ahead)
+            first = max(plan.rank[view.index] + 1, self.ahead)
             last = min(len(order), first + _STEPS_MAX)
         else:
             # Places count from the last that was saved.
-            first = max(count - 1 - view.index - _NODE_VIEWS_MAX, self._ahead)
+            first = max(count - 1 - view.index - _NODE_VIEWS_MAX, self.ahead)
             last = min(count, first + _STEPS_MAX)
         for place in range(first, last):
-            self._ahead = place
+            self.ahead = place
             index = order[place] if plan is not None else count - 1 - place
             if index < count:  # A plan may know more than was saved so far.
                 found = views[index]()
                 if found is not None and found.served_in != turn:
                     yield found.copy
-        self._ahead = max(last, self._ahead)
+        self.ahead = max(last, self.ahead)
 
     def look_again(self) -> None:
         """Copies that had been brought were dropped, so that they are upcoming again."""
-        self._ahead = 0
+        self.ahead = 0
 
 
 class Plans:
