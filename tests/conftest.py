@@ -24,10 +24,20 @@ ON_GPU = os.environ.get("SPILLOVER_TEST_GPU") == "1"
 #: Whether emulated devices have virtual memory; see test_pool_without_virtual_memory.py.
 VIRTUAL_MEMORY = os.environ.get("SPILLOVER_TEST_VIRTUAL_MEMORY", "1") == "1"
 
+#: When the emulated device works, for the soak's runs of the same tests under other schedules.
+SCHEDULE = os.environ.get("SPILLOVER_TEST_SCHEDULE", "late")
+SEED = int(os.environ.get("SPILLOVER_TEST_SEED", "0"))
+
 if not ON_GPU:
     # The pool checks itself at intervals, in the processes that tests start as well.
     os.environ.setdefault("SPILLOVER_ALLOCATOR", "check_every=64")
-    emulator.enable(vram="2GiB", schedule="late", hazards="raise", virtual_memory=VIRTUAL_MEMORY)
+    emulator.enable(
+        vram="2GiB",
+        schedule=SCHEDULE,  # type: ignore[arg-type]
+        hazards="raise",
+        seed=SEED,
+        virtual_memory=VIRTUAL_MEMORY,
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -220,6 +220,14 @@ spillover_status spillover_reset_peak_stats(int device) {
   });
 }
 
+spillover_status spillover_take_interval(int device, spillover_interval* out) {
+  return guarded([&] {
+    require_output(out);
+    spillover::Pool* pool = spillover::pool_if_made(device);
+    *out = pool == nullptr ? spillover_interval{} : pool->take_interval();
+  });
+}
+
 spillover_status spillover_trim(int device, size_t keep_bytes) {
   return guarded([&] {
     if (auto* pool = spillover::pool_if_made(device)) pool->trim(keep_bytes);

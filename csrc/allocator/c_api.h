@@ -229,6 +229,16 @@ spillover_status spillover_stats(int device, spillover_stats_t* out);
 spillover_status spillover_reset_accumulated_stats(int device);
 spillover_status spillover_reset_peak_stats(int device);
 
+/* Bytes of live blocks and bytes held, and the most bytes of live blocks since the last call for
+ * the device. Others' peaks are left as they are. For who plans how much memory it may use: one
+ * caller at a time. */
+typedef struct {
+  int64_t allocated_bytes;
+  int64_t reserved_bytes;
+  int64_t allocated_bytes_peak;
+} spillover_interval;
+spillover_status spillover_take_interval(int device, spillover_interval* out);
+
 /* Returns memory without a live block to the driver until the pool holds at most keep_bytes. Waits
  * for the device. */
 spillover_status spillover_trim(int device, size_t keep_bytes);

@@ -99,6 +99,7 @@ class Pool {
   spillover_stats_t statistics();
   void reset_accumulated_statistics();
   void reset_peak_statistics();
+  spillover_interval take_interval();
 
   // Returns chunks without a live block to the driver until the pool holds at most keep_bytes.
   // Blocks until the device's work is complete.
@@ -492,6 +493,7 @@ class Pool {
   size_t files_needed_ = 0;                // Of chunks, after the last close_unneeded_files().
   size_t used_bytes_peak_ = 0;             // The most that was in use when a heap grew.
   spillover_stats_t statistics_{};
+  int64_t earlier_peak_ = 0;      // Of allocated bytes, before take_interval() last began again.
   uint32_t unchecked_count_ = 0;  // calls since the last check
 };
 

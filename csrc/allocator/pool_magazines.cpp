@@ -222,6 +222,8 @@ spillover_stats_t Pool::totals() const {
       }
     }
   });
+  spillover_counter& allocated = statistics.allocated_bytes[SPILLOVER_CLASS_ALL];
+  allocated.peak = std::max(allocated.peak, earlier_peak_);
   return statistics;
 }
 

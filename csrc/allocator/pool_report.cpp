@@ -46,6 +46,20 @@ void Pool::reset_peak_statistics() {
     for (spillover_counter& counter : counters) counter.peak = counter.current;
   });
   for (auto& [arena, usage] : arenas_) usage.mapped_bytes_peak = usage.mapped_bytes;
+  earlier_peak_ = 0;
+}
+
+// The counter starts again, and what it had until now is remembered for others.
+spillover_interval Pool::take_interval() {
+  const std::lock_guard lock(mutex_);
+  const StillMagazines still(*this);
+  for (const auto& counters : counters_) take_over(*counters);
+  spillover_counter& allocated = statistics_.allocated_bytes[SPILLOVER_CLASS_ALL];
+  const spillover_interval interval{
+      allocated.current, statistics_.reserved_bytes[SPILLOVER_CLASS_ALL].current, allocated.peak};
+  earlier_peak_ = std::max(earlier_peak_, allocated.peak);
+  allocated.peak = allocated.current;
+  return interval;
 }
 
 size_t Pool::largest_free_bytes() {

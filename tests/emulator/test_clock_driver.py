@@ -246,9 +246,10 @@ def polling_ends_when_the_event_has_passed() -> None:
     start, polls = cuda.now(), 1
     while cuda.status("cuEventQuery", event) == NOT_READY:
         polls += 1
-    # A query that polls takes a microsecond, which the first 32 do not; and the bytes are there.
-    assert cuda.now() - start == MS
-    assert polls == 1000 + 32 + 1
+    # A query that polls takes a microsecond, which the first 32 do not, and later ones a 128th of
+    # what was polled before; and the bytes are there.
+    assert MS <= cuda.now() - start < MS + MS // 100
+    assert polls < 500
     assert cuda.peek(cuda.x, 4) == bytes([7]) * 4
 
 

@@ -18,13 +18,6 @@ from spillover.hooks._activation_device import ActivationDevice
 #: Budgets that make every byte leave, wait for room, and come back on demand or shortly before.
 TIGHT = {"in_flight_max": "16KiB", "prefetch": "16KiB"}
 
-#: What comes back when: before it is asked for, in part, or not before.
-BUDGETS: dict[str, dict[str, Any]] = {
-    "ample": {},
-    "tight": TIGHT,
-    "on_demand": {**TIGHT, "prefetch": 0},
-}
-
 Context = contextlib.AbstractContextManager[Any]
 
 
@@ -33,7 +26,7 @@ def offloading(**options: Any) -> OffloadedActivations:
     return offload_activations(**{"min_bytes": 1, "keep_on_device": 0, **options})
 
 
-def on_disk(folder: Path) -> dict[str, Any]:
+def on_disk(folder: str | Path) -> dict[str, Any]:
     """Options of the disk tier, with so little memory for the passage that the disk is used."""
     return {"tier": "disk", "directory": folder, "pool": HostPool("256KiB")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -193,7 +194,7 @@ def step_of(name: str) -> Callable[[contextlib.AbstractContextManager[Any]], lis
     return step
 
 
-def check_network(name: str, folder: Any = None, **options: Any) -> None:
+def check_network(name: str, folder: str | Path | None = None, **options: Any) -> None:
     """Two steps of a network, with every saved tensor moved, give the bits of the plain run."""
     step = step_of(name)
     tier = {} if folder is None else on_disk(folder)

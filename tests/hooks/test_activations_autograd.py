@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from activation_contexts import (
-    BUDGETS,
     TIGHT,
     Context,
     check_equal,
@@ -22,16 +21,10 @@ from activation_contexts import (
 from activation_models import assert_same, gradients, gradients_of, make_gpt, make_leaf, make_mlp
 from torch import nn
 
-
-@pytest.fixture(params=BUDGETS)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return BUDGETS[request.param]
-
-
 # ---- which part of a graph runs, and how often ----
 
 
-def test_backward_of_part_of_the_outputs(options: dict[str, Any]) -> None:
+def test_backward_of_part_of_the_outputs(budgets: dict[str, Any]) -> None:
     model = make_mlp()
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -45,10 +38,10 @@ def test_backward_of_part_of_the_outputs(options: dict[str, Any]) -> None:
         second.mean().backward()
         return found + on_host(x.grad, *gradients_of(model))
 
-    check_equal(run, steps=3, **options)
+    check_equal(run, steps=3, **budgets)
 
 
-def test_inputs_of_backward_are_named(options: dict[str, Any]) -> None:
+def test_inputs_of_backward_are_named(budgets: dict[str, Any]) -> None:
     model = make_mlp()
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -61,10 +54,10 @@ def test_inputs_of_backward_are_named(options: dict[str, Any]) -> None:
         value.backward(inputs=[model[0].weight])
         return on_host(only, *gradients_of(model))
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)
 
 
-def test_retained_graphs_run_many_times(options: dict[str, Any]) -> None:
+def test_retained_graphs_run_many_times(budgets: dict[str, Any]) -> None:
     model = make_mlp()
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -83,10 +76,10 @@ def test_retained_graphs_run_many_times(options: dict[str, Any]) -> None:
         )
         return on_host(*rows, *batched)
 
-    check_equal(run, **options)
+    check_equal(run, **budgets)
 
 
-def test_double_backward_through_what_left(options: dict[str, Any]) -> None:
+def test_double_backward_through_what_left(budgets: dict[str, Any]) -> None:
     """A gradient penalty: backward saves tensors of its own, inside of the context and outside."""
     model = make_mlp(depth=2)
 
@@ -103,10 +96,10 @@ def test_double_backward_through_what_left(options: dict[str, Any]) -> None:
         return on_host(slope, x.grad, *gradients_of(model))
 
     for inside in (True, False):
-        check_equal(lambda context, inside=inside: run(context, inside=inside), steps=2, **options)
+        check_equal(lambda context, inside=inside: run(context, inside=inside), steps=2, **budgets)
 
 
-def test_several_forwards_before_their_backwards(options: dict[str, Any]) -> None:
+def test_several_forwards_before_their_backwards(budgets: dict[str, Any]) -> None:
     """As a pipeline's stages do: first in, first out; last in, first out; and mixed."""
     model = make_mlp()
 
@@ -124,10 +117,10 @@ def test_several_forwards_before_their_backwards(options: dict[str, Any]) -> Non
             found += on_host(*(leaf.grad for leaf in leaves), *gradients_of(model))
         return found
 
-    check_equal(run, **options)
+    check_equal(run, **budgets)
 
 
-def test_one_forward_one_backward_pipeline(options: dict[str, Any]) -> None:
+def test_one_forward_one_backward_pipeline(budgets: dict[str, Any]) -> None:
     """Stages pass detached tensors on; forwards of later micro-batches go between backwards."""
     stages = [make_mlp(depth=2), make_mlp(depth=1)]
 
@@ -154,10 +147,10 @@ def test_one_forward_one_backward_pipeline(options: dict[str, Any]) -> None:
         grads = [p for stage in stages for p in gradients_of(stage)]
         return on_host(*(leaf.grad for leaf in leaves), *grads)
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)
 
 
-def test_unused_branches_and_steps_that_differ(options: dict[str, Any]) -> None:
+def test_unused_branches_and_steps_that_differ(budgets: dict[str, Any]) -> None:
     """Each step takes other branches than the recorded one; the next is as fast as ever."""
     model = make_mlp(depth=6)
 
@@ -179,17 +172,17 @@ def test_unused_branches_and_steps_that_differ(options: dict[str, Any]) -> None:
             found += on_host(x.grad, *gradients_of(model))
         return found
 
-    check_equal(run, **options)
+    check_equal(run, **budgets)
 
 
 # ---- exceptions ----
 
 
-def test_an_exception_in_forward(options: dict[str, Any]) -> None:
+def test_an_exception_in_forward(budgets: dict[str, Any]) -> None:
     model = make_gpt(depth=2)
     x = torch.randn(2, 8, 32, device="cuda")
     expected = gradients(model, x)
-    context = offloading(**options)
+    context = offloading(**budgets)
     for _ in range(3):
         hook = model[1].mlp[0].register_forward_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError), context:
@@ -223,7 +216,7 @@ class Failing(torch.autograd.Function):
         return gradient * 2 + 0 * x
 
 
-def test_an_exception_in_backward(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_backward(budgets: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a graph that is kept and used again, and on one that is thrown away."""
     model = make_mlp()
 
@@ -242,7 +235,7 @@ def test_an_exception_in_backward(options: dict[str, Any], monkeypatch: pytest.M
         value.backward()
         return on_host(x.grad, *gradients_of(model))
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)
 
 
 def test_a_second_backward_raises_as_torch_does() -> None:
@@ -260,9 +253,9 @@ def test_a_second_backward_raises_as_torch_does() -> None:
 # ---- how the context is used ----
 
 
-def test_nested_contexts_of_different_options(options: dict[str, Any]) -> None:
+def test_nested_contexts_of_different_options(budgets: dict[str, Any]) -> None:
     model = make_mlp()
-    outer, inner = offloading(**options), offloading(**TIGHT)
+    outer, inner = offloading(**budgets), offloading(**TIGHT)
 
     def run(context: Context, within: Context) -> list[torch.Tensor]:
         model.zero_grad()
@@ -314,9 +307,9 @@ def test_contexts_are_closed_in_another_order() -> None:
     assert offloaded_tensors(context) == before, "the generator's context is still open"
 
 
-def test_a_decorated_generator_and_a_decorated_method(options: dict[str, Any]) -> None:
+def test_a_decorated_generator_and_a_decorated_method(budgets: dict[str, Any]) -> None:
     model = make_mlp()
-    context = offloading(**options)
+    context = offloading(**budgets)
 
     class Trainer:
         @context

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from activation_contexts import (
-    BUDGETS,
     Context,
     check_equal,
     offloaded_tensors,
@@ -19,12 +18,6 @@ from activation_contexts import (
 from activation_models import assert_same, gradients, gradients_of, make_leaf, make_mlp
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-
-
-@pytest.fixture(params=BUDGETS)
-def options(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return BUDGETS[request.param]
-
 
 # ---- custom functions ----
 
@@ -102,7 +95,7 @@ class KeepsAsAttribute(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0].exp() + 0 * ctx.kept
 
 
-def test_custom_functions(options: dict[str, Any]) -> None:
+def test_custom_functions(budgets: dict[str, Any]) -> None:
     torch.manual_seed(2)
     weight = torch.randn(64, 64, device="cuda").div_(8).requires_grad_()
 
@@ -117,7 +110,7 @@ def test_custom_functions(options: dict[str, Any]) -> None:
         value.backward()
         return on_host(value, x.grad, weight.grad)
 
-    check_equal(run, steps=3, **options)
+    check_equal(run, steps=3, **budgets)
 
 
 def test_once_differentiable_raises_as_torch_does() -> None:
@@ -132,7 +125,7 @@ def test_once_differentiable_raises_as_torch_does() -> None:
 # ---- threads ----
 
 
-def test_backward_on_other_threads(options: dict[str, Any]) -> None:
+def test_backward_on_other_threads(budgets: dict[str, Any]) -> None:
     """Graphs are made on one thread and used on several at once, which accumulate together."""
     model = make_mlp()
 
@@ -165,12 +158,12 @@ def test_backward_on_other_threads(options: dict[str, Any]) -> None:
         return on_host(*(leaf.grad for leaf in leaves))
 
     expected = run(contextlib.nullcontext(), threaded=False)
-    context = offloading(**options)
+    context = offloading(**budgets)
     for _ in range(3):
         assert_same(run(context, threaded=True), expected)
 
 
-def test_one_graph_on_two_threads(options: dict[str, Any]) -> None:
+def test_one_graph_on_two_threads(budgets: dict[str, Any]) -> None:
     """Branches over one saved tensor run backward at the same time."""
     x = make_leaf()
 
@@ -197,13 +190,13 @@ def test_one_graph_on_two_threads(options: dict[str, Any]) -> None:
         torch.cuda.synchronize()
         return on_host(*(found[index] for index in range(3)))
 
-    check_equal(run, steps=3, **options)
+    check_equal(run, steps=3, **budgets)
 
 
 # ---- hooks of others ----
 
 
-def test_other_saved_tensor_hooks_inside_and_outside(options: dict[str, Any]) -> None:
+def test_other_saved_tensor_hooks_inside_and_outside(budgets: dict[str, Any]) -> None:
     """The innermost pair is in charge, as always in torch; the others get their own back."""
     model = make_mlp()
     packed: list[torch.Tensor] = []
@@ -231,7 +224,7 @@ def test_other_saved_tensor_hooks_inside_and_outside(options: dict[str, Any]) ->
         value.backward()
         return on_host(x.grad, *gradients_of(model))
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)
     assert packed
 
 
@@ -260,7 +253,7 @@ def test_disabled_hooks_are_an_error_of_torch() -> None:
     gradients(make_mlp(), make_leaf(), offloading())
 
 
-def test_tensor_and_module_hooks_see_what_they_always_do(options: dict[str, Any]) -> None:
+def test_tensor_and_module_hooks_see_what_they_always_do(budgets: dict[str, Any]) -> None:
     model = make_mlp()
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -285,7 +278,7 @@ def test_tensor_and_module_hooks_see_what_they_always_do(options: dict[str, Any]
             handle.remove()
         return on_host(x.grad, hidden.grad, *seen, *gradients_of(model))
 
-    check_equal(run, steps=2, **options)
+    check_equal(run, steps=2, **budgets)
 
 
 def test_functional_transforms_refuse_hooks_as_torch_does() -> None:
@@ -310,14 +303,14 @@ def test_functional_transforms_refuse_hooks_as_torch_does() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
-def test_anomaly_detection(options: dict[str, Any]) -> None:
+def test_anomaly_detection(budgets: dict[str, Any]) -> None:
     model = make_mlp(depth=2)
 
     def run(context: Context) -> list[torch.Tensor]:
         with torch.autograd.set_detect_anomaly(True):
             return gradients(model, make_leaf(), context)
 
-    check_equal(run, **options)
+    check_equal(run, **budgets)
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")

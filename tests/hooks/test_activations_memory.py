@@ -77,7 +77,7 @@ def test_default_budgets_follow_the_device() -> None:
 
     def budgets(in_flight: int | None = None, prefetch: int | None = None) -> tuple[int, int]:
         budget = DeviceBudget(device, keep=0, in_flight=in_flight, prefetch=prefetch)
-        return budget.room_in_backward(0, 0, 0), -budget.excess_in_forward(0, 0, 0)
+        return budget.room_in_backward(0, 0, 0, 0, None)(0), -budget.excess_in_forward(0, 0, 0)
 
     assert budgets() == (min(128 * MIB, total // 16), min(256 * MIB, total // 16))
     assert budgets(prefetch=5, in_flight=3072) == (5, 3072)

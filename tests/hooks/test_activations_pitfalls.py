@@ -317,7 +317,6 @@ def test_an_optimizer_step_before_backward_raises() -> None:
         second.backward()
 
 
-@pytest.mark.xfail(reason="the write is not ordered after the copy out", strict=False)
 def test_an_in_place_change_of_what_backward_does_not_use() -> None:
     """Allowed, and nothing to report, though the copy out is under way."""
 
@@ -435,7 +434,6 @@ def test_no_memory_is_pinned_in_hooks_after_the_first_step() -> None:
     assert [pinning_calls(model, inputs, context) for _ in range(3)] == [0, 0, 0]
 
 
-@pytest.mark.xfail(reason="memory is pinned when the first tensor is saved", strict=False)
 @pytest.mark.skipif(not emulator.is_enabled(), reason="counts the emulated device's calls")
 def test_a_budget_is_pinned_at_the_start() -> None:
     context = offloading(host_budget=(4 << 20) + 8192)

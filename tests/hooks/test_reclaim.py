@@ -160,7 +160,7 @@ class Hungry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        engine.finish_departures()
+        device().finish_departures()
         rest = fill_up()
         assert device()._waiting_bytes >= 8 * MIB, device()._waiting_bytes
         taken.append(make(8).numel())

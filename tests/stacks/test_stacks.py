@@ -39,9 +39,14 @@ GROUPS = {
         "torchvision_resnet",
         "lightning_fit",
     ),
-    "ddp": ("ddp_gloo", "ddp_host_optimizers", "ddp_offloaded_gradients"),
+    "ddp": (
+        "ddp_gloo",
+        "ddp_host_optimizers",
+        "ddp_offloaded_gradients",
+        "sharded_activations",
+    ),
     "fsdp2": ("fsdp2_gloo",),
-    "spillover": ("spillover_llama",),
+    "spillover": ("spillover_llama", "offloaded_activations"),
 }
 NAMES = sorted(path.stem for path in PROGRAMS.glob("[a-z]*.py"))
 

@@ -44,6 +44,14 @@ class _Stats(ctypes.Structure):
     )
 
 
+class _Interval(ctypes.Structure):
+    _fields_ = (
+        ("allocated_bytes", ctypes.c_int64),
+        ("reserved_bytes", ctypes.c_int64),
+        ("allocated_bytes_peak", ctypes.c_int64),
+    )
+
+
 @functools.lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """``libspillover.so`` with the functions of this module declared."""
@@ -51,6 +59,7 @@ def library() -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library_path("libspillover.so")))
     loaded.spillover_last_error.restype = ctypes.c_char_p
     loaded.spillover_stats.argtypes = [ctypes.c_int, ctypes.POINTER(_Stats)]
+    loaded.spillover_take_interval.argtypes = [ctypes.c_int, ctypes.POINTER(_Interval)]
     loaded.spillover_trim.argtypes = [ctypes.c_int, ctypes.c_size_t]
     loaded.spillover_check_invariants.argtypes = [ctypes.c_int]
     version = loaded.spillover_abi_version()
@@ -123,6 +132,19 @@ def stats(device: int = 0) -> dict[str, int]:
     result["num_alloc_retries"] = counters.alloc_retries
     result["num_ooms"] = counters.ooms
     return result
+
+
+def take_interval(device: int) -> tuple[int, int, int]:
+    """Bytes of live blocks, bytes held, and the most of the former since the last call.
+
+    Peaks of others, as ``torch.cuda.max_memory_allocated``, are left as they are. One caller at a
+    time for each device.
+    """
+    interval = _Interval()
+    status = library().spillover_take_interval(device, ctypes.byref(interval))
+    if status != _OK:
+        _raise(status)
+    return interval.allocated_bytes, interval.reserved_bytes, interval.allocated_bytes_peak
 
 
 def trim(keep: int | str = 0, *, device: int = 0) -> None:

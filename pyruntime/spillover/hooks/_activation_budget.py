@@ -2,43 +2,46 @@
 
 Note [Measured budget]
 ----------------------
-What the program itself needs, *other* memory, is what is allocated less what waits for backward in
-our care. It is measured at each save and each reload of the first rounds (a round is one forward
-and its backward), in which all that is saved leaves: in forward its maximum, in backward by how far
-that has come, since what backward uses up makes room for the gradients that it makes. Between two
-looks more may have been allocated and freed: what passed so where the allocator's peak rose is
+What the program itself needs, *other* memory, is what is allocated less what of saved tensors is on
+the device in our care. It is measured at each save and each reload of the first rounds of a kind (a
+round is one forward and its backward), in which all that is saved leaves: in forward its maximum,
+in backward by how far that has come, since what backward uses up makes room for the gradients that
+it makes. Between two looks more may have been allocated and freed. Our allocator tells the most
+that was; torch's own tells its peak since the program began, so that what passed where that rose is
 taken to pass everywhere, as elsewhere it would not have shown.
 
 From then on the tensors that backward asks for first stay on the device, as many as leave room for
 other memory at each point of backward; the rest leaves as soon as it is saved, and is brought back
 as early as there is room. If all fits, nothing leaves. A round that begins with more memory in use
 than any before, as when the optimizer has made its state, gets so much less, and measures again.
-The prediction may fail: with Spillover's allocator an allocation that would fail then takes from
-what stays (``_reclaim``), and the budget shrinks; torch's own allocator asks nobody, so that a
-larger part is left free there.
+One that saves other sizes than any before is measured like the first. The prediction may fail: with
+Spillover's allocator an allocation that would fail then takes from what stays (``_reclaim``), and
+the budget shrinks; torch's own allocator asks nobody, so that a larger part is left free there.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
 from spillover import allocator
+from spillover.allocator import _pool
+from spillover.hooks._activation_memory import Measured
 from spillover.hooks._activation_order import Plan
 
 #: Default budgets; a small device gets less, since they are what offloading itself costs there.
 _PREFETCH_BYTES = 128 << 20
 _IN_FLIGHT_BYTES = 256 << 20
 _DEVICE_SHARE = 16
-#: Rounds that are measured before their figures are used.
+#: Rounds of a kind that are measured before their figures are used.
 _ROUNDS_MEASURED = 2
-#: How far around a point of backward its memory is looked at.
-_AHEAD = 64
 #: One part in so many of the device is left free: with our allocator, and with torch's own, which
-#: fragments.
+#: fragments; there, so many times the largest saved tensor besides.
 _FREE_SHARE = 64
 _FREE_SHARE_NATIVE = 12
+_FREE_TENSORS_NATIVE = 4
 #: By one part in so many of the device the budget shrinks in a round, at most.
 _GIVEN_SHARE = 16
 
@@ -63,94 +66,127 @@ class DeviceBudget:
         self._in_flight, self._prefetch = in_flight, prefetch
         self._least_in_flight = min(_IN_FLIGHT_BYTES, share) if in_flight is None else in_flight
         self._least_prefetch = min(_PREFETCH_BYTES, share) if prefetch is None else prefetch
-        self._is_measuring = False
-        self._rounds_measured = 0
-        self._last_peak = -1
-        self._last_waiting = self._last_other = 0
-        # Of the round that is measured, and the greatest so far.
-        self._forward_other = self._forward_other_max = 0
-        self._backward_other: list[int] = []
-        self._backward_other_max: list[int] = []
-        self._passing_max = 0  # The most between two looks in backward.
-        self._base_max = 0
         self._given_back = self._given_back_before = 0
-        # For the present round; None: nothing is known yet.
-        self._usable: int | None = None
-        #: What of a round may stay on the device.
+        # Of the present round.
+        self._latest: Measured | None = None  # While it is measured.
+        self._last_peak = self._last_saved = self._last_other = self._last_allocated = 0
+        self._unseen_peak = 0  # Of intervals that `look` has not seen.
+        self._measured: Measured | None = None  # Of its kind, where enough is known.
+        self._usable = 0
+        #: What of the round may stay on the device.
         self.keep_bytes = keep or 0
 
-    def begin_round(self, waiting_bytes: int, plan: Plan | None) -> None:
+    def end_round(self, plan: Plan | None) -> None:
+        """The round before is over; ``plan``: what it did, if that is known."""
+        latest, self._latest = self._latest, None
+        if latest is not None and plan is not None and latest.backward:
+            plan.measured.add(latest)
+
+    def begin_round(self, saved_bytes: int, plan: Plan | None) -> None:
         """To be called before the first save of a round.
 
-        ``waiting_bytes``: of saved tensors that are on the device; ``plan``: the round's, if known.
+        ``saved_bytes``: of saved tensors on the device, as in :meth:`look`; ``plan``: the round's,
+        if one is known.
         """
         if self._keep is not None:
             return
-        self._end_measuring()
-        figures = _figures(self._device)
+        self._measured, self.keep_bytes = None, 0
+        figures = self._figures()
         if figures is None:
             return  # Nothing stays, as nobody knows how much could.
-        allocated, reserved, peak = figures
-        base = allocated - waiting_bytes
-        grown = max(0, base - self._base_max)
-        is_known = self._rounds_measured >= _ROUNDS_MEASURED
-        self._is_measuring = not is_known or grown > 0
-        self._last_peak, self._last_waiting, self._last_other = peak, waiting_bytes, base
+        allocated, reserved, self._last_peak = figures
+        self._last_allocated, self._unseen_peak = allocated, 0
+        base = self._last_other = allocated - saved_bytes
+        self._last_saved = saved_bytes
         # If nobody asks again, the budget comes back.
         self._given_back -= self._given_back // _GIVEN_SHARE
         self._given_back_before = self._given_back
-        if is_known:
-            self._usable = _usable(self._device, reserved) - grown - self._given_back
-            self.keep_bytes = self._most_that_stays(self._usable, plan)
-        self._base_max = max(self._base_max, base)
+        known = None if plan is None else plan.measured
+        grown = 0 if known is None else max(0, base - known.base)
+        if plan is None or known is None or known.rounds < _ROUNDS_MEASURED or grown > 0:
+            self._latest = Measured(base=base)
+        if plan is None or known is None or known.rounds < _ROUNDS_MEASURED:
+            return
+        self._measured = known
+        self._usable = self._most_usable(reserved, plan) - grown - self._given_back
+        self.keep_bytes = self._most_that_stays(known, plan)
 
-    def _most_that_stays(self, usable: int, plan: Plan | None) -> int:
-        room = usable - self._forward_other_max
-        used = plan.bytes_up_to if plan is not None else []
-        fits_plan = len(used) == len(self._backward_other_max)
-        for place, other in enumerate(self._backward_other_max):
+    def lose_plan(self, saved_bytes: int) -> None:
+        """The present round does what none before did: it is measured, and nothing more stays."""
+        if self._keep is None:
+            self._measured, self.keep_bytes = None, 0
+            if self._latest is None and (figures := self._figures()) is not None:
+                self._latest = Measured(base=figures[0] - saved_bytes)
+                self._last_allocated, _, self._last_peak = figures
+                self._unseen_peak = 0
+                self._last_saved, self._last_other = saved_bytes, self._latest.base
+
+    def _most_that_stays(self, known: Measured, plan: Plan) -> int:
+        room = self._usable - known.forward
+        used = plan.bytes_up_to
+        fits_plan = len(used) == len(known.backward)
+        for place, other in enumerate(known.backward):
             gone = used[place - 1] if fits_plan and place > 0 else 0
-            room = min(room, usable - other - self._passing_max + gone)
+            room = min(room, self._usable - other - known.passing + gone)
         return max(0, room)
+
+    def _most_usable(self, reserved_bytes: int, plan: Plan) -> int:
+        """What the allocator could give out in all, less what is left free."""
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        most = min(memory_bytes(self._device), free_bytes + reserved_bytes)
+        if allocator.is_installed():
+            return int(most - most // _FREE_SHARE)
+        return int(most - most // _FREE_SHARE_NATIVE - _FREE_TENSORS_NATIVE * max(plan.sizes))
 
     # ---- measuring ----
 
-    def look(self, waiting_bytes: int, place: int | None) -> None:
-        """Measure, in rounds that are; ``place``: what backward had so far, None in forward."""
-        if not self._is_measuring:
-            return
-        figures = _figures(self._device)
-        if figures is None:
+    @property
+    def is_measuring(self) -> bool:
+        """Whether :meth:`look` is to be called."""
+        return self._latest is not None
+
+    def look(self, saved_bytes: int, place: int | None) -> None:
+        """Measure; ``place``: how many tensors backward had so far, None in forward.
+
+        ``saved_bytes``: of saved tensors on the device that wait for backward, or leave it.
+        """
+        latest, figures = self._latest, self._figures()
+        if latest is None or figures is None:
             return
         allocated, _, peak = figures
-        other = allocated - waiting_bytes
+        peak, self._unseen_peak = max(peak, self._unseen_peak), 0
+        other = allocated - saved_bytes
         passing = 0
-        if peak != self._last_peak:
-            at_peak = peak - min(waiting_bytes, self._last_waiting)
+        if peak != self._last_peak or _has_intervals():
+            at_peak = peak - min(saved_bytes, self._last_saved)
             passing = max(0, at_peak - max(other, self._last_other))
-        self._last_peak, self._last_waiting, self._last_other = peak, waiting_bytes, other
+        self._last_peak, self._last_saved, self._last_other = peak, saved_bytes, other
+        grown, self._last_allocated = peak - self._last_allocated, allocated
         if place is None:
-            self._forward_other = max(self._forward_other, other + passing)
+            latest.forward = max(latest.forward, other + passing)
+            latest.growth = max(latest.growth, grown)
             return
-        self._passing_max = max(self._passing_max, passing)
-        if len(self._backward_other) <= place:
-            missing = place + 1 - len(self._backward_other)
-            self._backward_other.extend([other] * missing)
-        self._backward_other[place] = max(self._backward_other[place], other)
+        if _has_intervals():
+            other += passing
+        else:
+            latest.passing = max(latest.passing, passing)
+        if len(latest.backward) <= place:
+            latest.backward.extend([other] * (place + 1 - len(latest.backward)))
+        latest.backward[place] = max(latest.backward[place], other)
 
-    def _end_measuring(self) -> None:
-        if not self._is_measuring or not self._backward_other:
-            return  # Without a backward a round tells too little.
-        self._is_measuring = False
-        self._rounds_measured += 1
-        self._forward_other_max = max(self._forward_other_max, self._forward_other)
-        known, latest = self._backward_other_max, self._backward_other
-        if len(known) == len(latest):
-            latest = list(map(max, known, latest))
-        elif known:
-            latest = [max(*known, *latest)] * len(latest)
-        self._backward_other_max = latest
-        self._forward_other, self._backward_other = 0, []
+    def _figures(self) -> tuple[int, int, int] | None:
+        """Bytes allocated, bytes reserved, and the peak of the former: since it was asked last,
+        with our allocator.
+        """
+        if _has_intervals():
+            return _pool.take_interval(self._device.index)
+        try:
+            stats = torch._C._cuda_memoryStats(self._device.index)
+        except (AttributeError, RuntimeError):
+            return None
+        allocated = stats["allocated_bytes"]["all"]
+        reserved = stats["reserved_bytes"]["all"]["current"]
+        return int(allocated["current"]), int(reserved), int(allocated["peak"])
 
     # ---- limits ----
 
@@ -158,26 +194,40 @@ class DeviceBudget:
         """How much has to leave the device before ``more_bytes`` do, which start to leave now."""
         leaving = leaving_bytes + more_bytes
         limit = self._least_in_flight
-        if self._usable is None:
+        if self._measured is None or leaving <= limit:
             return leaving - limit
-        room = max(self._usable - self._forward_other_max - waiting_bytes, limit)
-        if self._in_flight is not None:
-            room = min(room, self._in_flight)
-        return leaving - room
+        excess = 0 if self._in_flight is None else leaving - self._in_flight
+        figures = self._figures() if _has_intervals() else None
+        if figures is None:
+            room = self._usable - self._measured.forward - waiting_bytes
+            return max(excess, leaving - max(room, limit))
+        # What leaves and is of use still needs no memory of its own.
+        allocated, _, peak = figures
+        self._unseen_peak = max(self._unseen_peak, peak)
+        return max(excess, min(allocated + self._measured.growth - self._usable, leaving - limit))
 
-    def room_in_backward(self, waiting_bytes: int, kept_bytes: int, place: int) -> int:
-        """How much may be brought back when backward had ``place`` tensors.
+    def room_in_backward(
+        self, waiting_bytes: int, kept_bytes: int, leaving_bytes: int, place: int, plan: Plan | None
+    ) -> Callable[[int], int]:
+        """How much may be brought back when backward had ``place`` tensors: by how much of it
+        backward has, before it asks for the last of it.
 
         ``waiting_bytes``: on the device by now; ``kept_bytes``: of them, those that never left.
         """
-        arrived = waiting_bytes - kept_bytes
-        if self._usable is None:
-            return self._least_prefetch - arrived
-        others = self._backward_other_max
-        other = max(others[place : place + _AHEAD], default=max(others, default=0))
-        other += self._passing_max
-        room = max(self._usable - other - waiting_bytes, self._least_prefetch - arrived)
-        return room if self._prefetch is None else min(room, self._prefetch - arrived)
+        ahead = waiting_bytes - kept_bytes + leaving_bytes
+        if self._measured is None or plan is None:
+            least = self._least_prefetch - ahead
+            return lambda until: least
+        most = self._usable if self._prefetch is None else self._prefetch - ahead
+        room = _Room(
+            self._usable - waiting_bytes - leaving_bytes, self._measured, plan.bytes_up_to, place
+        )
+        return lambda until: min(most, room.until(until))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the present round's memory is known."""
+        return self._measured is not None
 
     @property
     def least_in_flight(self) -> int:
@@ -191,14 +241,39 @@ class DeviceBudget:
 
     def give_back(self, size_bytes: int) -> None:
         """Somebody had to be given so much: the budget was too large."""
-        if self._usable is not None:
+        if self._measured is not None:
             most = self._given_back_before + self._usable // _GIVEN_SHARE
             self._given_back = min(self._given_back + size_bytes, most)
+
+    def ran_out(self) -> None:
+        """The program had no memory: a quarter of what there was less from now on."""
+        if self._measured is not None:
+            self._given_back += self._usable // 4
 
     def shrink_prefetch(self, held_bytes: int) -> None:
         """No memory for what came ahead, where ``held_bytes`` had come: half of it from now on."""
         self._least_prefetch = min(self._least_prefetch, held_bytes) // 2
         self.give_back(held_bytes // 2)
+
+
+class _Room:
+    """Room at each point of backward from ``place`` on, until which what waits is used up."""
+
+    def __init__(self, now_bytes: int, measured: Measured, used: list[int], place: int) -> None:
+        self._now = now_bytes - measured.passing
+        self._others = measured.backward
+        self._used = used
+        self._used_before = used[place - 1] if 0 < place <= len(used) else 0
+        self._next = place
+        self._least = now_bytes
+
+    def until(self, place: int) -> int:
+        """The least, from where it began to ``place``."""
+        for at in range(self._next, min(place + 1, len(self._others))):
+            gone = self._used[min(at, len(self._used)) - 1] - self._used_before if at > 0 else 0
+            self._least = min(self._least, self._now - self._others[at] + max(gone, 0))
+        self._next = max(self._next, place + 1)
+        return self._least
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -210,20 +285,5 @@ def memory_bytes(device: torch.device) -> int:
     return int(total * min(fraction, 1.0)) if fraction > 0 else total
 
 
-def _figures(device: torch.device) -> tuple[int, int, int] | None:
-    """Bytes allocated, bytes reserved, and the peak of the former."""
-    try:
-        stats = torch._C._cuda_memoryStats(device.index)
-    except (AttributeError, RuntimeError):
-        return None
-    allocated = stats["allocated_bytes"]["all"]
-    reserved = stats["reserved_bytes"]["all"]["current"]
-    return int(allocated["current"]), int(reserved), int(allocated["peak"])
-
-
-def _usable(device: torch.device, reserved_bytes: int) -> int:
-    """What the allocator could give out in all, less what is left free."""
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    most = min(memory_bytes(device), free_bytes + reserved_bytes)
-    share = _FREE_SHARE if allocator.is_installed() else _FREE_SHARE_NATIVE
-    return int(most - most // share)
+def _has_intervals() -> bool:
+    return allocator.is_installed()

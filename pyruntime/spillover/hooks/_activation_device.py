@@ -37,7 +37,13 @@ from spillover._transfer import TransferEngine
 from spillover.hooks._activation_budget import DeviceBudget
 from spillover.hooks._activation_codec import Codec, encode
 from spillover.hooks._activation_order import Plans, Round
-from spillover.hooks._saved_storage import ALIGNMENT, SavedCopy, SavedView, forget_data
+from spillover.hooks._saved_storage import (
+    ALIGNMENT,
+    SavedCopy,
+    SavedView,
+    changed_in_place,
+    forget_data,
+)
 
 #: Reentrant, since Python's collector may run a destructor on a thread that holds it.
 lock = threading.RLock()
@@ -104,26 +110,34 @@ class Counters:
 
 
 class Arrival:
-    """Device memory that copies come back to: of one large, or of several small ones."""
+    """Device memory that copies are in: to which they come back, one large or several small ones;
+    or where they were saved, ``is_original``, as long as that has not left.
+    """
 
-    __slots__ = ("orphans", "storage", "stream", "ticket", "waited")
+    __slots__ = ("_version", "flat", "is_original", "orphans", "stream", "ticket", "waited")
 
     def __init__(
         self,
-        storage: torch.UntypedStorage,
+        flat: torch.Tensor,
         stream: int,
-        ticket: TransferTicket,
-        orphans: deque[tuple[TransferTicket, torch.UntypedStorage]],
+        ticket: TransferTicket | None,
+        orphans: deque[tuple[TransferTicket, torch.Tensor]],
     ) -> None:
-        self.storage = storage
+        self.flat = flat
         self.stream = stream  # Whose memory it is.
         self.ticket = ticket
-        self.waited = False  # By that stream.
+        self.is_original = ticket is None
+        self.waited = ticket is None  # By that stream.
         self.orphans = orphans
+        self._version = flat._version
+
+    def is_changed(self) -> bool:
+        """Whether somebody wrote to what was given out of it."""
+        return self.flat._version != self._version
 
     def __del__(self) -> None:
-        if not self.waited:  # The copy may be under way.
-            self.orphans.append((self.ticket, self.storage))
+        if not self.waited and self.ticket is not None:  # The copy may be under way.
+            self.orphans.append((self.ticket, self.flat))
 
 
 class ActivationDevice:
@@ -178,7 +192,7 @@ class ActivationDevice:
         #: number, and needs no lock.
         self.ended: deque[tuple[int, bool]] = deque()
         #: Memory of copies in that nobody waited for; likewise.
-        self._orphans: deque[tuple[TransferTicket, torch.UntypedStorage]] = deque()
+        self._orphans: deque[tuple[TransferTicket, torch.Tensor]] = deque()
         self._last_departure: TransferTicket | None = None
         # Backward passes that will call `_backward_ends`; failed ones never do.
         self._graph_tasks: deque[int] = deque(maxlen=64)
@@ -204,10 +218,10 @@ class ActivationDevice:
         round_ = self._round
         if self._is_round_new or round_.is_over():
             round_ = self._next_round(size_bytes)
-        self.budget.look(self._waiting_bytes, None)
+        self._look(None)
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         copy = SavedCopy(self, counters, tensor, storage, start, end, stream)
-        view = SavedView(copy, tensor, round_, is_whole=True)
+        view = SavedView(copy, tensor, round_)
         round_.add(view, size_bytes)
         stays = self._stays(round_, view.index, size_bytes)
         copy.next_use = round_.base + self._use(round_, view.index)
@@ -231,17 +245,21 @@ class ActivationDevice:
 
     def add_alias(self, copy: SavedCopy, tensor: torch.Tensor) -> SavedView:
         """Take on another view of a copy that is there."""
-        view = SavedView(copy, tensor, self._round, is_whole=False)
+        view = SavedView(copy, tensor, self._round)
         self._round.add(view, 0)
         return view
 
+    def _look(self, place: int | None) -> None:
+        if self.budget.is_measuring:
+            self.budget.look(self._waiting_bytes + self._leaving_bytes(), place)
+
     def _next_round(self, size_bytes: int) -> Round:
-        self._plans.learn(self._round)
+        self.budget.end_round(self._plans.learn(self._round))
         self._rounds += 1
         self._is_round_new = False
         round_ = self._round = Round(self._rounds)
         round_.plan = self._plans.find([size_bytes])
-        self.budget.begin_round(self._waiting_bytes, round_.plan)
+        self.budget.begin_round(self._waiting_bytes + self._leaving_bytes(), round_.plan)
         self._set_stays(round_)
         return round_
 
@@ -253,6 +271,10 @@ class ActivationDevice:
         plan = round_.plan
         if plan is not None and (len(plan.sizes) <= index or plan.sizes[index] != size_bytes):
             plan = round_.plan = self._plans.find(round_.sizes)
+            if plan is None:
+                self.budget.lose_plan(self._waiting_bytes + self._leaving_bytes())
+            else:
+                self.budget.begin_round(self._waiting_bytes + self._leaving_bytes(), plan)
             self._set_stays(round_)
         return (
             plan is not None
@@ -324,11 +346,12 @@ class ActivationDevice:
         for copy in batch:
             if copy.storage is None:
                 continue
-            if copy.payload is None:
-                groups.setdefault(copy.stream, []).append((copy, copy.storage))
-            else:
-                with lock:
-                    self._leave(copy, copy.storage)
+            if copy.storage.nbytes() < _saved_end(copy):
+                with lock:  # Its owner emptied it, and may fill it again.
+                    if not copy.counted_bytes:
+                        self._keep(copy)
+                continue
+            groups.setdefault(copy.stream, []).append((copy, copy.storage))
         batch.clear()
         for stream, group in groups.items():
             self._make_room(sum(_sent_bytes(copy) for copy, _ in group))
@@ -434,11 +457,11 @@ class ActivationDevice:
         """Let go of memory whose copies in are over; ``wait`` for those that are not."""
         for _ in range(len(self._orphans)):
             try:
-                ticket, storage = self._orphans.popleft()
+                ticket, flat = self._orphans.popleft()
             except IndexError:  # Another thread was faster.
                 return
             if not wait and not ticket.done():
-                self._orphans.appendleft((ticket, storage))
+                self._orphans.appendleft((ticket, flat))
                 return
             with contextlib.suppress(SpilloverError):  # Whoever asks again hears of it.
                 _ARRIVALS.wait(ticket.wait)
@@ -459,6 +482,12 @@ class ActivationDevice:
             departure = self._last_departure
         if departure is not None and not departure.done():
             departure._stream_wait(torch._C._cuda_getCurrentRawStream(self.device.index))
+
+    def ran_out(self) -> None:
+        """The program had no device memory: give up what is leaving, and keep less from now on."""
+        with lock:
+            self.budget.ran_out()
+        self.finish_departures()
 
     def finish_departures(self) -> None:
         """Block until copies out that are under way are over; let go of their device memory."""
@@ -487,23 +516,16 @@ class ActivationDevice:
             if self._leaving_bytes():
                 self.engine.collect()
             round_ = view.round
-            self.budget.look(self._waiting_bytes, len(round_.served))
-            storage = copy.storage
-            if storage is None and copy.leaving is not None:
-                storage = copy.leaving()
-            arrival = copy.arrival
-            if arrival is not None and arrival.stream != stream:
-                # It would return to the pool of a stream that knows nothing of this use.
-                self._forget_arrival(copy)
-                arrival = None
-            is_late = storage is None and arrival is None
+            self._look(len(round_.served))
+            arrival = self._at_hand(copy, stream)
+            is_late = copy.storage is None and arrival is None
             if is_late:
                 if torch._C._cuda_isCurrentStreamCapturing():
                     raise StateError(_CAPTURE_ERROR)
                 copy.counters.prefetch_misses += 1
                 self._bring([copy], stream)
                 arrival = copy.arrival
-            elif storage is None:
+            elif arrival is not None:
                 copy.counters.prefetch_hits += 1
             if copy.counted_bytes:
                 self._uncount(copy)
@@ -519,21 +541,60 @@ class ActivationDevice:
             if is_late or self._served_bytes >= look_bytes or self._served_count >= _LOOK_COUNT:
                 self._served_bytes = self._served_count = 0
                 self._look_ahead(view, stream)
-            offset = copy.arrival_offset
-        if storage is not None:
+            position, storage, counter = copy.arrival_offset, copy.storage, copy.counter
+        if arrival is None:
+            assert storage is not None
             if stream != copy.stream:
                 self._wait_for(copy.stream)
-            if view.is_whole:  # Shares the counter's memory, if that has any.
-                held = copy.counter.detach()
-                if held.shape == view.shape:
-                    return held
-            return self._tensor_of(view, storage, copy.start if copy.encoding is None else 0)
-        assert arrival is not None
-        if not arrival.waited:
+            if copy.encoding is not None:
+                return self._decoded(view, _flat_over(storage), 0)
+            # Where the counter has the memory, too, what is given out shares the counter, so that a
+            # write to it is noticed as torch does.
+            if counter.dtype == view.dtype and counter.untyped_storage()._cdata == storage._cdata:
+                return counter.as_strided(view.shape, view.stride, view.storage_offset)
+            tensor = torch.empty(0, dtype=view.dtype, device=self.device)
+            return tensor.set_(storage, view.storage_offset, view.shape, view.stride)
+        if stream != arrival.stream:
+            self._wait_for(arrival.stream)
+        elif not arrival.waited:
             self._wait_until_issued(arrival, stream, copy)
-        return self._tensor_of(view, arrival.storage, offset)
+        if copy.encoding is not None:
+            return self._decoded(view, arrival.flat, position)
+        return _part_of(arrival.flat, view, position - copy.start)
+
+    def _at_hand(self, copy: SavedCopy, stream: int) -> Arrival | None:
+        """The device's bytes of a copy that has left, or leaves; None where there are none."""
+        arrival = copy.arrival
+        if arrival is not None and arrival.is_changed():
+            if arrival.is_original:
+                raise changed_in_place(copy.counter, copy.version)
+            self._forget_arrival(copy)  # The bytes are elsewhere, unchanged.
+            arrival = None
+        if arrival is not None and arrival.stream != stream and not arrival.is_original:
+            # It would return to the pool of a stream that knows nothing of this use.
+            self._forget_arrival(copy)
+            arrival = None
+        if arrival is None and copy.storage is None:
+            arrival = self._take_back(copy)
+        return arrival
+
+    def _take_back(self, copy: SavedCopy) -> Arrival | None:
+        """Where a copy is on the device still, that: it need not come back."""
+        storage = copy.leaving() if copy.leaving is not None else None
+        if storage is None or storage.nbytes() < _saved_end(copy):
+            return None
+        arrival = copy.arrival = Arrival(_flat_over(storage), copy.stream, None, self._orphans)
+        copy.arrival_offset = copy.start if copy.encoding is None else 0
+        copy.counters.count_away(-copy.size_bytes)
+        return arrival
+
+    def _count_arrival(self, copy: SavedCopy) -> None:
+        copy.counted_bytes, copy.is_kept = copy.size_bytes, False
+        self._waiting_bytes += copy.size_bytes
+        self._arrived.append(weakref.ref(copy))
 
     def _wait_until_issued(self, arrival: Arrival, stream: int, copy: SavedCopy) -> None:
+        assert arrival.ticket is not None
         try:
             if self._has_disk:
                 _ARRIVALS.wait(functools.partial(arrival.ticket._stream_wait, stream))
@@ -551,20 +612,11 @@ class ActivationDevice:
         other = torch.cuda.ExternalStream(stream, device=self.device)  # type: ignore[no-untyped-call]
         torch.cuda.current_stream(self.device).wait_stream(other)
 
-    def _tensor_of(
-        self, view: SavedView, storage: torch.UntypedStorage, position: int
-    ) -> torch.Tensor:
-        """``view`` over ``storage``, in which the copy's bytes begin at ``position``."""
+    def _decoded(self, view: SavedView, flat: torch.Tensor, position: int) -> torch.Tensor:
         copy = view.copy
-        if copy.encoding is not None:
-            sent = torch.empty(0, dtype=torch.uint8, device=self.device)
-            sent.set_(storage, position, (copy.encoding.size_bytes,), (1,))
-            storage, position = copy.encoding.decode(sent).untyped_storage(), 0
-        offset = view.storage_offset
-        if position != copy.start:
-            offset += (position - copy.start) // view.dtype.itemsize
-        tensor = torch.empty(0, dtype=view.dtype, device=self.device)
-        return tensor.set_(storage, offset, view.shape, view.stride)
+        assert copy.encoding is not None
+        sent = flat[position : position + copy.encoding.size_bytes]
+        return _part_of(copy.encoding.decode(sent).view(torch.uint8), view, -copy.start)
 
     def _bring(self, copies: list[SavedCopy], stream: int) -> None:
         """Start to bring copies back, of memory of the current stream."""
@@ -583,26 +635,22 @@ class ActivationDevice:
         for copy in copies:
             offsets.append(total_bytes)
             total_bytes += -(-_sent_bytes(copy) // ALIGNMENT) * ALIGNMENT
-        if len(copies) == 1:
-            total_bytes = _sent_bytes(copies[0])
         # Under the lock nothing is reclaimed: restore() does that, and what comes ahead of its use
         # is not worth it.
         with _reclaim.suspended():
             flat = torch.empty(total_bytes, dtype=torch.uint8, device=self.device)
-        storage, address = flat.untyped_storage(), flat.data_ptr()
+        address = flat.data_ptr()
         targets: list[tuple[Payload, tuple[int, int, object]]] = []
         for copy, offset in zip(copies, offsets, strict=True):
             assert copy.payload is not None
             targets.append((copy.payload, (address + offset, _sent_bytes(copy), None)))
         ticket = self.engine._fetch(targets, stream, 0)
-        arrival = Arrival(storage, stream, ticket, self._orphans)
+        arrival = Arrival(flat, stream, ticket, self._orphans)
         for copy, offset in zip(copies, offsets, strict=True):
             copy.arrival, copy.arrival_offset = arrival, offset
-            copy.counted_bytes, copy.is_kept = copy.size_bytes, False
-            self._waiting_bytes += copy.size_bytes
+            self._count_arrival(copy)
             copy.counters.count_away(-copy.size_bytes)
             copy.counters.reloaded_bytes += _sent_bytes(copy)
-            self._arrived.append(weakref.ref(copy))
         if len(self._arrived) > 4 * _BATCH_COUNT:
             self._arrived = [each for each in self._arrived if _is_waiting(each())]
 
@@ -618,27 +666,27 @@ class ActivationDevice:
         """Start to bring back what backward asks for next."""
         round_ = view.round
         place = len(round_.served)
-        room = self.budget.room_in_backward(self._waiting_bytes, self._kept_bytes, place)
-        room -= self._leaving_bytes()
-        is_first = self._waiting_bytes == self._kept_bytes
-        if room <= 0 and not (is_first and self.budget.least_prefetch > 0):
+        room = self.budget.room_in_backward(
+            self._waiting_bytes, self._kept_bytes, self._leaving_bytes(), place, round_.plan
+        )
+        # One may come ahead in any case, where nobody knows better.
+        is_free = self._waiting_bytes == self._kept_bytes and self.budget.least_prefetch > 0
+        is_free = is_free and not self.budget.is_known
+        if room(place) <= 0 and not is_free:
             return
         chosen: dict[int, SavedCopy] = {}
         chosen_bytes = 0
         for copy in round_.upcoming(view):
             if copy.storage is not None or copy.arrival is not None or id(copy) in chosen:
                 continue
-            if chosen_bytes + copy.size_bytes > room and not (is_first and not chosen):
+            is_small_enough = chosen_bytes + copy.size_bytes <= room(round_.ahead)
+            if not is_small_enough and not (is_free and chosen_bytes == 0):
                 break
-            storage = copy.leaving() if copy.leaving is not None else None
-            if storage is not None:  # It is there still, and need not come back.
-                copy.storage = storage
-                copy.counters.count_away(-copy.size_bytes)
-                self._keep(copy)
-                room -= copy.size_bytes
+            chosen_bytes += copy.size_bytes
+            if self._take_back(copy) is not None:
+                self._count_arrival(copy)
                 continue
             chosen[id(copy)] = copy
-            chosen_bytes += copy.size_bytes
             if len(chosen) == _BATCH_COUNT:
                 break
         if not chosen or torch._C._cuda_isCurrentStreamCapturing():
@@ -655,7 +703,7 @@ class ActivationDevice:
             pass  # Backward will wait when its turn comes.
 
     def _leaving_bytes(self) -> int:
-        return self.engine._leaving_bytes
+        return self.engine._leaving_bytes + self._pending_bytes
 
     def _join_backward(self) -> None:
         """Have ``_backward_ends`` called when the present backward is complete."""
@@ -677,6 +725,30 @@ def _sent_bytes(copy: SavedCopy) -> int:
     if copy.encoding is None:
         return copy.size_bytes
     return copy.encoding.size_bytes
+
+
+def _saved_end(copy: SavedCopy) -> int:
+    """How many bytes the memory that is sent has, at least."""
+    return copy.end if copy.encoding is None else copy.encoding.size_bytes
+
+
+def _flat_over(storage: torch.UntypedStorage) -> torch.Tensor:
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def _part_of(flat: torch.Tensor, view: SavedView, shift_bytes: int) -> torch.Tensor:
+    """``view`` over ``flat``, whose bytes lie ``shift_bytes`` later than those of what was saved.
+
+    Shares the version counter of ``flat``.
+    """
+    item = view.dtype.itemsize
+    if flat.numel() % item:
+        flat = flat[: flat.numel() // item * item]
+    offset = view.storage_offset + shift_bytes // item
+    part = flat.view(view.dtype).as_strided(view.shape, view.stride, offset)
+    # No view, for who changes it where gradients are computed.
+    return part.detach() if torch.is_grad_enabled() else part
 
 
 def _is_waiting(copy: SavedCopy | None) -> bool:

@@ -89,10 +89,10 @@ class ActivationEngine:
         for device in self.devices():
             device.order_writes()
 
-    def finish_departures(self) -> None:
-        """Block until what is leaving has left."""
+    def ran_out(self) -> None:
+        """The program had no device memory; block until what is leaving has left."""
         for device in self.devices():
-            device.finish_departures()
+            device.ran_out()
 
     def devices(self) -> list[ActivationDevice]:
         """The devices whose tensors were saved."""

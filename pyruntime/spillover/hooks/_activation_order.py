@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Iterator
 from itertools import accumulate
 
+from spillover.hooks._activation_memory import Measured
 from spillover.hooks._saved_storage import SavedCopy, SavedView
 
 #: Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
@@ -38,10 +39,13 @@ class Plan:
         By index: when backward asked for it first, counted from 0.
     order
         The indices by rank.
+    measured
+        The memory of rounds that did this.
     """
 
     def __init__(self, sizes: list[int], owners: list[int], served: list[int]) -> None:
         self.sizes = sizes
+        self.measured = Measured()
         self._owners = owners
         count = len(sizes)
         known = set(served)
@@ -85,9 +89,9 @@ class Round:
     """One forward and its backward, while its tensors live."""
 
     __slots__ = (
-        "_ahead",
         "_last",
         "_tail",
+        "ahead",
         "base",
         "owners",
         "plan",
@@ -110,7 +114,8 @@ class Round:
         self.turn = 1  # Of backward: with retain_graph there can be several.
         self._last = 0
         self._tail = 0
-        self._ahead = 0  # Places before it were looked at in this turn, see `upcoming`.
+        #: Places before it were looked at in this turn, see :meth:`upcoming`.
+        self.ahead = 0
 
     def is_over(self) -> bool:
         """Whether backward asked for something, and nothing that was saved lives."""
@@ -147,7 +152,7 @@ class Round:
         place = self._place(view)
         if place < self._last - _NODE_VIEWS_MAX:
             self.turn += 1
-            self._ahead = 0
+            self.ahead = 0
         self._last = place
         if view.served_in == 0:
             self.served.append(view.index)
@@ -173,24 +178,24 @@ class Round:
         count = len(views)
         if plan is not None:
             order = plan.order
-            first = max(plan.rank[view.index] + 1, self._ahead)
+            first = max(plan.rank[view.index] + 1, self.ahead)
             last = min(len(order), first + _STEPS_MAX)
         else:
             # Places count from the last that was saved.
-            first = max(count - 1 - view.index - _NODE_VIEWS_MAX, self._ahead)
+            first = max(count - 1 - view.index - _NODE_VIEWS_MAX, self.ahead)
             last = min(count, first + _STEPS_MAX)
         for place in range(first, last):
-            self._ahead = place
+            self.ahead = place
             index = order[place] if plan is not None else count - 1 - place
             if index < count:  # A plan may know more than was saved so far.
                 found = views[index]()
                 if found is not None and found.served_in != turn:
                     yield found.copy
-        self._ahead = max(last, self._ahead)
+        self.ahead = max(last, self.ahead)
 
     def look_again(self) -> None:
         """Copies that had been brought were dropped, so that they are upcoming again."""
-        self._ahead = 0
+        self.ahead = 0
 
 
 class Plans:
@@ -204,6 +209,9 @@ class Plans:
         if not round_.served:
             return None
         plan = Plan(round_.sizes, round_.owners, round_.served)
+        for each in self._plans:
+            if each.sizes == plan.sizes:
+                plan.measured = each.measured
         self._plans = [each for each in self._plans if each.sizes != plan.sizes][: _PLANS_MAX - 1]
         self._plans.insert(0, plan)
         return plan

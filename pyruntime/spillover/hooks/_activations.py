@@ -200,7 +200,7 @@ class OffloadedActivations(contextlib.ContextDecorator):
             return
         self._hooks().pop().__exit__()
         if isinstance(error, torch.OutOfMemoryError):
-            engine.finish_departures()  # The program may try again with less.
+            engine.ran_out()  # The program may try again with less.
             return
         try:
             engine.collect()

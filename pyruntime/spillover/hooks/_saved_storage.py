@@ -168,10 +168,7 @@ class SavedCopy:
 
 
 class SavedView:
-    """What autograd holds for an offloaded tensor: which part of which copy it is.
-
-    ``is_whole``: the copy was made for it, so that the counter's memory is what was saved.
-    """
+    """What autograd holds for an offloaded tensor: which part of which copy it is."""
 
     __slots__ = (
         "__weakref__",
@@ -179,7 +176,6 @@ class SavedView:
         "counter",
         "dtype",
         "index",
-        "is_whole",
         "round",
         "served_in",
         "shape",
@@ -188,9 +184,7 @@ class SavedView:
         "version",
     )
 
-    def __init__(
-        self, copy: SavedCopy, tensor: torch.Tensor, round_: Round, *, is_whole: bool
-    ) -> None:
+    def __init__(self, copy: SavedCopy, tensor: torch.Tensor, round_: Round) -> None:
         self.copy = copy
         self.version = copy.version
         self.counter = copy.counter
@@ -200,7 +194,6 @@ class SavedView:
         self.storage_offset = tensor.storage_offset()
         self.round = round_
         self.index = 0
-        self.is_whole = is_whole
         self.served_in = 0
 
 
@@ -233,11 +226,18 @@ def check_version(counter: torch.Tensor, shape: torch.Size, expected: int) -> No
     expected
         Its version when it was saved.
     """
-    if counter._version == expected:
-        return
-    raise RuntimeError(
+    if counter._version != expected:
+        raise changed_in_place(counter, expected, shape)
+
+
+def changed_in_place(
+    counter: torch.Tensor, expected: int, shape: torch.Size | None = None
+) -> RuntimeError:
+    """The error that autograd raises for a saved tensor that was changed in place."""
+    shown = list(counter.shape if shape is None else shape)
+    return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace "
-        f"operation: [{counter.type()} {list(shape)}] is at version {counter._version}; expected "
+        f"operation: [{counter.type()} {shown}] is at version {counter._version}; expected "
         f"version {expected} instead. Hint: enable anomaly detection to find the operation that "
         "failed to compute its gradient, with torch.autograd.set_detect_anomaly(True)."
     )

@@ -72,6 +72,14 @@ const CallCost kCallCosts[] = {
      {"cuMemMap", "cuMemUnmap", "cuMemSetAccess", "cuMemAddressReserve", "cuMemAddressFree"}},
 };
 
+bool submits_or_waits(std::string_view function) {
+  if (function.ends_with("Synchronize")) return true;
+  for (const std::string_view start : {"cuLaunch", "cuGraphLaunch", "cuMemcpy", "cuMemset"}) {
+    if (function.starts_with(start)) return true;
+  }
+  return false;
+}
+
 bool resource_of(const char* name, Resource* resource) {
   for (const Resource known : {Resource::kOptimizer, Resource::kDiskRead, Resource::kDiskWrite}) {
     if (std::string_view(name) != resource_name(known)) continue;
@@ -325,12 +333,15 @@ bool Clock::run_to_now(Lock& lock, LaneId lane, Ticket ticket) {
 }
 
 // Allocators look at the events of what other threads freed, whenever that was, so a few queries
-// cost nothing. Who polls makes many with nothing else in between.
+// cost nothing. Who polls makes many, and neither submits nor waits in between; what passes between
+// them is not known: as much as can be at no more than a small part of the whole.
 void Clock::charge_polling(HostThread* thread) {
   constexpr unsigned kFreeQueries = 32;
-  if (thread->queried_at != thread->now) thread->queries = 0;
-  if (++thread->queries > kFreeQueries) thread->now += profile_.microseconds("host.query_us");
-  thread->queried_at = thread->now;
+  constexpr Nanoseconds kPolledShare = 128;
+  if (thread->queries == 0) thread->polls_since = thread->now;
+  if (++thread->queries <= kFreeQueries) return;
+  thread->now += std::max(profile_.microseconds("host.query_us"),
+                          (thread->now - thread->polls_since) / kPolledShare);
 }
 
 bool Clock::has_passed(Lock& lock, const StreamRef& stream, Ticket ticket) {
@@ -348,7 +359,9 @@ void Clock::charge_call(const char* function) {
   // depends on the machine.
   if (current_work != 0) return;
   const auto found = call_costs_.find(std::string_view(function));
-  if (found != call_costs_.end()) advance(found->second);
+  if (found == call_costs_.end()) return;
+  advance(found->second);
+  if (submits_or_waits(function) && !turns_.is_detached()) turns_.current().queries = 0;
 }
 
 void Clock::charge_event() {

@@ -44,9 +44,10 @@ struct HostThread {
   // Only the thread whose turn it is touches these.
   Nanoseconds resumed = 0;
   Origin waited_for;
-  // Queries that found work undone since time last passed for the thread.
-  Nanoseconds queried_at = -1;
+  // Queries that found work undone since the thread last submitted any or waited, and when the
+  // first was.
   unsigned queries = 0;
+  Nanoseconds polls_since = 0;
 
   void move_to(Nanoseconds time) {
     if (time > now) now = time;
