@@ -11,6 +11,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
+    "activations": {
+        "simulated_slowdown.rtx4090_4k.ours",
+        "simulated_slowdown.rtx4090_4k.save_on_cpu",
+        "simulated_slowdown.rtx4090_4k.checkpoint",
+        "simulated_over_bound.rtx4090_4k",
+        "simulated_bound_over_plain.rtx4090_4k",
+    },
     "allocator": {
         "utilisation.diffusion_unet.ours",
         "utilisation_mean.expandable",
