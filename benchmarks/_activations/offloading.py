@@ -11,6 +11,7 @@ def offload_activations(
     directory: str | None = None,
     keep_on_device: int | None = None,
     in_flight_max: int | None = None,
+    prefetch: int | None = None,
     min_bytes: int | None = None,
     model: Any = None,
 ) -> Any:
@@ -18,6 +19,11 @@ def offload_activations(
     import spillover
 
     del keep_on_device  # Nothing is kept.
-    options = {"directory": directory, "inflight": in_flight_max, "min_bytes": min_bytes}
+    options = {
+        "directory": directory,
+        "inflight": in_flight_max,
+        "prefetch": prefetch,
+        "min_bytes": min_bytes,
+    }
     given = {name: value for name, value in options.items() if value is not None}
     return spillover.offload_activations(tier=tier, model=model, **given)

@@ -39,6 +39,8 @@ def _measure(
         "given up as they appear, scores of 2,048 tokens at a time; over the plain run on a card "
         "with room for everything. over_bound: ours over the bound of docs/bounds.md. Ours has the "
         "card's memory and no budgets",
+        "host_pool_hit_rate: of ours' copies out after the first step of each case, how many got "
+        "pinned memory without a new cuMemHostRegister",
     ]
     for profile, limit in limits.items():
         for tokens in token_counts:
@@ -63,6 +65,11 @@ def _measure(
                     metrics[f"simulated_over_bound.{case}"] = over
             metrics[f"simulated_bound_over_plain.{case}"] = bound["bound_ns"] / plain["step_ns"]
             details[case] = found
+    ours = [found["ours"] for found in details.values() if "error" not in found["ours"]]
+    copied = sum(result["copied_after_first_step"] for result in ours)
+    if copied:
+        pinned = sum(result["pinned_after_first_step"] for result in ours)
+        metrics["host_pool_hit_rate"] = 1 - pinned / copied
     return metrics, details, notes
 
 

@@ -140,9 +140,15 @@ def _train(way: str, shape: str, token_count: int) -> dict[str, Any]:
 
     saved_bytes: _SavedBytes | None = None
     splits = False
-    for _ in range(WARM_UP_STEPS):
+    step(make_context())
+    first = _pinnings_and_copies()
+    for _ in range(WARM_UP_STEPS - 1):
         step(make_context())
     measured = step(make_context())
+    pinned, copied = (
+        now - before for now, before in zip(_pinnings_and_copies(), first, strict=True)
+    )
+    measured |= {"pinned_after_first_step": pinned, "copied_after_first_step": copied}
     if way == "plain":
         # Once more, since a report between both passes waits for the first.
         saved_bytes, splits = _SavedBytes(model), True
@@ -151,6 +157,14 @@ def _train(way: str, shape: str, token_count: int) -> dict[str, Any]:
             measured[name] = split[name]
         measured["weight_bytes"] = sum(p.numel() * p.element_size() for p in model.parameters())
     return measured
+
+
+def _pinnings_and_copies() -> tuple[int, int]:
+    """How many regions Spillover has pinned so far, and how many copies out there were."""
+    import spillover
+
+    report = spillover.emulator.clock_report()
+    return spillover.stats().pinning.count, _use(report, _COPIES, "count")["out"]
 
 
 def _give_up(parameter: Any) -> None:
