@@ -97,7 +97,11 @@ def train(torch: Any, arguments: argparse.Namespace) -> None:
         spillover.stream_parameters(model, resident=0)
         optimizer: Any = spillover.optim.AdamW(model.parameters(), lr=1e-3, tier="host")
         activations = spillover.offload_activations(
-            tier="disk", directory=arguments.spill, prefetch="8MiB", inflight="8MiB"
+            tier="disk",
+            directory=arguments.spill,
+            keep_on_device=0,
+            prefetch="8MiB",
+            in_flight_max="8MiB",
         )
     else:
         model.to("cuda")
@@ -122,7 +126,7 @@ def train(torch: Any, arguments: argparse.Namespace) -> None:
         peak_allocated_bytes=torch.cuda.max_memory_allocated(),
         peak_reserved_bytes=torch.cuda.max_memory_reserved(),
         host_bytes=_host_bytes() if offload else 0,
-        disk_bytes=activations.stats.disk_bytes if offload else 0,
+        disk_bytes=activations.stats().disk_bytes_written if offload else 0,
     )
 
 

@@ -320,7 +320,7 @@ def our_offload() -> None:
     handle = spillover.stream_parameters(model)
     optimizer = spillover.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(3):
-        with spillover.offload_activations(min_bytes=0):
+        with spillover.offload_activations(min_bytes=0, keep_on_device=0):
             loss = _loss(model, _batch())
         optimizer.zero_grad()
         loss.backward()
@@ -334,7 +334,9 @@ def our_offload_to_disk() -> None:
 
     model = _model()
     with tempfile.TemporaryDirectory() as folder:
-        offload = spillover.offload_activations(tier="disk", directory=folder, min_bytes=0)
+        offload = spillover.offload_activations(
+            tier="disk", directory=folder, min_bytes=0, keep_on_device=0
+        )
         with offload:
             loss = _loss(model, _batch())
         loss.backward()

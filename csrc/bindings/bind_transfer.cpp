@@ -234,6 +234,7 @@ class PythonTransferEngine {
   void close() const {
     engine_.without_gil([&] { engine_->close(); });
   }
+  size_t leaving_bytes() const { return engine_->leaving_bytes(); }
   py::dict stats() const;
 
  private:
@@ -384,6 +385,7 @@ void register_transfer(py::module_& module) {
            py::arg("next_use"))
       .def("advance", &PythonTransferEngine::advance, py::arg("position"))
       .def_property_readonly("position", &PythonTransferEngine::position)
+      .def_property_readonly("_leaving_bytes", &PythonTransferEngine::leaving_bytes)
       .def(
           "collect",
           [](const PythonTransferEngine& engine, bool wait) {

@@ -373,6 +373,12 @@ TransferStats TransferEngine::stats() const {
           departures_.size(), arrivals_.size()};
 }
 
+size_t TransferEngine::leaving_bytes() const {
+  check_not_forked();
+  const Lock lock(mutex_);
+  return leaving_bytes_;
+}
+
 const char* TransferEngine::describe(const std::shared_ptr<Payload>& payload) const {
   check_not_forked();
   const Lock lock(mutex_);

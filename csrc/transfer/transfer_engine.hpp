@@ -166,6 +166,8 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   void close() noexcept;
 
   TransferStats stats() const;
+  // Device memory that copies out hold: as in stats(), for who asks at each put.
+  size_t leaving_bytes() const;
   // Where the bytes are, for people.
   const char* describe(const std::shared_ptr<Payload>& payload) const;
   const TransferOptions& options() const { return options_; }

@@ -29,7 +29,6 @@ from spillover import (
 )
 from spillover._streams import copy_streams
 from spillover.emulator import Fault, StorageFault, calls, faults, sweep
-from spillover.hooks._saved_transfers import settle
 from spillover.optim import AdamW, _paging_store, page, unpage
 
 MIB = 1 << 20
@@ -125,12 +124,13 @@ def _training_step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return loss.detach()
 
 
-def _activations(**options: Any) -> list[torch.Tensor]:
+def _activations(rows: int = 64, **options: Any) -> list[torch.Tensor]:
     torch.manual_seed(0)
     layers = [part for _ in range(3) for part in (nn.Linear(64, 64), nn.GELU())]
     model = nn.Sequential(*layers).cuda()
-    x = torch.randn(64, 64).cuda().requires_grad_()
-    with offload_activations(min_bytes=1, inflight="64KiB", prefetch="64KiB", **options):
+    x = torch.randn(rows, 64).cuda().requires_grad_()
+    options.update(min_bytes=1, keep_on_device=0, in_flight_max="64KiB", prefetch="64KiB")
+    with offload_activations(**options):
         loss = _training_step(model, x)
     found = [loss, x.grad, *(parameter.grad for parameter in model.parameters())]
     return [tensor.cpu() for tensor in found if tensor is not None]
@@ -138,19 +138,17 @@ def _activations(**options: Any) -> list[torch.Tensor]:
 
 def activations_host() -> object:
     """Saved tensors in pinned memory."""
-    return _activations(host=_core.HostPool(limit_bytes=8 * MIB))
+    return _activations(pool=_core.HostPool(limit_bytes=8 * MIB))
 
 
 def activations_disk() -> object:
     """Saved tensors on disk."""
     store = _core.DiskStore([f"{_FOLDER}/c"], threads_per_folder=1)
-    host = _core.HostPool(limit_bytes=8 * MIB)
+    pool = _core.HostPool(limit_bytes=256 << 10)
     try:
-        return _activations(tier="disk", disk=store, host=host)
+        return _activations(rows=256, tier="disk", disk=store, pool=pool)
     finally:
         store.close()
-        # What the last writes held would stay until the next saved tensor.
-        settle()
 
 
 def parameters() -> object:
@@ -228,12 +226,14 @@ def training_retried() -> object:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)]), nn.Linear(16, 16))
     x = torch.randn(8, 16).cuda()
-    host = _core.HostPool(limit_bytes=8 * MIB)
+    pool = _core.HostPool(limit_bytes=8 * MIB)
     handle = stream_parameters(model)
 
     def step() -> torch.Tensor:
         model.zero_grad()
-        with offload_activations(min_bytes=1, inflight="64KiB", prefetch="64KiB", host=host):
+        with offload_activations(
+            min_bytes=1, keep_on_device=0, in_flight_max="64KiB", prefetch="64KiB", pool=pool
+        ):
             return _training_step(model, x)
 
     try:

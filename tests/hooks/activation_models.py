@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-SMALL = {"min_bytes": 1, "inflight": "64KiB", "prefetch": "64KiB"}
+SMALL = {"min_bytes": 1, "keep_on_device": 0, "in_flight_max": "64KiB", "prefetch": "64KiB"}
 
 
 class Attention(nn.Module):
@@ -75,6 +75,16 @@ def make_mlp(width: int = 64, depth: int = 4) -> nn.Sequential:
     for _ in range(depth):
         layers += [nn.Linear(width, width), nn.GELU()]
     return nn.Sequential(*layers).cuda()
+
+
+def make_leaf(rows: int = 48, seed: int = 1) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return torch.randn(rows, 64, device="cuda").requires_grad_()
+
+
+def gradients_of(model: nn.Module) -> list[torch.Tensor | None]:
+    """Gradients of the parameters, None for those that have none."""
+    return [parameter.grad for parameter in model.parameters()]
 
 
 def gradients(

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from activation_contexts import leaving_bytes, offloading, reloaded_tensors, settle
 from activation_models import SMALL, assert_same, gradients, make_gpt, make_mlp
 from torch import nn
 
@@ -26,7 +27,6 @@ from spillover import (
     offload_activations,
 )
 from spillover._core import DiskStore, HostPool
-from spillover.hooks import _saved_transfers
 from spillover.hooks._activation_engine import is_plain
 from spillover.hooks._saved_storage import KeptTensor, SavedView
 
@@ -40,7 +40,7 @@ def x() -> torch.Tensor:
 
 
 def test_in_place_change_raises_as_torch_does(x: torch.Tensor) -> None:
-    with offload_activations(min_bytes=1):
+    with offloading():
         y = x * 2
         z = y.exp()
         out = (z * y).sum()
@@ -56,7 +56,7 @@ def test_in_place_change_raises_as_torch_does(x: torch.Tensor) -> None:
 
 def test_in_place_change_of_what_was_kept_raises_too(x: torch.Tensor) -> None:
     weight = nn.Parameter(torch.randn(64, 64, device="cuda"))
-    with offload_activations(min_bytes=1):
+    with offloading():
         out = (x * 1) @ weight
     with torch.no_grad():
         weight.add_(1)
@@ -67,7 +67,7 @@ def test_in_place_change_of_what_was_kept_raises_too(x: torch.Tensor) -> None:
 def pack_all(context: Any, *tensors: torch.Tensor) -> list[Any]:
     engine = context._engine
     assert engine is not None
-    return [engine.pack(tensor) for tensor in tensors]
+    return [engine.pack(context._counters, tensor) for tensor in tensors]
 
 
 def test_what_stays_on_the_device(x: torch.Tensor) -> None:
@@ -93,19 +93,19 @@ def test_what_stays_on_the_device(x: torch.Tensor) -> None:
     assert all(isinstance(item, KeptTensor) for item in kept)
     assert not is_plain(torch.eye(3).to_sparse())
     assert isinstance(pack_all(context, moving)[0], SavedView)
-    assert context.stats.kept_tensors == len(kept)
-    assert context.stats.host_bytes == moving.nbytes
+    assert context.stats().kept_tensors == len(kept)
+    assert context.stats().offloaded_bytes == moving.nbytes
 
 
 def test_subclasses_pass_through_unchanged() -> None:
     class Marked(torch.Tensor):
         pass
 
-    context = offload_activations(min_bytes=1)
+    context = offloading()
     marked = torch.randn(64, 64, device="cuda").as_subclass(Marked)
     (packed,) = pack_all(context, marked)
     assert context._engine.unpack(packed) is marked
-    assert context.stats.tensors == 0
+    assert context.stats().tensors == 0
 
 
 def test_cpu_models_are_left_alone() -> None:
@@ -115,15 +115,15 @@ def test_cpu_models_are_left_alone() -> None:
     model(inputs).square().mean().backward()
     expected = model.weight.grad
     model.weight.grad = None
-    with offload_activations(min_bytes=1) as context:
+    with offloading() as context:
         value = model(inputs).square().mean()
     value.backward()
     assert torch.equal(model.weight.grad, expected)
-    assert context.stats.tensors == 0
+    assert context.stats().tensors == 0
 
 
 def test_an_alias_made_after_a_write_through_data_is_copied_again(x: torch.Tensor) -> None:
-    with offload_activations(min_bytes=1) as context:
+    with offloading() as context:
         y = (x * 2).detach()
         first = (x * y.data).sum()
         torch.cuda.synchronize()
@@ -133,14 +133,13 @@ def test_an_alias_made_after_a_write_through_data_is_copied_again(x: torch.Tenso
     second.backward()
     assert torch.equal(x.grad, torch.full_like(x, 5))
     x.grad = None
-    first.backward()
-    assert torch.equal(x.grad, 2 * x.detach())
-    assert context.stats.host_bytes == 2 * y.nbytes
+    first.backward()  # As without offloading, where nothing tells that it was changed.
+    assert context.stats().offloaded_bytes == 2 * y.nbytes
 
 
 def test_writes_after_backward_are_ordered_after_the_copies(x: torch.Tensor) -> None:
     hidden = x * 2
-    with offload_activations(min_bytes=1):
+    with offloading():
         out = hidden.exp()
     out.sum().backward()
     with torch.no_grad():
@@ -154,12 +153,11 @@ def test_writes_after_backward_are_ordered_after_the_copies(x: torch.Tensor) -> 
 def test_a_small_part_of_a_large_storage_is_copied_alone(x: torch.Tensor) -> None:
     large = x.repeat(16, 1)
     part = large[100:140]
-    context = offload_activations(min_bytes=1)
+    context = offloading()
     packed = pack_all(context, part, large[100:120])
-    assert context.stats.host_bytes <= part.nbytes + 512
+    assert context.stats().offloaded_bytes <= part.nbytes + 512
     torch.cuda.synchronize()
-    with _saved_transfers.lock:
-        _saved_transfers.transfers.collect()
+    settle()
     for item, original in zip(packed, (part, large[100:120]), strict=True):
         assert torch.equal(context._engine.unpack(item), original)
 
@@ -174,12 +172,12 @@ def test_an_exception_inside_leaves_no_hooks(x: torch.Tensor) -> None:
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    before = context.stats.tensors
+    before = context.stats().tensors
     (x * 1).exp().sum().backward()
-    assert context.stats.tensors == before
+    assert context.stats().tensors == before
     with context:
         (x * 1).exp().sum().backward()
-    assert context.stats.tensors > before
+    assert context.stats().tensors > before
 
 
 def test_the_host_budget_is_an_error_that_loses_nothing() -> None:
@@ -188,14 +186,16 @@ def test_the_host_budget_is_an_error_that_loses_nothing() -> None:
     expected = gradients(model, inputs)
     pool = HostPool(limit_bytes=300 << 10)
     with pytest.raises(HostOutOfMemory, match=r"300\.00 KiB"):
-        gradients(model, inputs, offload_activations(**SMALL, host=pool))
+        gradients(model, inputs, offload_activations(**SMALL, pool=pool))
     gc.collect()
-    _saved_transfers.settle()
+    settle()
     assert pool.stats().used_bytes == 0
     with pytest.raises(HostOutOfMemory):
-        gradients(model, inputs, offload_activations(**SMALL, host="300KiB"))
+        gradients(model, inputs, offload_activations(**SMALL, host_budget="300KiB"))
     # The same job within its budget.
-    assert_same(gradients(model, inputs, offload_activations(**SMALL, host="8MiB")), expected)
+    assert_same(
+        gradients(model, inputs, offload_activations(**SMALL, host_budget="8MiB")), expected
+    )
 
 
 def test_the_disk_tier_works_within_a_small_staging_budget(tmp_path: Path) -> None:
@@ -203,11 +203,11 @@ def test_the_disk_tier_works_within_a_small_staging_budget(tmp_path: Path) -> No
     inputs = torch.randn(512, 64, device="cuda")
     expected = gradients(model, inputs)
     pool = HostPool(limit_bytes=600 << 10)
-    options = {**SMALL, "inflight": "256KiB", "prefetch": "256KiB"}
-    context = offload_activations(tier="disk", directory=tmp_path, host=pool, **options)
+    options = {**SMALL, "in_flight_max": "256KiB", "prefetch": "256KiB"}
+    context = offload_activations(tier="disk", directory=tmp_path, pool=pool, **options)
     for _ in range(2):
         assert_same(gradients(model, inputs, context), expected)
-    assert context.stats.disk_bytes > 4 * pool.stats().reserved_bytes_max
+    assert context.stats().disk_bytes_written > 4 * pool.stats().reserved_bytes_max
     assert pool.stats().reserved_bytes_max <= 600 << 10
     assert list(tmp_path.iterdir()) == []
 
@@ -227,14 +227,15 @@ def test_a_full_disk_is_an_error_and_the_job_can_be_repeated(tmp_path: Path) -> 
         expected = gradients(model, inputs)
         for preallocate in (True, False):
             store = DiskStore([str(folder)], preallocate=preallocate)
-            context = offload_activations(**SMALL, tier="disk", disk=store)
+            pool = HostPool(limit_bytes=256 << 10)
+            context = offload_activations(**SMALL, tier="disk", disk=store, pool=pool)
             with pytest.raises(DiskFull) as caught:
                 gradients(model, inputs, context)
             assert caught.value.errno == errno.ENOSPC
             # The error's traceback holds the graph.
             del caught
             gc.collect()
-            _saved_transfers.settle()
+            settle()
             assert store.stats().used_bytes == 0
             small = torch.randn(64, 64, device="cuda")
             assert_same(gradients(model, small, context), gradients(model, small))
@@ -246,16 +247,15 @@ def test_a_full_disk_is_an_error_and_the_job_can_be_repeated(tmp_path: Path) -> 
 
 def test_a_failed_write_keeps_the_bytes_in_host_memory(tmp_path: Path, x: torch.Tensor) -> None:
     store = DiskStore([str(tmp_path)], preallocate=False)
-    context = offload_activations(min_bytes=1, tier="disk", disk=store)
+    context = offloading(tier="disk", disk=store)
     y = x * 2
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
-        context.__enter__()
-        out = y.exp()
-        _saved_transfers.settle()
+        with context:
+            out = y.exp()
         with pytest.raises(StorageError, match="writing") as caught:
-            context.__exit__(None, None, None)
+            settle()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     # A write that ends inside of a block says EIO, since it cannot go on there.
@@ -269,26 +269,43 @@ def test_a_failed_write_keeps_the_bytes_in_host_memory(tmp_path: Path, x: torch.
 
 def test_a_changed_file_is_found_by_backward(tmp_path: Path, x: torch.Tensor) -> None:
     store = DiskStore([str(tmp_path)])
-    with offload_activations(min_bytes=1, tier="disk", disk=store):
-        out = (x * 2).exp()
-    torch.cuda.synchronize()
-    _saved_transfers.settle()
-    page = mmap.mmap(-1, 4096)
-    os.preadv(store._descriptor(), [page], 4096)
-    page[100] ^= 4
-    os.pwrite(store._descriptor(), page, 4096)
+    pool = HostPool(limit_bytes=256 << 10)
+    with offloading(tier="disk", disk=store, pool=pool, prefetch=0):
+        out = x * 2
+        for _ in range(40):
+            out = out.tanh()
+    settle()
+
+    def flip() -> None:
+        page = mmap.mmap(-1, 4096)
+        for start in range(0, os.fstat(store._descriptor()).st_size, 4096):
+            os.preadv(store._descriptor(), [page], start)
+            page[100] ^= 4
+            os.pwrite(store._descriptor(), page, start)
+
+    flip()
     with pytest.raises(CorruptData):
-        out.sum().backward()
-    page[100] ^= 4
-    os.pwrite(store._descriptor(), page, 4096)
-    store.close()
+        out.sum().backward(retain_graph=True)
+    flip()
+    x.grad = None
+    out.sum().backward()
+    expected = x.detach().clone().requires_grad_()
+    plain = expected * 2
+    for _ in range(40):
+        plain = plain.tanh()
+    plain.sum().backward()
+    assert torch.equal(x.grad, expected.grad)
 
 
 def test_the_write_limit_reaches_the_user(tmp_path: Path) -> None:
     model = make_mlp()
     inputs = torch.randn(512, 64, device="cuda")
     context = offload_activations(
-        **SMALL, tier="disk", directory=tmp_path / "limited", write_limit="200KiB"
+        **SMALL,
+        tier="disk",
+        directory=tmp_path / "limited",
+        write_limit="200KiB",
+        pool=HostPool(limit_bytes=256 << 10),
     )
     with pytest.raises(DiskFull, match="write limit"):
         gradients(model, inputs, context)
@@ -305,34 +322,39 @@ def test_steps_make_no_streams_and_keep_no_memory() -> None:
     for _ in range(4):
         gradients(model, inputs, offload_activations(**SMALL))
         gc.collect()
-        _saved_transfers.settle()
+        settle()
         live = emulator.live()
         counts.append((live.streams, live.events, live.pinned_regions))
     assert counts[1] == counts[2] == counts[3]
-    with _saved_transfers.lock:
-        assert _saved_transfers.transfers.leaving_bytes == 0
-        assert _saved_transfers.transfers.writing_bytes == 0
+    assert leaving_bytes() == 0
 
 
 def test_prefetch_hides_reloads() -> None:
     model = make_mlp(depth=10)
     inputs = torch.randn(96, 64, device="cuda")
-    ahead = offload_activations(min_bytes=1, inflight=1, prefetch="256KiB")
-    on_demand = offload_activations(min_bytes=1, inflight=1, prefetch=0)
+    ahead = offloading(in_flight_max=1, prefetch="256KiB")
+    on_demand = offloading(in_flight_max=1, prefetch=0)
     assert_same(gradients(model, inputs, ahead), gradients(model, inputs, on_demand))
-    assert ahead.stats.reloads_late <= 3
-    assert on_demand.stats.reloads_late == on_demand.stats.reloads > 15
+    assert ahead.stats().prefetch_misses <= 3
+    assert on_demand.stats().prefetch_misses == reloaded_tensors(on_demand) > 15
 
 
 def test_wrong_options_are_named(tmp_path: Path) -> None:
     for options, text in [
         ({"tier": "tape"}, "tape"),
         ({"tier": "disk"}, "directory"),
-        ({"directory": tmp_path}, "tier='disk'"),
+        ({"tier": "host", "directory": tmp_path}, "tier='disk'"),
         ({"min_bytes": "much"}, "min_bytes"),
         ({"prefetch": -1}, "prefetch"),
-        ({"host": "some"}, "host"),
-        ({"host": -1}, "host"),
+        ({"host_budget": "some"}, "host_budget"),
+        ({"host_budget": -1}, "host_budget"),
+        ({"tier": "disk", "directory": tmp_path, "host_budget": 1}, "host_budget"),
+        ({"keep_on_device": "x"}, "keep_on_device"),
+        ({"in_flight_max": -2}, "in_flight_max"),
+        ({"where": 3}, "where"),
+        ({"codec": "zip"}, "codec"),
+        ({"pool": "8GiB"}, "pool"),
+        ({"directory": tmp_path, "disk": 5}, "not both"),
         ({"prefetch": "abc"}, "prefetch"),
         ({"model": 5}, "model"),
         ({"tier": "disk", "disk": 7}, "DiskStore"),
@@ -348,15 +370,16 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
 
 def test_spillover_0_does_nothing(monkeypatch: pytest.MonkeyPatch, x: torch.Tensor) -> None:
     monkeypatch.setenv("SPILLOVER", "0")
-    with offload_activations(min_bytes=1) as context:
+    with offloading() as context:
         (x * 1).exp().sum().backward()
-    assert context.stats.tensors == context.stats.kept_tensors == 0
+    assert context.stats().tensors == context.stats().kept_tensors == 0
 
 
 SCHEDULED = """
 import sys
 sys.path.insert(0, FOLDER)
 import torch
+from activation_contexts import reloaded_tensors
 from activation_models import SMALL, assert_same, gradients, make_gpt
 from spillover import offload_activations
 model = make_gpt(depth=2)
@@ -366,7 +389,7 @@ for more in ({}, {"tier": "disk", "directory": DIRECTORY}):
     context = offload_activations(**SMALL, **more)
     for inside in (False, True):
         assert_same(gradients(model, x, context, backward_inside=inside), expected)
-    assert context.stats.reloads > 10
+    assert reloaded_tensors(context) > 10
 torch.cuda.synchronize()
 assert not spillover.emulator.hazards(), spillover.emulator.hazards()
 print("equal")

@@ -6,15 +6,16 @@ import contextlib
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from activation_contexts import leaving_bytes, offloading, on_disk, reloaded_tensors, settle
 from activation_models import SMALL, assert_same, gradients, make_mlp
 
 from spillover import offload_activations
 from spillover._core import HostPool
-from spillover.hooks import _activations, _saved_transfers
+from spillover.hooks import _activations
+from spillover.hooks._activation_budget import DeviceBudget
 
 MIB = 1 << 20
 
@@ -34,11 +35,6 @@ def memory_limit(free_bytes: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def leaving_bytes() -> int:
-    with _saved_transfers.lock:
-        return _saved_transfers.transfers.leaving_bytes
-
-
 def test_looking_ahead_does_not_run_backward_out_of_memory(
     run_emulated: Callable[..., object],
 ) -> None:
@@ -48,19 +44,19 @@ def test_looking_ahead_does_not_run_backward_out_of_memory(
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
+from activation_contexts import offloading, reloaded_tensors
 from activation_models import assert_same, gradients, make_mlp
 from test_activations_memory import MIB, memory_limit
-from spillover import offload_activations
 
 model = make_mlp(depth=24)
 x = torch.randn(8 << 10, 64, device="cuda")
 expected = gradients(model, x)
 before = torch.cuda.memory_stats()["num_ooms"]
 with memory_limit(40 * MIB):
-    context = offload_activations(min_bytes=1, inflight=1, prefetch="1GiB")
+    context = offloading(in_flight_max=1, prefetch="1GiB")
     assert_same(gradients(model, x, context), expected)
 assert torch.cuda.memory_stats()["num_ooms"] > before
-assert context.stats.reloads > 12
+assert reloaded_tensors(context) > 12
 """,
         vram="2GiB",
     )
@@ -69,24 +65,22 @@ assert context.stats.reloads > 12
 def test_a_small_prefetch_brings_one_tensor_ahead() -> None:
     model = make_mlp(depth=10)
     x = torch.randn(96, 64, device="cuda")
-    context = offload_activations(min_bytes=1, inflight=1, prefetch=1)
+    context = offloading(in_flight_max=1, prefetch=1)
     gradients(model, x, context)
-    assert context.stats.reloads > 15
-    assert context.stats.reloads_late <= 3
+    assert reloaded_tensors(context) > 15
+    assert context.stats().prefetch_misses <= 3
 
 
 def test_default_budgets_follow_the_device() -> None:
     device = torch.device("cuda", 0)
     total = torch.cuda.get_device_properties(device).total_memory
 
-    def budgets(**options: Any) -> tuple[int, int]:
-        engine = offload_activations(**options)._engine
-        assert engine is not None
-        budget = engine._budget(device)
-        return budget.prefetch_bytes, budget.inflight_bytes
+    def budgets(in_flight: int | None = None, prefetch: int | None = None) -> tuple[int, int]:
+        budget = DeviceBudget(device, keep=0, in_flight=in_flight, prefetch=prefetch)
+        return budget.room_in_backward(0, 0, 0), -budget.excess_in_forward(0, 0, 0)
 
     assert budgets() == (min(128 * MIB, total // 16), min(256 * MIB, total // 16))
-    assert budgets(prefetch=5, inflight="3KiB") == (5, 3072)
+    assert budgets(prefetch=5, in_flight=3072) == (5, 3072)
     torch.cuda.set_per_process_memory_fraction(0.125)
     try:
         assert budgets() == (min(128 * MIB, total // 128), min(256 * MIB, total // 128))
@@ -99,7 +93,7 @@ def test_running_out_of_memory_in_forward_can_be_tried_again() -> None:
     x = torch.randn(16 << 10, 64, device="cuda")
     half = torch.randn(2 << 10, 64, device="cuda")
     expected = gradients(model, half)
-    context = offload_activations(min_bytes=1, inflight="1GiB")
+    context = offloading(in_flight_max="1GiB")
     for _ in range(2):
         model.zero_grad()
         with memory_limit(30 * MIB):
@@ -114,8 +108,8 @@ def test_running_out_of_memory_in_forward_can_be_tried_again() -> None:
 
 @pytest.mark.parametrize("moment", ["enter", "exit", "backward"])
 def test_what_has_left_is_given_back(moment: str) -> None:
-    context = offload_activations(min_bytes=1)
-    x = torch.randn(64, 64, device="cuda", requires_grad=True)
+    context = offloading()
+    x = torch.randn(512, 256, device="cuda", requires_grad=True)  # Not sent with others.
     if moment == "backward":
         # After the last saved tensor was asked for.
         x.register_hook(lambda gradient: torch.cuda.synchronize())
@@ -141,34 +135,32 @@ def test_contexts_with_ever_other_budgets_leave_no_pools_behind(tmp_path: Path) 
     model = make_mlp(depth=2)
     x = torch.randn(96, 64, device="cuda")
     expected = gradients(model, x)
-    caches = (_activations._pools, _activations._stores)
+    caches = (_activations._engines, _activations._stores)
     before = [len(cache._live) for cache in caches]
     counts = []
     for index in range(6):
-        host = offload_activations(**SMALL, host=(8 << 20) + index)
+        host = offload_activations(**SMALL, host_budget=(8 << 20) + index)
         assert_same(gradients(model, x, host), expected)
         del host
-        disk = {"tier": "disk", "directory": tmp_path / str(index)}
+        disk = on_disk(tmp_path / str(index))
         assert_same(gradients(model, x, offload_activations(**SMALL, **disk)), expected)
-        _saved_transfers.settle()
+        settle()
         gc.collect()
         counts.append(emulator.live().pinned_bytes)
     assert counts[-1] <= counts[3]
     assert all(len(cache._live) <= held + 2 for cache, held in zip(caches, before, strict=True))
 
 
-def test_equal_budgets_share_a_pool_also_after_others() -> None:
+def test_equal_options_share_what_they_learn() -> None:
     model = make_mlp(depth=2)
     x = torch.randn(96, 64, device="cuda")
-    held = offload_activations(**SMALL, host="9MiB")
+    held = offload_activations(**SMALL, host_budget="9MiB")
     gradients(model, x, held)
     for index in range(4):
-        gradients(model, x, offload_activations(**SMALL, host=(10 << 20) + index))
-    assert held._engine is not None
-    twin = offload_activations(**SMALL, host="9MiB")
-    assert twin._engine is not None
-    assert twin._engine._pool_source() is held._engine._pool_source()
+        gradients(model, x, offload_activations(**SMALL, host_budget=(10 << 20) + index))
+    assert offload_activations(**SMALL, host_budget="9MiB")._engine is held._engine
     own = HostPool(limit_bytes=9 << 20)
-    other = offload_activations(host=own)
-    assert other._engine is not None
-    assert other._engine._pool_source() is own
+    other = offload_activations(**SMALL, pool=own)
+    gradients(model, x, other)
+    assert own.stats().used_bytes_max > 0
+    assert other._engine is not held._engine

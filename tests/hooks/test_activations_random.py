@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from activation_contexts import offloading
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +57,7 @@ def unused(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
 def nested(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     with torch.autograd.graph.save_on_cpu():
         y = (x @ weights[1]).tanh() * x
-    with offload_activations(min_bytes=1, prefetch=0):
+    with offloading(prefetch=0):
         return y.square() * 0.5 + x
 
 
@@ -145,7 +146,7 @@ def options_of(seed: int, folder: str | Path | None) -> dict[str, Any]:
     choose = random.Random(seed * 7 + 1)
     options: dict[str, Any] = {
         "min_bytes": choose.choice([1, 256, 513]),
-        "inflight": choose.choice([1, 4096, "1MiB"]),
+        "in_flight_max": choose.choice([1, 4096, "1MiB"]),
         "prefetch": choose.choice([0, 1, 3000, "1MiB"]),
     }
     if folder is not None and choose.random() < 0.3:
@@ -162,7 +163,7 @@ def check(seed: int, folder: str | Path | None = None) -> None:
 
 def check_together(seeds: list[int]) -> None:
     """Programs without random numbers, on threads that share one context."""
-    context = offload_activations(min_bytes=1, inflight=4096, prefetch=3000)
+    context = offloading(in_flight_max=4096, prefetch=3000)
     failures: list[BaseException] = []
 
     def program(seed: int, used: Any) -> list[torch.Tensor]:

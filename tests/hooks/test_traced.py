@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from activation_contexts import offloading, on_disk, settle
 from activation_models import SMALL, assert_same, gradients, make_gpt, make_mlp
 
 import chrome_format
@@ -19,7 +20,6 @@ import spillover
 from spillover import offload_activations, stream_parameters, trace
 from spillover._streams import CopyStreamStats, all_copy_streams, copy_streams
 from spillover.emulator import Fault, faults
-from spillover.hooks._saved_transfers import settle
 
 
 @pytest.fixture(autouse=True)
@@ -53,39 +53,24 @@ def total(spans: list[dict[str, Any]]) -> Counter[str]:
 
 @pytest.mark.parametrize("tier", ["host", "disk"])
 def test_activations(tier: str, tmp_path: Path) -> None:
-    options: dict[str, Any] = {**SMALL, "tier": tier}
-    if tier == "disk":
-        options["directory"] = tmp_path / "spill"
     model = make_gpt()
     x = torch.randn(4, 24, 32, device="cuda")
     expected = gradients(model, x)
-    context = offload_activations(**options)
+    context = offloading(**(on_disk(tmp_path / "spill") if tier == "disk" else {}))
     found, events, (came, left) = traced(
         tmp_path / "trace.json", lambda: gradients(model, x, context)
     )
     assert_same(found, expected)
-    stats = context.stats
-    moved_bytes = stats.disk_bytes if tier == "disk" else stats.host_bytes
-    out = chrome_format.spans(events, "activations: saved tensor")
-    assert total(out) == left
-    assert left["bytes"] == moved_bytes > 0
-    back = [
-        span for span in chrome_format.spans(events, "activations: reload") if span["cat"] == "copy"
-    ]
-    assert total(back) == came
-    assert came == Counter(copies=stats.reloads, bytes=stats.reloaded_bytes)
-    flows = Counter((event["ph"], event["id"]) for event in events["traceEvents"] if "id" in event)
+    stats = context.stats()
+    for name, moved, counted in [
+        ("copy out", stats.bytes_out, left),
+        ("copy in", stats.bytes_in, came),
+    ]:
+        spans = total(chrome_format.spans(events, name))
+        assert spans["bytes"] == counted["bytes"] == moved > 0
+        assert spans["copies"] <= counted["copies"]  # Several small ones are a batch.
     if tier == "disk":
-        # Each copy out is one write, of one extent.
-        writes = chrome_format.spans(events, "write")
-        assert total(writes) == left
-        starts = {number for phase, number in flows if phase == "s"}
-        assert flows == Counter([(phase, number) for number in starts for phase in "sf"])
-        assert len(starts) == left["copies"]
-    else:
-        assert not flows
-    names = set(chrome_format.row_names(events).values())
-    assert {"device 0: copies out", "device 0: copies in"} <= names
+        assert total(chrome_format.spans(events, "write"))["bytes"] == stats.disk_bytes_written > 0
 
 
 def test_weights(tmp_path: Path) -> None:
@@ -149,14 +134,17 @@ def test_nothing_is_timed_without_a_trace() -> None:
 def test_a_time_that_cannot_be_had_is_missing_and_nothing_else(
     tmp_path: Path, times: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, x = make_mlp(), torch.randn(96, 64, device="cuda")
-    expected = gradients(model, x)
-    context = offload_activations(**SMALL)
+    x = torch.randn(96, 64, device="cuda")
+    expected = gradients(make_mlp(), x)
+    model = make_mlp().cpu()
+    handle = stream_parameters(
+        model, blocks=[layer for layer in model if len(list(layer.parameters()))]
+    )
     stream = torch.cuda.current_stream()
 
     def run() -> list[torch.Tensor]:
         with faults(Fault("cudaEventElapsedTime", times=times)) as injected:
-            found = gradients(model, x, context)
+            found = gradients(model, x)
             torch.cuda.synchronize()
             for streams in all_copy_streams():
                 streams.collect()
@@ -170,6 +158,7 @@ def test_a_time_that_cannot_be_had_is_missing_and_nothing_else(
     copies = sum(direction["copies"] for direction in moved)
     assert timed == 0 if times is None else copies - 1 <= timed <= copies
     assert "is missing in the trace" in caplog.text
+    handle.remove()
 
 
 def test_times_of_copies_lie_within_the_recording(tmp_path: Path) -> None:
@@ -182,7 +171,7 @@ def test_times_of_copies_lie_within_the_recording(tmp_path: Path) -> None:
 
     _, events, _ = traced(tmp_path / "trace.json", run)
     (around,) = chrome_format.spans(events, "around")
-    copies = chrome_format.spans(events, "activations: saved tensor")
+    copies = chrome_format.spans(events, "copy out")
     slack_us = 100_000  # How well two clocks can be told apart on a machine that is busy.
     for copy in copies:
         assert around["ts"] - slack_us <= copy["ts"] <= around["ts"] + around["dur"] + slack_us
@@ -194,16 +183,14 @@ def test_times_of_copies_lie_within_the_recording(tmp_path: Path) -> None:
 
 
 def test_figures_of_everything(tmp_path: Path) -> None:
-    context = offload_activations(**{**SMALL, "tier": "disk", "directory": tmp_path})
+    context = offload_activations(**SMALL, **on_disk(tmp_path))
     model = make_mlp()
     gradients(model, torch.randn(96, 64, device="cuda"), context)
     found = spillover.stats()
-    assert context.stats in found.others["activations"]
+    assert context.stats() in found.others["activations"]
     (store,) = (store for store in found.disks if store.folders[0].folder == str(tmp_path))
-    assert store.folders[0].writes.bytes == context.stats.disk_bytes
-    assert store.folders[0].reads.bytes > 0
+    assert store.folders[0].writes.bytes >= context.stats().disk_bytes_written > 0
     assert store.pending_extents == 0
-    assert sum(stall.count for stall in found.stalls if stall.part == "activations") > 0
     assert found.pinning.count > 0
     assert any(pool.reserved_bytes_max >= pool.used_bytes_max > 0 for pool in found.host)
     assert found.streams[0].direction == "in"

@@ -384,7 +384,7 @@ def test_offloaded_activations_and_gradients() -> None:
     with offload_gradients(offloaded.parameters()):
         for seed in range(2):
             plain.loss(seed).backward()
-            with spillover.offload_activations(min_bytes=1):
+            with spillover.offload_activations(min_bytes=1, keep_on_device=0):
                 loss = offloaded.loss(seed)
             loss.backward()
         assert all_offloaded(offloaded)

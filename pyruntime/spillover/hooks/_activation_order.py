@@ -1,127 +1,217 @@
-"""The order in which backward asks for saved tensors, and what is on the device for it.
+"""The order of a training step's saved tensors, learnt from steps before, and what it tells.
 
-Backward asks roughly in the reverse order of packing. Within one node it may ask in any order, so a
-few positions *above* the present one count as still to come until they were served.
+A *round* is one forward and its backward. What was saved has a number in it, its index; a round
+that is over leaves a *plan*: which sizes were saved, and in which order backward asked for them. A
+round that begins as an earlier one did follows that one's plan until it deviates: from then on
+backward is expected to ask in the reverse order of saving. Within one node it may ask in any order,
+so that a few indices *above* the present one count as still to come until they were served.
 
-An instance belongs to one engine and is guarded by the transfers' lock.
+All of it belongs to one engine and is guarded by the activations' lock.
 """
 
 from __future__ import annotations
 
 import weakref
-
-import torch
+from collections.abc import Iterator
+from itertools import accumulate
 
 from spillover.hooks._saved_storage import SavedCopy, SavedView
 
-# Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
+#: Tensors that one node saves, at most; more cost a reload that is not hidden, nothing else.
 _NODE_VIEWS_MAX = 16
-# What one look ahead steps over and picks at most, to bound its cost: positions whose tensors are
-# gone already or were served, and copies.
+#: What one look ahead steps over at most, to bound its cost.
 _STEPS_MAX = 256
-_COPIES_MAX = 64
+#: Different steps that are remembered: a training loop may have several kinds in turn.
+_PLANS_MAX = 8
+#: Next uses of a round are below those of the next.
+_ROUND_USES = 1 << 32
 
 
-class BackwardOrder:
-    """Positions of saved views, and the copies that were brought back."""
+class Plan:
+    """What one round did.
 
-    def __init__(self) -> None:
-        self._sequence: list[weakref.ref[SavedView]] = []  # In the order of packing.
-        self._resident: list[weakref.ref[SavedCopy]] = []  # May have dropped their bytes since.
-        self._last_position = 0
-        # One backward over the graph; with retain_graph there can be several.
-        self._pass = 1
+    Attributes
+    ----------
+    sizes
+        By index: bytes that began with it, 0 for an alias of what was there.
+    rank
+        By index: when backward asked for it first, counted from 0.
+    order
+        The indices by rank.
+    """
 
-    def next_position(self) -> int:
-        """Position for a view that is about to be added; those of graphs that died are reused."""
-        while self._sequence and self._sequence[-1]() is None:
-            self._sequence.pop()
-        return len(self._sequence)
+    def __init__(self, sizes: list[int], owners: list[int], served: list[int]) -> None:
+        self.sizes = sizes
+        self._owners = owners
+        count = len(sizes)
+        known = set(served)
+        # What nobody asked for comes last, the first saved at the very end.
+        self.order = served + [index for index in range(count - 1, -1, -1) if index not in known]
+        self.rank = [0] * count
+        for place, index in enumerate(self.order):
+            self.rank[index] = place
+        # A copy is wanted when the first of its views is.
+        self._copy_ranks = list(self.rank)
+        for index, owner in enumerate(owners):
+            self._copy_ranks[owner] = min(self._copy_ranks[owner], self.rank[index])
+        #: Bytes of copies by rank of their first use, and the bytes up to each rank.
+        self.bytes_by_rank = [0] * count
+        for index, size_bytes in enumerate(sizes):
+            self.bytes_by_rank[self._copy_ranks[index]] += size_bytes
+        self.bytes_up_to = list(accumulate(self.bytes_by_rank))
 
-    def add(self, view: SavedView) -> None:
-        """Note a view that has ``next_position()``."""
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all copies."""
+        return self.bytes_up_to[-1] if self.bytes_up_to else 0
+
+    def copy_rank(self, index: int) -> int:
+        """When the copy that began at ``index`` is asked for first."""
+        return self._copy_ranks[index]
+
+    def ranks_within(self, size_bytes: int) -> int:
+        """How many ranks, from the first, need no more than so many bytes."""
+        low, high = 0, len(self.bytes_up_to)
+        while low < high:
+            middle = (low + high) // 2
+            if self.bytes_up_to[middle] <= size_bytes:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+class Round:
+    """One forward and its backward, while its tensors live."""
+
+    __slots__ = (
+        "_ahead",
+        "_last",
+        "_tail",
+        "base",
+        "owners",
+        "plan",
+        "served",
+        "sizes",
+        "stays",
+        "turn",
+        "views",
+    )
+
+    def __init__(self, number: int) -> None:
+        self.base = number * _ROUND_USES
+        self.plan: Plan | None = None
+        #: Ranks below it stay on the device, where there is a plan.
+        self.stays = 0
+        self.views: list[weakref.ref[SavedView]] = []
+        self.sizes: list[int] = []
+        self.owners: list[int] = []
+        self.served: list[int] = []  # In the order of the first asking.
+        self.turn = 1  # Of backward: with retain_graph there can be several.
+        self._last = 0
+        self._tail = 0
+        self._ahead = 0  # Places before it were looked at in this turn, see `upcoming`.
+
+    def is_over(self) -> bool:
+        """Whether backward asked for something, and nothing that was saved lives."""
+        if not self.served:
+            return False
+        while self._tail > 0 and self.views[self._tail - 1]() is None:
+            self._tail -= 1
+        return self._tail == 0
+
+    def add(self, view: SavedView, size_bytes: int) -> None:
+        """Note what is saved; 0 bytes for an alias of a copy that is there."""
+        index = view.index = len(self.views)
         reference = weakref.ref(view)
-        self._sequence.append(reference)
-        view.copy.views.append(reference)
+        self.views.append(reference)
+        self._tail = index + 1
+        copy = view.copy
+        self.sizes.append(size_bytes)
+        self.owners.append(index if size_bytes else self._owner(copy, index))
+        copy.views.append(reference)
+
+    def _owner(self, copy: SavedCopy, index: int) -> int:
+        for reference in copy.views:
+            view = reference()
+            if view is not None and view.round is self:
+                return view.index
+        return index
+
+    def _place(self, view: SavedView) -> int:
+        """Grows as backward goes on, if it goes as expected."""
+        return -view.index if self.plan is None else self.plan.rank[view.index]
 
     def serve(self, view: SavedView) -> None:
         """Note that backward has this view now."""
-        if view.position > self._last_position + _NODE_VIEWS_MAX:
-            self._pass += 1
-        self._last_position = view.position
-        view.served_in = self._pass
+        place = self._place(view)
+        if place < self._last - _NODE_VIEWS_MAX:
+            self.turn += 1
+            self._ahead = 0
+        self._last = place
+        if view.served_in == 0:
+            self.served.append(view.index)
+        view.served_in = self.turn
 
-    def came_back(self, copy: SavedCopy) -> None:
-        """Note that the bytes of ``copy`` are on the device again."""
-        self._resident = [ref for ref in self._resident if _has_bytes(ref())]
-        self._resident.append(weakref.ref(copy))
-
-    def upcoming(self, position: int, budget_bytes: int) -> list[SavedCopy]:
-        """Copies that backward needs next, nearest first, as far as the byte budget reaches."""
-        soon: dict[int, SavedCopy] = {}
-        if budget_bytes == 0:
-            return []  # Any other budget reaches for the first one.
-        start = min(position + _NODE_VIEWS_MAX, len(self._sequence) - 1)
-        for index in range(start, max(start - _STEPS_MAX, -1), -1):
-            view = self._sequence[index]()
-            if view is None or view.served_in == self._pass or id(view.copy) in soon:
+    def is_wanted(self, copy: SavedCopy) -> bool:
+        """Whether this turn of backward is still to ask for ``copy``."""
+        for reference in copy.views:
+            view = reference()
+            if view is None or view.round is not self or view.served_in == self.turn:
                 continue
-            budget_bytes -= view.copy.extent.size_bytes
-            if (budget_bytes < 0 and soon) or len(soon) == _COPIES_MAX:
-                break
-            soon[id(view.copy)] = view.copy
-        return list(soon.values())
+            if self.plan is not None or view.index <= _NODE_VIEWS_MAX - self._last:
+                return True
+        return False
 
-    def _next_use(self, copy: SavedCopy, position: int) -> int:
-        """Position of the view of ``copy`` that comes next; -1 when none does."""
-        copy.views = [ref for ref in copy.views if ref() is not None]
-        limit = position + _NODE_VIEWS_MAX
-        uses = [
-            view.position
-            for view in (ref() for ref in copy.views)
-            if view is not None and view.served_in != self._pass and view.position <= limit
-        ]
-        return max(uses, default=-1)
+    def upcoming(self, view: SavedView) -> Iterator[SavedCopy]:
+        """Copies that backward asks for next, nearest first; each may come several times.
 
-    def _present(self, device: torch.device | None) -> list[SavedCopy]:
-        """Copies that came back to the device, or to any."""
-        copies = (reference() for reference in self._resident)
-        return [
-            copy
-            for copy in copies
-            if copy is not None and copy.flat is not None and device in (None, copy.device)
-        ]
+        Goes on where the last call's iteration was stopped: the copy at which it was is the next
+        one's first. :meth:`look_again` makes it begin at ``view``.
+        """
+        views, turn, plan = self.views, self.turn, self.plan
+        count = len(views)
+        if plan is not None:
+            order = plan.order
+            first = max(plan.rank[view.index] + 1, self._ahead)
+            last = min(len(order), first + _STEPS_MAX)
+        else:
+            # Places count from the last that was saved.
+            first = max(count - 1 - view.index - _NODE_VIEWS_MAX, self._ahead)
+            last = min(count, first + _STEPS_MAX)
+        for place in range(first, last):
+            self._ahead = place
+            index = order[place] if plan is not None else count - 1 - place
+            if index < count:  # A plan may know more than was saved so far.
+                found = views[index]()
+                if found is not None and found.served_in != turn:
+                    yield found.copy
+        self._ahead = max(last, self._ahead)
 
-    def resident_bytes(self, device: torch.device | None = None) -> int:
-        """Bytes on the device, or on any, of copies that came back."""
-        return sum(copy.extent.size_bytes for copy in self._present(device))
-
-    def drop_all(self, *, but: SavedCopy | None = None, device: torch.device | None = None) -> None:
-        """Drop from the device whatever came back, except for one; it can come back again."""
-        for copy in self._present(device):
-            if copy is not but:
-                copy.drop_flat()
-
-    def evict(self, position: int, soon: list[SavedCopy], budget_bytes: int) -> None:
-        """Drop from the device what is not needed again, or not soon and beyond the budget."""
-        held: list[tuple[int, SavedCopy]] = []
-        needed = {id(copy) for copy in soon}
-        for reference in self._resident:
-            copy = reference()
-            if copy is None or copy.flat is None or id(copy) in needed:
-                continue
-            use = self._next_use(copy, position)
-            if use < 0:
-                copy.drop_flat()
-            else:
-                held.append((use, copy))
-        held.sort(key=lambda item: item[0], reverse=True)
-        total_bytes = 0
-        for _, copy in held:
-            total_bytes += copy.extent.size_bytes
-            if total_bytes > budget_bytes:
-                copy.drop_flat()
+    def look_again(self) -> None:
+        """Copies that had been brought were dropped, so that they are upcoming again."""
+        self._ahead = 0
 
 
-def _has_bytes(copy: SavedCopy | None) -> bool:
-    return copy is not None and copy.flat is not None
+class Plans:
+    """The plans of rounds before; those that were of use last come first."""
+
+    def __init__(self) -> None:
+        self._plans: list[Plan] = []
+
+    def learn(self, round_: Round) -> Plan | None:
+        """The plan of a round that is over; None where backward asked for nothing."""
+        if not round_.served:
+            return None
+        plan = Plan(round_.sizes, round_.owners, round_.served)
+        self._plans = [each for each in self._plans if each.sizes != plan.sizes][: _PLANS_MAX - 1]
+        self._plans.insert(0, plan)
+        return plan
+
+    def find(self, sizes: list[int]) -> Plan | None:
+        """The latest plan that begins with ``sizes``."""
+        count = len(sizes)
+        for plan in self._plans:
+            if plan.sizes[:count] == sizes:
+                return plan
+        return None

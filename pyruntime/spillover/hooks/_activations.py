@@ -1,8 +1,8 @@
 """``offload_activations``: saved tensors leave the device during forward and are back for backward.
 
-The hooks are in ``_activation_engine``, the order of backward in ``_activation_order``, what
-stands for a saved tensor in ``_saved_storage`` and the copies under way in ``_saved_transfers``,
-whose note [Ordering of saved-tensor copies] has the design.
+The hooks are in ``_activation_engine``. ``_activation_device`` has the copies, with a note on their
+ordering; ``_activation_order`` the order of a step, ``_activation_budget`` how much may stay,
+``_saved_storage`` what stands for a saved tensor, and ``_activation_codec`` its smaller forms.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -28,84 +28,103 @@ from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._sources import register
 from spillover._units import parse_bytes
-from spillover.hooks._activation_engine import ActivationEngine, EngineOptions, PoolSource
-from spillover.hooks._saved_transfers import finish_departures, lock, transfers
+from spillover.hooks._activation_codec import Codec
+from spillover.hooks._activation_device import Counters, EngineOptions, lock
+from spillover.hooks._activation_engine import ActivationEngine, Predicate
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Tier = Literal["auto", "host", "disk"]
+Size = int | str
 
-# Longer than any backlog that the byte budgets allow, so that a full queue does not block a hook.
+#: Longer than any backlog that the byte budgets allow, so that a full queue does not block a hook.
 _DISK_QUEUE_LENGTH = 4096
 
-# How many pools, and how many stores, are kept that no context uses.
+#: How many engines, and how many stores, are kept that no context uses.
 _IDLE_MAX = 2
 
-_Resource = TypeVar("_Resource", HostPool, DiskStore)
+_Resource = TypeVar("_Resource", ActivationEngine, DiskStore)
 
 
 class _Shared(Generic[_Resource]):
-    """Pools or stores by what they were asked for: those in use, and the last few.
+    """Engines or stores by what they were asked for: those in use, and the last few.
 
-    A context that is made at each training step finds the pool of the step before, since pinned
-    memory is too dear to be made again; contexts with ever different budgets leave nothing behind.
+    A context that is made at each training step finds what the step before has learnt; contexts
+    with ever different budgets leave nothing behind.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._live: weakref.WeakValueDictionary[Hashable, _Resource] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[Hashable, _Resource] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], _Resource]) -> _Resource:
-        """The resource for ``key`` in this process."""
+    def get(
+        self, key: Hashable, make: Callable[[], _Resource], *, is_kept: bool = True
+    ) -> _Resource:
+        """The resource for ``key`` in this process; ``is_kept``: for who asks next, too."""
         key = (os.getpid(), key)
         dropped: list[_Resource] = []  # They die after the lock was released.
         with self._lock:
             found = self._live.get(key)
             if found is None:
                 found = self._live[key] = make()
-            self._recent[key] = found
-            self._recent.move_to_end(key)
+            if is_kept:
+                self._recent[key] = found
+                self._recent.move_to_end(key)
             while len(self._recent) > _IDLE_MAX:
                 dropped.append(self._recent.popitem(last=False)[1])
         return found
 
 
-_pools: _Shared[HostPool] = _Shared()
+_engines: _Shared[ActivationEngine] = _Shared()
 _stores: _Shared[DiskStore] = _Shared()
-# What was written counts against a limit for as long as the process lives.
+#: What was written counts against a limit for as long as the process lives.
 _limited_stores: list[DiskStore] = []
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationStats:
-    """What one ``offload_activations`` object moved since it was made.
+    """What was done for one ``offload_activations`` object since it was made.
+
+    Contexts with equal options share an engine, so that figures of the disk and of stalls are of
+    all of them that ran meanwhile.
 
     Attributes
     ----------
-    host_bytes, disk_bytes
-        Copied off the device, by where they were to stay.
     tensors
-        Saved tensors that were offloaded, shared ones included.
-    deduplicated_bytes
-        Bytes of saved tensors that needed no copy, since an alias had been copied.
+        Saved tensors that were taken care of, shared ones included.
     kept_tensors
-        Saved tensors that stayed where they were: small ones, parameters, CPU tensors.
-    reloads, reloaded_bytes
-        Copies back to the device.
-    reloads_late
-        Those that were started only when backward asked, so that compute had to wait.
-    waits
-        How often the host blocked, for a budget of copies under way or for the disk.
+        Saved tensors that were left alone: small ones, parameters, CPU tensors.
+    deduplicated_bytes
+        Bytes of saved tensors that were aliases of what was saved already.
+    stayed_bytes, offloaded_bytes
+        Saved bytes that stayed on the device, and that left it.
+    bytes_out, bytes_in
+        Copied off the device and back; with a codec, fewer than were offloaded.
+    disk_bytes_written, disk_bytes_read
+        Of those, that went to disk and came from there.
+    prefetch_hits, prefetch_misses
+        How often backward found what had left on the device, or on its way there; and how often its
+        copy started only then.
+    saved_bytes_max
+        The most bytes that were off the device at one time.
+    stall_seconds
+        How long threads of the program stood still, by cause: ``"copy"`` for device memory that
+        copies out hold, ``"host_budget"`` for host memory, ``"disk"`` for the disk.
     """
 
-    host_bytes: int
-    disk_bytes: int
     tensors: int
-    deduplicated_bytes: int
     kept_tensors: int
-    reloads: int
-    reloaded_bytes: int
-    reloads_late: int
-    waits: int
+    deduplicated_bytes: int
+    stayed_bytes: int
+    offloaded_bytes: int
+    bytes_out: int
+    bytes_in: int
+    disk_bytes_written: int
+    disk_bytes_read: int
+    prefetch_hits: int
+    prefetch_misses: int
+    saved_bytes_max: int
+    stall_seconds: dict[str, float]
 
 
 class OffloadedActivations(contextlib.ContextDecorator):
@@ -118,34 +137,58 @@ class OffloadedActivations(contextlib.ContextDecorator):
         self._engine = engine
         self._model = model
         self._entered = threading.local()
+        self._counters = Counters()
+        self._before = _engine_figures(engine)
         if engine is not None:
-            register("activations", self, _read_stats)
+            register("activations", self, OffloadedActivations.stats)
 
-    @property
     def stats(self) -> ActivationStats:
         """Figures of this moment; cheap, and does not wait for the device."""
-        if self._engine is None:
-            return ActivationStats(**dict.fromkeys(ActivationStats.__dataclass_fields__, 0))
+        written, read, stalls = _engine_figures(self._engine)
+        written_before, read_before, stalls_before = self._before
         with lock:
-            return ActivationStats(**vars(self._engine.counters))
+            counters = self._counters
+            return ActivationStats(
+                tensors=counters.tensors,
+                kept_tensors=counters.kept_tensors,
+                deduplicated_bytes=counters.deduplicated_bytes,
+                stayed_bytes=counters.stayed_bytes,
+                offloaded_bytes=counters.offloaded_bytes,
+                bytes_out=counters.sent_bytes,
+                bytes_in=counters.reloaded_bytes,
+                disk_bytes_written=written - written_before,
+                disk_bytes_read=read - read_before,
+                prefetch_hits=counters.prefetch_hits,
+                prefetch_misses=counters.prefetch_misses,
+                saved_bytes_max=counters.away_bytes_max,
+                stall_seconds={
+                    cause: seconds - stalls_before.get(cause, 0.0)
+                    for cause, seconds in stalls.items()
+                },
+            )
 
     def _hooks(self) -> list[torch.autograd.graph.saved_tensors_hooks]:
         hooks: list[torch.autograd.graph.saved_tensors_hooks]
         hooks = self._entered.__dict__.setdefault("hooks", [])
         return hooks
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __enter__(self) -> OffloadedActivations:
         engine = self._engine
         if engine is not None:
-            with lock:
-                transfers.collect()
+            entered = self._hooks()
+            if not entered:
+                engine.begin_round()
+                engine.collect()
             if self._model is not None:
                 engine.keep_on_device(self._model)
-            hooks = torch.autograd.graph.saved_tensors_hooks(engine.pack, engine.unpack)
+            pack = functools.partial(engine.pack, self._counters)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, engine.unpack)
             hooks.__enter__()
-            self._hooks().append(hooks)
+            entered.append(hooks)
         return self
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -157,30 +200,44 @@ class OffloadedActivations(contextlib.ContextDecorator):
             return
         self._hooks().pop().__exit__()
         if isinstance(error, torch.OutOfMemoryError):
-            finish_departures()  # The program may try again with less.
+            engine.finish_departures()  # The program may try again with less.
             return
-        with lock:
-            transfers.collect()
-        if error is None:
-            with lock:
-                engine.raise_errors()
+        try:
+            engine.collect()
+            engine.order_writes()
+        except Exception:
+            if error is None:
+                raise
 
 
-def _read_stats(context: OffloadedActivations) -> ActivationStats:
-    return context.stats
+def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
+    """Bytes written to disk and read from there, and seconds of stalls by cause."""
+    stalls: dict[str, float] = {}
+    written = read = 0
+    for device in engine.devices() if engine is not None else ():
+        stats = device.engine.stats()
+        written += stats.written_bytes
+        read += stats.read_bytes
+        for cause, nanoseconds in stats.stall_ns.items():
+            stalls[cause] = stalls.get(cause, 0.0) + nanoseconds / 1e9
+    return written, read, stalls
 
 
 def offload_activations(
     *,
-    tier: Literal["host", "disk"] = "host",
+    tier: Tier = "auto",
     directory: Folders | None = None,
-    min_bytes: int | str = "256KiB",
-    prefetch: int | str | None = None,
-    inflight: int | str | None = None,
-    host: int | str | HostPool | None = None,
     disk: DiskStore | None = None,
-    write_limit: int | str | None = None,
+    host_budget: Size | None = None,
+    keep_on_device: Size | None = None,
+    in_flight_max: Size | None = None,
+    prefetch: Size | None = None,
+    min_bytes: Size = "256KiB",
+    where: Predicate | None = None,
     model: nn.Module | None = None,
+    codec: Codec | None = None,
+    pool: HostPool | None = None,
+    write_limit: Size | None = None,
 ) -> OffloadedActivations:
     """Keep the tensors that autograd saves for backward in pinned host memory or on disk.
 
@@ -188,50 +245,68 @@ def offload_activations(
     decorator of a function that makes it. Gradients are equal to those without it, bit for bit.
     Backward may run inside or outside of the context, on any thread, more than once or never.
 
+    In the first two steps all leaves, and memory is measured. From then on the tensors that
+    backward asks for first stay on the device, as many as fit; where all fit nothing is copied.
+
     Parameters
     ----------
     tier
-        Where saved tensors live: ``"host"``, or ``"disk"`` with pinned memory as a staging area.
+        ``"auto"``: pinned host memory, and the disk for what exceeds it, where there is one.
+        ``"host"``: host memory alone. ``"disk"``: the disk, host memory being a staging area.
     directory
-        For the disk tier: a folder or several, on different disks for their added speed. They are
+        For the disk: a folder or several, on different disks for their added speed. They are
         made if missing; the files in them have no names and go with the process.
-    min_bytes
-        Saved tensors over a storage of fewer bytes stay on the device.
-    prefetch
-        How many bytes backward brings back ahead of their use; also bounds what it holds for later
-        uses. 0 brings back each tensor when it is asked for; any other budget brings at least one
-        ahead. Where that finds no device memory, half of what there was room for is brought ahead
-        from then on. By default 128 MiB, or a sixteenth of the device's memory if that is less.
-    inflight
-        How many bytes may be on their way out of the device, and how many from there to disk.
-        Beyond it, the forward pass blocks until a copy is complete. By default 256 MiB, or a
-        sixteenth of the device's memory if that is less.
-    host
-        Budget of pinned memory, or a pool to use. By default the process's pool
-        (``SPILLOVER_HOST_LIMIT``). Contexts with equal budgets share one pool.
     disk
         A disk store to use instead of ``directory``.
+    host_budget
+        The most pinned memory for saved tensors. By default what the pool allows.
+    keep_on_device
+        The most bytes of saved tensors that stay on the device. By default as much as fits, which
+        is measured; 0 sends all away.
+    in_flight_max
+        How many bytes may be on their way out of the device. Beyond it, the forward pass blocks
+        until a copy is complete. By default, what memory allows; while nothing was measured, or
+        with ``keep_on_device``, 256 MiB, or a sixteenth of the device's memory if that is less.
+    prefetch
+        How many bytes backward brings back ahead of their use, in the order that earlier steps
+        had. 0 brings back each tensor when it is asked for; any other budget brings at least one
+        ahead. Where that finds no device memory, half of what there was room for is brought ahead
+        from then on. By default, what memory allows; while nothing was measured, or with
+        ``keep_on_device``, 128 MiB, or a sixteenth of the device's memory if that is less.
+    min_bytes
+        Saved tensors over a storage of fewer bytes are left alone.
+    where
+        Called with each saved tensor; where it gives false the tensor is left alone. It must not
+        change or keep the tensor.
+    model
+        Its parameters and buffers are never offloaded. Without it, large buffers that autograd
+        saves may be, which is wasteful; and buffers that forward changes in place, as the running
+        statistics of a normalization of ``min_bytes`` or more, have to be excluded by it or by
+        ``where``, since such a change is not ordered after the copy.
+    codec
+        None: bytes are moved as they are. ``"bfloat16"``: float32 is rounded to bfloat16, an error
+        of at most 2^-8 of each value. ``"blockwise8"``: float32, bfloat16 and float16 become
+        8-bit integers with a scale for each 256 values, an error of at most 1/254 of the greatest
+        magnitude among them; blocks with NaN or infinity become NaN. Tensors that stay are exact.
+    pool
+        Pinned memory to use, such as one that was reserved ahead. By default the process's
+        (``SPILLOVER_HOST_LIMIT``).
     write_limit
         Bytes that may be written to ``directory`` by this process, to spare flash memory.
-    model
-        Its parameters and buffers are never offloaded. Without it, frozen weights and large buffers
-        that autograd saves may be, which is wasteful; and buffers that forward changes in place, as
-        the running statistics of a normalization of ``min_bytes`` or more, have to be excluded by
-        it, since such a change is not ordered after the copy.
 
     Returns
     -------
     OffloadedActivations
-        ``stats`` has the figures. With ``SPILLOVER=0`` it does nothing.
+        ``stats()`` has the figures. With ``SPILLOVER=0`` it does nothing.
 
     Raises
     ------
     ConfigError
-        An argument is wrong, or the disk tier has no folder.
+        An argument is wrong, or ``tier="disk"`` has no folder.
     StorageError
         A folder cannot be used.
     HostOutOfMemory, DiskFull, StorageError
-        Later, from forward or backward: a budget or a disk is exhausted, or a write failed. The
+        Later, from forward or backward: a budget or a disk is exhausted, or the disk failed. The
         tensors are still there, on the device or in pinned memory.
     CorruptData
         Later, from backward: a file's contents changed.
@@ -248,59 +323,63 @@ def offload_activations(
 
     Copies run on two streams of the device. The bytes are a snapshot: an in-place change after they
     were saved makes backward raise, as without offloading, if the version counter shows it; a write
-    through ``.data`` does not show there. Such a change is not ordered after the copy, either; what
-    is changed after backward is.
+    through ``.data`` does not show there. Within the context such a change is not ordered after the
+    copy; what is changed after it is.
 
-    ``torch.compile`` is not supported: a compiled region saves its tensors its own way.
+    Contexts of equal options share what they have learnt, also those that are made anew at each
+    step; with ``disk``, ``pool`` or a new ``where`` function keep one context and enter it again.
     """
-    if tier not in ("host", "disk"):
-        raise ConfigError(f"tier={tier!r} is not known; choose 'host' or 'disk'")
+    if tier not in get_args(Tier):
+        raise ConfigError(f"tier={tier!r} is not known; choose 'auto', 'host' or 'disk'")
     if tier == "host" and (directory is not None or disk is not None or write_limit is not None):
-        raise ConfigError("directory, disk and write_limit need tier='disk'")
-    if tier == "disk" and (directory is None) == (disk is None):
+        raise ConfigError("directory, disk and write_limit need tier='auto' or tier='disk'")
+    if directory is not None and disk is not None:
+        raise ConfigError("give either directory= or disk=, not both")
+    if tier == "disk" and directory is None and disk is None:
         raise ConfigError("tier='disk' needs either directory= or disk=")
-    if disk is not None and write_limit is not None:
+    if tier == "disk" and host_budget is not None:
+        raise ConfigError("tier='disk' keeps nothing in host memory; host_budget needs tier='auto'")
+    if write_limit is not None and directory is None:
         raise ConfigError("write_limit goes with directory=; give it to the DiskStore instead")
     if disk is not None and not isinstance(disk, DiskStore):
         raise ConfigError(f"disk must be a DiskStore, not {disk!r}; folders go to directory=")
+    if pool is not None and not isinstance(pool, HostPool):
+        raise ConfigError(f"pool must be a HostPool, not {pool!r}; budgets go to host_budget=")
     if model is not None and not isinstance(model, nn.Module):
         raise ConfigError(f"model must be a torch.nn.Module, not {model!r}")
+    if where is not None and not callable(where):
+        raise ConfigError(f"where must be a function of a tensor, not {where!r}")
+    if codec is not None and codec not in get_args(Codec):
+        raise ConfigError(f"codec={codec!r} is not known; choose 'bfloat16' or 'blockwise8'")
     options = EngineOptions(
         min_bytes=parse_bytes(min_bytes, name="min_bytes"),
-        prefetch_bytes=None if prefetch is None else parse_bytes(prefetch, name="prefetch"),
-        inflight_bytes=None if inflight is None else parse_bytes(inflight, name="inflight"),
+        host_bytes=0 if tier == "disk" else _bytes(host_budget, "host_budget"),
+        keep_bytes=_bytes(keep_on_device, "keep_on_device"),
+        in_flight_bytes=_bytes(in_flight_max, "in_flight_max"),
+        prefetch_bytes=_bytes(prefetch, "prefetch"),
+        codec=codec,
     )
-    host_limit = None
-    if host is not None and not isinstance(host, HostPool):
-        host_limit = parse_bytes(host, name="host")
     folders = None if directory is None else _folders(directory)
-    limit = None if write_limit is None else parse_bytes(write_limit, name="write_limit")
+    limit = _bytes(write_limit, "write_limit")
     if not enabled():
         return OffloadedActivations(None, None)
-    if folders is not None:
-        disk = _store(folders, limit)
-    return OffloadedActivations(
-        ActivationEngine(options, _pool_source(host, host_limit), disk), model
-    )
+
+    def make() -> ActivationEngine:
+        store = disk if folders is None else _store(folders, limit)
+        return ActivationEngine(options, functools.partial(_pool, pool), store, where)
+
+    # What the user gave is not kept alive for a context that may never come.
+    is_ours = disk is None and pool is None and where is None
+    engine = _engines.get((options, folders, limit, disk, pool, where), make, is_kept=is_ours)
+    return OffloadedActivations(engine, model)
 
 
-def _pool_source(host: int | str | HostPool | None, limit_bytes: int | None) -> PoolSource:
-    """Gives the pool when the first tensor is offloaded, and holds it as long as the context."""
-    held: list[HostPool] = [host] if isinstance(host, HostPool) else []
-
-    def pool() -> HostPool:
-        if held:
-            return held[0]
-        if limit_bytes is None:
-            return host_pool()  # Which knows of forks.
-        held.append(_pools.get(limit_bytes, functools.partial(_make_pool, limit_bytes)))
-        return held[-1]
-
-    return pool
+def _bytes(given: Size | None, name: str) -> int | None:
+    return None if given is None else parse_bytes(given, name=name)
 
 
-def _make_pool(limit_bytes: int) -> HostPool:
-    return HostPool(limit_bytes=limit_bytes, device=torch.cuda.current_device())
+def _pool(given: HostPool | None) -> HostPool:
+    return host_pool() if given is None else given  # Which knows of forks.
 
 
 def _folders(directory: Folders) -> tuple[str, ...]:

@@ -1,82 +1,75 @@
-"""What stands for a saved tensor while its bytes are off the device.
+"""What stands for a saved tensor while its bytes are off the device, or may leave it.
 
 Note [Identity of saved bytes]
 ------------------------------
 Views and aliases of one storage share one copy. A storage is known by the address of its
-StorageImpl *while a weak reference to it is held*: the weak reference keeps that address from being
-given to another storage, though not the device memory from being freed. Which bytes the storage
-held is told by the version counter, of which one storage can have several: each ``.data`` makes an
-alias with a counter of its own, at zero. A counter is held without its tensor by an alias whose
-data was replaced by an empty tensor: it shares the counter and keeps no device memory. A write
-through ``.data`` moves no counter; autograd does not see it either.
+StorageImpl *while a reference to it is held*, be it weak: that keeps the address from being given
+to another storage, though a weak one does not keep the device memory from being freed. Which bytes
+the storage held is told by the version counter, of which one storage can have several: each
+``.data`` makes an alias with a counter of its own, at zero. A counter is held without its tensor by
+an alias whose data was replaced by an empty tensor: it shares the counter and keeps no device
+memory. A write through ``.data`` moves no counter; autograd does not see it either.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from spillover._core import DiskPayload, HostBuffer, Ticket
+if TYPE_CHECKING:
+    from spillover import _core
+    from spillover.hooks._activation_codec import Encoding
+    from spillover.hooks._activation_device import ActivationDevice, Arrival, Counters
+    from spillover.hooks._activation_order import Round
 
-# Allocators align to this, and kernels choose their vector width by it: a range that is copied
-# starts at a multiple, so that a restored tensor is aligned as the original was.
-_ALIGNMENT = 512
+#: Allocators align to this, and kernels choose their vector width by it: a range that is copied
+#: starts at a multiple, so that a restored tensor is aligned as the original was.
+ALIGNMENT = 512
 
-
-@dataclass(frozen=True, slots=True)
-class ByteRange:
-    """Bytes ``start`` to ``end`` of a storage."""
-
-    start: int
-    end: int
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the range."""
-        return self.end - self.start
-
-    def contains(self, other: ByteRange) -> bool:
-        """Whether all of ``other`` lies inside."""
-        return self.start <= other.start and other.end <= self.end
+_empties: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
-def covering_range(tensor: torch.Tensor) -> ByteRange:
-    """The least range of the storage that holds every element of a strided, non-empty tensor."""
+def covering_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """The least range of bytes of the storage that holds every element of a non-empty tensor."""
+    item = tensor.element_size()
+    start = int(tensor.storage_offset()) * item
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
     last = sum(
         (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-    first = int(tensor.storage_offset())
-    item = tensor.element_size()
-    return ByteRange(first * item, (first + last + 1) * item)
+    return start, start + (int(last) + 1) * item
 
 
-def range_to_copy(wanted: ByteRange, storage_bytes: int) -> ByteRange:
-    """What to copy for a tensor that covers ``wanted``.
+def range_to_copy(start: int, end: int, storage_bytes: int) -> tuple[int, int]:
+    """What to copy for a tensor that covers ``start`` to ``end``.
 
     The whole storage if the tensor spans half of it or more, as the chunks of a fused projection
     do: they interleave, and their siblings are saved next. Otherwise only what is needed.
     """
-    if 2 * wanted.size_bytes >= storage_bytes:
-        return ByteRange(0, storage_bytes)
-    return ByteRange(wanted.start // _ALIGNMENT * _ALIGNMENT, wanted.end)
+    if 2 * (end - start) >= storage_bytes:
+        return 0, storage_bytes
+    return start // ALIGNMENT * ALIGNMENT, end
 
 
-def hold_counter(tensor: torch.Tensor) -> torch.Tensor:
-    """An empty tensor that shares the version counter of ``tensor``, but not its memory."""
-    counter = tensor.detach()
-    counter.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return counter
+def forget_data(tensor: torch.Tensor) -> None:
+    """Have ``tensor`` share its version counter still, but no memory."""
+    key = tensor.dtype, tensor.device
+    empty = _empties.get(key)
+    if empty is None:
+        empty = _empties[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    tensor.data = empty
 
 
 def share_counter(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether two tensors have one version counter, rather than two at the same number.
 
     Torch does not tell which counter a tensor has, so the first one is moved for a moment. Callers
-    hold the transfers' lock, so that no other thread's answer is disturbed.
+    hold the activations' lock, so that no other thread's answer is disturbed.
     """
     version = second._version
     if first._version != version:
@@ -86,85 +79,129 @@ def share_counter(first: torch.Tensor, second: torch.Tensor) -> bool:
         return bool(second._version != version)
 
 
-@dataclass(eq=False, slots=True)
-class HostBlock:
-    """Pinned bytes, as the buffer that the disk store takes and the tensor that torch copies."""
-
-    buffer: HostBuffer
-    tensor: torch.Tensor
-
-
-@dataclass(eq=False)
 class SavedCopy:
-    """One range of one storage, offloaded. It lives as long as a SavedView of it does.
+    """One range of one storage. It lives as long as a SavedView of it does.
 
-    All fields are guarded by the lock of the module ``_saved_transfers``. Where the bytes are:
+    All fields are guarded by the activations' lock. Where the bytes are, any of:
 
-    - ``source`` set: still on the device, where they were saved; the copy-out is under way.
-    - ``block`` set: in pinned memory once ``left`` has happened. For the disk tier only until
-      ``writing`` is done.
-    - ``payload`` set and ``writing`` not: on disk.
-    - ``flat`` set: on the device again, once ``arrived`` has happened.
+    - ``storage`` set: on the device, where they were saved, or encoded. They stay there
+      (``device_bytes`` counts as kept), or are about to leave with the device's next batch.
+    - ``payload`` set: with the transfer engine, once ``left`` is over. Until then ``leaving`` may
+      still give the storage.
+    - ``arrival`` set: on the device again, once the arrival is over.
 
-    Invariant: at least one of source, block and payload is set.
+    Invariant: storage or payload is set.
     """
 
-    storage: StorageWeakRef
-    data_pointer: int
-    version: int
-    counter: torch.Tensor
-    extent: ByteRange
-    device: torch.device
-    home: torch.cuda.Stream
-    produced: torch.cuda.Event
-    left: torch.cuda.Event
-    dead: deque[StorageWeakRef]
-    source: torch.Tensor | None = None
-    block: HostBlock | None = None
-    payload: DiskPayload | None = None
-    writing: Ticket | None = None
-    reading: tuple[Ticket, HostBlock] | None = None
-    flat: torch.Tensor | None = None
-    flat_home: torch.cuda.Stream | None = None
-    arrived: torch.cuda.Event | None = None
-    views: list[weakref.ref[SavedView]] = field(default_factory=list)
+    __slots__ = (
+        "__weakref__",
+        "address",
+        "arrival",
+        "arrival_offset",
+        "counted_bytes",
+        "counter",
+        "counters",
+        "data_pointer",
+        "device",
+        "encoding",
+        "end",
+        "identity",
+        "is_kept",
+        "leaving",
+        "next_use",
+        "payload",
+        "size_bytes",
+        "start",
+        "storage",
+        "stream",
+        "version",
+        "views",
+    )
 
-    def is_current(self, tensor: torch.Tensor) -> bool:
+    def __init__(
+        self,
+        device: ActivationDevice,
+        counters: Counters,
+        tensor: torch.Tensor,
+        storage: torch.UntypedStorage,
+        start: int,
+        end: int,
+        stream: int,
+    ) -> None:
+        self.device = device
+        self.counters = counters  # Of the context that saved it.
+        self.identity: StorageWeakRef = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        self.address = storage._cdata
+        self.data_pointer = storage.data_ptr()
+        self.version = tensor._version
+        #: Shares the version counter of what was saved, and its memory as long as that is held.
+        self.counter = tensor.detach()
+        self.start, self.end = start, end
+        self.size_bytes = end - start
+        self.stream = stream  # On which they were produced.
+        self.storage: torch.UntypedStorage | None = storage
+        self.encoding: Encoding | None = None
+        self.next_use = 0
+        self.leaving: weakref.ref[torch.UntypedStorage] | None = None
+        self.payload: _core.Payload | None = None
+        self.arrival: Arrival | None = None
+        self.arrival_offset = 0
+        #: What of it the device's figures count as waiting for backward.
+        self.counted_bytes = 0
+        self.is_kept = False  # As what never left.
+        self.views: list[weakref.ref[SavedView]] = []
+
+    def is_current(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
         """Whether the copy holds what ``tensor``, a tensor over the same storage, holds now."""
         return (
             self.version == tensor._version == self.counter._version
-            and self.data_pointer == tensor.untyped_storage().data_ptr()
+            and self.data_pointer == storage.data_ptr()
             and share_counter(self.counter, tensor)
         )
 
-    def drop_flat(self) -> None:
-        """Let go of the bytes that came back; its allocating stream first waits for the copy."""
-        if self.flat is not None and self.flat_home is not None and self.arrived is not None:
-            self.flat_home.wait_event(self.arrived)
-        self.flat = None
-        self.flat_home = None
-        self.arrived = None
-
     def __del__(self) -> None:
-        # May run on any thread, and while that thread holds the lock: so no lock is taken. The weak
-        # reference lives on in the queue until the engine has forgotten the storage's address.
-        self.drop_flat()
-        self.dead.append(self.storage)
+        # May run on any thread, and while that thread holds the lock: so no lock is taken.
+        if self.counted_bytes:
+            self.device.ended.append((self.counted_bytes, self.is_kept))
+        if self.storage is None and self.arrival is None:
+            self.counters.ended_away.append(self.size_bytes)
 
 
-@dataclass(eq=False)
 class SavedView:
-    """What autograd holds for an offloaded tensor: which part of which copy it is."""
+    """What autograd holds for an offloaded tensor: which part of which copy it is.
 
-    copy: SavedCopy
-    position: int
-    version: int
-    counter: torch.Tensor
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-    storage_offset: int
-    served_in: int = 0
+    ``is_whole``: the copy was made for it, so that the counter's memory is what was saved.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "copy",
+        "counter",
+        "dtype",
+        "index",
+        "is_whole",
+        "round",
+        "served_in",
+        "shape",
+        "storage_offset",
+        "stride",
+        "version",
+    )
+
+    def __init__(
+        self, copy: SavedCopy, tensor: torch.Tensor, round_: Round, *, is_whole: bool
+    ) -> None:
+        self.copy = copy
+        self.version = copy.version
+        self.counter = copy.counter
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.stride = tensor.stride()
+        self.storage_offset = tensor.storage_offset()
+        self.round = round_
+        self.index = 0
+        self.is_whole = is_whole
+        self.served_in = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -190,7 +227,7 @@ def check_version(counter: torch.Tensor, shape: torch.Size, expected: int) -> No
     Parameters
     ----------
     counter
-        The tensor, or what ``hold_counter`` made of it.
+        The tensor, or one that shares its version counter.
     shape
         Of the saved tensor.
     expected

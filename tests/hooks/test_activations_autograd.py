@@ -1,0 +1,349 @@
+"""What programs do with autograd graphs, under activation offloading: the bits of the plain run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from activation_contexts import (
+    BUDGETS,
+    TIGHT,
+    Context,
+    check_equal,
+    offloaded_bytes,
+    offloaded_tensors,
+    offloading,
+    on_host,
+    settle,
+)
+from activation_models import assert_same, gradients, gradients_of, make_gpt, make_leaf, make_mlp
+from torch import nn
+
+
+@pytest.fixture(params=BUDGETS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return BUDGETS[request.param]
+
+
+# ---- which part of a graph runs, and how often ----
+
+
+def test_backward_of_part_of_the_outputs(options: dict[str, Any]) -> None:
+    model = make_mlp()
+
+    def run(context: Context) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            hidden = model[:4](x * 1)
+            first, second = model[4:](hidden).tanh(), hidden.exp().sin()
+        first.sum().backward(retain_graph=True)
+        found = on_host(x.grad, *gradients_of(model))
+        second.mean().backward()
+        return found + on_host(x.grad, *gradients_of(model))
+
+    check_equal(run, steps=3, **options)
+
+
+def test_inputs_of_backward_are_named(options: dict[str, Any]) -> None:
+    model = make_mlp()
+
+    def run(context: Context) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            value = model(x * 1).square().mean()
+        value.backward(inputs=[model[6].weight, model[2].bias], retain_graph=True)
+        (only,) = torch.autograd.grad(value, x, retain_graph=True)
+        value.backward(inputs=[model[0].weight])
+        return on_host(only, *gradients_of(model))
+
+    check_equal(run, steps=2, **options)
+
+
+def test_retained_graphs_run_many_times(options: dict[str, Any]) -> None:
+    model = make_mlp()
+
+    def run(context: Context) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            out = model(x * 1)
+        rows = [
+            torch.autograd.grad(out[index].sum(), x, retain_graph=True)[0] for index in (0, 17, 3)
+        ]
+        batched = torch.autograd.grad(
+            out,
+            x,
+            torch.eye(3, 48, device="cuda").unsqueeze(-1).expand(-1, -1, 64).contiguous(),
+            is_grads_batched=True,
+        )
+        return on_host(*rows, *batched)
+
+    check_equal(run, **options)
+
+
+def test_double_backward_through_what_left(options: dict[str, Any]) -> None:
+    """A gradient penalty: backward saves tensors of its own, inside of the context and outside."""
+    model = make_mlp(depth=2)
+
+    def run(context: Context, *, inside: bool) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            value = model(x * 1).tanh().square().sum()
+            if inside:
+                (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        if not inside:
+            (slope,) = torch.autograd.grad(value, x, create_graph=True)
+        (value + slope.square().sum() + slope.sin().mean()).backward()
+        return on_host(slope, x.grad, *gradients_of(model))
+
+    for inside in (True, False):
+        check_equal(lambda context, inside=inside: run(context, inside=inside), steps=2, **options)
+
+
+def test_several_forwards_before_their_backwards(options: dict[str, Any]) -> None:
+    """As a pipeline's stages do: first in, first out; last in, first out; and mixed."""
+    model = make_mlp()
+
+    def run(context: Context) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for order in ([0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2]):
+            model.zero_grad()
+            leaves = [make_leaf(seed=seed) for seed in range(4)]
+            values = []
+            for leaf in leaves:
+                with context:
+                    values.append(model(leaf * 1).square().mean())
+            for index in order:
+                values[index].backward()
+            found += on_host(*(leaf.grad for leaf in leaves), *gradients_of(model))
+        return found
+
+    check_equal(run, **options)
+
+
+def test_one_forward_one_backward_pipeline(options: dict[str, Any]) -> None:
+    """Stages pass detached tensors on; forwards of later micro-batches go between backwards."""
+    stages = [make_mlp(depth=2), make_mlp(depth=1)]
+
+    def run(context: Context) -> list[torch.Tensor]:
+        for stage in stages:
+            stage.zero_grad()
+        flying: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        leaves = [make_leaf(seed=seed) for seed in range(5)]
+
+        def backward() -> None:
+            sent, received, value = flying.pop(0)
+            value.backward()
+            sent.backward(received.grad)
+
+        for leaf in leaves:
+            with context:
+                sent = stages[0](leaf * 1)
+                received = sent.detach().requires_grad_()
+                flying.append((sent, received, stages[1](received * 1).square().mean()))
+            if len(flying) == 3:
+                backward()
+        while flying:
+            backward()
+        grads = [p for stage in stages for p in gradients_of(stage)]
+        return on_host(*(leaf.grad for leaf in leaves), *grads)
+
+    check_equal(run, steps=2, **options)
+
+
+def test_unused_branches_and_steps_that_differ(options: dict[str, Any]) -> None:
+    """Each step takes other branches than the recorded one; the next is as fast as ever."""
+    model = make_mlp(depth=6)
+
+    def run(context: Context) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for step in range(6):
+            model.zero_grad()
+            x = make_leaf(24 + 8 * (step % 3))
+            with context:
+                hidden = x * 1
+                for index, layer in enumerate(model):
+                    if (step + index) % 4:
+                        hidden = layer(hidden)
+                    else:
+                        _ = layer(hidden).exp().square()
+                value = hidden.square().mean() + (hidden.sin().sum() if step % 2 else 0)
+            if step != 4:
+                value.backward()
+            found += on_host(x.grad, *gradients_of(model))
+        return found
+
+    check_equal(run, **options)
+
+
+# ---- exceptions ----
+
+
+def test_an_exception_in_forward(options: dict[str, Any]) -> None:
+    model = make_gpt(depth=2)
+    x = torch.randn(2, 8, 32, device="cuda")
+    expected = gradients(model, x)
+    context = offloading(**options)
+    for _ in range(3):
+        hook = model[1].mlp[0].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), context:
+            model(x * 1)
+        hook.remove()
+        assert_same(gradients(model, x, context), expected)
+    settle()
+    before = torch.cuda.memory_allocated()
+    with contextlib.suppress(ZeroDivisionError), context:
+        model(x * 1)
+        raise ZeroDivisionError
+    settle()
+    assert torch.cuda.memory_allocated() <= before
+
+
+class Failing(torch.autograd.Function):
+    """Backward raises, once asked to."""
+
+    fails = False
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        if Failing.fails:
+            raise ZeroDivisionError
+        return gradient * 2 + 0 * x
+
+
+def test_an_exception_in_backward(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a graph that is kept and used again, and on one that is thrown away."""
+    model = make_mlp()
+
+    def run(context: Context) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            value = model[4:](Failing.apply(model[:4](x * 1))).square().mean()
+            thrown_away = model(Failing.apply(x * 2)).sum()
+        monkeypatch.setattr(Failing, "fails", True)
+        for graph in (thrown_away, value, value):
+            with pytest.raises(ZeroDivisionError):
+                graph.backward(retain_graph=graph is value)
+        monkeypatch.setattr(Failing, "fails", False)
+        model.zero_grad()
+        value.backward()
+        return on_host(x.grad, *gradients_of(model))
+
+    check_equal(run, steps=2, **options)
+
+
+def test_a_second_backward_raises_as_torch_does() -> None:
+    def message(context: Context) -> str:
+        with context:
+            value = make_mlp(depth=1)(make_leaf() * 1).sum()
+        value.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time") as error:
+            value.backward()
+        return str(error.value)
+
+    assert message(offloading()) == message(contextlib.nullcontext())
+
+
+# ---- how the context is used ----
+
+
+def test_nested_contexts_of_different_options(options: dict[str, Any]) -> None:
+    model = make_mlp()
+    outer, inner = offloading(**options), offloading(**TIGHT)
+
+    def run(context: Context, within: Context) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        with context:
+            hidden = model[:2](x * 1)
+            with within:
+                hidden = model[2:4](hidden)
+                with context:
+                    hidden = model[4:6](hidden)
+            value = model[6:](hidden).square().mean()
+        value.backward()
+        return on_host(x.grad, *gradients_of(model))
+
+    expected = run(contextlib.nullcontext(), contextlib.nullcontext())
+    assert_same(run(outer, inner), expected)
+    assert_same(run(outer, outer), expected)
+    assert offloaded_bytes(inner) > 0
+    assert offloaded_bytes(outer) > offloaded_bytes(inner)
+
+
+def test_contexts_are_closed_in_another_order() -> None:
+    """Context managers that live in generators or exit stacks may end so."""
+    model, x = make_mlp(), make_leaf()
+    expected = gradients(model, x)
+    context = offloading(**TIGHT)
+
+    def stages() -> Iterator[torch.Tensor]:
+        hidden = yield
+        with context:
+            for start in range(0, len(model), 2):
+                hidden = yield model[start : start + 2](hidden)
+
+    def run(value: torch.Tensor) -> torch.Tensor:
+        walk = stages()
+        next(walk)
+        for _ in range(4):
+            value = walk.send(value)
+        walk.close()
+        return value
+
+    wrapper = nn.Module()
+    wrapper.inner = model
+    wrapper.forward = run
+    assert_same(gradients(wrapper, x), expected)
+    assert offloaded_tensors(context) > 0
+    before = offloaded_tensors(context)
+    gradients(model, x)
+    assert offloaded_tensors(context) == before, "the generator's context is still open"
+
+
+def test_a_decorated_generator_and_a_decorated_method(options: dict[str, Any]) -> None:
+    model = make_mlp()
+    context = offloading(**options)
+
+    class Trainer:
+        @context
+        def loss(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+            return model(x * 1).square().mean() * scale
+
+    def run(loss: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        loss(x, scale=2.0).backward()
+        return on_host(x.grad, *gradients_of(model))
+
+    expected = run(lambda x, scale: model(x * 1).square().mean() * scale)
+    assert_same(run(Trainer().loss), expected)
+    assert offloaded_bytes(context) > 0
+
+
+def test_no_grad_and_inference_save_nothing() -> None:
+    model, x = make_mlp(), make_leaf()
+    context = offloading()
+    with context, torch.no_grad():
+        model(x * 1)
+    with context, torch.inference_mode():
+        model(x * 1)
+    assert offloaded_tensors(context) == 0
+    with torch.inference_mode():
+        constant = torch.randn(48, 64, device="cuda")
+    with context:
+        value = (constant.clone() * x.exp()).sum()
+    value.backward()
