@@ -1,4 +1,4 @@
-"""What the hooks cost the host: saving many small tensors and getting them back.
+"""What the hooks cost the processor: saving many small tensors and getting them back.
 
 In a process of its own, on the machine's device where there is one, else on an emulated one. Each
 round saves new tensors in one autograd function, and its backward reads all of them.
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import _harness
-from benchmarks._activations import offloading
 from benchmarks._dry.simulation import run_module
 
 _TENSORS = 256
@@ -39,8 +38,8 @@ def measure(*, quick: bool) -> tuple[dict[str, float], dict[str, Any], list[str]
         metrics,
         details,
         [
-            f"hook_us_per_tensor: wall time of saving {_TENSORS} tensors of 4, 16 and 64 KiB and "
-            "getting them back, median of rounds in turns; save_on_cpu is the faster of pinned "
+            f"hook_us_per_tensor: processor time of saving {_TENSORS} tensors of 4, 16 and 64 KiB "
+            "and getting them back, median of rounds in turns; save_on_cpu is the faster of pinned "
             f"and pageable memory (here {peer}); hook_ratio: ours over it in the same round"
         ],
     )
@@ -52,6 +51,8 @@ def _main(rounds: int) -> None:
     if not _core.driver_available():
         emulator.enable(vram="1GiB", schedule="eager", poison=False, hazards="off")
     import torch
+
+    import spillover
 
     class _Saves(torch.autograd.Function):
         @staticmethod
@@ -65,7 +66,7 @@ def _main(rounds: int) -> None:
             return gradient, None
 
     came_back: list[tuple[torch.Tensor, ...]] = []
-    offloaded = offloading.offload_activations(min_bytes=0, keep_on_device=0)
+    offloaded = spillover.offload_activations(min_bytes=0, keep_on_device=0)
     contexts: dict[str, Callable[[], Any]] = {
         "ours": lambda: offloaded,
         "save_on_cpu_pinned": lambda: torch.autograd.graph.save_on_cpu(pin_memory=True),
@@ -81,16 +82,16 @@ def _main(rounds: int) -> None:
                 for i in range(_TENSORS)
             ]
             torch.cuda.synchronize()
-            begin = time.perf_counter()
+            begin = time.process_time()
             with contexts[name]():
                 y = _Saves.apply(x, tensors)
-            saved_s = time.perf_counter() - begin
+            saved_s = time.process_time() - begin
             torch.cuda.synchronize()
             wanted = [tensor[0].item() for tensor in tensors]
             del tensors
-            begin = time.perf_counter()
+            begin = time.process_time()
             y.backward()
-            total_s = saved_s + time.perf_counter() - begin
+            total_s = saved_s + time.process_time() - begin
             torch.cuda.synchronize()
             assert [tensor[-1].item() for tensor in came_back.pop()] == wanted
             if number >= 0:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks import _harness
-from benchmarks._activations import offloading
 from benchmarks._dry.large import SHAPES
 from benchmarks._dry.simulation import make_llama
 
@@ -174,10 +173,12 @@ def _give_up(parameter: Any) -> None:
 def _context(way: str, model: Any) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     import torch
 
+    import spillover
+
     if way == "save_on_cpu":
         return lambda: torch.autograd.graph.save_on_cpu(pin_memory=True)
     if way == "ours":
-        made = offloading.offload_activations(model=model)
+        made = spillover.offload_activations(model=model)
         return lambda: made
     return contextlib.nullcontext
 
