@@ -11,6 +11,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPECTED = {
+    "activations": {
+        "peak_fraction.ours_host",
+        "peak_fraction.ours_disk",
+        "peak_fraction.save_on_cpu",
+        "peak_fraction.torchtune_style",
+        "peak_step_ms.plain",
+        "peak_step_ms.ours_host",
+        "hook_us_per_tensor.ours",
+        "hook_us_per_tensor.save_on_cpu",
+        "hook_ratio",
+        "host_pool_hit_rate",
+        "simulated_slowdown.rtx4090_4k.ours",
+        "simulated_slowdown.rtx4090_4k.save_on_cpu",
+        "simulated_slowdown.rtx4090_4k.checkpoint",
+        "simulated_over_bound.rtx4090_4k",
+        "simulated_bound_over_plain.rtx4090_4k",
+    },
     "allocator": {
         "utilisation.diffusion_unet.ours",
         "utilisation_mean.expandable",

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks import _harness
 from benchmarks._dry.large import SHAPES
+from benchmarks._dry.simulation import make_llama, reason_of, run_module
 
 PROFILES = ("h100-pcie", "rtx4090")
 #: Plain training, and PyTorch's and torchao's ways of offloading activations, the optimizer, and
@@ -37,7 +36,7 @@ def measure(*, quick: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
         plain_s = found["plain"]["step_time_s"]
         for way, result in found.items():
             if "error" in result:
-                notes.append(f"simulated_slowdown.{profile}.{way}: {result['error']}")
+                notes.append(f"simulated_slowdown.{profile}.{way}: {reason_of(result)}")
                 continue
             metrics[f"simulated_step_ms.{profile}.{way}"] = result["step_time_s"] * 1e3
             if way != "plain":
@@ -47,16 +46,7 @@ def measure(*, quick: bool) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
 
 
 def _run(way: str, shape: str, profile: str) -> dict[str, Any]:
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks._clock.offloading", way, shape, profile],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["it failed"])[-1]
-        return {"error": f"{reason} (make bench-peers installs peers)"}
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    return run_module("benchmarks._clock.offloading", way, shape, profile)
 
 
 def _optimizer(way: str, parameters: Iterable[Any]) -> Any:
@@ -75,13 +65,8 @@ def _train(way: str, shape: str) -> None:
 
     from benchmarks._dry import models
 
-    width, heads, layers, vocabulary = SHAPES[shape]
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = models.LanguageModel(
-            vocabulary=vocabulary, width=width, heads=heads, layers=layers, llama=True
-        )
-    torch.set_default_dtype(torch.float32)
+    vocabulary = SHAPES[shape][3]
+    model = make_llama(shape, torch.bfloat16)
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     if way == "save_on_cpu":
         context = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True)

@@ -112,6 +112,10 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
         """(batch, length) tokens to (batch, length, vocabulary) scores."""
+        return self.head(self.hidden(tokens, caches))
+
+    def hidden(self, tokens: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
+        """(batch, length) tokens to the head's input, (batch, length, width)."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
@@ -120,7 +124,7 @@ class LanguageModel(nn.Module):
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x, True, None if caches is None else caches[index])
-        return self.head(self.norm(x))
+        return self.norm(x)
 
 
 class LowRank(nn.Module):

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import _harness
 from benchmarks._dry.large import SHAPES
+from benchmarks._dry.simulation import busy_ns, make_llama, reason_of, run_module
 
 PROFILES = ("h100-pcie", "rtx4090")
 ACCUMULATIONS = (1, 8)
@@ -57,7 +55,7 @@ def _measure(
             plain_s = found["no_offload"]["step_time_s"]
             for way, result in found.items():
                 if "error" in result:
-                    notes.append(f"simulated_step_ms.{case}.{way}: {result['error']}")
+                    notes.append(f"simulated_step_ms.{case}.{way}: {reason_of(result)}")
                     continue
                 step_s = result["step_time_s"]
                 metrics[f"simulated_step_ms.{case}.{way}"] = step_s * 1e3
@@ -98,26 +96,7 @@ def bound_ns(compute: dict[str, Any], profile: str, accumulation: int) -> int:
 
 
 def _run(way: str, shape: str, profile: str, accumulation: int) -> dict[str, Any]:
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "benchmarks._optimizer.simulated",
-            way,
-            shape,
-            profile,
-            str(accumulation),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        # The machine that is simulated has it; memory without bytes takes none here.
-        env={**os.environ, "SPILLOVER_HOST_LIMIT": "512GiB"},
-    )
-    if result.returncode != 0:
-        reason = (result.stderr.strip().splitlines() or ["it failed"])[-1]
-        return {"error": f"{reason} (make bench-peers installs peers)"}
-    return dict(json.loads(result.stdout.splitlines()[-1]))
+    return run_module("benchmarks._optimizer.simulated", way, shape, profile, str(accumulation))
 
 
 def _optimizer(way: str, model: Any) -> tuple[Any, Callable[..., Any] | None]:
@@ -160,26 +139,6 @@ def _prepared(way: str, model: Any) -> Iterator[Any]:
         yield contextlib.nullcontext
 
 
-def _model(shape: str, dtype: Any) -> Any:
-    import torch
-
-    from benchmarks._dry import models
-
-    width, heads, layers, vocabulary = SHAPES[shape]
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
-        model = models.LanguageModel(
-            vocabulary=vocabulary,
-            width=width,
-            heads=heads,
-            layers=layers,
-            llama=True,
-            checkpoint=True,
-        )
-    torch.set_default_dtype(torch.float32)
-    return model
-
-
 def _loss(shape: str, model: Any) -> Any:
     import torch
     import torch.nn.functional as F
@@ -201,7 +160,8 @@ def _train(way: str, shape: str, accumulation: int) -> int:
 
     ends: list[int] = []
     is_wide = way in ("torchao_fp32", "fsdp2_cpu_offload")
-    model = _model(shape, torch.float32 if is_wide else torch.bfloat16)
+    dtype = torch.float32 if is_wide else torch.bfloat16
+    model = make_llama(shape, dtype, checkpoint=True)
     with _prepared(way, model) as context:
         optimizer, clip = _optimizer(way, model)
         for _ in range(_STEPS):
@@ -224,24 +184,17 @@ def _compute(shape: str) -> dict[str, Any]:
     """Kernels' time of one forward and one backward pass, nothing offloaded."""
     import torch
 
-    model = _model(shape, torch.bfloat16)
-    times = [_busy_ns()]
+    model = make_llama(shape, torch.bfloat16, checkpoint=True)
+    times = [busy_ns()]
     for _ in range(2):
         loss = _loss(shape, model)
-        times.append(_busy_ns())
+        times.append(busy_ns())
         loss.backward()
-        times.append(_busy_ns())
+        times.append(busy_ns())
         model.zero_grad()
     count = sum(parameter.numel() for parameter in model.parameters())
     forward_ns, backward_ns = times[3] - times[2], times[4] - times[3]
     return {"forward_ns": forward_ns, "backward_ns": backward_ns, "parameters": count}
-
-
-def _busy_ns() -> int:
-    from spillover import emulator
-
-    resources = emulator.clock_report().resources
-    return sum(use.busy_ns for use in resources if use.name == "compute")
 
 
 def _main(way: str, shape: str, profile: str, accumulation: int) -> None:

@@ -3,13 +3,13 @@
 #include <chrono>
 #include <exception>
 #include <set>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "allocator/pool.hpp"
 #include "allocator/statistics.hpp"
 #include "base/error.hpp"
+#include "base/pause.hpp"
 #include "driver/device.hpp"
 #include "trace/span.hpp"
 
@@ -144,7 +144,7 @@ std::optional<Block*> Pool::poll_until_fit(Lock& lock, const Request& request) {
     if (!has_marks && !pending_.has_marked()) return nullptr;
     if (Clock::now() >= deadline) return std::nullopt;
     lock.unlock();
-    std::this_thread::sleep_for(pause);
+    pause_for(pause);
     lock.lock();
     empty_magazines();
     pause = std::min(2 * pause, kPauseMax);

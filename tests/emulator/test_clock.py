@@ -248,6 +248,34 @@ def test_our_disk_and_optimizer_take_virtual_time(tmp_path: Path) -> None:
     assert found["hazards"] == []
 
 
+def test_our_allocators_wait_for_memory_takes_virtual_time() -> None:
+    """What another stream uses is asked for again and again; between the questions time passes."""
+    found = run_clocked(
+        """
+        import spillover
+        spillover.allocator.install()
+        side = torch.cuda.Stream()
+        used = torch.empty(768 << 20, dtype=torch.uint8, device="cuda")
+        with torch.cuda.stream(side):
+            for _ in range(100):
+                used.add_(1)
+            used.record_stream(side)
+        del used
+        with emulator.faults():
+            before = emulator.now_ns()
+            torch.empty(768 << 20, dtype=torch.uint8, device="cuda")
+            waited_ms = (emulator.now_ns() - before) / 1e6
+            asked = emulator.calls()["cuEventQuery"]
+        print(json.dumps({"asked": asked, "waited_ms": waited_ms, "is_done": side.query()}))
+        """,
+        dry=True,
+    )
+    assert found["is_done"]
+    assert found["waited_ms"] > 100  # type: ignore[operator]
+    # Each question is followed by a pause of a millisecond, but for the first few.
+    assert 3 < found["asked"] < found["waited_ms"], found  # type: ignore[operator]
+
+
 def test_our_commits_take_virtual_time(tmp_path: Path) -> None:
     found = run_clocked(
         """

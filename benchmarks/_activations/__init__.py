@@ -1,0 +1,1 @@
+"""Parts of the activations benchmark: one module a metric."""
