@@ -36,7 +36,11 @@ if TYPE_CHECKING:
     from spillover._host import HostPool
     from spillover._statistics import stats
     from spillover._transfer import TransferEngine
-    from spillover.hooks import offload_activations, stream_parameters
+    from spillover.hooks import (
+        offload_activations,
+        offload_activations_of,
+        stream_parameters,
+    )
 
 __version__ = "0.1.0"
 
@@ -60,6 +64,7 @@ __all__ = [
     "allocator",
     "emulator",
     "offload_activations",
+    "offload_activations_of",
     "optim",
     "planner",
     "stats",
@@ -75,6 +80,7 @@ _LAZY_NAMES = {
     "HostPool": "spillover._host",
     "TransferEngine": "spillover._transfer",
     "offload_activations": "spillover.hooks",
+    "offload_activations_of": "spillover.hooks",
     "stats": "spillover._statistics",
     "stream_parameters": "spillover.hooks",
 }

@@ -1,5 +1,6 @@
 """Hooks that move a model's tensors off the device and back in time."""
 
+from spillover.hooks._activation_modules import OffloadedModules, offload_activations_of
 from spillover.hooks._activations import (
     ActivationStats,
     OffloadedActivations,
@@ -10,8 +11,10 @@ from spillover.hooks._parameters import StreamedParameters, StreamStats, stream_
 __all__ = [
     "ActivationStats",
     "OffloadedActivations",
+    "OffloadedModules",
     "StreamStats",
     "StreamedParameters",
     "offload_activations",
+    "offload_activations_of",
     "stream_parameters",
 ]

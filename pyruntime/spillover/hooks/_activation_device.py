@@ -204,6 +204,13 @@ class ActivationDevice:
         """What is saved from now on belongs to another forward."""
         self._is_round_new = True
 
+    def begin_round_if_ended(self) -> bool:
+        """Begin another round where the present one's forward is over; whether that is so."""
+        if not self._round.has_ended():
+            return False
+        self._is_round_new = True
+        return True
+
     def add(
         self,
         counters: Counters,
@@ -340,6 +347,11 @@ class ActivationDevice:
         if batch:
             self._send(batch)
         self._make_room(0)  # What stays needs some, too.
+
+    def flush_pending(self) -> None:
+        """As :meth:`flush`, where something is about to leave."""
+        if self._pending:
+            self.flush()
 
     def _send(self, batch: list[SavedCopy]) -> None:
         groups: dict[int, list[tuple[SavedCopy, torch.UntypedStorage]]] = {}

@@ -67,6 +67,7 @@ class ActivationEngine:
         self._staying: dict[int, StorageWeakRef] = {}  # Storages of parameters and other leaves.
         self._staying_max = _STAYING_MIN
         self._devices: dict[torch.device, ActivationDevice] = {}
+        self._called: set[int] = set()  # What forward called since the round began, see below.
         self._process = os.getpid()
 
     # ---- what contexts ask for ----
@@ -77,6 +78,23 @@ class ActivationEngine:
             self._check_process()
             for device in self._devices.values():
                 device.begin_round()
+
+    def begin_round_at(self, token: int) -> bool:
+        """Forward calls what ``token`` stands for; if that is for the first time since the round
+        began, or it begins another, whether it is the latter or the first of all.
+
+        Another begins where it is called again, and backward has begun since, or the graph is gone.
+        """
+        with lock:
+            self._check_process()
+            is_first = not self._called
+            if token in self._called:
+                ended = [each for each in self._devices.values() if each.begin_round_if_ended()]
+                if ended:
+                    self._called.clear()
+                    is_first = True
+            self._called.add(token)
+            return is_first
 
     def collect(self) -> None:
         """Let what is to leave do so, and let go of what has."""
@@ -205,6 +223,12 @@ class ActivationEngine:
             return packed.tensor
         check_version(packed.counter, packed.shape, packed.version)
         return packed.copy.device.restore(packed)
+
+    def unpack_after_flush(self, packed: SavedView | KeptTensor) -> torch.Tensor:
+        """As :meth:`unpack`, where nobody flushes at the end of forward."""
+        if isinstance(packed, SavedView):
+            packed.copy.device.flush_pending()
+        return self.unpack(packed)
 
 
 #: Engines' devices in forked children: to take them apart would touch the parent's device.

@@ -22,6 +22,8 @@ from spillover.hooks._saved_storage import SavedCopy, SavedView
 _NODE_VIEWS_MAX = 16
 #: What one look ahead steps over at most, to bound its cost.
 _STEPS_MAX = 256
+#: Of so many saved tensors, or twice that, it is seen whether a graph is gone.
+_SAMPLES = 16
 #: Different steps that are remembered: a training loop may have several kinds in turn.
 _PLANS_MAX = 8
 #: Next uses of a round are below those of the next.
@@ -124,6 +126,14 @@ class Round:
         while self._tail > 0 and self.views[self._tail - 1]() is None:
             self._tail -= 1
         return self._tail == 0
+
+    def has_ended(self) -> bool:
+        """Whether backward asked for something, or half of what was saved is gone without that."""
+        if self.served:
+            return True
+        sample = self.views[:: max(1, len(self.views) // _SAMPLES)]
+        dead = sum(reference() is None for reference in sample)
+        return 0 < len(sample) <= 2 * dead
 
     def add(self, view: SavedView, size_bytes: int) -> None:
         """Note what is saved; 0 bytes for an alias of a copy that is there."""
