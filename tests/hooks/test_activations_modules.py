@@ -9,7 +9,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,8 +19,9 @@ from test_activations_memory import MIB, memory_limit
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import spillover
-from spillover import ConfigError, HostPool, StateError, offload_activations_of
+from spillover import ConfigError, StateError, offload_activations_of
+from spillover._core import HostPool
+from spillover._sources import source_stats
 from spillover.hooks import OffloadedModules
 
 
@@ -90,7 +91,7 @@ def test_what_was_learnt_is_followed() -> None:
     """From the second step on all that backward asks for has been brought ahead, but the first."""
     model, x = make_mlp(depth=12), make_leaf(512)
     expected = gradients(model, x)
-    handle = wrapped(model, pool=HostPool("64MiB"))
+    handle = wrapped(model, pool=HostPool(limit_bytes=64 * MIB))
     for _ in range(2):
         assert_same(gradients(model, x), expected)
     before = handle.stats().prefetch_misses
@@ -178,7 +179,7 @@ def test_pipelines(keep: int | str, budgets: dict[str, Any]) -> None:
 def test_rounds_do_not_grow(kind: str) -> None:
     """With old graphs that somebody holds, and without any backward."""
     model, x = make_mlp(depth=3), make_leaf()
-    handle = wrapped(model.children(), pool=HostPool("16MiB"))
+    handle = wrapped(model.children(), pool=HostPool(limit_bytes=16 * MIB))
     held: list[torch.Tensor] = []
     sizes: list[int] = []
     out = None
@@ -413,7 +414,7 @@ def test_the_handle_may_go_and_the_model_too() -> None:
     del handle
     gc.collect()
     gradients(model, x)
-    assert any(each.offloaded_bytes > 0 for each in spillover.stats().sources["activations"])
+    assert any(each.offloaded_bytes > 0 for each in cast(Any, source_stats()["activations"]))
     handle = wrapped(model)
     settle()
     with_model = torch.cuda.memory_allocated()
