@@ -525,8 +525,6 @@ class ActivationDevice:
         with lock:
             self._join_backward()
             self._count_ended()
-            if self._leaving_bytes():
-                self.engine.collect()
             round_ = view.round
             self._look(len(round_.served))
             arrival = self._at_hand(copy, stream)
@@ -676,6 +674,8 @@ class ActivationDevice:
 
     def _look_ahead(self, view: SavedView, stream: int) -> None:
         """Start to bring back what backward asks for next."""
+        if self._leaving_bytes():
+            self.engine.collect()
         round_ = view.round
         place = len(round_.served)
         room = self.budget.room_in_backward(
