@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import threading
 import weakref
@@ -252,8 +253,10 @@ class ActivationDevice:
 
     def add_alias(self, copy: SavedCopy, tensor: torch.Tensor) -> SavedView:
         """Take on another view of a copy that is there."""
-        view = SavedView(copy, tensor, self._round)
-        self._round.add(view, 0)
+        round_ = self._round
+        view = SavedView(copy, tensor, round_)
+        round_.add(view, 0)
+        self._follow_plan(round_, view.index, 0)
         return view
 
     def _look(self, place: int | None) -> None:
@@ -274,7 +277,8 @@ class ActivationDevice:
         if round_.plan is not None:
             round_.stays = round_.plan.ranks_within(self.budget.keep_bytes)
 
-    def _stays(self, round_: Round, index: int, size_bytes: int) -> bool:
+    def _follow_plan(self, round_: Round, index: int, size_bytes: int) -> None:
+        """Look for another plan where the round's does not save so much next."""
         plan = round_.plan
         if plan is not None and (len(plan.sizes) <= index or plan.sizes[index] != size_bytes):
             plan = round_.plan = self._plans.find(round_.sizes)
@@ -283,6 +287,10 @@ class ActivationDevice:
             else:
                 self.budget.begin_round(self._waiting_bytes + self._leaving_bytes(), plan)
             self._set_stays(round_)
+
+    def _stays(self, round_: Round, index: int, size_bytes: int) -> bool:
+        self._follow_plan(round_, index, size_bytes)
+        plan = round_.plan
         return (
             plan is not None
             and plan.copy_rank(index) < round_.stays
@@ -365,16 +373,18 @@ class ActivationDevice:
                 continue
             groups.setdefault(copy.stream, []).append((copy, copy.storage))
         batch.clear()
-        for stream, group in groups.items():
-            self._make_room(sum(_sent_bytes(copy) for copy, _ in group))
-            try:
+        try:
+            for stream, group in groups.items():
+                self._make_room(sum(_sent_bytes(copy) for copy, _ in group))
                 self._put(group, stream)
-            except BaseException:
-                with lock:  # They are where they were, and stay there.
-                    for copy, _ in group:
-                        if copy.payload is None and not copy.counted_bytes:
-                            self._keep(copy)
-                raise
+        except BaseException:
+            with lock:  # They are where they were, and stay there.
+                for copy, _ in itertools.chain.from_iterable(groups.values()):
+                    if copy.counted_bytes:
+                        self._kept.append(weakref.ref(copy))  # Which it was chosen from.
+                    else:
+                        self._keep(copy)
+            raise
 
     def _put(self, group: list[tuple[SavedCopy, torch.UntypedStorage]], stream: int) -> None:
         sources: list[tuple[int, int, object, int | None]] = []
@@ -404,7 +414,8 @@ class ActivationDevice:
     def _make_room(self, size_bytes: int) -> None:
         """Block while what is on the device is more than may be, which a lone copy may."""
         while True:
-            leaving = self._leaving_bytes()
+            # Not what is about to leave: that may be a thread's that waits for this one.
+            leaving = self.engine._leaving_bytes
             with lock:
                 excess = self._excess(leaving, size_bytes)
             if excess <= 0 or leaving == 0:
@@ -422,17 +433,27 @@ class ActivationDevice:
         """
         with lock:
             self.budget.give_back(missing_bytes)
-        self.flush()
+        failure: SpilloverError | None = None
+        try:
+            self.flush()
+        except SpilloverError as error:  # What is under way, and what came ahead, can go yet.
+            failure = error
         freed_bytes = self.engine._collect_bytes(missing_bytes)
         if freed_bytes < missing_bytes:
             freed_bytes += self._drop_arrived()
-        while freed_bytes < missing_bytes:
+        while failure is None and freed_bytes < missing_bytes:
             chosen = self._farthest(missing_bytes - freed_bytes)
             if not chosen:
                 break
             chosen_bytes = sum(copy.size_bytes for copy in chosen)
-            self._send(chosen)
-            freed_bytes += self.engine._collect_bytes(chosen_bytes)
+            try:
+                self._send(chosen)
+            except SpilloverError as error:
+                failure = error
+            else:
+                freed_bytes += self.engine._collect_bytes(chosen_bytes)
+        if failure is not None and freed_bytes == 0:
+            raise failure
         return freed_bytes
 
     def _farthest(self, wanted_bytes: int) -> list[SavedCopy]:
@@ -551,19 +572,18 @@ class ActivationDevice:
             if is_late or self._served_bytes >= look_bytes or self._served_count >= _LOOK_COUNT:
                 self._served_bytes = self._served_count = 0
                 self._look_ahead(view, stream)
-            position, storage, counter = copy.arrival_offset, copy.storage, copy.counter
+            position, storage = copy.arrival_offset, copy.storage
+            # Before another thread sends it away, with which its counter loses the memory.
+            if arrival is None and copy.encoding is None:
+                assert storage is not None
+                tensor = self._original(view, storage)
         if arrival is None:
             assert storage is not None
             if stream != copy.stream:
                 self._wait_for(copy.stream)
             if copy.encoding is not None:
                 return self._decoded(view, _flat_over(storage), 0)
-            # Where the counter has the memory, too, what is given out shares the counter, so that a
-            # write to it is noticed as torch does.
-            if counter.dtype == view.dtype and counter.untyped_storage()._cdata == storage._cdata:
-                return counter.as_strided(view.shape, view.stride, view.storage_offset)
-            tensor = torch.empty(0, dtype=view.dtype, device=self.device)
-            return tensor.set_(storage, view.storage_offset, view.shape, view.stride)
+            return tensor
         if stream != arrival.stream:
             self._wait_for(arrival.stream)
         elif not arrival.waited:
@@ -571,6 +591,15 @@ class ActivationDevice:
         if copy.encoding is not None:
             return self._decoded(view, arrival.flat, position)
         return _part_of(arrival.flat, view, position - copy.start)
+
+    def _original(self, view: SavedView, storage: torch.UntypedStorage) -> torch.Tensor:
+        counter = view.copy.counter
+        # Where the counter has the memory, too, what is given out shares the counter, so that a
+        # write to it is noticed as torch does.
+        if counter.dtype == view.dtype and counter.untyped_storage()._cdata == storage._cdata:
+            return counter.as_strided(view.shape, view.stride, view.storage_offset)
+        tensor = torch.empty(0, dtype=view.dtype, device=self.device)
+        return tensor.set_(storage, view.storage_offset, view.shape, view.stride)
 
     def _at_hand(self, copy: SavedCopy, stream: int) -> Arrival | None:
         """The device's bytes of a copy that has left, or leaves; None where there are none."""
@@ -612,9 +641,10 @@ class ActivationDevice:
                 arrival.ticket._stream_wait(stream)
             arrival.waited = True
         except BaseException:
-            with lock:
+            with lock:  # Who asks again is not told of what went wrong before, of none of them.
                 if copy.arrival is arrival:
                     self._forget_arrival(copy)
+            self._drop_arrived()
             raise
 
     def _wait_for(self, stream: int) -> None:

@@ -181,6 +181,8 @@ class ActivationEngine:
                         copy is not None
                         and copy.start <= start
                         and end <= copy.end
+                        # Rounded, it is what was saved for this type alone.
+                        and (copy.encoding is None or copy.encoding.dtype is tensor.dtype)
                         and copy.is_current(tensor, storage)
                     ):
                         counters.tensors += 1
@@ -221,7 +223,9 @@ class ActivationEngine:
             if packed.version is not None:
                 check_version(packed.tensor, packed.tensor.shape, packed.version)
             return packed.tensor
-        check_version(packed.counter, packed.shape, packed.version)
+        if packed.counter._version != packed.version:
+            with lock:  # It may have been moved for a moment, by share_counter().
+                check_version(packed.counter, packed.shape, packed.version)
         return packed.copy.device.restore(packed)
 
     def unpack_after_flush(self, packed: SavedView | KeptTensor) -> torch.Tensor:

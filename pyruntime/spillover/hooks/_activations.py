@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from spillover._core import DiskStore, HostPool
-from spillover._errors import ConfigError
+from spillover._errors import ConfigError, SpilloverError
 from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._sources import register
@@ -199,15 +199,17 @@ class OffloadedActivations(contextlib.ContextDecorator):
         if engine is None:
             return
         self._hooks().pop().__exit__()
-        if isinstance(error, torch.OutOfMemoryError):
-            engine.ran_out()  # The program may try again with less.
-            return
         try:
-            engine.collect()
-            engine.order_writes()
+            if isinstance(error, torch.OutOfMemoryError):
+                engine.ran_out()  # The program may try again with less.
+            else:
+                engine.collect()
         except Exception:
             if error is None:
                 raise
+        finally:
+            with contextlib.suppress(SpilloverError if error is not None else ()):
+                engine.order_writes()
 
 
 def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
