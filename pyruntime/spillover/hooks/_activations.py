@@ -208,8 +208,11 @@ class OffloadedActivations(contextlib.ContextDecorator):
             if error is None:
                 raise
         finally:
-            with contextlib.suppress(SpilloverError if error is not None else ()):
+            try:
                 engine.order_writes()
+            except SpilloverError:
+                if error is None:
+                    raise
 
 
 def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
