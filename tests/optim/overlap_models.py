@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from spillover.optim import AdamW, _host_step, _overlap
+from spillover.optim._host_optimizer import HostOptimizer
 
 STEPS = 4
 
@@ -30,11 +31,15 @@ class LazyWorker:
         self.batches = 0
 
     def await_demand(self) -> None:
-        """On the worker, before each batch."""
+        """On the worker, before each batch, and before it takes what another step may want."""
         with self._condition:
             self._condition.wait_for(
                 lambda: self._is_open or not all(is_so() for is_so in self._wanted)
             )
+
+    def count_batch(self) -> None:
+        """On the worker, before each batch."""
+        with self._condition:
             self.batches += 1
 
     def wait(self, pending: _overlap.PendingStep, is_so: Callable[[], bool]) -> None:
@@ -66,8 +71,16 @@ class LazyWorker:
         def replaced(pipeline: Any, *batch: Any) -> None:
             if threading.current_thread().name.startswith("spillover-optimizer"):
                 self.await_demand()
+                self.count_batch()
             update_batch(pipeline, *batch)
 
+        run_beside: Any = HostOptimizer._run_beside
+
+        def run_when_wanted(optimizer: Any, pending: Any) -> None:
+            self.await_demand()
+            run_beside(optimizer, pending)
+
+        set_attribute(HostOptimizer, "_run_beside", run_when_wanted)
         set_attribute(_host_step._Pipeline, "_update_batch", replaced)
         set_attribute(
             _overlap.PendingStep,
