@@ -128,3 +128,42 @@ def test_profiler_sees_allocations(torch_with_pool: TorchProcess) -> None:
         assert sum(sizes.values()) == -(1 << 22), sizes
         """
     )
+
+
+def test_an_interval_leaves_peaks_alone(torch_with_pool: TorchProcess) -> None:
+    torch_with_pool.run(
+        """
+        from threading import Thread
+        from spillover.allocator import _pool
+
+        def use(size):
+            torch.empty(size, dtype=torch.uint8, device="cuda")
+
+        _pool.take_interval(0)
+        keep = torch.empty(2 * MiB, dtype=torch.uint8, device="cuda")
+        use(30 * MiB)
+        assert _pool.take_interval(0)[0::2] == (2 * MiB, 32 * MiB)
+        assert torch.cuda.max_memory_allocated() == 32 * MiB
+        use(10 * MiB)
+        assert _pool.take_interval(0)[2] == 12 * MiB
+        assert torch.cuda.max_memory_allocated() == 32 * MiB
+        assert torch.cuda.memory_stats()["requested_bytes.all.peak"] == 32 * MiB
+        torch.cuda.reset_peak_memory_stats()
+        assert torch.cuda.max_memory_allocated() == 2 * MiB
+        _pool.take_interval(0)
+        use(5 * MiB)
+        assert torch.cuda.max_memory_allocated() == 7 * MiB
+
+        # What other threads have counted is neither lost nor counted twice.
+        torch.cuda.reset_peak_memory_stats()
+        for size in (1000, 20 * MiB, 1000):
+            thread = Thread(target=use, args=(size,))
+            thread.start()
+            thread.join()
+            _pool.take_interval(0)
+            _pool.take_interval(0)
+        assert torch.cuda.max_memory_allocated() == 22 * MiB
+        assert torch.cuda.memory_allocated() == 2 * MiB
+        assert _pool.take_interval(0)[0::2] == (2 * MiB, 2 * MiB)
+        """
+    )

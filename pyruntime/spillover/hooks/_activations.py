@@ -200,19 +200,16 @@ class OffloadedActivations(contextlib.ContextDecorator):
             return
         self._hooks().pop().__exit__()
         try:
-            if isinstance(error, torch.OutOfMemoryError):
-                engine.ran_out()  # The program may try again with less.
-            else:
-                engine.collect()
+            try:
+                if isinstance(error, torch.OutOfMemoryError):
+                    engine.ran_out()  # The program may try again with less.
+                else:
+                    engine.collect()
+            finally:
+                engine.order_writes()
         except Exception:
             if error is None:
                 raise
-        finally:
-            try:
-                engine.order_writes()
-            except SpilloverError:
-                if error is None:
-                    raise
 
 
 def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
