@@ -199,6 +199,11 @@ class ActivationDevice:
         self._graph_tasks: deque[int] = deque(maxlen=64)
         _reclaim.offer(device, self)
 
+    def __del__(self) -> None:
+        if self.__dict__.get("_orphans"):
+            with contextlib.suppress(SpilloverError):  # Copies work on their memory yet.
+                self.engine.synchronize()
+
     # ---- saving, with the lock held ----
 
     def begin_round(self) -> None:
@@ -684,7 +689,12 @@ class ActivationDevice:
         for copy, offset in zip(copies, offsets, strict=True):
             assert copy.payload is not None
             targets.append((copy.payload, (address + offset, _sent_bytes(copy), None)))
-        ticket = self.engine._fetch(targets, stream, 0)
+        try:
+            ticket = self.engine._fetch(targets, stream, 0)
+        except BaseException:
+            with contextlib.suppress(SpilloverError):  # Some copies may be under way.
+                self.engine.synchronize()
+            raise
         arrival = Arrival(flat, stream, ticket, self._orphans)
         for copy, offset in zip(copies, offsets, strict=True):
             copy.arrival, copy.arrival_offset = arrival, offset
