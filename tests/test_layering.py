@@ -136,6 +136,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._host",
         "spillover._layout",
         "spillover._paths",
+        "spillover._pictures",
         "spillover._pinned",
         "spillover._reclaim",
         "spillover._settings",

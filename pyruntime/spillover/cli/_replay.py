@@ -39,11 +39,11 @@ def replay(
     event, for example for want of memory, and 2 for an error, such as an option that is wrong.
     """
     from spillover._errors import ConfigError
+    from spillover._pictures import require_picture
     from spillover.cli._places import require_file_place
     from spillover.replay import ALLOCATORS, ReplayOptions, read_trace
     from spillover.replay import plot as draw
     from spillover.replay import replay as run
-    from spillover.replay._plot import require_picture
 
     if on != "all" and on not in ALLOCATORS:
         raise ConfigError(f"--on {on!r} is not one of {', '.join(ALLOCATORS)} and all")

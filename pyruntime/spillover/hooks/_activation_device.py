@@ -38,6 +38,7 @@ from spillover._transfer import TransferEngine
 from spillover.hooks._activation_budget import DeviceBudget
 from spillover.hooks._activation_codec import Codec, encode
 from spillover.hooks._activation_order import Plans, Round
+from spillover.hooks._activation_timeline import Timeline
 from spillover.hooks._saved_storage import (
     ALIGNMENT,
     SavedCopy,
@@ -82,6 +83,7 @@ class EngineOptions:
     in_flight_bytes: int | None
     prefetch_bytes: int | None
     codec: Codec | None
+    has_timeline: bool = False
 
 
 @dataclass(kw_only=True)
@@ -197,6 +199,7 @@ class ActivationDevice:
         self._last_departure: TransferTicket | None = None
         # Backward passes that will call `_backward_ends`; failed ones never do.
         self._graph_tasks: deque[int] = deque(maxlen=64)
+        self.timeline = Timeline() if options.has_timeline else None
         _reclaim.offer(device, self)
 
     def __del__(self) -> None:
@@ -241,6 +244,7 @@ class ActivationDevice:
         if stays:
             self._keep(copy)
             counters.stayed_bytes += size_bytes
+            self._note(round_, counters)
             leaving = self._leaving_bytes()
             is_full = leaving > 0 and self._excess(leaving, 0) > 0
             return view, is_full
@@ -249,6 +253,7 @@ class ActivationDevice:
             self._encode(copy, tensor)
         self._pending.append(weakref.ref(copy))
         self._pending_bytes += size_bytes
+        self._note(round_, counters)
         is_due = (
             size_bytes >= _SMALL_BYTES
             or self._pending_bytes >= self._batch_bytes
@@ -267,6 +272,17 @@ class ActivationDevice:
     def _look(self, place: int | None) -> None:
         if self.budget.is_measuring:
             self.budget.look(self._waiting_bytes + self._leaving_bytes(), place)
+
+    def _note(self, round_: Round, counters: Counters, *, is_backward: bool = False) -> None:
+        if self.timeline is not None:
+            counters.count_away(0)
+            self.timeline.note(
+                round_.base,
+                is_backward=is_backward,
+                on_device_bytes=self._waiting_bytes,
+                leaving_bytes=self._leaving_bytes(),
+                away_bytes=counters.away_bytes + self._pending_bytes,
+            )
 
     def _next_round(self, size_bytes: int) -> Round:
         self.budget.end_round(self._plans.learn(self._round))
@@ -577,6 +593,7 @@ class ActivationDevice:
             if is_late or self._served_bytes >= look_bytes or self._served_count >= _LOOK_COUNT:
                 self._served_bytes = self._served_count = 0
                 self._look_ahead(view, stream)
+            self._note(round_, copy.counters, is_backward=True)
             position, storage = copy.arrival_offset, copy.storage
             # Before another thread sends it away, with which its counter loses the memory.
             if arrival is None and copy.encoding is None:

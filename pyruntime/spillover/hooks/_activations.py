@@ -2,7 +2,8 @@
 
 The hooks are in ``_activation_engine``. ``_activation_device`` has the copies, with a note on their
 ordering; ``_activation_order`` the order of a step, ``_activation_budget`` how much may stay,
-``_saved_storage`` what stands for a saved tensor, and ``_activation_codec`` its smaller forms.
+``_saved_storage`` what stands for a saved tensor, ``_activation_codec`` its smaller forms, and
+``_activation_timeline`` the picture of it all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 
 from spillover._core import DiskStore, HostPool
-from spillover._errors import ConfigError
+from spillover._errors import ConfigError, StateError
 from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._sources import register
@@ -31,6 +32,7 @@ from spillover._units import parse_bytes
 from spillover.hooks._activation_codec import Codec
 from spillover.hooks._activation_device import Counters, EngineOptions, lock
 from spillover.hooks._activation_engine import ActivationEngine, Predicate
+from spillover.hooks._activation_timeline import draw
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 Tier = Literal["auto", "host", "disk"]
@@ -167,6 +169,44 @@ class OffloadedActivations(contextlib.ContextDecorator):
                 },
             )
 
+    def plot(self, path: str | os.PathLike[str], *, rounds: int = 2) -> None:
+        """Draw over time where saved tensors were: on the device, on their way out, off it.
+
+        Needs ``timeline=True`` and matplotlib (``pip install spillover[plots]``). Times are the
+        host's, which runs ahead of the device: of its monotonic clock or, under the emulator's
+        virtual clock, of that one. Contexts of equal options share what was recorded.
+
+        Parameters
+        ----------
+        path
+            The picture to write; its suffix chooses the format.
+        rounds
+            How many of the last forwards, with their backwards, are drawn.
+
+        Raises
+        ------
+        ConfigError
+            matplotlib is missing, or does not know the format, or there is no such folder.
+        StateError
+            Nothing was recorded: without ``timeline=True``, or as no tensor was saved yet.
+        """
+        if rounds < 1:
+            raise ConfigError(f"rounds must be a number from 1 on, not {rounds!r}")
+        devices = self._engine.devices() if self._engine is not None else []
+        with lock:
+            panels = [
+                (str(device.device), device.timeline.last_rounds(rounds))
+                for device in devices
+                if device.timeline is not None
+            ]
+        panels = [(name, points) for name, points in panels if points]
+        if not panels:
+            raise StateError(
+                "there is nothing to draw: give timeline=True to offload_activations, and run a "
+                "forward pass in the context"
+            )
+        draw(panels, Path(path))
+
     def _hooks(self) -> list[torch.autograd.graph.saved_tensors_hooks]:
         hooks: list[torch.autograd.graph.saved_tensors_hooks]
         hooks = self._entered.__dict__.setdefault("hooks", [])
@@ -240,6 +280,7 @@ def offload_activations(
     codec: Codec | None = None,
     pool: HostPool | None = None,
     write_limit: Size | None = None,
+    timeline: bool = False,
 ) -> OffloadedActivations:
     """Keep the tensors that autograd saves for backward in pinned host memory or on disk.
 
@@ -295,6 +336,8 @@ def offload_activations(
         (``SPILLOVER_HOST_LIMIT``).
     write_limit
         Bytes that may be written to ``directory`` by this process, to spare flash memory.
+    timeline
+        Record what is where at each tensor, for :meth:`OffloadedActivations.plot`.
 
     Returns
     -------
@@ -360,6 +403,7 @@ def offload_activations(
         in_flight_bytes=_bytes(in_flight_max, "in_flight_max"),
         prefetch_bytes=_bytes(prefetch, "prefetch"),
         codec=codec,
+        has_timeline=bool(timeline),
     )
     folders = None if directory is None else _folders(directory)
     limit = _bytes(write_limit, "write_limit")

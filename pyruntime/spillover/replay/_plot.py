@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from spillover._errors import ConfigError
+from spillover._pictures import figure_class, require_picture, save
 from spillover.replay._measure import Replay
 from spillover.replay._trace import Trace
 
@@ -32,43 +32,11 @@ def plot(results: Sequence[tuple[Trace, Sequence[Replay]]], path: Path | str) ->
         matplotlib is missing, or does not know the format, or there is no such folder.
     """
     require_picture(path)
-    figure_class = _figure_class()
-    figure = figure_class(figsize=(9, 3.2 * len(results)), layout="constrained")
+    figure = figure_class()(figsize=(9, 3.2 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 1, squeeze=False)[:, 0]
     for axes, (trace, replays) in zip(panels, results, strict=True):
         _draw(axes, trace, replays)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"the picture {str(path)!r} cannot be written: {error}") from error
-
-
-def require_picture(path: Path | str) -> None:
-    """Refuse a picture that :func:`plot` could not write, before hours of replays end at it.
-
-    Raises
-    ------
-    ConfigError
-        matplotlib is missing, or does not know the format that the suffix names.
-    """
-    formats = _figure_class()().canvas.get_supported_filetypes()
-    suffix = Path(path).suffix.lower().removeprefix(".")
-    if suffix and suffix not in formats:
-        raise ConfigError(
-            f"the picture {str(path)!r} cannot be written: the format {suffix!r} is not one of "
-            f"{', '.join(sorted(formats))}"
-        )
-
-
-def _figure_class() -> Any:
-    try:
-        # Without pyplot, which would choose a window system.
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "pictures need matplotlib; install it with 'pip install spillover[plots]'"
-        ) from error
-    return Figure
+    save(figure, path)
 
 
 def _draw(axes: Any, trace: Trace, replays: Sequence[Replay]) -> None:
