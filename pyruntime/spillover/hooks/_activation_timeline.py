@@ -122,7 +122,8 @@ def _draw_panel(axes: Any, name: str, points: list[Point]) -> None:
     axes.set_ylabel("MiB")
     axes.set_ylim(bottom=0)
     axes.margins(x=0)
-    axes.legend(fontsize="small", loc="upper right")
+    # Below the panel: both ends of a round are where the curves are.
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=5)
 
 
 def _shade(axes: Any, points: Iterable[Point], start_ns: int) -> None:
