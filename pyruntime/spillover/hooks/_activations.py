@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from spillover._core import DiskStore, HostPool
-from spillover._errors import ConfigError, SpilloverError
+from spillover._errors import ConfigError
 from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._sources import register
