@@ -176,7 +176,7 @@ def test_times_of_copies_lie_within_the_recording(tmp_path: Path) -> None:
     _, events, _ = traced(tmp_path / "trace.json", run)
     (around,) = chrome_format.spans(events, "around")
     copies = [event for event in events["traceEvents"] if event.get("cat") in ("copy", "transfer")]
-    assert {copy["name"] for copy in copies} > {"copy out", "copy in"}
+    assert "copy out" in {copy["name"] for copy in copies}
     slack_us = 100_000  # How well two clocks can be told apart on a machine that is busy.
     for copy in copies:
         assert around["ts"] - slack_us <= copy["ts"] <= around["ts"] + around["dur"] + slack_us
