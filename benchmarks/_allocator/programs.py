@@ -21,18 +21,8 @@ _VOCABULARY = 32000
 def _language_model(
     width: int, heads: int, layers: int, *, checkpoint: bool = False
 ) -> models.LanguageModel:
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = models.LanguageModel(
-            vocabulary=_VOCABULARY,
-            width=width,
-            heads=heads,
-            layers=layers,
-            llama=True,
-            checkpoint=checkpoint,
-        )
-    torch.set_default_dtype(torch.float32)
-    return model
+    sizes = width, heads, layers, _VOCABULARY
+    return models.make_llama(sizes, torch.bfloat16, checkpoint=checkpoint)
 
 
 def _train_language(model: nn.Module, shapes: list[tuple[int, int]]) -> None:

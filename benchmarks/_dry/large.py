@@ -45,20 +45,10 @@ def _train(shape: str, low_rank: bool, checkpoint: bool) -> int:
 
     from benchmarks._dry import models
 
-    width, heads, layers, vocabulary = SHAPES[shape]
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = models.LanguageModel(
-            vocabulary=vocabulary,
-            width=width,
-            heads=heads,
-            layers=layers,
-            llama=True,
-            checkpoint=checkpoint,
-        )
-        if low_rank:
-            models.add_low_rank(model)
-    torch.set_default_dtype(torch.float32)
+    vocabulary = SHAPES[shape][3]
+    model = models.make_llama(
+        SHAPES[shape], torch.bfloat16, checkpoint=checkpoint, low_rank=low_rank
+    )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     for _ in range(2):

@@ -127,6 +127,33 @@ class LanguageModel(nn.Module):
         return self.norm(x)
 
 
+def make_llama(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    *,
+    checkpoint: bool = False,
+    low_rank: bool = False,
+) -> LanguageModel:
+    """On the device, of these width, heads, layers and vocabulary, its weights in ``dtype``."""
+    width, heads, layers, vocabulary = sizes
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda"):
+            model = LanguageModel(
+                vocabulary=vocabulary,
+                width=width,
+                heads=heads,
+                layers=layers,
+                llama=True,
+                checkpoint=checkpoint,
+            )
+            if low_rank:
+                add_low_rank(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
 class LowRank(nn.Module):
     """LoRA: a frozen linear layer and a trained product of two thin ones."""
 

@@ -40,23 +40,9 @@ def reason_of(result: dict[str, Any]) -> str:
 
 def make_llama(shape: str, dtype: torch.dtype, *, checkpoint: bool = False) -> models.LanguageModel:
     """The model of this shape on the device, its weights in ``dtype``."""
-    import torch
-
     from benchmarks._dry import models
 
-    width, heads, layers, vocabulary = SHAPES[shape]
-    torch.set_default_dtype(dtype)
-    with torch.device("cuda"):
-        model = models.LanguageModel(
-            vocabulary=vocabulary,
-            width=width,
-            heads=heads,
-            layers=layers,
-            llama=True,
-            checkpoint=checkpoint,
-        )
-    torch.set_default_dtype(torch.float32)
-    return model
+    return models.make_llama(SHAPES[shape], dtype, checkpoint=checkpoint)
 
 
 def busy_ns(resource: str = "compute") -> int:
