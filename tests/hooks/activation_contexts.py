@@ -73,7 +73,8 @@ def living_devices() -> list[ActivationDevice]:
 def leaving_bytes() -> int:
     """Device memory that copies out hold, or are about to."""
     return sum(
-        device._pending_bytes + device.engine.stats().leaving_bytes for device in living_devices()
+        device.departures.pending_bytes + device.engine.stats().leaving_bytes
+        for device in living_devices()
     )
 
 
@@ -82,5 +83,5 @@ def settle() -> None:
     torch.cuda.synchronize()
     gc.collect()
     for device in living_devices():
-        device.finish_departures()
+        device.departures.finish()
         device.engine.synchronize()

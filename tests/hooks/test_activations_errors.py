@@ -16,6 +16,7 @@ from activation_contexts import TIGHT, offloading, settle
 
 from spillover import CorruptData, DiskStore, HostOutOfMemory, HostPool
 from spillover.hooks import OffloadedActivations
+from spillover.hooks._activation_departures import Departures
 from spillover.hooks._activation_device import ActivationDevice
 from spillover.hooks._saved_storage import SavedView
 
@@ -54,8 +55,9 @@ def refuse(*arguments: object) -> None:
 def assert_nothing_is_counted(device: ActivationDevice) -> None:
     gc.collect()
     settle()
-    device._count_ended()
-    assert device._waiting_bytes == device._kept_bytes == device._leaving_bytes() == 0
+    account = device.account
+    account.remove_ended()
+    assert account.waiting_bytes == account.kept_bytes == device.departures.leaving_bytes == 0
 
 
 # ---- steps that differ ----
@@ -102,15 +104,15 @@ def test_what_another_thread_is_about_to_send_is_not_waited_for(
     context = offloading(**TIGHT)
     x, others = leaf(64 * KIB), leaf(512)
     held = []
-    make_room = ActivationDevice._make_room
+    make_room = Departures._make_room
 
-    def after_another_saved(device: ActivationDevice, size_bytes: int) -> None:
+    def after_another_saved(departures: Departures, size_bytes: int) -> None:
         if not held:
             held.append(None)
             start(lambda: held.append(pack(context, others.detach() * 2))).join()
-        make_room(device, size_bytes)
+        make_room(departures, size_bytes)
 
-    monkeypatch.setattr(ActivationDevice, "_make_room", after_another_saved)
+    monkeypatch.setattr(Departures, "_make_room", after_another_saved)
 
     def forward() -> None:
         with context:
@@ -131,9 +133,9 @@ def test_what_stays_may_leave_while_backward_takes_it() -> None:
     del y
     device = device_of(context)
     view.copy.next_use = 1
-    device._pending.clear()
-    device._pending_bytes = 0
-    device._keep(view.copy)
+    device.departures._pending.clear()
+    device.departures.pending_bytes = 0
+    device.departures.keep(view.copy)
     threads = []
 
     class Interrupted(SavedView):
@@ -235,7 +237,7 @@ def test_what_other_streams_saved_is_counted_where_one_cannot_leave() -> None:
     first, second = saved
     saved.clear()
     device = device_of(context)
-    assert device._kept_bytes == device._waiting_bytes == first.nbytes + second.nbytes
+    assert device.account.kept_bytes == device.account.waiting_bytes == first.nbytes + second.nbytes
     second.sum().backward()
     expected = x.detach().clone().requires_grad_()
     expected.exp().exp().sum().backward()
@@ -255,14 +257,14 @@ def test_what_could_not_leave_is_asked_again(monkeypatch: pytest.MonkeyPatch) ->
     with context:
         value = x.exp().sum()
     device = device_of(context)
-    assert device._kept_bytes == x.nbytes
+    assert device.account.kept_bytes == x.nbytes
     with monkeypatch.context() as patch:
         patch.setattr(device.engine, "_put", refuse, raising=False)
         with pytest.raises(HostOutOfMemory):
             device.give_back(MIB, device.device)
-    assert device._kept_bytes == x.nbytes
+    assert device.account.kept_bytes == x.nbytes
     assert device.give_back(MIB, device.device) >= x.nbytes
-    assert device._kept_bytes == 0
+    assert device.account.kept_bytes == 0
     value.backward()
     assert torch.equal(x.grad, expected)
 

@@ -160,11 +160,11 @@ class Hungry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        device().finish_departures()
+        device().departures.finish()
         rest = fill_up()
-        assert device()._waiting_bytes >= 8 * MIB, device()._waiting_bytes
+        assert device().account.waiting_bytes >= 8 * MIB, device().account.waiting_bytes
         taken.append(make(8).numel())
-        assert device()._waiting_bytes == 0
+        assert device().account.waiting_bytes == 0
         return gradient
 
 

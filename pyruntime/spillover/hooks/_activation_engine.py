@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -17,12 +17,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from spillover._core import DiskStore, HostPool
-from spillover.hooks._activation_device import (
-    ActivationDevice,
-    Counters,
-    EngineOptions,
-    lock,
-)
+from spillover.hooks._activation_account import Counters, lock
+from spillover.hooks._activation_device import ActivationDevice, EngineOptions
 from spillover.hooks._saved_storage import (
     KeptTensor,
     SavedCopy,
@@ -62,11 +58,12 @@ class ActivationEngine:
         self._disk = disk
         self._where = where
         # Guarded by the lock.
-        self._copies: dict[int, list[weakref.ref[SavedCopy]]] = {}  # By StorageImpl address.
+        # By StorageImpl address; of most storages there is one.
+        self._copies: dict[int, weakref.ref[SavedCopy] | list[weakref.ref[SavedCopy]]] = {}
         self._copies_max = _COPIES_MIN  # Beyond it, dead ones are looked for.
         self._staying: dict[int, StorageWeakRef] = {}  # Storages of parameters and other leaves.
         self._staying_max = _STAYING_MIN
-        self._devices: dict[torch.device, ActivationDevice] = {}
+        self._devices: dict[int, ActivationDevice] = {}  # By index.
         self._called: set[int] = set()  # What forward called since the round began, see below.
         self._process = os.getpid()
 
@@ -99,13 +96,13 @@ class ActivationEngine:
     def collect(self) -> None:
         """Let what is to leave do so, and let go of what has."""
         for device in self.devices():
-            device.flush()
+            device.departures.flush()
             device.engine.collect()
 
     def order_writes(self) -> None:
         """Have what current streams do from now on wait for the copies out under way."""
         for device in self.devices():
-            device.order_writes()
+            device.departures.order_writes(device.device.index)
 
     def ran_out(self) -> None:
         """The program had no device memory; block until what is leaving has left."""
@@ -173,48 +170,48 @@ class ActivationEngine:
             if self._stays(tensor, storage):
                 return _kept(counters, tensor)
             start, end = covering_range(tensor)
-            copies = self._copies.get(storage._cdata)
-            if copies is not None:
-                for reference in copies:
-                    copy = reference()
-                    if (
-                        copy is not None
-                        and copy.start <= start
-                        and end <= copy.end
-                        # Rounded, it is what was saved for this type alone.
-                        and (copy.encoding is None or copy.encoding.dtype is tensor.dtype)
-                        and copy.is_current(tensor, storage)
-                    ):
-                        counters.tensors += 1
-                        counters.deduplicated_bytes += end - start
-                        return copy.device.add_alias(copy, tensor)
-            device = self._devices.get(tensor.device) or self._make_device(tensor.device)
+            copy = self._known_copy(tensor, storage, start, end)
+            if copy is not None:
+                counters.tensors += 1
+                counters.deduplicated_bytes += end - start
+                return copy.device.add_alias(copy, tensor)
+            device = self._devices.get(tensor.get_device()) or self._make_device(tensor.device)
             start, end = range_to_copy(start, end, storage.nbytes())
             view, is_due = device.add(counters, tensor, storage, start, end)
             self._note(view.copy)
             counters.tensors += 1
         if is_due:
-            device.flush()
+            device.departures.flush()
         return view
 
     def _make_device(self, device: torch.device) -> ActivationDevice:
-        made = self._devices[device] = ActivationDevice(
+        made = self._devices[device.index] = ActivationDevice(
             device, self._options, self._pool_source(), self._disk
         )
         return made
 
+    def _known_copy(
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, start: int, end: int
+    ) -> SavedCopy | None:
+        """A copy that has the bytes from ``start`` to ``end`` as they are now."""
+        for copy in _living(self._copies.get(storage._cdata)):
+            if (
+                copy.start <= start
+                and end <= copy.end
+                # Rounded, it is what was saved for this type alone.
+                and (copy.encoding is None or copy.encoding.dtype is tensor.dtype)
+                and copy.is_current(tensor, storage)
+            ):
+                return copy
+        return None
+
     def _note(self, copy: SavedCopy) -> None:
-        known = self._copies.get(copy.address)
         # What died held the address until then, and says nothing of who has it now.
-        live = [each for each in known if each() is not None] if known is not None else []
-        live.append(weakref.ref(copy))
-        self._copies[copy.address] = live
+        living = [weakref.ref(each) for each in _living(self._copies.get(copy.address))]
+        reference = weakref.ref(copy)
+        self._copies[copy.address] = [*living, reference] if living else reference
         if len(self._copies) > self._copies_max:
-            self._copies = {
-                key: each
-                for key, each in self._copies.items()
-                if any(reference() is not None for reference in each)
-            }
+            self._copies = {key: each for key, each in self._copies.items() if _living(each)}
             self._copies_max = max(_COPIES_MIN, 2 * len(self._copies))
 
     def unpack(self, packed: SavedView | KeptTensor) -> torch.Tensor:
@@ -231,7 +228,7 @@ class ActivationEngine:
     def unpack_after_flush(self, packed: SavedView | KeptTensor) -> torch.Tensor:
         """As :meth:`unpack`, where nobody flushes at the end of forward."""
         if isinstance(packed, SavedView):
-            packed.copy.device.flush_pending()
+            packed.copy.device.departures.flush_pending()
         return self.unpack(packed)
 
 
@@ -256,6 +253,17 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_inference()
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     )
+
+
+def _living(
+    references: weakref.ref[SavedCopy] | list[weakref.ref[SavedCopy]] | None,
+) -> Sequence[SavedCopy]:
+    if references is None:
+        return ()
+    if isinstance(references, list):
+        return [copy for copy in (each() for each in references) if copy is not None]
+    copy = references()
+    return () if copy is None else (copy,)
 
 
 def _is_dead(storage: StorageWeakRef) -> bool:

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from spillover._errors import ConfigError, StateError
-from spillover.hooks._activation_device import lock
+from spillover.hooks._activation_account import lock
 from spillover.hooks._activation_engine import ActivationEngine
 from spillover.hooks._activations import ActivationStats, OffloadedActivations, offload_activations
 

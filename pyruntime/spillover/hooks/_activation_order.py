@@ -127,11 +127,14 @@ class Round:
             self._tail -= 1
         return self._tail == 0
 
+    def _sample(self) -> list[weakref.ref[SavedView]]:
+        return self.views[:: max(1, len(self.views) // _SAMPLES)]
+
     def has_ended(self) -> bool:
         """Whether backward asked for something, or half of what was saved is gone without that."""
         if self.served:
             return True
-        sample = self.views[:: max(1, len(self.views) // _SAMPLES)]
+        sample = self._sample()
         dead = sum(reference() is None for reference in sample)
         return 0 < len(sample) <= 2 * dead
 
@@ -144,12 +147,11 @@ class Round:
         copy = view.copy
         self.sizes.append(size_bytes)
         self.owners.append(index if size_bytes else self._owner(copy, index))
-        copy.views.append(reference)
+        copy.add_view(reference)
 
     def _owner(self, copy: SavedCopy, index: int) -> int:
-        for reference in copy.views:
-            view = reference()
-            if view is not None and view.round is self:
+        for view in copy.views():
+            if view.round is self:
                 return view.index
         return index
 
@@ -170,9 +172,8 @@ class Round:
 
     def is_wanted(self, copy: SavedCopy) -> bool:
         """Whether this turn of backward is still to ask for ``copy``."""
-        for reference in copy.views:
-            view = reference()
-            if view is None or view.round is not self or view.served_in == self.turn:
+        for view in copy.views():
+            if view.round is not self or view.served_in == self.turn:
                 continue
             if self.plan is not None or view.index <= _NODE_VIEWS_MAX - self._last:
                 return True

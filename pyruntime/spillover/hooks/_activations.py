@@ -1,9 +1,10 @@
 """``offload_activations``: saved tensors leave the device during forward and are back for backward.
 
-The hooks are in ``_activation_engine``. ``_activation_device`` has the copies, with a note on their
-ordering; ``_activation_order`` the order of a step, ``_activation_budget`` how much may stay,
-``_saved_storage`` what stands for a saved tensor, ``_activation_codec`` its smaller forms, and
-``_activation_timeline`` the picture of it all.
+The hooks are in ``_activation_engine``. ``_activation_device`` has what one device saved, with
+a note on the ordering of copies; ``_activation_departures`` and ``_activation_arrivals`` have these
+copies, and ``_activation_account`` what is counted of them; ``_activation_order`` the order of a
+step, ``_activation_budget`` how much may stay, ``_saved_storage`` what stands for a saved tensor,
+``_activation_codec`` its smaller forms, and ``_activation_timeline`` the picture of it all.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ from spillover._pinned import host_pool
 from spillover._settings import enabled
 from spillover._sources import register
 from spillover._units import parse_bytes
+from spillover.hooks._activation_account import Counters, lock
 from spillover.hooks._activation_codec import Codec
-from spillover.hooks._activation_device import Counters, EngineOptions, lock
+from spillover.hooks._activation_device import EngineOptions
 from spillover.hooks._activation_engine import ActivationEngine, Predicate
 from spillover.hooks._activation_timeline import draw
 

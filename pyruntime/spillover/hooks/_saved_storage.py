@@ -14,23 +14,26 @@ memory. A write through ``.data`` moves no counter; autograd does not see it eit
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 if TYPE_CHECKING:
     from spillover import _core
+    from spillover.hooks._activation_account import Counters
+    from spillover.hooks._activation_arrivals import Arrival
     from spillover.hooks._activation_codec import Encoding
-    from spillover.hooks._activation_device import ActivationDevice, Arrival, Counters
+    from spillover.hooks._activation_device import ActivationDevice
     from spillover.hooks._activation_order import Round
 
 #: Allocators align to this, and kernels choose their vector width by it: a range that is copied
 #: starts at a multiple, so that a restored tensor is aligned as the original was.
 ALIGNMENT = 512
 
-_empties: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+_empties: dict[tuple[torch.dtype, int], torch.Tensor] = {}
+_free_weak_reference: Callable[[int], None] = torch.UntypedStorage._free_weak_ref
 
 
 def covering_range(tensor: torch.Tensor) -> tuple[int, int]:
@@ -58,7 +61,7 @@ def range_to_copy(start: int, end: int, storage_bytes: int) -> tuple[int, int]:
 
 def forget_data(tensor: torch.Tensor) -> None:
     """Have ``tensor`` share its version counter still, but no memory."""
-    key = tensor.dtype, tensor.device
+    key = tensor.dtype, tensor.get_device()
     empty = _empties.get(key)
     if empty is None:
         empty = _empties[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -105,17 +108,20 @@ class SavedCopy:
         "device",
         "encoding",
         "end",
-        "identity",
+        "first_view",
         "is_kept",
         "leaving",
+        "more_views",
         "next_use",
         "payload",
+        "sent_bytes",
+        "sent_end",
+        "sent_start",
         "size_bytes",
         "start",
         "storage",
         "stream",
         "version",
-        "views",
     )
 
     def __init__(
@@ -130,14 +136,16 @@ class SavedCopy:
     ) -> None:
         self.device = device
         self.counters = counters  # Of the context that saved it.
-        self.identity: StorageWeakRef = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        self.address = storage._cdata
+        #: Of the StorageImpl; a weak reference to it is held, see the note.
+        self.address: int = storage._weak_ref()  # type: ignore[assignment]
         self.data_pointer = storage.data_ptr()
         self.version = tensor._version
         #: Shares the version counter of what was saved, and its memory as long as that is held.
         self.counter = tensor.detach()
-        self.start, self.end = start, end
-        self.size_bytes = end - start
+        self.start = self.sent_start = start
+        #: What is sent lies in ``storage`` from ``sent_start`` to ``sent_end``.
+        self.end = self.sent_end = end
+        self.size_bytes = self.sent_bytes = end - start
         self.stream = stream  # On which they were produced.
         self.storage: torch.UntypedStorage | None = storage
         self.encoding: Encoding | None = None
@@ -149,7 +157,34 @@ class SavedCopy:
         #: What of it the device's figures count as waiting for backward.
         self.counted_bytes = 0
         self.is_kept = False  # As what never left.
-        self.views: list[weakref.ref[SavedView]] = []
+        self.first_view: weakref.ref[SavedView] | None = None
+        self.more_views: list[weakref.ref[SavedView]] | None = None
+
+    def views(self) -> Iterator[SavedView]:
+        """Those that live."""
+        view = self.first_view() if self.first_view is not None else None
+        if view is not None:
+            yield view
+        for reference in self.more_views or ():
+            view = reference()
+            if view is not None:
+                yield view
+
+    def add_view(self, reference: weakref.ref[SavedView]) -> None:
+        """Note that there is another one."""
+        if self.first_view is None:
+            self.first_view = reference
+        elif self.more_views is None:
+            self.more_views = [reference]
+        else:
+            self.more_views.append(reference)
+
+    def replace(self, encoded: torch.UntypedStorage, encoding: Encoding) -> None:
+        """Have the whole of ``encoded`` be sent for it."""
+        self.storage, self.encoding = encoded, encoding
+        self.sent_start = 0
+        self.sent_bytes = self.sent_end = encoding.size_bytes
+        forget_data(self.counter)
 
     def is_current(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
         """Whether the copy holds what ``tensor``, a tensor over the same storage, holds now."""
@@ -161,8 +196,9 @@ class SavedCopy:
 
     def __del__(self) -> None:
         # May run on any thread, and while that thread holds the lock: so no lock is taken.
+        _free_weak_reference(self.address)
         if self.counted_bytes:
-            self.device.ended.append((self.counted_bytes, self.is_kept))
+            self.device.account.ended.append((self.counted_bytes, self.is_kept))
         if self.storage is None and self.arrival is None:
             self.counters.ended_away.append(self.size_bytes)
 
@@ -195,6 +231,50 @@ class SavedView:
         self.round = round_
         self.index = 0
         self.served_in = 0
+
+
+def flat_over(storage: torch.UntypedStorage) -> torch.Tensor:
+    """All bytes of it."""
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return flat.set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def typed_over(flat: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Flat bytes as a type, as many as are whole elements; shares the version counter."""
+    item = dtype.itemsize
+    if flat.numel() % item:
+        flat = flat[: flat.numel() // item * item]
+    return flat.view(dtype)
+
+
+def original(view: SavedView, storage: torch.UntypedStorage) -> torch.Tensor:
+    """What was saved, which is in ``storage`` still."""
+    counter = view.counter
+    # Where the counter has the memory, too, what is given out shares the counter, so that a
+    # write to it is noticed as torch does.
+    if counter.dtype == view.dtype and counter.untyped_storage()._cdata == storage._cdata:
+        return counter.as_strided(view.shape, view.stride, view.storage_offset)
+    tensor = torch.empty(0, dtype=view.dtype, device=storage.device)
+    return tensor.set_(storage, view.storage_offset, view.shape, view.stride)
+
+
+def part_of(typed: torch.Tensor, view: SavedView, shift_bytes: int) -> torch.Tensor:
+    """``view`` over memory whose bytes lie ``shift_bytes`` later than those of what was saved.
+
+    ``typed``: all of that memory, as the type of ``view``. Shares its version counter.
+    """
+    offset = view.storage_offset + shift_bytes // view.dtype.itemsize
+    part = typed.as_strided(view.shape, view.stride, offset)
+    # No view, for who changes it where gradients are computed.
+    return part.detach() if torch.is_grad_enabled() else part
+
+
+def decoded(view: SavedView, flat: torch.Tensor, position: int) -> torch.Tensor:
+    """``view`` of what was encoded, which is in ``flat`` from ``position`` on."""
+    encoding = view.copy.encoding
+    assert encoding is not None
+    whole = encoding.decode(flat[position : position + encoding.size_bytes])
+    return part_of(typed_over(whole.view(torch.uint8), view.dtype), view, -view.copy.start)
 
 
 @dataclass(eq=False, slots=True)
