@@ -14,7 +14,7 @@ from activation_models import SMALL, assert_same, gradients, make_mlp
 
 from spillover import offload_activations
 from spillover._core import HostPool
-from spillover.hooks import _activations
+from spillover.hooks import _activation_order, _activations
 from spillover.hooks._activation_budget import DeviceBudget
 
 MIB = 1 << 20
@@ -164,3 +164,20 @@ def test_equal_options_share_what_they_learn() -> None:
     gradients(model, x, other)
     assert own.stats().used_bytes_max > 0
     assert other._engine is not held._engine
+
+
+def test_one_tensor_that_stays_does_not_keep_a_round_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_activation_order, "_VIEWS_MANY", 64)
+    x = torch.rand(4096, device="cuda", requires_grad=True)
+    with offloading() as context:
+        graph_of_first = x.exp().sum()
+        for _ in range(200):
+            x.exp().sin().sum().backward()
+    assert context._engine is not None
+    (device,) = context._engine.devices()
+    assert len(device._round.views) <= 256
+    x.grad = None
+    graph_of_first.backward()
+    assert torch.equal(x.grad, x.detach().exp())

@@ -24,6 +24,9 @@ _NODE_VIEWS_MAX = 16
 _STEPS_MAX = 256
 #: Of so many saved tensors, or twice that, it is seen whether a graph is gone.
 _SAMPLES = 16
+#: Beyond so many views a round ends as soon as nearly all of them are gone, so that it does not
+#: grow for ever where one of them stays.
+_VIEWS_MANY = 1 << 12
 #: Different steps that are remembered: a training loop may have several kinds in turn.
 _PLANS_MAX = 8
 #: Next uses of a round are below those of the next.
@@ -92,6 +95,7 @@ class Round:
 
     __slots__ = (
         "_last",
+        "_many",
         "_tail",
         "ahead",
         "base",
@@ -116,15 +120,21 @@ class Round:
         self.turn = 1  # Of backward: with retain_graph there can be several.
         self._last = 0
         self._tail = 0
+        self._many = _VIEWS_MANY
         #: Places before it were looked at in this turn, see :meth:`upcoming`.
         self.ahead = 0
 
     def is_over(self) -> bool:
-        """Whether backward asked for something, and nothing that was saved lives."""
+        """Whether backward asked for something, and nothing that was saved lives; next to nothing,
+        where that was much.
+        """
         if not self.served:
             return False
         while self._tail > 0 and self.views[self._tail - 1]() is None:
             self._tail -= 1
+        if self._tail > 0 and len(self.views) > self._many:
+            self._many = 2 * len(self.views)
+            return sum(reference() is not None for reference in self._sample()) <= 1
         return self._tail == 0
 
     def _sample(self) -> list[weakref.ref[SavedView]]:
