@@ -11,80 +11,23 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from durable_cases import ENTRIES, EXTENT, FILE, Open, assert_holds, get, put, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spillover
 from spillover import (
     ConfigError,
-    CorruptData,
     DiskFull,
     DurableStore,
     StateError,
     StorageError,
 )
 from spillover.emulator import StorageFault, faults
-
-EXTENT = 8192
-ENTRIES = {"weight": 3 * EXTENT + 100, "bias": 5000, "flag": 1}
-FILE = "spillover.durable"
-
-Open = Callable[..., DurableStore]
-
-
-@pytest.fixture(params=["threads", "io_uring"])
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    if request.param == "io_uring":
-        try:
-            spillover.DiskStore(tmp_path_factory.getbasetemp(), engine="io_uring").close()
-        except StorageError as error:
-            pytest.skip(str(error))
-    return request.param
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    return [tmp_path / "a", tmp_path / "b"]
-
-
-@pytest.fixture
-def open_store(folders: list[Path], engine: Any) -> Iterator[Open]:
-    made: list[DurableStore] = []
-
-    def open_it(entries: dict[str, int] | None = ENTRIES, **options: Any) -> DurableStore:
-        if entries is not None:
-            options.setdefault("extent_bytes", EXTENT)
-        made.append(DurableStore(folders, entries, engine=engine, **options))
-        return made[-1]
-
-    yield open_it
-    for store in made:
-        store.close()
-
-
-def some(name: str, seed: int = 0) -> bytes:
-    return random.Random(f"{name} {seed}").randbytes(ENTRIES[name])
-
-
-def put(store: DurableStore, seed: int, *names: str) -> None:
-    for ticket in [store.write(name, some(name, seed)) for name in names or ENTRIES]:
-        ticket.wait()
-
-
-def get(store: DurableStore, name: str, *, committed: bool = False) -> bytes:
-    target = bytearray(store.entries[name])
-    store.read(name, target, committed=committed).wait()
-    return bytes(target)
-
-
-def assert_holds(store: DurableStore, seeds: dict[str, int]) -> None:
-    for name, seed in seeds.items():
-        assert get(store, name) == some(name, seed), name
 
 
 def test_what_was_committed_is_there_for_the_next(open_store: Open, folders: list[Path]) -> None:
@@ -464,89 +407,6 @@ def test_read_only_folder(tmp_path: Path) -> None:
         assert (caught.value.errno, caught.value.filename) == (errno.EROFS, str(folder))
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 4]))
-
-
-def damage(folder: Path, where: str) -> None:
-    """Flip a bit of the primary's file, of which the table has one block."""
-    manifest_bytes = 4096 * 257
-    offsets = {
-        "header": [100],
-        "table": [4100],
-        "first": [8200],
-        "second": [12300],
-        "both": [8200, 12300],
-        "manifest": [16384 + manifest_bytes + 3],  # The second slot, which has commit 1.
-    }
-    for offset in offsets[where]:
-        flip(folder / FILE, offset)
-
-
-@pytest.mark.parametrize("where", ["header", "table", "both", "manifest"])
-def test_damage_is_never_taken_for_a_crash(
-    open_store: Open, folders: list[Path], where: str
-) -> None:
-    with open_store() as store:
-        put(store, 1)
-        store.commit()
-    damage(folders[0], where)
-    with pytest.raises(CorruptData, match="does not check out") as caught:
-        open_store()
-    assert caught.value.filename == str(folders[0])
-    DurableStore.delete(folders)
-    assert [*folders[0].iterdir(), *folders[1].iterdir()] == []
-
-
-@pytest.mark.parametrize("where", ["first", "second"])
-def test_one_damaged_record_is_healed(open_store: Open, folders: list[Path], where: str) -> None:
-    with open_store() as store:
-        put(store, 1)
-        store.commit()
-    damage(folders[0], where)
-    with open_store() as store:
-        assert store.sequence == 1
-    damage(folders[0], "second" if where == "first" else "first")
-    store = open_store()
-    assert store.sequence == 1
-    assert_holds(store, dict.fromkeys(ENTRIES, 1))
-
-
-def test_damaged_data_is_found_and_named(open_store: Open, folders: list[Path]) -> None:
-    with open_store() as store:
-        put(store, 1)
-        store.commit()
-    data = some("weight", 1)[EXTENT : EXTENT + 64]  # In the second folder.
-    path = folders[1] / FILE
-    flip(path, path.read_bytes().index(data))
-    store = open_store()
-    for act in (lambda: get(store, "weight"), store.verify):
-        with pytest.raises(CorruptData, match="entry 'weight'") as caught:
-            act()
-        assert caught.value.filename == str(folders[1])
-    assert_holds(store, {"bias": 1, "flag": 1})
-    put(store, 2, "weight")
-    store.commit()
-    store.verify()
-
-
-def test_newer_format_is_an_error(tmp_path: Path) -> None:
-    DurableStore(tmp_path, {"a": 1}).close()
-    path = tmp_path / FILE
-    block = bytearray(path.read_bytes()[:4092])
-    block[8] = 2
-    block += spillover._core.crc32c(block).to_bytes(4, "little")
-    with path.open("r+b") as file:
-        file.write(block)
-    with pytest.raises(StorageError, match="format version 2") as caught:
-        DurableStore(tmp_path)
-    assert caught.value.errno == errno.ENOTSUP
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
