@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import mmap
 import os
 import resource
 import subprocess
@@ -20,7 +19,6 @@ from torch import nn
 
 from spillover import (
     ConfigError,
-    CorruptData,
     DiskFull,
     HostOutOfMemory,
     StorageError,
@@ -265,36 +263,6 @@ def test_a_failed_write_keeps_the_bytes_in_host_memory(tmp_path: Path, x: torch.
     (expected * 2).exp().sum().backward()
     assert torch.equal(x.grad, expected.grad)
     store.close()
-
-
-def test_a_changed_file_is_found_by_backward(tmp_path: Path, x: torch.Tensor) -> None:
-    store = DiskStore([str(tmp_path)])
-    pool = HostPool(limit_bytes=256 << 10)
-    with offloading(tier="disk", disk=store, pool=pool, prefetch=0):
-        out = x * 2
-        for _ in range(40):
-            out = out.tanh()
-    settle()
-
-    def flip() -> None:
-        page = mmap.mmap(-1, 4096)
-        for start in range(0, os.fstat(store._descriptor()).st_size, 4096):
-            os.preadv(store._descriptor(), [page], start)
-            page[100] ^= 4
-            os.pwrite(store._descriptor(), page, start)
-
-    flip()
-    with pytest.raises(CorruptData):
-        out.sum().backward(retain_graph=True)
-    flip()
-    x.grad = None
-    out.sum().backward()
-    expected = x.detach().clone().requires_grad_()
-    plain = expected * 2
-    for _ in range(40):
-        plain = plain.tanh()
-    plain.sum().backward()
-    assert torch.equal(x.grad, expected.grad)
 
 
 def test_the_write_limit_reaches_the_user(tmp_path: Path) -> None:

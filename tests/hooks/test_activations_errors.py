@@ -187,10 +187,13 @@ def test_comparing_counters_is_no_change_to_other_threads(
 # ---- errors ----
 
 
-def test_a_failed_read_is_tried_again_with_all_that_came_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefetch", [0, "1GiB"])
+def test_a_changed_file_is_found_and_read_again_with_all_that_came_with_it(
+    tmp_path: Path, prefetch: int | str
+) -> None:
     store = DiskStore([str(tmp_path)])
     x = leaf()
-    context = offloading(tier="disk", disk=store, pool=HostPool("256KiB"), prefetch="1GiB")
+    context = offloading(tier="disk", disk=store, pool=HostPool("256KiB"), prefetch=prefetch)
     with context:
         out = x * 2
         for _ in range(40):
