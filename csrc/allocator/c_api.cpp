@@ -425,6 +425,7 @@ spillover_status spillover_share(const void* pointer, spillover_shared_visitor v
     if (visitor == nullptr) throw spillover::ConfigError("the visitor must not be null");
     const spillover::SharedBlock block = spillover::pool_of_address(pointer).share(pointer);
     std::vector<spillover_shared_chunk> chunks;
+    chunks.reserve(block.chunks.size());
     for (const spillover::SharedChunk& chunk : block.chunks) {
       chunks.push_back({chunk.size_bytes, chunk.file, chunk.identity});
     }

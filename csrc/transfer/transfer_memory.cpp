@@ -13,6 +13,7 @@
 #include <string>
 #include <utility>
 
+#include "base/check.hpp"
 #include "base/error.hpp"
 #include "transfer/transfer_bookkeeping.hpp"
 
@@ -76,7 +77,9 @@ bool TransferEngine::evict_farthest(uint64_t needed_at, uint64_t since, Garbage&
 }
 
 HostBuffer TransferEngine::acquire(size_t size_bytes) {
-  return acquire_unless(size_bytes, [] { return false; }).value();
+  std::optional<HostBuffer> host = acquire_unless(size_bytes, [] { return false; });
+  SPILLOVER_CHECK(host.has_value(), "memory that is never moot was not acquired");
+  return *std::move(host);
 }
 
 // Blocks until there is room, or, where there is none, is_moot: empty then.
