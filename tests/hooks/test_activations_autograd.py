@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,9 @@ from activation_contexts import (
 )
 from activation_models import assert_same, gradients, gradients_of, make_gpt, make_leaf, make_mlp
 from torch import nn
+
+from spillover import ConfigError
+from spillover._core import HostPool
 
 # ---- which part of a graph runs, and how often ----
 
@@ -151,7 +154,7 @@ def test_one_forward_one_backward_pipeline(budgets: dict[str, Any]) -> None:
 
 
 def test_unused_branches_and_steps_that_differ(budgets: dict[str, Any]) -> None:
-    """Each step takes other branches than the recorded one; the next is as fast as ever."""
+    """Each step takes other branches than the recorded one."""
     model = make_mlp(depth=6)
 
     def run(context: Context) -> list[torch.Tensor]:
@@ -173,6 +176,31 @@ def test_unused_branches_and_steps_that_differ(budgets: dict[str, Any]) -> None:
         return found
 
     check_equal(run, **budgets)
+
+
+def test_a_step_that_deviates_is_learnt() -> None:
+    """Its steps save alike, and run the branches of their backward in one order or the other."""
+    model, x = make_mlp(depth=12), make_leaf(512)
+
+    def run(context: Context, order: list[int]) -> list[torch.Tensor]:
+        model.zero_grad()
+        leaf = x.detach().clone().requires_grad_()
+        with context:
+            middle = model[:8](leaf * 1)
+            ends = [part(middle).square().mean() for part in (model[8:16], model[16:])]
+        slopes = [torch.autograd.grad(ends[index], middle, retain_graph=True) for index in order]
+        middle.backward(slopes[0][0] + slopes[1][0])
+        return on_host(leaf.grad)
+
+    context = offloading(in_flight_max=1, prefetch="1MiB", pool=HostPool(limit_bytes=64 << 20))
+    misses = []
+    for order in [[1, 0]] * 3 + [[0, 1]] * 3:
+        expected = run(contextlib.nullcontext(), order)
+        before = context.stats().prefetch_misses
+        assert_same(run(context, order), expected)
+        misses.append(context.stats().prefetch_misses - before)
+    assert misses[3] > 4, "the fourth step is to deviate"
+    assert max(misses[4:]) <= 3
 
 
 # ---- exceptions ----
@@ -307,7 +335,7 @@ def test_contexts_are_closed_in_another_order() -> None:
     assert offloaded_tensors(context) == before, "the generator's context is still open"
 
 
-def test_a_decorated_generator_and_a_decorated_method(budgets: dict[str, Any]) -> None:
+def test_a_decorated_method(budgets: dict[str, Any]) -> None:
     model = make_mlp()
     context = offloading(**budgets)
 
@@ -325,6 +353,69 @@ def test_a_decorated_generator_and_a_decorated_method(budgets: dict[str, Any]) -
     expected = run(lambda x, scale: model(x * 1).square().mean() * scale)
     assert_same(run(Trainer().loss), expected)
     assert offloaded_bytes(context) > 0
+
+
+def test_a_decorated_generator_is_in_the_context_while_it_runs(budgets: dict[str, Any]) -> None:
+    model, others = make_mlp(), make_mlp()
+    context = offloading(**budgets)
+
+    def stages(value: torch.Tensor, step: int = 2) -> Iterator[torch.Tensor]:
+        """Whoever gets a stage's output may send another, or an error."""
+        try:
+            for start in range(0, len(model), step):
+                value = model[start : start + step](value)
+                with contextlib.suppress(KeyError):
+                    sent = yield value
+                    value = value if sent is None else sent
+        finally:
+            ended.append(step)
+        return value * 1
+
+    def run(function: Callable[..., Iterator[torch.Tensor]]) -> list[torch.Tensor]:
+        model.zero_grad()
+        x = make_leaf()
+        walk = function(x * 1, step=2)
+        first = next(walk)
+        before = offloaded_bytes(context)
+        others(first)
+        assert offloaded_bytes(context) == before, "the caller's code is in the context"
+        second = walk.send(first * 2)
+        walk.throw(KeyError())
+        last = None
+        while last is None:
+            try:
+                next(walk)
+            except StopIteration as end:
+                last = end.value
+        (last.square().mean() + second.mean()).backward()
+        return on_host(x.grad, *gradients_of(model))
+
+    ended: list[int] = []
+    expected = run(stages)
+    assert_same(run(context(stages)), expected)
+    assert offloaded_bytes(context) > 0
+    assert context(stages).__name__ == "stages"
+    walk = context(stages)(make_leaf() * 1, step=4)
+    next(walk)
+    walk.close()
+    assert ended == [2, 2, 4]
+    walk = context(stages)(make_leaf() * 1, step=4)
+    next(walk)
+    with pytest.raises(KeyboardInterrupt):
+        walk.throw(KeyboardInterrupt())
+    assert ended == [2, 2, 4, 4]
+
+
+def test_a_decorated_coroutine_is_refused() -> None:
+    async def loss() -> None:
+        """Would be in the context while it waits."""
+
+    async def losses() -> AsyncIterator[None]:
+        yield
+
+    for function in (loss, losses):
+        with pytest.raises(ConfigError, match=f"cannot decorate {function.__name__}, a coroutine"):
+            offloading()(function)
 
 
 def test_no_grad_and_inference_save_nothing() -> None:

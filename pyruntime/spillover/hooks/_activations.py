@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -37,6 +38,7 @@ from spillover.hooks._activation_engine import ActivationEngine, Predicate
 from spillover.hooks._activation_timeline import draw
 
 Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Function = TypeVar("Function", bound=Callable[..., Any])
 Tier = Literal["auto", "host", "disk"]
 Size = int | str
 
@@ -209,6 +211,20 @@ class OffloadedActivations(contextlib.ContextDecorator):
             )
         draw(panels, Path(path))
 
+    def __call__(self, func: Function) -> Function:
+        """Decorate a function; a generator is in the context whenever it runs, as one forward.
+
+        Raises ConfigError for a coroutine: what others do while it waits would be in the context.
+        """
+        if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
+            raise ConfigError(
+                f"offload_activations cannot decorate {func.__name__}, a coroutine: others run "
+                "while it waits; use a with statement around the forward pass in it"
+            )
+        if inspect.isgeneratorfunction(func):
+            return cast("Function", functools.wraps(func)(functools.partial(_run, self, func)))
+        return super().__call__(func)
+
     def _hooks(self) -> list[torch.autograd.graph.saved_tensors_hooks]:
         hooks: list[torch.autograd.graph.saved_tensors_hooks]
         hooks = self._entered.__dict__.setdefault("hooks", [])
@@ -216,11 +232,23 @@ class OffloadedActivations(contextlib.ContextDecorator):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __enter__(self) -> OffloadedActivations:
+        self._enter(begins_round=True)
+        return self
+
+    def _entered_for(self, *, begins_round: bool) -> contextlib.ExitStack:
+        """Entered by now, to be left."""
+        self._enter(begins_round=begins_round)
+        stack = contextlib.ExitStack()
+        stack.push(self)
+        return stack
+
+    def _enter(self, *, begins_round: bool) -> None:
         engine = self._engine
         if engine is not None:
             entered = self._hooks()
             if not entered:
-                engine.begin_round()
+                if begins_round:
+                    engine.begin_round()
                 engine.collect()
             if self._model is not None:
                 engine.keep_on_device(self._model)
@@ -228,7 +256,6 @@ class OffloadedActivations(contextlib.ContextDecorator):
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, engine.unpack)
             hooks.__enter__()
             entered.append(hooks)
-        return self
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def __exit__(
@@ -252,6 +279,30 @@ class OffloadedActivations(contextlib.ContextDecorator):
         except Exception:
             if error is None:
                 raise
+
+
+def _run(
+    context: OffloadedActivations, function: Callable[..., Any], *arguments: Any, **named: Any
+) -> Generator[Any, Any, Any]:
+    """A generator whose own code alone runs in the context."""
+    generator = function(*arguments, **named)
+    act, value = generator.send, None
+    begins_round = True
+    while True:
+        with context._entered_for(begins_round=begins_round):
+            try:
+                given = act(value)
+            except StopIteration as end:
+                return end.value
+        begins_round = False
+        try:
+            act, value = generator.send, (yield given)
+        except GeneratorExit:
+            with context._entered_for(begins_round=False):
+                generator.close()
+            raise
+        except BaseException as error:
+            act, value = generator.throw, error
 
 
 def _engine_figures(engine: ActivationEngine | None) -> tuple[int, int, dict[str, float]]:
