@@ -12,6 +12,7 @@ import torch
 from activation_contexts import leaving_bytes, offloading, on_disk, reloaded_tensors, settle
 from activation_models import SMALL, assert_same, gradients, make_mlp
 
+import spillover
 from spillover import offload_activations
 from spillover._core import HostPool
 from spillover.hooks import _activation_order, _activations
@@ -69,6 +70,30 @@ def test_a_small_prefetch_brings_one_tensor_ahead() -> None:
     gradients(model, x, context)
     assert reloaded_tensors(context) > 15
     assert context.stats().prefetch_misses <= 3
+
+
+def test_back_pressure_keeps_a_byte_budget() -> None:
+    model, x = make_mlp(depth=12), torch.randn(96, 64, device="cuda", requires_grad=True)
+    limit = 8 * x.nbytes
+
+    def waits() -> int:
+        stalls = spillover.stats().stalls
+        return sum(each.count for each in stalls if each.what == "copies out (in_flight_max=)")
+
+    context = offloading(timeline=True, in_flight_max=limit, prefetch=0)
+    before = waits()
+    gradients(model, x, context)
+    assert context._engine is not None
+    (device,) = context._engine.devices()
+    assert device.timeline is not None
+    most = max(point.leaving_bytes for point in device.timeline.last_rounds(1))
+    # What waits to be sent together comes on top.
+    assert limit - x.nbytes <= most <= limit + limit // 4
+    assert waits() > before
+    stats = context.stats()
+    assert stats.offloaded_bytes > 2 * limit
+    assert stats.stall_seconds.keys() == {"copy", "disk", "host_budget"}
+    assert stats.stall_seconds["copy"] > 0
 
 
 def test_default_budgets_follow_the_device() -> None:

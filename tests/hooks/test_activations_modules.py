@@ -142,6 +142,27 @@ def test_own_parameters_and_buffers_stay() -> None:
         assert handle.stats().kept_tensors > 0
 
 
+def test_out_proj_of_multihead_attention_is_never_called() -> None:
+    """Name the attention; the projection within it is not run by a call."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(64, 4, batch_first=True).cuda()
+    x = torch.randn(2, 16, 64, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        layer(leaf * 1, leaf * 1, leaf * 1)[0].square().mean().backward()
+        return on_host(leaf.grad, *gradients_of(layer))
+
+    expected = run()
+    with wrapped([layer.out_proj]) as handle:
+        assert_same(run(), expected)
+        assert handle.stats().offloaded_bytes == 0
+    with wrapped(layer) as handle:
+        assert_same(run(), expected)
+        assert handle.stats().offloaded_bytes > 0
+
+
 # ---- rounds ----
 
 

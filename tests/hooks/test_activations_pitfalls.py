@@ -227,6 +227,18 @@ def test_tied_weights_stay_and_are_known_by_their_storage() -> None:
     value.sum().backward()
 
 
+def test_frozen_weights_stay_without_a_model() -> None:
+    frozen = nn.Linear(64, 64).cuda().requires_grad_(False)
+    x = make_inputs().requires_grad_()
+    context = offloading()
+    for _ in range(2):
+        with context:
+            value = frozen(frozen(x * 1))  # Saves nothing but the weight.
+        value.sum().backward()
+    assert offloaded_bytes(context) == 0
+    assert context.stats().kept_tensors == 4
+
+
 def test_weights_that_were_reallocated_stay() -> None:
     """As ``model.to()``, a sharded wrapper and a load of a state dict do."""
     model = nn.Linear(64, 64).cuda().requires_grad_(False)

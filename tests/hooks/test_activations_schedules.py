@@ -64,14 +64,24 @@ FILES = (
     [("eager", 0), ("threaded", 0), *(("random", seed) for seed in range(3))],
 )
 def test_everything_on_every_schedule(schedule: str, seed: int) -> None:
+    run_files(schedule, seed, *FILES)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(3, 20))
+def test_peers_on_every_seed(seed: int) -> None:
+    run_files("random", seed, "test_activations_peers.py")
+
+
+def run_files(schedule: str, seed: int, *names: str) -> None:
     """In a session of its own; what it prints says which test failed."""
     own = {"SPILLOVER_TEST_SCHEDULE": schedule, "SPILLOVER_TEST_SEED": str(seed)}
     environment = {**os.environ, **own, "SPILLOVER_SOAK": "0"}
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
-        environment.pop(name, None)
+    for variable in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_ADDOPTS"):
+        environment.pop(variable, None)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     result = subprocess.run(
-        [*command, "--show-capture=no", *FILES],
+        [*command, "--show-capture=no", *names],
         cwd=HERE,
         env=environment,
         capture_output=True,

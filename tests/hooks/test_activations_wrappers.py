@@ -202,6 +202,33 @@ def test_a_compiled_model_inside_of_the_context() -> None:
 
 
 @pytest.mark.usefixtures("fresh_compiler")
+def test_no_stream_is_entered_around_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would have them keep the stream that they began on; opaque operators would hide it."""
+    weight = torch.randn(64, 64, device="cuda").div_(8).requires_grad_()
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a stream was entered")
+
+    def run(context: Context) -> list[torch.Tensor]:
+        weight.grad = None
+        x = make_leaf()
+        with context:
+            value = compiled(x * 1, weight).mean()
+        value.backward()
+        return on_host(value, x.grad, weight.grad)
+
+    expected = run(contextlib.nullcontext())
+    context = offloading(**TIGHT)
+    for name in ("set_stream", "stream", "StreamContext"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    monkeypatch.setattr(torch._C, "_cuda_setStream", refuse)
+    for _ in range(3):
+        assert_same(run(context), expected)
+    assert offloaded_bytes(context) > 0
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("is_decorator", [False, True])
 def test_a_context_inside_of_a_compiled_function(is_decorator: bool) -> None:
     """It breaks the graph, and nothing else."""
