@@ -15,7 +15,7 @@ import sys
 from typing import Any
 
 from benchmarks._harness import spread
-from benchmarks._optimizer import equality, simulated
+from benchmarks._optimizer import equality, memory, simulated
 
 #: Bytes that a step moves for a parameter, and a scale of four arrays for an element of each.
 _STEP_BYTES = {"ours_fp32": 28, "ours_mixed": 28, "ours_8bit": 16 + 4 * 4 / 256}
@@ -55,9 +55,12 @@ def run(*, quick: bool) -> dict[str, Any]:
             notes.append(f"no figures of DeepSpeed: {found['no_deepspeed']}")
     equal, what = equality.measure(quick=quick)
     metrics.update(equal)
-    found, details["simulated"], simulated_notes = simulated.measure(quick=quick)
-    metrics.update(found)
-    return {"metrics": metrics, "details": details, "notes": [*notes, *what, *simulated_notes]}
+    notes += what
+    for part in (memory, simulated):
+        found, details[part.__name__.rpartition(".")[2]], what = part.measure(quick=quick)
+        metrics.update(found)
+        notes += what
+    return {"metrics": metrics, "details": details, "notes": notes}
 
 
 def _add(
