@@ -85,3 +85,25 @@ def settle() -> None:
     for device in living_devices():
         device.departures.finish()
         device.engine.synchronize()
+
+
+def device_of(context: OffloadedActivations) -> ActivationDevice:
+    """The only device of which the context saved anything."""
+    assert context._engine is not None
+    (device,) = context._engine.devices()
+    return device
+
+
+def pack(context: OffloadedActivations, tensor: torch.Tensor) -> Any:
+    """As autograd saves ``tensor`` in the context."""
+    assert context._engine is not None
+    return context._engine.pack(context._counters, tensor)
+
+
+def assert_nothing_is_counted(device: ActivationDevice) -> None:
+    """Where all graphs are gone."""
+    gc.collect()
+    settle()
+    account = device.account
+    account.remove_ended()
+    assert account.waiting_bytes == account.kept_bytes == device.departures.leaving_bytes == 0

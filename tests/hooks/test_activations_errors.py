@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from activation_contexts import TIGHT, offloading, settle
+from activation_contexts import (
+    TIGHT,
+    assert_nothing_is_counted,
+    device_of,
+    offloading,
+    pack,
+    settle,
+)
 
 from spillover import CorruptData, DiskStore, HostOutOfMemory, HostPool
-from spillover.hooks import OffloadedActivations
 from spillover.hooks._activation_departures import Departures
-from spillover.hooks._activation_device import ActivationDevice
 from spillover.hooks._saved_storage import SavedView
 
 KIB = 1 << 10
@@ -31,17 +34,6 @@ def leaf(size_bytes: int = 16 * KIB) -> torch.Tensor:
     return torch.rand(size_bytes // 4, device="cuda", requires_grad=True)
 
 
-def device_of(context: OffloadedActivations) -> ActivationDevice:
-    assert context._engine is not None
-    (device,) = context._engine.devices()
-    return device
-
-
-def pack(context: OffloadedActivations, tensor: torch.Tensor) -> Any:
-    assert context._engine is not None
-    return context._engine.pack(context._counters, tensor)
-
-
 def start(work: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -50,14 +42,6 @@ def start(work: Callable[[], object]) -> threading.Thread:
 
 def refuse(*arguments: object) -> None:
     raise HostOutOfMemory("no host memory")
-
-
-def assert_nothing_is_counted(device: ActivationDevice) -> None:
-    gc.collect()
-    settle()
-    account = device.account
-    account.remove_ended()
-    assert account.waiting_bytes == account.kept_bytes == device.departures.leaving_bytes == 0
 
 
 # ---- steps that differ ----

@@ -1,4 +1,4 @@
-"""What is counted of saved tensors: on a device, and for a context."""
+"""What is counted of saved tensors, on a device and for a context, and what guards it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 #: collector may run a destructor on a thread that holds it.
 lock = threading.RLock()
 os.register_at_fork(after_in_child=lock._at_fork_reinit)  # type: ignore[attr-defined]
+
+#: Smaller copies share a batch, which is this large, or of so many.
+SMALL_BYTES = 256 << 10
+BATCH_BYTES = 1 << 20
+BATCH_COUNT = 64
 
 
 @dataclass(kw_only=True)

@@ -14,14 +14,15 @@ from spillover._core import Payload, TransferTicket
 from spillover._errors import SpilloverError
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine
-from spillover.hooks._activation_account import Account, lock
-from spillover.hooks._activation_departures import BATCH_COUNT, SMALL_BYTES
+from spillover.hooks._activation_account import BATCH_COUNT, SMALL_BYTES, Account, lock
 from spillover.hooks._activation_order import Round
 from spillover.hooks._saved_storage import (
     ALIGNMENT,
     SavedCopy,
     changed_in_place,
+    empty,
     flat_over,
+    living,
     typed_over,
 )
 
@@ -35,12 +36,12 @@ class Arrival:
 
     __slots__ = (
         "_typed",
-        "_version",
         "flat",
         "is_original",
         "orphans",
         "stream",
         "ticket",
+        "version",
         "waited",
     )
 
@@ -57,12 +58,12 @@ class Arrival:
         self.is_original = ticket is None
         self.waited = ticket is None  # By that stream.
         self.orphans = orphans
-        self._version = flat._version
+        self.version = flat._version
         self._typed = flat
 
     def is_changed(self) -> bool:
         """Whether somebody wrote to what was given out of it."""
-        return self.flat._version != self._version
+        return self.flat._version != self.version
 
     def typed(self, dtype: torch.dtype) -> torch.Tensor:
         """All of it that whole elements of the type are in; shares its version counter."""
@@ -93,8 +94,6 @@ class Arrivals:
         self._device = device
         self._engine = engine
         self._account = account
-        #: The present one; it is told of what has to come again.
-        self.round = Round(0)
         self._has_disk = has_disk
         self._arrived: list[weakref.ref[SavedCopy]] = []
         self._served: list[weakref.ref[SavedCopy]] = []
@@ -109,7 +108,7 @@ class Arrivals:
         arrival = copy.arrival
         if arrival is not None and arrival.is_changed():
             if arrival.is_original:
-                raise changed_in_place(copy.counter, copy.version)
+                raise changed_in_place(arrival.flat, arrival.version)
             self._forget(copy)  # The bytes are elsewhere, unchanged.
             arrival = None
         if arrival is not None and arrival.stream != stream and not arrival.is_original:
@@ -143,7 +142,8 @@ class Arrivals:
 
     def _forget(self, copy: SavedCopy) -> None:
         copy.arrival = None
-        self.round.look_again()
+        for view in copy.views():
+            view.round.look_again()
         copy.counters.count_away(copy.size_bytes)
         if copy.counted_bytes and not copy.is_kept:
             self._account.remove(copy)
@@ -153,7 +153,8 @@ class Arrivals:
     def bring(self, copies: list[SavedCopy], stream: int) -> None:
         """Start to bring copies back, to memory of the current stream.
 
-        Raises OutOfMemoryError, and what the transfer engine does.
+        Blocks where a copy on disk finds no pinned memory for its passage. Raises OutOfMemoryError,
+        and what the transfer engine does.
         """
         small: list[SavedCopy] = []
         for copy in copies:
@@ -173,7 +174,7 @@ class Arrivals:
         # Under the lock nothing is reclaimed: restore() does that, and what comes ahead of its use
         # is not worth it.
         with _reclaim.suspended():
-            flat = torch.empty(total_bytes, dtype=torch.uint8, device=self._device)
+            flat = empty(total_bytes, torch.uint8, self._device)
         address = flat.data_ptr()
         targets: list[tuple[Payload, tuple[int, int, object]]] = []
         for copy, offset in zip(copies, offsets, strict=True):
@@ -223,23 +224,24 @@ class Arrivals:
             wanted = []
             for reference in self._served:
                 before = reference()
-                if before is not None and before is not copy and before.arrival is not None:
-                    if round_.is_wanted(before):
-                        wanted.append(reference)
-                    else:
-                        self._forget(before)
+                if before is None or before is copy or before.arrival is None:
+                    continue
+                if round_.is_wanted(before):
+                    wanted.append(reference)
+                elif before.has_view():
+                    self._forget(before)
             self._served = wanted
         if copy.arrival is not None:
             self._served.append(weakref.ref(copy))
 
     def drop(self, but: SavedCopy | None = None) -> int:
         """Drop what came back and waits for its use; it can come again. Blocks until its memory
-        is free: the copies work on it yet. Without the lock, where that is not held anyway.
+        is free: the copies work on it yet. Takes the lock for itself.
         """
         freed_bytes = 0
         with lock:
-            for copy in (each() for each in self._arrived):
-                if copy is None or copy is but or copy.arrival is None or not copy.counted_bytes:
+            for copy in living(self._arrived):
+                if copy is but or copy.arrival is None or not copy.counted_bytes:
                     continue
                 freed_bytes += copy.counted_bytes
                 self._forget(copy)

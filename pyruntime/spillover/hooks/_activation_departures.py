@@ -11,14 +11,12 @@ import torch
 from spillover._core import TransferTicket
 from spillover._stalls import Stall
 from spillover._transfer import TransferEngine
-from spillover.hooks._activation_account import Account, lock
+from spillover.hooks._activation_account import BATCH_BYTES, BATCH_COUNT, Account, lock
 from spillover.hooks._activation_budget import DeviceBudget
-from spillover.hooks._saved_storage import SavedCopy, forget_data
+from spillover.hooks._saved_storage import SavedCopy, forget_data, living
 
-#: Smaller copies share a batch, which is this large, or of so many.
-SMALL_BYTES = 256 << 10
-BATCH_BYTES = 1 << 20
-BATCH_COUNT = 64
+#: What leaves in one call. Emptied when that is over, or the memory would be held.
+_Group = list[tuple[SavedCopy, torch.UntypedStorage]]
 
 _COPIES_OUT = Stall("activations", "copies out (in_flight_max=)")
 
@@ -26,8 +24,7 @@ _COPIES_OUT = Stall("activations", "copies out (in_flight_max=)")
 class Departures:
     """What is about to leave one device, and what is leaving it.
 
-    Its fields are guarded by the lock. Methods that may block say so; the lock is not held by who
-    calls those.
+    Its fields are guarded by the lock, which who calls holds, unless a method says otherwise.
     """
 
     def __init__(self, engine: TransferEngine, budget: DeviceBudget, account: Account) -> None:
@@ -58,7 +55,7 @@ class Departures:
         return self._last is not None
 
     def keep(self, copy: SavedCopy) -> None:
-        """Have it stay where it is, until somebody needs its room. With the lock."""
+        """Have it stay where it is, until somebody needs its room."""
         self._account.add(copy, is_kept=True)
         if len(self._kept) >= self._kept_max:
             self._kept = [each for each in self._kept if each() is not None]
@@ -66,19 +63,19 @@ class Departures:
         self._kept.append(weakref.ref(copy))
 
     def append(self, copy: SavedCopy) -> None:
-        """Have it leave at the next :meth:`flush`. With the lock."""
+        """Have it leave at the next :meth:`flush`."""
         self._pending.append(weakref.ref(copy))
         self.pending_bytes += copy.size_bytes
 
     def are_too_many(self) -> bool:
-        """Whether what is leaving takes room that is wanted. With the lock."""
+        """Whether what is leaving takes room that is wanted."""
         leaving_bytes = self.leaving_bytes
         return leaving_bytes > 0 and self._excess(leaving_bytes, 0) > 0
 
     def flush(self) -> None:
-        """Have what is about to leave do so. Blocks for budgets."""
+        """Have what is about to leave do so. Without the lock; blocks for budgets."""
         with lock:
-            batch = [copy for copy in (each() for each in self._pending) if copy is not None]
+            batch = living(self._pending)
             self._pending, self.pending_bytes = [], 0
         if batch:
             self.send(batch)
@@ -90,26 +87,16 @@ class Departures:
             self.flush()
 
     def finish(self) -> None:
-        """Block until nothing leaves any more, and let go of the device memory."""
+        """Block until nothing leaves, and let go of the device memory. Without the lock."""
         self.flush()
         _COPIES_OUT.wait(functools.partial(self._engine.collect, wait=True))
 
     def send(self, batch: list[SavedCopy]) -> None:
-        """Have these leave; empties the list. Blocks for budgets.
+        """Have these leave; empties the list. Without the lock; blocks for budgets.
 
         Raises what the transfer engine does; what has not left then stays, and can leave later.
         """
-        groups: dict[int, list[tuple[SavedCopy, torch.UntypedStorage]]] = {}
-        for copy in batch:
-            storage = copy.storage
-            if storage is None:
-                continue
-            if storage.nbytes() < copy.sent_end:
-                with lock:  # Its owner emptied it, and may fill it again.
-                    if not copy.counted_bytes:
-                        self.keep(copy)
-                continue
-            groups.setdefault(copy.stream, []).append((copy, storage))
+        groups = self._by_stream(batch)
         batch.clear()
         try:
             for stream, group in groups.items():
@@ -124,7 +111,21 @@ class Departures:
                         self.keep(copy)
             raise
 
-    def _put(self, group: list[tuple[SavedCopy, torch.UntypedStorage]], stream: int) -> None:
+    def _by_stream(self, batch: list[SavedCopy]) -> dict[int, _Group]:
+        groups: dict[int, _Group] = {}
+        for copy in batch:
+            storage = copy.storage
+            if storage is None:
+                continue
+            if storage.nbytes() < copy.sent_end:
+                with lock:  # Its owner emptied it, and may fill it again.
+                    if not copy.counted_bytes:
+                        self.keep(copy)
+                continue
+            groups.setdefault(copy.stream, []).append((copy, storage))
+        return groups
+
+    def _put(self, group: _Group, stream: int) -> None:
         sources: list[tuple[int, int, object, int | None]] = [
             (storage.data_ptr() + copy.sent_start, copy.sent_bytes, storage, copy.next_use)
             for copy, storage in group
@@ -166,11 +167,10 @@ class Departures:
         return self._budget.excess_in_forward(waiting_bytes, leaving_bytes, more_bytes)
 
     def farthest(self, wanted_bytes: int) -> list[SavedCopy]:
-        """Of what stays, what backward asks for last; it is for :meth:`send` then."""
+        """Of what stays, what backward asks for last, to be sent. Without the lock."""
         with lock:
-            kept = [each() for each in self._kept]
-            staying = [copy for copy in kept if copy is not None and copy.counted_bytes]
-            staying = [copy for copy in staying if copy.storage is not None]
+            kept = living(self._kept)
+            staying = [copy for copy in kept if copy.counted_bytes and copy.storage is not None]
             staying.sort(key=lambda copy: copy.next_use)
             chosen: list[SavedCopy] = []
             found_bytes = 0
@@ -182,7 +182,8 @@ class Departures:
         return chosen
 
     def order_writes(self, device_index: int) -> None:
-        """Have what the current stream does from now on wait for the copies out under way.
+        """Have what the current stream does from now on wait for the copies out under way. Without
+        the lock.
 
         The program may write in place to what was saved, where backward does not need it.
         """

@@ -29,16 +29,18 @@ from spillover._backward_end import queue_backward_end
 from spillover._core import DiskStore, HostPool
 from spillover._errors import HostOutOfMemory, SpilloverError, StateError, StorageError
 from spillover._transfer import TransferEngine
-from spillover.hooks._activation_account import Account, Counters, lock
-from spillover.hooks._activation_arrivals import Arrival, Arrivals
-from spillover.hooks._activation_budget import DeviceBudget
-from spillover.hooks._activation_codec import Codec, encode
-from spillover.hooks._activation_departures import (
+from spillover.hooks._activation_account import (
     BATCH_BYTES,
     BATCH_COUNT,
     SMALL_BYTES,
-    Departures,
+    Account,
+    Counters,
+    lock,
 )
+from spillover.hooks._activation_arrivals import Arrival, Arrivals
+from spillover.hooks._activation_budget import DeviceBudget
+from spillover.hooks._activation_codec import Codec, encode
+from spillover.hooks._activation_departures import Departures
 from spillover.hooks._activation_order import Plans, Round
 from spillover.hooks._activation_timeline import Timeline
 from spillover.hooks._saved_storage import (
@@ -153,7 +155,7 @@ class ActivationDevice:
         end: int,
     ) -> tuple[SavedView, bool]:
         """Take on what is saved first; whether departures are to be flushed, without the lock."""
-        self._collect()
+        self._note_ended()
         size_bytes = end - start
         round_ = self._round
         if self._is_round_new or round_.is_over():
@@ -181,6 +183,8 @@ class ActivationDevice:
     def add_alias(self, copy: SavedCopy, tensor: torch.Tensor) -> SavedView:
         """Take on another view of a copy that is there."""
         round_ = self._round
+        if self._is_round_new or round_.is_over():
+            round_ = self._next_round(0)
         view = SavedView(copy, tensor, round_)
         round_.add(view, 0)
         self._follow_plan(round_, view.index, 0)
@@ -191,7 +195,15 @@ class ActivationDevice:
         """Of saved tensors, on the device."""
         return self.account.waiting_bytes + self.departures.leaving_bytes
 
-    def _collect(self) -> None:
+    def collect(self) -> None:
+        """Have what is about to leave do so; let go of what has, and of what came back and ended.
+        Without the lock; blocks for budgets.
+        """
+        self.departures.flush()
+        self.engine.collect()
+        self.arrivals.collect_orphans()
+
+    def _note_ended(self) -> None:
         if self.arrivals.orphans:
             self.arrivals.collect_orphans()
         self.account.remove_ended()
@@ -211,7 +223,7 @@ class ActivationDevice:
         self.budget.end_round(self._plans.learn(self._round))
         self._rounds += 1
         self._is_round_new = False
-        round_ = self._round = self.arrivals.round = Round(self._rounds)
+        round_ = self._round = Round(self._rounds)
         round_.plan = self._plans.find([size_bytes])
         self.budget.begin_round(self._saved_bytes, round_.plan)
         self._set_stays(round_)
@@ -298,6 +310,7 @@ class ActivationDevice:
         with lock:
             self.budget.ran_out()
         self.departures.finish()
+        self.arrivals.collect_orphans(wait=True)
 
     # ---- coming back ----
 
@@ -317,7 +330,7 @@ class ActivationDevice:
         stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         with lock:
             self._join_backward()
-            self._collect()
+            self._note_ended()
             if self.budget.is_measuring:
                 self.budget.look(self._saved_bytes, len(view.round.served))
             arrival, position = self._serve(view, stream)
@@ -431,3 +444,4 @@ class ActivationDevice:
         """Runs before ``backward()`` returns, with the caller's streams."""
         self.departures.order_writes(self.device.index)
         self.engine.collect()
+        self.arrivals.collect_orphans()

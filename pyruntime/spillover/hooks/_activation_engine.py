@@ -26,6 +26,7 @@ from spillover.hooks._saved_storage import (
     check_version,
     covering_range,
     keep,
+    living,
     range_to_copy,
 )
 
@@ -96,8 +97,7 @@ class ActivationEngine:
     def collect(self) -> None:
         """Let what is to leave do so, and let go of what has."""
         for device in self.devices():
-            device.departures.flush()
-            device.engine.collect()
+            device.collect()
 
     def order_writes(self) -> None:
         """Have what current streams do from now on wait for the copies out under way."""
@@ -207,9 +207,9 @@ class ActivationEngine:
 
     def _note(self, copy: SavedCopy) -> None:
         # What died held the address until then, and says nothing of who has it now.
-        living = [weakref.ref(each) for each in _living(self._copies.get(copy.address))]
+        others = [weakref.ref(each) for each in _living(self._copies.get(copy.address))]
         reference = weakref.ref(copy)
-        self._copies[copy.address] = [*living, reference] if living else reference
+        self._copies[copy.address] = [*others, reference] if others else reference
         if len(self._copies) > self._copies_max:
             self._copies = {key: each for key, each in self._copies.items() if _living(each)}
             self._copies_max = max(_COPIES_MIN, 2 * len(self._copies))
@@ -260,10 +260,7 @@ def _living(
 ) -> Sequence[SavedCopy]:
     if references is None:
         return ()
-    if isinstance(references, list):
-        return [copy for copy in (each() for each in references) if copy is not None]
-    copy = references()
-    return () if copy is None else (copy,)
+    return living(references if isinstance(references, list) else (references,))
 
 
 def _is_dead(storage: StorageWeakRef) -> bool:

@@ -125,8 +125,8 @@ class Round:
         self.ahead = 0
 
     def is_over(self) -> bool:
-        """Whether backward asked for something, and nothing that was saved lives; next to nothing,
-        where that was much.
+        """Whether backward asked for something, and what was saved is gone: all of it, or nearly
+        all of very much.
         """
         if not self.served:
             return False

@@ -338,8 +338,9 @@ def offload_activations(
     """Keep the tensors that autograd saves for backward in pinned host memory or on disk.
 
     Use it around the forward pass (``with offload_activations(): loss = model(x)``) or as a
-    decorator of a function, or of a generator, that makes it. Gradients are equal to those without it, bit for bit.
-    Backward may run inside or outside of the context, on any thread, more than once or never.
+    decorator of a function, or of a generator, that makes it. Gradients are equal to those without
+    it, bit for bit. Backward may run inside or outside of the context, on any thread, more than
+    once or never.
 
     In the first two steps all leaves, and memory is measured. From then on the tensors that
     backward asks for first stay on the device, as many as fit; where all fit nothing is copied.

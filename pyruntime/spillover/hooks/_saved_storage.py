@@ -14,7 +14,7 @@ memory. A write through ``.data`` moves no counter; autograd does not see it eit
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 #: Allocators align to this, and kernels choose their vector width by it: a range that is copied
 #: starts at a multiple, so that a restored tensor is aligned as the original was.
 ALIGNMENT = 512
+#: Each time that a copy has so many more views, those that are gone are looked for.
+_VIEWS_CHECKED = 64
 
 _empties: dict[tuple[torch.dtype, int], torch.Tensor] = {}
-_free_weak_reference: Callable[[int], None] = torch.UntypedStorage._free_weak_ref
 
 
 def covering_range(tensor: torch.Tensor) -> tuple[int, int]:
@@ -59,13 +60,21 @@ def range_to_copy(start: int, end: int, storage_bytes: int) -> tuple[int, int]:
     return start // ALIGNMENT * ALIGNMENT, end
 
 
+def empty(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """So many elements, with a version counter, which a tensor made in inference mode has not."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(mode=False):
+            return torch.empty(count, dtype=dtype, device=device)
+    return torch.empty(count, dtype=dtype, device=device)
+
+
 def forget_data(tensor: torch.Tensor) -> None:
     """Have ``tensor`` share its version counter still, but no memory."""
     key = tensor.dtype, tensor.get_device()
-    empty = _empties.get(key)
-    if empty is None:
-        empty = _empties[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    tensor.data = empty
+    nothing = _empties.get(key)
+    if nothing is None:
+        nothing = _empties[key] = empty(0, tensor.dtype, tensor.device)
+    tensor.data = nothing
 
 
 def share_counter(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -134,10 +143,14 @@ class SavedCopy:
         end: int,
         stream: int,
     ) -> None:
+        # Of what its end asks for; an error below may bring that about.
+        self.address = 0
+        #: What of it the device's account has as waiting for backward.
+        self.counted_bytes = 0
+        self.arrival: Arrival | None = None
+        self.storage: torch.UntypedStorage | None = storage
         self.device = device
         self.counters = counters  # Of the context that saved it.
-        #: Of the StorageImpl; a weak reference to it is held, see the note.
-        self.address: int = storage._weak_ref()  # type: ignore[assignment]
         self.data_pointer = storage.data_ptr()
         self.version = tensor._version
         #: Shares the version counter of what was saved, and its memory as long as that is held.
@@ -147,18 +160,16 @@ class SavedCopy:
         self.end = self.sent_end = end
         self.size_bytes = self.sent_bytes = end - start
         self.stream = stream  # On which they were produced.
-        self.storage: torch.UntypedStorage | None = storage
         self.encoding: Encoding | None = None
         self.next_use = 0
         self.leaving: weakref.ref[torch.UntypedStorage] | None = None
         self.payload: _core.Payload | None = None
-        self.arrival: Arrival | None = None
         self.arrival_offset = 0
-        #: What of it the device's figures count as waiting for backward.
-        self.counted_bytes = 0
-        self.is_kept = False  # As what never left.
+        self.is_kept = False  # Is among what never left, there.
         self.first_view: weakref.ref[SavedView] | None = None
         self.more_views: list[weakref.ref[SavedView]] | None = None
+        #: Of the StorageImpl; a weak reference to it is held from here on, see the note.
+        self.address = storage._weak_ref()  # type: ignore[assignment]
 
     def views(self) -> Iterator[SavedView]:
         """Those that live."""
@@ -177,7 +188,14 @@ class SavedCopy:
         elif self.more_views is None:
             self.more_views = [reference]
         else:
+            if len(self.more_views) % _VIEWS_CHECKED == 0:
+                self.more_views = [each for each in self.more_views if each() is not None]
             self.more_views.append(reference)
+
+    def has_view(self) -> bool:
+        """Whether a view of it lives; if not, its destructor may be running on another thread."""
+        first = self.first_view
+        return (first is not None and first() is not None) or next(self.views(), None) is not None
 
     def replace(self, encoded: torch.UntypedStorage, encoding: Encoding) -> None:
         """Have the whole of ``encoded`` be sent for it."""
@@ -194,13 +212,21 @@ class SavedCopy:
             and share_counter(self.counter, tensor)
         )
 
-    def __del__(self) -> None:
+    def __del__(self, free: Callable[[int], None] = torch.UntypedStorage._free_weak_ref) -> None:
         # May run on any thread, and while that thread holds the lock: so no lock is taken.
-        _free_weak_reference(self.address)
+        if self.address:
+            free(self.address)
         if self.counted_bytes:
             self.device.account.ended.append((self.counted_bytes, self.is_kept))
         if self.storage is None and self.arrival is None:
             self.counters.ended_away.append(self.size_bytes)
+        self.arrival = None  # Before the device, whose end waits for what arrives.
+
+
+def living(references: Iterable[weakref.ref[SavedCopy]]) -> list[SavedCopy]:
+    """The copies of which a view lives."""
+    copies = (each() for each in references)
+    return [copy for copy in copies if copy is not None and copy.has_view()]
 
 
 class SavedView:
@@ -235,7 +261,7 @@ class SavedView:
 
 def flat_over(storage: torch.UntypedStorage) -> torch.Tensor:
     """All bytes of it."""
-    flat = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    flat = empty(0, torch.uint8, storage.device)
     return flat.set_(storage, 0, (storage.nbytes(),), (1,))
 
 
@@ -274,7 +300,7 @@ def decoded(view: SavedView, flat: torch.Tensor, position: int) -> torch.Tensor:
     encoding = view.copy.encoding
     assert encoding is not None
     whole = encoding.decode(flat[position : position + encoding.size_bytes])
-    return part_of(typed_over(whole.view(torch.uint8), view.dtype), view, -view.copy.start)
+    return part_of(whole, view, -view.copy.start)
 
 
 @dataclass(eq=False, slots=True)
