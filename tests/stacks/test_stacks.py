@@ -39,14 +39,13 @@ GROUPS = {
         "torchvision_resnet",
         "lightning_fit",
     ),
-    "ddp": (
-        "ddp_gloo",
-        "ddp_host_optimizers",
-        "ddp_offloaded_gradients",
-        "sharded_activations",
-    ),
-    "fsdp2": ("fsdp2_gloo",),
     "spillover": ("spillover_llama", "offloaded_activations"),
+    # They fork ranks, which a process that used CUDA before cannot.
+    "ddp": ("ddp_gloo",),
+    "ddp_optimizers": ("ddp_host_optimizers",),
+    "ddp_gradients": ("ddp_offloaded_gradients",),
+    "sharded": ("sharded_activations",),
+    "fsdp2": ("fsdp2_gloo",),
 }
 NAMES = sorted(path.stem for path in PROGRAMS.glob("[a-z]*.py"))
 
