@@ -269,8 +269,9 @@ class TransferEngine : public std::enable_shared_from_this<TransferEngine> {
   // transfer_memory.cpp
   static constexpr uint64_t kAnyUse = 0;  // Needed before all that is there.
   static constexpr uint64_t kLastRequest = UINT64_MAX;
-  // How often a request looks again because of what others have done meanwhile.
-  static constexpr int kRetriesMax = 16;
+  // How often a request looks again because of what others have done meanwhile. It may lose to them
+  // many times in a row, and they could go on for ever.
+  static constexpr int kRetriesMax = 1000;
   size_t limit_bytes() const;
   std::optional<HostBuffer> try_acquire(size_t size_bytes, uint64_t needed_at, uint64_t since,
                                         std::exception_ptr* error = nullptr);

@@ -11,6 +11,7 @@
 // had one.
 #include <algorithm>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "base/check.hpp"
@@ -94,6 +95,7 @@ std::optional<HostBuffer> TransferEngine::acquire_unless(size_t size_bytes,
     if (help_to_memory(size_bytes, since, Asker::kProgram)) continue;
     // Others may have let go of memory, and ended, after this thread had looked for it.
     if (changes() == seen || retries++ == kRetriesMax) throw_no_memory(size_bytes, since, error);
+    std::this_thread::yield();
   }
 }
 
