@@ -99,7 +99,7 @@ void DiskStoreCore::finish(DiskPiece& piece, std::exception_ptr error) noexcept 
     if (payload.extents_left_.fetch_sub(1) == 1) {
       const bool failed = payload.has_failed_;
       if (failed) {
-        release(payload.extents_);
+        if (getpid() == owner_) placement_->release_failed(payload.extents_);
         payload.extents_.clear();
       }
       payload.state_ = failed ? DiskPayload::State::kFailed : DiskPayload::State::kStored;

@@ -140,6 +140,12 @@ void ExtentPlacement::release(const std::vector<Extent>& extents) noexcept {
   release_locked(extents);
 }
 
+void ExtentPlacement::release_failed(const std::vector<Extent>& extents) noexcept {
+  const std::lock_guard lock(mutex_);
+  release_locked(extents);
+  for (Folder& folder : folders_) folder.file->give_back(folder.space.end());
+}
+
 void ExtentPlacement::release_locked(const std::vector<Extent>& extents) noexcept {
   for (const Extent& extent : extents) {
     folders_[extent.folder].space.release(extent.offset,

@@ -37,6 +37,9 @@ class ExtentPlacement {
   // then.
   std::vector<Extent> allocate(size_t size_bytes);
   void release(const std::vector<Extent>& extents) noexcept;
+  // Those of a write that is over and failed. Gives back to the disk what lies behind all others:
+  // of a full one the last extents may have got what the first ones lacked.
+  void release_failed(const std::vector<Extent>& extents) noexcept;
 
   std::vector<FolderUse> use() const;
   FolderRates& rates() { return rates_; }

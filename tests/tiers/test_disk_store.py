@@ -22,6 +22,7 @@ from disk_calls import fetched, random_bytes, stored
 
 from spillover import ConfigError, CorruptData, DiskFull, StateError, StorageError
 from spillover._core import DiskPayload, DiskStore, HostPool
+from spillover.emulator import StorageFault, faults
 
 BLOCK = 4096
 MIB = 1 << 20
@@ -209,6 +210,21 @@ def test_a_full_disk_is_an_error_and_loses_nothing(
     assert fetched(store, stored(store, kept[:200_000])) == kept[:200_000]
     del payload
     assert fetched(store, stored(store, kept)) == kept
+    store.close()
+
+
+def test_a_write_that_found_the_disk_full_gives_back_what_its_end_had(
+    make_store: Make, small_disk: Path
+) -> None:
+    """Its last extents may be written first, and leave no room for the first ones."""
+    store = make_store([str(small_disk)], extent_bytes_max=128 << 10, preallocate=False)
+    kept = random_bytes(700_000)
+    payload = stored(store, kept)
+    late = StorageFault("write", "delay", delay_us=300_000, folder=small_disk)
+    with faults(storage=[late]), pytest.raises(DiskFull):
+        store.write(random_bytes(700_000))[1].wait()
+    assert fetched(store, stored(store, kept[:200_000])) == kept[:200_000]
+    assert fetched(store, payload) == kept
     store.close()
 
 
