@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -173,6 +174,18 @@ def small(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.gelu((x @ weight).exp().sigmoid() @ weight).square()
 
 
+def step_of(
+    compiled: Callable[..., torch.Tensor], weight: torch.Tensor, context: Context
+) -> list[torch.Tensor]:
+    """One step of a compiled function."""
+    weight.grad = None
+    x = make_leaf()
+    with context:
+        value = compiled(x * 1, weight).mean()
+    value.backward()
+    return on_host(value, x.grad, weight.grad)
+
+
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
@@ -187,15 +200,7 @@ def test_a_compiled_model_inside_of_the_context() -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(small, backend=counter, fullgraph=True)
 
-    def run(context: Context) -> list[torch.Tensor]:
-        weight.grad = None
-        x = make_leaf()
-        with context:
-            value = compiled(x * 1, weight).mean()
-        value.backward()
-        return on_host(value, x.grad, weight.grad)
-
-    context = check_equal(run, steps=3, **TIGHT)
+    context = check_equal(partial(step_of, compiled, weight), steps=3, **TIGHT)
     assert offloaded_bytes(context) > 3 * 48 * 64 * 4
     # Without and with hooks.
     assert counter.frame_count <= 2
@@ -210,21 +215,13 @@ def test_no_stream_is_entered_around_compiled_code(monkeypatch: pytest.MonkeyPat
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a stream was entered")
 
-    def run(context: Context) -> list[torch.Tensor]:
-        weight.grad = None
-        x = make_leaf()
-        with context:
-            value = compiled(x * 1, weight).mean()
-        value.backward()
-        return on_host(value, x.grad, weight.grad)
-
-    expected = run(contextlib.nullcontext())
+    expected = step_of(compiled, weight, contextlib.nullcontext())
     context = offloading(**TIGHT)
     for name in ("set_stream", "stream", "StreamContext"):
         monkeypatch.setattr(torch.cuda, name, refuse)
     monkeypatch.setattr(torch._C, "_cuda_setStream", refuse)
     for _ in range(3):
-        assert_same(run(context), expected)
+        assert_same(step_of(compiled, weight, context), expected)
     assert offloaded_bytes(context) > 0
 
 

@@ -108,29 +108,25 @@ def test_an_interrupted_step_leaves_nothing_under_way_that_nobody_waits_for(
 
 
 class Trainer:
-    """Garbage in a cycle whose end uses the optimizer."""
+    """Garbage in a cycle whose end waits for updates, and notes what that raises."""
 
-    def __init__(self, use: Callable[[], None]) -> None:
-        self.use = use
+    def __init__(self, optimizer: SGD, errors: list[BaseException]) -> None:
+        self.optimizer, self.errors = optimizer, errors
         self.itself = self
 
     def __del__(self) -> None:
-        self.use()
+        try:
+            self.optimizer.synchronize()
+        except BaseException as error:
+            self.errors.append(error)
 
 
 def test_garbage_that_the_worker_collects_cannot_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, wanted = make()
     errors: list[BaseException] = []
-
-    def use() -> None:
-        try:
-            optimizer.synchronize()
-        except BaseException as error:
-            errors.append(error)
-
     gc.disable()
     try:
-        Trainer(use)
+        Trainer(optimizer, errors)
         with monkeypatch.context() as patch:
             break_into(patch, _staging.Staging, "start_departure", 0, gc.collect)
             optimizer.step()
@@ -149,17 +145,10 @@ def test_garbage_that_another_step_collects_cannot_stop_both(
     set_ones(other)
     beside = SGD(other.parameters(), lr=1.0)
     errors: list[BaseException] = []
-
-    def use() -> None:
-        try:
-            optimizer.synchronize()
-        except BaseException as error:
-            errors.append(error)
-
     optimizer.step()
     gc.disable()
     try:
-        Trainer(use)
+        Trainer(optimizer, errors)
         with monkeypatch.context() as patch:
             break_into(patch, _host_step._Pipeline, "_update_batch", 0, gc.collect)
             beside.step()
