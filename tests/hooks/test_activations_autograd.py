@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -404,6 +405,41 @@ def test_a_decorated_generator_is_in_the_context_while_it_runs(budgets: dict[str
     with pytest.raises(KeyboardInterrupt):
         walk.throw(KeyboardInterrupt())
     assert ended == [2, 2, 4, 4]
+
+
+def test_a_decorated_generator_may_be_a_method_with_arguments_of_any_name() -> None:
+    context = offloading()
+
+    class Trainer:
+        @context
+        def stages(self, function: torch.Tensor, context: float) -> Iterator[torch.Tensor]:
+            yield function.exp() * context
+
+    before = offloaded_bytes(context)
+    x = make_leaf()
+    (out,) = Trainer().stages(function=x * 1, context=2.0)
+    assert offloaded_bytes(context) > before
+    out.sum().backward()
+    assert torch.equal(x.grad, x.detach().exp() * 2)
+
+
+def test_a_decorated_generator_does_not_keep_what_was_thrown_into_it() -> None:
+    class OddError(Exception):
+        """Unlike those of Python, it can be referred to weakly."""
+
+    @offloading()
+    def stages() -> Iterator[None]:
+        with contextlib.suppress(OddError):
+            yield
+        yield
+
+    walk = stages()
+    next(walk)
+    error = OddError()
+    gone = weakref.ref(error)
+    walk.throw(error)
+    del error
+    assert gone() is None
 
 
 def test_a_decorated_coroutine_is_refused() -> None:

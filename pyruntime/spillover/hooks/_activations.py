@@ -221,9 +221,14 @@ class OffloadedActivations(contextlib.ContextDecorator):
                 f"offload_activations cannot decorate {func.__name__}, a coroutine: others run "
                 "while it waits; use a with statement around the forward pass in it"
             )
-        if inspect.isgeneratorfunction(func):
-            return cast("Function", functools.wraps(func)(functools.partial(_run, self, func)))
-        return super().__call__(func)
+        if not inspect.isgeneratorfunction(func):
+            return super().__call__(func)
+
+        @functools.wraps(func)
+        def run(*arguments: Any, **named: Any) -> Generator[Any, Any, Any]:
+            return _run(self, func(*arguments, **named))
+
+        return cast("Function", run)
 
     def _hooks(self) -> list[torch.autograd.graph.saved_tensors_hooks]:
         hooks: list[torch.autograd.graph.saved_tensors_hooks]
@@ -235,6 +240,7 @@ class OffloadedActivations(contextlib.ContextDecorator):
         self._enter(begins_round=True)
         return self
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _entered_for(self, *, begins_round: bool) -> contextlib.ExitStack:
         """Entered by now, to be left."""
         self._enter(begins_round=begins_round)
@@ -282,10 +288,9 @@ class OffloadedActivations(contextlib.ContextDecorator):
 
 
 def _run(
-    context: OffloadedActivations, function: Callable[..., Any], *arguments: Any, **named: Any
+    context: OffloadedActivations, generator: Generator[Any, Any, Any]
 ) -> Generator[Any, Any, Any]:
-    """A generator whose own code alone runs in the context."""
-    generator = function(*arguments, **named)
+    """The generator, whose own code alone runs in the context."""
     act, value = generator.send, None
     begins_round = True
     while True:
@@ -294,6 +299,8 @@ def _run(
                 given = act(value)
             except StopIteration as end:
                 return end.value
+            finally:
+                value = None  # An error that was thrown in holds what its frames do.
         begins_round = False
         try:
             act, value = generator.send, (yield given)
