@@ -275,10 +275,36 @@ def test_a_forked_child_may_use_the_device_that_its_parent_did_not(run_emulated)
     )
 
 
-def test_enable_twice() -> None:
-    assert emulator.is_enabled()
-    with pytest.raises(StateError, match="enabled already"):
-        emulator.enable(vram="1GiB")
+def test_what_cannot_be_changed_any_more_is_named() -> None:
+    import torch
+
+    torch.ones(1, device="cuda")
+    schedule = os.environ["SPILLOVER_EMULATOR_SCHEDULE"]
+    with pytest.raises(StateError, match=r"devices were used; give schedule, vram before"):
+        emulator.enable(vram="1GiB", schedule="threaded")
+    assert os.environ["SPILLOVER_EMULATOR_SCHEDULE"] == schedule
+    with pytest.raises(StateError, match=r"clock, hazards cannot be changed"):
+        emulator.enable(hazards="off", clock=True)
+
+
+def test_options_change_until_a_device_is_used(run_emulated) -> None:
+    run_emulated(
+        """
+        import os, torch
+        from spillover import emulator
+
+        assert emulator.enable(vram="64MiB", devices=1)
+        child = os.fork()
+        if child == 0:
+            emulator.enable(vram="32MiB", devices=2)
+        count = torch.cuda.device_count()
+        total = torch.cuda.get_device_properties(0).total_memory
+        if child == 0:
+            os._exit(0 if (count, total) == (2, 32 << 20) else 1)
+        assert (count, total) == (1, 64 << 20)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """
+    )
 
 
 def test_spillover_0_leaves_torch_alone() -> None:

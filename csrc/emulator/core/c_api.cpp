@@ -415,6 +415,12 @@ const char* spillover_emulator_config(void) {
   return emulator::config().description.c_str();
 }
 
+int spillover_emulator_configure(void) {
+  if (emulator::process_state() != emulator::ProcessState::kFresh) return 0;
+  emulator::read_config_again();
+  return 1;
+}
+
 int spillover_emulator_register_kernel(const char* name, spillover_emulator_kernel_body body,
                                        void* user, const size_t* parameter_bytes,
                                        size_t parameter_count) {

@@ -137,6 +137,9 @@ size_t spillover_emulator_peak_bytes(int device);
 /* The environment variables that configure the device and their values, one "name=value" a line. */
 const char* spillover_emulator_config(void);
 
+/* Reads those variables again. 0, and nothing is changed, where a device was used already. */
+int spillover_emulator_configure(void);
+
 #ifdef __cplusplus
 }
 #endif

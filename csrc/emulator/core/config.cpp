@@ -2,6 +2,7 @@
 
 #include <strings.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
@@ -188,11 +189,27 @@ Config read_config(const char* (*variable)(const char*)) {
   return config;
 }
 
-const Config& config() {
-  // Leaked on purpose: threads of the emulator and of its users outlive static destructors.
-  static const Config* const instance = new Config(
+namespace {
+
+// Leaked on purpose: threads of the emulator and of its users outlive static destructors.
+const Config* make_config() {
+  return new Config(
       read_config([](const char* name) { return static_cast<const char*>(std::getenv(name)); }));
-  return *instance;
+}
+
+std::atomic<const Config*>& current_config() {
+  static std::atomic<const Config*> current = make_config();
+  return current;
+}
+
+}  // namespace
+
+const Config& config() {
+  return *current_config().load(std::memory_order_acquire);
+}
+
+void read_config_again() {
+  current_config().store(make_config(), std::memory_order_release);
 }
 
 }  // namespace spillover::emulator

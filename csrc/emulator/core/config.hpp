@@ -1,5 +1,5 @@
-// How the emulated device is configured: the SPILLOVER_EMULATOR_* environment variables, read once,
-// at first use. The result is constant and may be read by any thread without a lock.
+// How the emulated device is configured: the SPILLOVER_EMULATOR_* environment variables, read at
+// first use. The result is constant and may be read by any thread without a lock.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +57,10 @@ struct Config {
 };
 
 const Config& config();
+
+// Reads the variables again: config() gives another object from now on. For who knows that nobody
+// has used a device yet.
+void read_config_again();
 
 // Reads a configuration from a function like getenv. Split off so that it can be tested.
 Config read_config(const char* (*variable)(const char* name));

@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -33,6 +34,9 @@ from spillover.emulator import (
     _threads,
 )
 from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
+
+#: The driver alone knows of these.
+_CHANGEABLE = {"devices", "vram", "schedule", "seed", "poison", "virtual_memory"}
 
 _lock = threading.Lock()
 _active: Options | None = None
@@ -62,6 +66,10 @@ def enable(
 
     After it, ``import torch`` also loads the part that runs operators, which is compiled for the
     installed torch at first use (under a minute, once; ``spillover build`` does it ahead).
+
+    Called again with other ``devices``, ``vram``, ``schedule``, ``seed``, ``poison`` or
+    ``virtual_memory``, it changes them as long as nobody has used a device; a child that is forked
+    before that can have its own.
 
     Parameters
     ----------
@@ -111,8 +119,8 @@ def enable(
     ConfigError
         An option is wrong.
     StateError
-        torch or a real CUDA library is loaded already, the emulator is enabled with other options,
-        or the installation is incomplete.
+        torch or a real CUDA library is loaded already, the emulator is enabled with options that
+        cannot be changed any more, or the installation is incomplete.
     """
     return activate(
         Options(
@@ -146,10 +154,8 @@ def activate(options: Options) -> bool:
     with _lock:
         if _active is not None:
             if _active != options:
-                raise StateError(
-                    f"the emulator is enabled already with {_active}; "
-                    "options are read once a process"
-                )
+                _change(_active, options)
+                _active = options
             return True
         _require_clean_process()
         _libraries.load()
@@ -171,6 +177,25 @@ def activate(options: Options) -> bool:
         _active = options
     logger.info("emulated CUDA devices: %s", options)
     return True
+
+
+def _change(before: Options, options: Options) -> None:
+    """Have the driver take other options, which it can until somebody uses a device."""
+    names = [each.name for each in fields(Options)]
+    changed = {name for name in names if getattr(before, name) != getattr(options, name)}
+    fixed = sorted(changed - _CHANGEABLE)
+    if fixed:
+        raise StateError(
+            f"the emulator is enabled already with {before}; {', '.join(fixed)} cannot be changed "
+            "in this process any more"
+        )
+    os.environ.update(options.environment())
+    if not _libraries.driver().spillover_emulator_configure():
+        os.environ.update(before.environment())
+        raise StateError(
+            f"the emulator is enabled already with {before}, and its devices were used; give "
+            f"{', '.join(sorted(changed))} before"
+        )
 
 
 def is_enabled() -> bool:

@@ -102,6 +102,7 @@ def driver() -> ctypes.CDLL:
         "spillover_emulator_live": (None, [ctypes.POINTER(size)] * 6),
         "spillover_emulator_peak_bytes": (size, [ctypes.c_int]),
         "spillover_emulator_config": (text, []),
+        "spillover_emulator_configure": (status, []),
         "spillover_emulator_is_known": (status, [ctypes.c_void_p, size]),
         "spillover_emulator_describe_site": (size, [ctypes.c_uint, text, size]),
         "spillover_emulator_plan_begin": (None, [ctypes.POINTER(FaultRow), size, number]),
