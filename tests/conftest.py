@@ -128,7 +128,8 @@ def run_emulated(
             "devices": devices,
             "virtual_memory": VIRTUAL_MEMORY,
         }
-        if not env and hazards == HAZARDS and program_server.can_run():
+        is_served = "torch" in body and not env and hazards == HAZARDS
+        if is_served and program_server.can_run():
             result = program_server.run(prelude + "\n" + body, arguments, options, timeout)
         else:
             enable = f"spillover.emulator.enable(**{options!r})\n"
