@@ -156,7 +156,7 @@ void clear_unfinished(const Folders& folders) {
                            std::to_string(part->shape.folder_count) +
                            " folders: it is lost, or not mounted. Give the folder back; without it "
                            "the store can only be deleted",
-                       missing->path(), ENOENT);
+                       missing->path(), ENODEV);
   }
   for (const auto& folder : folders) {
     folder->remove(kDurableName);
