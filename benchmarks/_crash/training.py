@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 12
+_FROZEN_STEPS = 5  # Of the first layer.
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,6 +38,7 @@ def train(folder: str, tell: Callable[..., None], tier: str) -> None:
     model = nn.Sequential(
         nn.Linear(64, 200), nn.BatchNorm1d(200), nn.GELU(), nn.Dropout(0.2), nn.Linear(200, 8)
     ).to("cuda", torch.bfloat16)
+    model[0].requires_grad_(False)
     optimizer = optim.AdamW(
         model.named_parameters(),
         lr=1e-2,
@@ -53,6 +55,8 @@ def train(folder: str, tell: Callable[..., None], tier: str) -> None:
     first = 0 if resumed is None else resumed.step
     tell("begin", first)
     for step in range(first, STEPS):
+        # Its state gets places on disk by then.
+        model[0].requires_grad_(step >= _FROZEN_STEPS)
         value = torch.randn(32, 64, device="cuda", dtype=torch.bfloat16) * random.random()
         model(value).square().sum().backward()
         optimizer.step()
@@ -68,7 +72,8 @@ def train(folder: str, tell: Callable[..., None], tier: str) -> None:
 
 
 def _tensors(state: dict[str, Any]) -> list[Any]:
-    return [value for entry in state["state"].values() for value in entry.values()]
+    entries = (entry for _, entry in sorted(state["state"].items()))
+    return [value for entry in entries for value in entry.values()]
 
 
 def _fork(

@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,9 @@ from spillover.optim._host_state import (
     assign,
 )
 from spillover.optim._masters import whole_master
+
+#: Gives places to parameters that have none.
+Grow = Callable[[Collection[torch.Tensor]], None]
 
 # Of a copy of an array; a smaller one is in ordinary memory.
 _MAPPED_BYTES_MIN = 1 << 20
@@ -70,26 +73,36 @@ class DiskEntries(Entries):
         #: For copies of state.
         self.folder: str | None = None
         self._initial: dict[torch.Tensor, float] = {}
+        self._grow: weakref.WeakMethod[Grow] | None = None
 
-    def attach(self, store: DiskStateStore) -> None:
-        """Have state lie there."""
+    def attach(self, store: DiskStateStore, grow: weakref.WeakMethod[Grow]) -> None:
+        """Have state lie there; ``grow`` gives places to what has none."""
         self.disk = self.store = store
+        self._grow = grow
 
     def _store(self) -> DiskStateStore:
         assert self.disk is not None
         return self.disk
 
     def reserve(self, parameters: Iterable[tuple[torch.Tensor, Group]]) -> None:
-        """Check that all have their place. Raises ConfigError: places are given once."""
+        """Have a place for each. Blocks where some have none yet, as all is copied then.
+
+        Raises
+        ------
+        ConfigError
+            One has a place, for state of another form.
+        HostOutOfMemory, DiskFull, StorageError
+            There is no room for more; nothing has changed.
+        """
+        parameters = list(parameters)
+        missing = {each for each, _ in parameters if each not in self._store().layout}
+        if missing:
+            grow = self._grow() if self._grow is not None else None
+            assert grow is not None
+            grow(missing)
         layout = self._store().layout
         for parameter, group in parameters:
             shape = tuple(parameter.shape)
-            if parameter not in layout:
-                raise ConfigError(
-                    f"{self._name} has no place on disk for the state of a parameter of shape "
-                    f"{shape}: places are given when the optimizer is made, to all parameters "
-                    "that require gradients then; make a new optimizer in another directory"
-                )
             place = layout.places(parameter)[0]
             size = layout.places(parameter)[-1].end
             if place.wanted != self.wanted(parameter, group) or size != parameter.numel():

@@ -5,14 +5,15 @@ Note [Units]
 A unit holds the state of runs of elements of one or several parameters of one group, in the
 parameters' order: for each run its arrays, one behind the other. A large parameter is cut at
 multiples of 256 elements, where the scales of 8-bit moments begin, so that a step on its parts
-gives the same bits as one on the whole. What lies where follows from the parameters alone, so a
-process that resumes finds it without being told.
+gives the same bits as one on the whole. What comes later, a group or weights that were frozen, has
+units of its own behind those that are there. What lies where follows from that order, which a
+commit has, so a process that resumes finds it.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,21 +67,52 @@ class Place:
         return shaped(whole, wanted, torch.Size((self.count,)), (1,))
 
 
-class Layout:
-    """The units of one optimizer. Immutable, but for what is valid."""
+#: Parameters of one group, with the arrays of each.
+Batch = Sequence[tuple[torch.Tensor, dict[str, Wanted]]]
 
-    def __init__(self, groups: Iterable[Sequence[tuple[torch.Tensor, dict[str, Wanted]]]]) -> None:
+
+class Layout:
+    """The units of one optimizer. Immutable, but for what is valid.
+
+    Parameters
+    ----------
+    batches
+        Parameters in the order in which they came; those of two batches share no unit.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
         self.sizes: list[int] = []
+        self.batches: list[list[torch.Tensor]] = []
         self._places: dict[torch.Tensor, list[Place]] = {}
         self._starts: dict[torch.Tensor, list[int]] = {}
-        for group in groups:
-            used = UNIT_BYTES_MAX  # Groups share no unit.
-            for parameter, wanted in group:
+        self._append(batches)
+
+    def _append(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            used = UNIT_BYTES_MAX
+            for parameter, wanted in batch:
                 used = self._add(parameter, wanted, used)
-        self.places_of_unit: list[list[Place]] = [[] for _ in self.sizes]
-        for places in self._places.values():
-            for place in places:
-                self.places_of_unit[place.unit].append(place)
+            if batch:
+                self.batches.append([parameter for parameter, _ in batch])
+
+    def with_more(self, batches: Iterable[Batch]) -> Layout:
+        """One that has these behind, and shares all places of this one."""
+        made = Layout(())
+        made.sizes = list(self.sizes)
+        made.batches = list(self.batches)
+        made._places = dict(self._places)
+        made._starts = dict(self._starts)
+        made._append(batches)
+        return made
+
+    def without(self, parameters: Collection[torch.Tensor]) -> Layout:
+        """One that does not have those batches at its end of which none is in ``parameters``."""
+        made = self.with_more(())
+        while made.batches and not any(each in parameters for each in made.batches[-1]):
+            for parameter in made.batches.pop():
+                del made.sizes[made._places[parameter][0].unit :]
+                del made._places[parameter], made._starts[parameter]
+        return made
 
     def _add(self, parameter: torch.Tensor, wanted: dict[str, Wanted], used: int) -> int:
         places: list[Place] = []

@@ -111,15 +111,18 @@ class DiskStateStore:
         self.layout = layout
         self.disk = disk
         self._algorithm = algorithm
-        self._ring = list(ring)
-        self._homes = list(homes)
-        for unit, slot in enumerate(self._homes):
-            slot.unit = unit
+        self._set_memory(ring, homes)
         # Units with contents, in memory or on disk.
         self._written: set[int] = set()
         self._left: dict[int, int] = {}
         self._order: list[int] = []
         self._at: dict[int, int] = {}
+
+    def _set_memory(self, ring: Sequence[Slot], homes: Sequence[Slot]) -> None:
+        self._ring = list(ring)
+        self._homes = list(homes)
+        for unit, slot in enumerate(self._homes):
+            slot.unit = unit
 
     # ---- steps ---------------------------------------------------------------------------------
 
@@ -324,6 +327,36 @@ class DiskStateStore:
         self._written.add(place.unit)
         return slot.memory
 
+    def copy_to(self, other: DurableStore) -> None:
+        """Have another store, which has these units too, hold what they have now. Blocks.
+
+        Raises CorruptData and StorageError; the units are where they were.
+        """
+        self.flush()
+        slot = self.scratch()[0]
+        for unit in sorted(self._written):
+            buffer = slot.bytes(self.layout.sizes[unit])
+            self.disk.read(_name(unit), buffer).wait()
+            other.write(_name(unit), buffer).wait()
+
+    def move_to(self, disk: DurableStore, layout: Layout, ring: Sequence[Slot] | None) -> None:
+        """Go on there, where everything is, with a ring of larger slots where one is given."""
+        self.disk, self.layout = disk, layout
+        self._left, self._order, self._at = {}, [], {}
+        if ring is not None:
+            self._ring = list(ring)
+
+    def start_over(self, layout: Layout, ring: Sequence[Slot], homes: Sequence[Slot]) -> None:
+        """Have other units, in other memory; :meth:`go_back` finds their contents."""
+        self.layout = layout
+        self._set_memory(ring, homes)
+
+    def give_up_memory(self) -> None:
+        """Let go of it, before :meth:`start_over` gets other."""
+        for slot in (*self._homes, *self._ring):
+            slot.give_up()
+        self._set_memory((), ())
+
     def go_back(self, valid: dict[torch.Tensor, set[str]]) -> None:
         """Forget what is not committed. ``valid``: names of arrays with committed contents."""
         for slot in (*self._homes, *self._ring):
@@ -346,6 +379,11 @@ class DiskStateStore:
     def host_bytes(self) -> int:
         """Of state in host memory, between steps."""
         return sum(self.layout.sizes[: len(self._homes)])
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of each slot of the ring."""
+        return self._ring[0].memory.nbytes if self._ring else 0
 
     @property
     def ring_bytes(self) -> int:

@@ -14,7 +14,9 @@ What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +25,13 @@ import torch
 from spillover._core import HostPool
 from spillover._durable import DurableStore
 from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError, StorageError
+from spillover._settings import logger
 from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
 from spillover.optim._algorithms import Group
 from spillover.optim._commit_values import dumps, loads, random_states, restore_random_states
 from spillover.optim._disk_entries import DiskEntries
+from spillover.optim._disk_generations import folders_of, newest, remove
 from spillover.optim._disk_layout import Layout
 from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
 from spillover.optim._disk_tensors import read_tensor, write_tensors
@@ -35,13 +39,15 @@ from spillover.optim._failures import note
 from spillover.optim._tiers import TierOptions
 
 if TYPE_CHECKING:
+    from spillover.optim._host_base import HostBase
     from spillover.optim._host_optimizer import HostOptimizer
 
 _EXTENT_BYTES_MAX = 8 << 20
 _BLOCK_BYTES = 4096
 _EXTRA_BYTES = 4 << 20
 _EXTRA_BYTES_PER_TENSOR = 1024
-_FORMAT = 1
+_FORMAT = 2
+_WEIGHT = "weight/"
 # Of the host's memory, left for staging and others where tier="auto" has no budget.
 _ROOM_BYTES = 128 << 20
 
@@ -65,11 +71,22 @@ class Resumed:
 class DiskTier:
     """See the notes; what one optimizer has on disk. Not thread-safe, as optimizers are not."""
 
-    def __init__(self, options: TierOptions, entries: DiskEntries, name: str) -> None:
+    def __init__(
+        self,
+        options: TierOptions,
+        entries: DiskEntries,
+        name: str,
+        optimizer: weakref.ref[HostBase],
+    ) -> None:
         self.options = options
         self.entries = entries
         self.steps = 0
+        self._optimizer = optimizer
         self._name = name
+        self._pool: HostPool | None = None
+        self._generation = 0
+        # Those whose commit counts as long as the present one has none, and those before it.
+        self._before: dict[int, DurableStore] = {}
         self._committed_steps = 0
         self._must_resume = False
         self._is_closed = False
@@ -89,58 +106,110 @@ class DiskTier:
         ConfigError
             What is in the directory is of other parameters.
         """
-        tensors = self._tensors(groups)
+        self._pool = pool
         layout = Layout(self._trained(group) for group in groups)
-        largest = max((each.nbytes for _, each in tensors), default=1)
-        slot_bytes = max([*layout.sizes, min(largest, _disk_layout.UNIT_BYTES_MAX)])
-        slot_bytes = _rounded(slot_bytes, _BLOCK_BYTES)
-        self._extent_bytes = min(slot_bytes, _EXTENT_BYTES_MAX)
-        slot_bytes = _rounded(slot_bytes, self._extent_bytes)
-        self._sizes = unit_entries(layout) | {key: each.nbytes for key, each in tensors}
-        self._extra_bytes = _EXTRA_BYTES + _EXTRA_BYTES_PER_TENSOR * len(self._sizes)
+        slot_bytes = self._measure(layout, groups)
         if not self._sizes:
             raise ConfigError(f"{self._name} has no parameters to keep state of")
-        ring, homes = self._memory(layout, slot_bytes, pool)
+        ring, homes = self._memory(layout, slot_bytes)
         host_bytes = sum(slot.memory.nbytes for slot in (*ring, *homes))
+        disk = self._open_committed(layout, groups)
+        if disk is None:
+            with self._explained(f"{host_bytes} bytes of pinned host memory, which are there, and"):
+                disk = self._open_store()
+        self._must_resume = disk.sequence > 0
+        self.entries.folder = self.options.folders[0]
+        store = DiskStateStore(self.entries.algorithm, layout, disk, ring, homes)
+        self.entries.attach(store, weakref.WeakMethod(self._grow))
+
+    def _measure(self, layout: Layout, groups: list[Group], least_bytes: int = 0) -> int:
+        """Note what the store is to have; gives the size of a slot, which is at least that."""
+        tensors = self._tensors(groups)
+        largest = max((each.nbytes for _, each in tensors), default=1)
+        slot_bytes = max(
+            [*layout.sizes, min(largest, _disk_layout.UNIT_BYTES_MAX), least_bytes],
+        )
+        slot_bytes = _rounded(slot_bytes, _BLOCK_BYTES)
+        self._extent_bytes = min(slot_bytes, _EXTENT_BYTES_MAX)
+        self._sizes = unit_entries(layout) | {key: each.nbytes for key, each in tensors}
+        self._extra_bytes = _EXTRA_BYTES + _EXTRA_BYTES_PER_TENSOR * len(self._sizes)
+        return _rounded(slot_bytes, self._extent_bytes)
+
+    @contextlib.contextmanager
+    def _explained(self, beside: str) -> Iterator[None]:
+        """Say in errors of a store that is made or opened what it is for."""
         try:
-            disk = self._open_store()
+            yield
         except DiskFull as error:
             raise DiskFull(
                 error.errno,
-                f"{self._name} needs {host_bytes} bytes of pinned host memory, which are there, "
-                f"and {self.disk_bytes} bytes ({format_bytes(self.disk_bytes)}) on disk for two "
-                f"slots of state and weights, which are not: {error.strerror}",
+                f"{self._name} needs {beside} {self.disk_bytes} bytes "
+                f"({format_bytes(self.disk_bytes)}) on disk for two slots of state and weights, "
+                f"which are not: {error.strerror}",
                 error.filename,
             ) from error
         except ConfigError as error:
-            raise ConfigError(
-                f"{error}. It is what an optimizer of other parameters or options left there: "
-                "choose another directory, or remove it with 'spillover store delete'"
-            ) from error
-        self._must_resume = disk.sequence > 0
-        self.entries.folder = self.options.folders[0]
-        algorithm = self.entries.algorithm
-        self.entries.attach(DiskStateStore(algorithm, layout, disk, ring, homes))
+            raise self._of_others(str(error)) from error
+
+    def _of_others(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"{what}. It is what an optimizer of other parameters or options left there: "
+            "choose another directory, or remove it with 'spillover store delete'"
+        )
+
+    def _open_committed(self, layout: Layout, groups: list[Group]) -> DurableStore | None:
+        """The store that is there, if it has a commit.
+
+        Raises ConfigError where that cannot become this optimizer's, if more parameters come.
+        """
+        self._generation, disk = newest(self.options.folders, self.options.write_limit)
+        if disk is None or disk.entries == self._sizes:
+            return disk
+        try:
+            self._check_more(disk, layout, groups)
+        except BaseException:
+            disk.close()
+            raise
+        return disk
+
+    def _check_more(self, disk: DurableStore, layout: Layout, groups: list[Group]) -> None:
+        """Raise ConfigError where more parameters would not make the commit this optimizer's."""
+        where = ", ".join(self._folders)
+        try:
+            document = loads(disk.extra)
+            saved, batches = document["signature"], document["layout"]
+        except (ConfigError, KeyError, TypeError, ValueError):
+            raise self._of_others(f"the durable store in {where} has other entries") from None
+        mine = self._signature(groups, with_module=False)
+        try:
+            self._check_kind(document)
+            if saved[: len(mine)] != mine:
+                self._check_document(document, groups)
+        except ConfigError as error:
+            raise self._of_others(str(error)) from None
+        if saved == self._signature(groups) and batches == _numbered(layout, groups):
+            raise self._of_others(f"the commit in {where} has state of another form")
 
     def _trained(self, group: Group) -> list[tuple[torch.Tensor, Any]]:
         return [
             (each, self.entries.wanted(each, group))
             for each in group["params"]
-            if each.requires_grad and each.numel() > 0
+            if _is_trained(each)
         ]
 
-    def _memory(
-        self, layout: Layout, slot_bytes: int, pool: HostPool | None
-    ) -> tuple[list[Slot], list[Slot]]:
+    def _ring(self, layout: Layout, slot_bytes: int) -> list[Slot]:
         count = min(_disk_store.RING_SLOTS, max(2, len(layout.sizes)))
         try:
-            ring = [Slot(slot_bytes, pool) for _ in range(count)]
+            return [Slot(slot_bytes, self._pool) for _ in range(count)]
         except HostOutOfMemory as error:
             raise HostOutOfMemory(
                 f"{self._name} needs {count * slot_bytes} bytes "
                 f"({format_bytes(count * slot_bytes)}) of pinned host memory, through which its "
                 f"state passes, and {self.disk_bytes} bytes on disk; nothing was made: {error}"
             ) from error
+
+    def _memory(self, layout: Layout, slot_bytes: int) -> tuple[list[Slot], list[Slot]]:
+        ring = self._ring(layout, slot_bytes)
         homes: list[Slot] = []
         if self.options.tier == "auto":
             left = self.options.host_budget
@@ -148,7 +217,7 @@ class DiskTier:
                 if left is not None and size > left:
                     break
                 try:
-                    homes.append(Slot(size, pool))
+                    homes.append(Slot(size, self._pool))
                 except HostOutOfMemory:
                     # The rest of the program needs some, too.
                     del homes[max(0, len(homes) - -(-_ROOM_BYTES // slot_bytes)) :]
@@ -158,12 +227,16 @@ class DiskTier:
 
     def _open_store(self) -> DurableStore:
         return DurableStore(
-            self.options.folders,
+            self._folders,
             self._sizes,
             extra_limit=self._extra_bytes,
             extent_bytes=self._extent_bytes,
             write_limit=self.options.write_limit,
         )
+
+    @property
+    def _folders(self) -> list[str]:
+        return folders_of(self.options.folders, self._generation)
 
     @property
     def host_bytes(self) -> int:
@@ -181,13 +254,77 @@ class DiskTier:
         assert self.entries.disk is not None
         return self.entries.disk
 
+    # ---- when parameters become more -----------------------------------------------------------
+
+    def _grow(self, parameters: Collection[torch.Tensor]) -> None:
+        """Give places to them, and to whatever else is trained by now; Note [Generations].
+
+        Blocks until all is copied. Raises HostOutOfMemory, DiskFull, CorruptData and StorageError;
+        nothing has changed then.
+        """
+        self._check_open()
+        store = self.store
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        layout = store.layout.with_more(
+            [
+                (each, self.entries.wanted(each, group))
+                for each in group["params"]
+                if each not in store.layout and (each in parameters or _is_trained(each))
+            ]
+            for group in optimizer.param_groups
+        )
+        if self._must_resume:  # Which finds where they are.
+            slot_bytes = self._measure(layout, optimizer.param_groups, store.slot_bytes)
+            is_larger = slot_bytes > store.slot_bytes
+            ring = self._ring(layout, slot_bytes) if is_larger else None
+            store.move_to(store.disk, layout, ring)
+            return
+        before = self._generation, self._sizes, self._extent_bytes, self._extra_bytes
+        made: DurableStore | None = None
+        try:
+            slot_bytes = self._measure(layout, optimizer.param_groups, store.slot_bytes)
+            is_larger = slot_bytes > store.slot_bytes
+            ring = self._ring(layout, slot_bytes) if is_larger else None
+            self._generation += 1
+            remove(self.options.folders, self._generation)
+            with self._explained("room for more parameters:"):
+                made = self._open_store()
+            store.copy_to(made)
+        except BaseException:
+            if made is not None:
+                made.close()
+                with contextlib.suppress(StorageError):  # Whoever opens the directory removes it.
+                    remove(self.options.folders, self._generation)
+            self._generation, self._sizes, self._extent_bytes, self._extra_bytes = before
+            raise
+        self._before[before[0]] = store.disk
+        store.move_to(made, layout, ring)
+        if self._before[before[0]].sequence == 0:
+            self._remove_before(before[0])
+
+    def forget_all_but(self, parameters: Collection[torch.Tensor]) -> None:
+        """Let go of places that were given last, to parameters that were then not added."""
+        self.store.layout = self.store.layout.without(parameters)
+
+    def _remove_before(self, *generations: int) -> None:
+        """Delete stores whose commits count no more. What cannot be deleted is next time."""
+        for generation in generations:
+            self._before[generation].close()
+            try:
+                remove(self.options.folders, generation)
+            except StorageError as error:
+                logger.warning("%s: %s; it is of no more use", self._name, error)
+                continue
+            del self._before[generation]
+
     # ---- commits -------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raise StateError where nothing can be kept, or what is committed would be lost."""
         self._check_open()
         if self._must_resume:
-            folders = ", ".join(self.options.folders)
+            folders = ", ".join(self._folders)
             raise StateError(
                 f"{folders} holds a commit of {self._name} that was not resumed: call "
                 "spillover.optim.resume(directory) after making the optimizer, or choose another "
@@ -202,6 +339,8 @@ class DiskTier:
         """Let go of the folders; again does nothing."""
         self._is_closed = True
         self.store.close()
+        for store in self._before.values():
+            store.close()
 
     def step_is_over(self, optimizer: HostOptimizer, *, counts: bool) -> None:
         """Count it, unless it was counted when it was begun, and commit where it is time."""
@@ -235,6 +374,7 @@ class DiskTier:
         write_tensors(self.store, tensors)
         sequence = self.store.disk.commit(document)
         self._committed_steps = self.steps
+        self._remove_before(*self._before)
         return sequence
 
     def _check_places(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -263,12 +403,13 @@ class DiskTier:
             "steps": self.steps,
             "groups": [_options(group) for group in groups],
             "names": _names(groups),
+            "layout": _numbered(self.store.layout, groups),
             "entries": entries,
             "random": random_states(),
             "extra": extra,
         }
 
-    def _signature(self, groups: list[Group]) -> list[Any]:
+    def _signature(self, groups: list[Group], *, with_module: bool = True) -> list[Any]:
         """What must be the same in a process that resumes."""
         options = self.entries.options
         return [
@@ -276,13 +417,14 @@ class DiskTier:
             *(
                 [key, str(each.dtype), list(each.shape), list(each.stride())]
                 for key, each in self._tensors(groups)
+                if with_module or key.startswith(_WEIGHT)
             ),
         ]
 
     def _tensors(self, groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
         """Weights and buffers, by their names on disk."""
         parameters = _parameters(groups)
-        found = [(f"weight/{index}", each) for index, each in enumerate(parameters)]
+        found = [(f"{_WEIGHT}{index}", each) for index, each in enumerate(parameters)]
         if self.options.module is not None:
             known = set(map(id, parameters))
             module = self.options.module
@@ -300,16 +442,21 @@ class DiskTier:
         self._check_open()
         store = self.store
         groups = optimizer.param_groups
-        if store.disk.sequence == 0:
+        if not self._must_resume and store.disk.sequence == 0 and not self._before:
             if self.steps:
                 raise StateError("nothing was committed yet, so there is nothing to go back to")
             return None
         # Opened again, since a store whose commit failed takes no more writes.
         self._must_resume = True
-        store.disk.close()
-        store.disk = self._open_store()
+        for disk in (store.disk, *self._before.values()):
+            disk.close()
+        self._before.clear()
+        self._generation, found = newest(self.options.folders, self.options.write_limit)
+        assert found is not None
+        store.disk = found
         document = loads(store.disk.extra)
         self._check_document(document, groups)
+        self._lay_out(document["layout"], groups)
         parameters = _parameters(groups)
         entries = document["entries"]
         store.go_back(
@@ -326,6 +473,29 @@ class DiskTier:
         restore_random_states(document["random"])
         return Resumed(step=self.steps, extra=document["extra"])
 
+    def _lay_out(self, batches: list[list[int]], groups: list[Group]) -> None:
+        """Have the layout that a commit has, and memory for it."""
+        store = self.store
+        layout = store.layout
+        is_same = batches == _numbered(layout, groups)
+        if not is_same:
+            all_of = [(each, group) for group in groups for each in group["params"]]
+            numbered = [[all_of[number] for number in batch] for batch in batches]
+            layout = Layout(
+                [(each, self.entries.wanted(each, group)) for each, group in batch]
+                for batch in numbered
+            )
+        extent_bytes = store.disk.extent_bytes
+        slot_bytes = _rounded(self._measure(layout, groups), extent_bytes)
+        fits = slot_bytes <= store.slot_bytes and store.slot_bytes % extent_bytes == 0
+        if not is_same or not fits:
+            store.give_up_memory()
+            store.start_over(layout, *self._memory(layout, slot_bytes))
+        if not self._sizes.items() <= store.disk.entries.items():
+            raise self._of_others(
+                f"the commit in {', '.join(self._folders)} has state of another form"
+            )
+
     def _resume_entries(self, optimizer: HostOptimizer, saved: list[Any]) -> None:
         optimizer.state.clear()
         all_of = [(each, group) for group in optimizer.param_groups for each in group["params"]]
@@ -341,18 +511,28 @@ class DiskTier:
             if is_ours:
                 self.entries.has_written(parameter)
 
-    def _check_document(self, document: dict[str, Any], groups: list[Group]) -> None:
-        where = ", ".join(self.options.folders)
+    def _check_kind(self, document: dict[str, Any]) -> None:
+        where = ", ".join(self._folders)
         if document["format"] != _FORMAT:
             raise ConfigError(f"the commit in {where} is of another version of Spillover")
         if document["optimizer"] != self._name:
             raise ConfigError(
                 f"the commit in {where} is of {document['optimizer']}, not of {self._name}"
             )
+
+    def _check_document(self, document: dict[str, Any], groups: list[Group]) -> None:
+        self._check_kind(document)
+        where = ", ".join(self._folders)
         mine, saved = self._signature(groups), document["signature"]
         if mine != saved:
             pairs = (pair for pair in zip(mine, saved, strict=False) if pair[0] != pair[1])
-            here, there = next(pairs, (len(mine), len(saved)))
+            here, there = next(pairs, (None, None))
+            if here is None:
+                raise ConfigError(
+                    f"the commit in {where} is of {len(saved) - 1} weights and buffers, and the "
+                    f"optimizer has {len(mine) - 1}: call resume() before add_param_group() for "
+                    "what the commit does not have, and after it for what it has"
+                )
             raise ConfigError(
                 f"the commit in {where} is of other parameters: it has {there} where the "
                 f"optimizer has {here}"
@@ -369,8 +549,18 @@ class DiskTier:
             )
 
 
+def _is_trained(parameter: torch.Tensor) -> bool:
+    return parameter.requires_grad and parameter.numel() > 0
+
+
 def _parameters(groups: list[Group]) -> list[torch.Tensor]:
     return [each for group in groups for each in group["params"]]
+
+
+def _numbered(layout: Layout, groups: list[Group]) -> list[list[int]]:
+    """The layout's batches, by the parameters' numbers."""
+    numbers = {parameter: number for number, parameter in enumerate(_parameters(groups))}
+    return [[numbers[each] for each in batch] for batch in layout.batches]
 
 
 def _names(groups: list[Group]) -> list[str]:

@@ -102,7 +102,7 @@ class HostBase(torch.optim.Optimizer):
         if tier is not None and tier.tier != "host":
             synchronize = weakref.WeakMethod(self.synchronize)
             self._entries = DiskEntries(self.algorithm, options, pool, name, synchronize)
-            self._disk = DiskTier(tier, self._entries, name)
+            self._disk = DiskTier(tier, self._entries, name, weakref.ref(self))
         self._progress = Progress()
         self._unsent = Unsent()
         register("optimizer", self, HostBase.stats)
@@ -174,8 +174,12 @@ class HostBase(torch.optim.Optimizer):
         ------
         ConfigError
             An option is out of range, or a parameter cannot be updated. Nothing is added.
-        HostOutOfMemory
-            There is no memory for their state or gradients. Nothing is added.
+        HostOutOfMemory, DiskFull, StorageError
+            There is no room for their state or gradients. Nothing is added.
+
+        Notes
+        -----
+        Blocks until all state is copied to a larger store, where state is on disk.
         """
         self.synchronize()
         self.algorithm.check(param_group)
@@ -201,9 +205,10 @@ class HostBase(torch.optim.Optimizer):
                 self.gradients.add(named_parameters(self.param_groups))
         except BaseException:
             del self.param_groups[-1]
-            self._entries.memory.forget_all_but(
-                each for group in self.param_groups for each in group["params"]
-            )
+            kept = [each for group in self.param_groups for each in group["params"]]
+            self._entries.memory.forget_all_but(kept)
+            if self._disk is not None and self._is_made:
+                self._disk.forget_all_but(set(kept))
             raise
 
     def _check_group(self, group: Group) -> None:

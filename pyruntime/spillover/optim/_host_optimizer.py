@@ -150,9 +150,9 @@ class HostOptimizer(HostCheckpoints):
         ------
         ConfigError
             A gradient is sparse or complex, or an option is wrong; nothing has been changed then.
-        HostOutOfMemory
-            There is no memory for the state or for staging; no weight, moment or step count has
-            been changed then.
+        HostOutOfMemory, DiskFull, StorageError
+            There is no memory for the state or for staging, or no room on disk for that of weights
+            that were frozen; no weight, moment or step count has been changed then.
         StateError
             The current stream records a CUDA graph.
         RuntimeError

@@ -56,8 +56,9 @@ def resume(
     StateError
         No optimizer here has that directory, or it is closed.
     ConfigError
-        The commit is of another optimizer, or of parameters of other shapes or types, or in
-        another order, which among equal shapes is told where both had ``named_parameters()``.
+        The commit is of another optimizer, or of more or fewer parameters (``add_param_group``
+        comes first for what the commit has), or of other shapes or types, or in another order,
+        which among equal shapes is told where both had ``named_parameters()``.
     CorruptData, StorageError
         What is on the disk is not what was written, or cannot be read. Call it again, or choose
         another directory.

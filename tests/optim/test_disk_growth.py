@@ -1,0 +1,342 @@
+"""State on disk of parameters that come later: groups that are added, weights that were frozen."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from host_cases import CLASSES, Pair, copies, make_weights, recorded
+from torch import nn
+
+from spillover import ConfigError, DiskFull, StateError, StorageError
+from spillover.emulator import StorageFault, faults
+from spillover.optim import AdamW, _disk_layout, resume
+
+each_class = pytest.mark.parametrize("pair", CLASSES, ids=str)
+#: Those that are trained from the start.
+OLD = slice(2, None)
+Add = Callable[[Any, list[nn.Parameter]], None]
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """State is in several units then."""
+    monkeypatch.setattr(_disk_layout, "UNIT_BYTES_MAX", 4 << 10)
+
+
+def on_disk(weights: list[nn.Parameter], folder: Path | list[Path], **options: Any) -> AdamW:
+    return AdamW(weights, tier="disk", directory=folder, **{"commit_every": None, **options})
+
+
+def run(
+    optimizer: Any, weights: list[nn.Parameter], numbers: range, trained: slice = slice(None)
+) -> None:
+    """Steps with recorded gradients, of those that are trained."""
+    for number in numbers:
+        pairs = list(zip(weights, recorded(number, weights[0].dtype), strict=True))
+        for weight, gradient in pairs[trained]:
+            weight.grad = gradient.to(weight.device, weight.dtype)
+        optimizer.step()
+
+
+def state_of(optimizer: Any) -> list[torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return [value.clone() for key in sorted(state) for value in state[key].values()]
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder).parent) for path in folder.rglob("*") if path.is_file()}
+
+
+def freeze(weights: list[nn.Parameter], is_frozen: bool = True) -> None:
+    for weight in weights[:2]:
+        weight.requires_grad_(not is_frozen)
+
+
+def add_as_group(optimizer: Any, weights: list[nn.Parameter]) -> None:
+    optimizer.add_param_group({"params": weights[:2], "lr": 0.01})
+
+
+def thaw(optimizer: Any, weights: list[nn.Parameter]) -> None:
+    freeze(weights, is_frozen=False)
+
+
+def begin(add: Add, weights: list[nn.Parameter], make: Callable[..., Any]) -> Any:
+    """An optimizer that does not train the first two yet."""
+    if add is add_as_group:
+        return make(weights[2:])
+    freeze(weights)
+    return make(weights)
+
+
+each_way = pytest.mark.parametrize("add", [add_as_group, thaw])
+
+
+@each_class
+@each_way
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"moments": "blockwise8"}),
+        (torch.bfloat16, {"moments": "bfloat16", "master": "split"}),
+    ],
+    ids=["float32", "blockwise8", "split"],
+)
+@pytest.mark.parametrize("tier", ["disk", "auto"])
+def test_what_comes_later_is_trained_as_on_the_host(
+    pair: Pair, add: Add, dtype: torch.dtype, form: dict[str, Any], tier: str, tmp_path: Path
+) -> None:
+    device = "cpu" if "master" in form else "cuda"
+
+    def train(**options: Any) -> list[torch.Tensor]:
+        weights = make_weights(dtype, device)
+        optimizer = begin(
+            add, weights, lambda some: pair.ours(some, **pair.options, **form, **options)
+        )
+        run(optimizer, weights, range(3), OLD)
+        add(optimizer, weights)
+        run(optimizer, weights, range(3, 7))
+        return [*(weight.detach() for weight in weights), *state_of(optimizer)]
+
+    budget = {"host_budget": 9000} if tier == "auto" else {}
+    found = train(tier=tier, directory=tmp_path, commit_every=2, **budget)
+    assert all(map(torch.equal, train(), found))
+
+
+@each_way
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_a_new_process_goes_on(add: Add, early: bool, tmp_path: Path) -> None:
+    """Where it trains all from the start, or gets to do so as the first one did."""
+    weights = make_weights()
+    host = begin(add, weights, AdamW)
+    run(host, weights, range(2), OLD)
+    add(host, weights)
+    run(host, weights, range(2, 6))
+
+    first = make_weights()
+    optimizer = begin(add, first, lambda some: on_disk(some, tmp_path))
+    run(optimizer, first, range(2), OLD)
+    optimizer.commit()
+    add(optimizer, first)
+    run(optimizer, first, range(2, 4))
+    optimizer.commit({"at": 4})
+    run(optimizer, first, range(4, 5))  # Is forgotten.
+    optimizer.close()
+
+    second = make_weights(seed=9)
+    optimizer = begin(add, second, lambda some: on_disk(some, tmp_path))
+    if add is add_as_group or early:
+        add(optimizer, second)
+    with pytest.raises(StateError, match="was not resumed"):
+        run(optimizer, second, range(1), OLD)
+    resumed = resume(tmp_path)
+    assert resumed is not None
+    assert (resumed.step, resumed.extra) == (4, {"at": 4})
+    if add is thaw and not early:
+        add(optimizer, second)
+    run(optimizer, second, range(4, 6))
+    assert all(map(torch.equal, weights, second))
+    assert all(map(torch.equal, state_of(host), state_of(optimizer)))
+    optimizer.commit()
+    optimizer.close()
+
+    # And once more, as everything is where it was.
+    third = make_weights(seed=10)
+    optimizer = begin(add, third, lambda some: on_disk(some, tmp_path))
+    if add is add_as_group:
+        add(optimizer, third)
+    optimizer.resume()
+    assert all(map(torch.equal, weights, third))
+    assert all(map(torch.equal, state_of(host), state_of(optimizer)))
+
+
+@each_way
+def test_the_last_commit_counts_until_there_is_another(add: Add, tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = begin(add, weights, lambda some: on_disk(some, tmp_path))
+    run(optimizer, weights, range(2), OLD)
+    optimizer.commit()
+    values = copies(weights)
+    add(optimizer, weights)
+    run(optimizer, weights, range(2, 4))
+    assert len(files_of(tmp_path)) == 2
+    optimizer.close()
+
+    others = make_weights(seed=9)
+    optimizer = begin(add, others, lambda some: on_disk(some, tmp_path))
+    resumed = optimizer.resume()
+    assert resumed is not None
+    assert resumed.step == 2
+    assert all(map(torch.equal, values[2:], others[2:]))
+    assert files_of(tmp_path) == {"."}
+    add(optimizer, others)
+    run(optimizer, others, range(2, 3))
+    optimizer.commit()
+    assert files_of(tmp_path) == {"generation-1"}
+
+
+def test_a_store_that_was_not_finished_is_removed(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights, tmp_path)
+    run(optimizer, weights, range(1))
+    optimizer.commit()
+    optimizer.close()
+    unfinished = tmp_path / "generation-1"
+    unfinished.mkdir()
+    (unfinished / "spillover.durable.new").write_bytes(bytes(100_000))
+    others = make_weights(seed=9)
+    on_disk(others, tmp_path).resume()
+    assert all(map(torch.equal, weights, others))
+    assert not unfinished.exists()
+
+
+def test_going_back_to_before_weights_were_thawed(tmp_path: Path) -> None:
+    weights = make_weights()
+    freeze(weights)
+    optimizer = on_disk(weights, tmp_path)
+    run(optimizer, weights, range(2), OLD)
+    optimizer.commit()
+    before, state = copies(weights), state_of(optimizer)
+    thaw(optimizer, weights)
+    run(optimizer, weights, range(2, 4))
+    after = copies(weights)
+    resumed = optimizer.resume()
+    assert resumed is not None
+    assert all(map(torch.equal, before, weights))
+    assert all(map(torch.equal, state, state_of(optimizer)))
+    run(optimizer, weights, range(2, 4))
+    assert all(map(torch.equal, after, weights))
+
+
+def test_a_group_that_the_commit_lacks_is_added_after_resuming(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path)
+    run(optimizer, weights, range(2), OLD)
+    optimizer.commit()
+    add_as_group(optimizer, weights)
+    with pytest.raises(ConfigError, match=r"call resume\(\) before add_param_group\(\)"):
+        optimizer.resume()
+    optimizer.close()
+    others = make_weights(seed=9)
+    optimizer = on_disk(others[2:], tmp_path)
+    optimizer.resume()
+    assert all(map(torch.equal, weights[2:], others[2:]))
+
+
+def test_groups_that_come_one_by_one(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[:1], [tmp_path / "a", tmp_path / "b"], commit_every=1)
+    for count in range(1, len(weights)):
+        run(optimizer, weights, range(count, count + 1), slice(count))
+        optimizer.add_param_group({"params": weights[count]})
+    optimizer.step()
+    assert files_of(tmp_path) == {f"{name}/generation-{len(weights) - 1}" for name in "ab"}
+    optimizer.close()
+    others = make_weights(seed=9)
+    again = on_disk(others[:1], [tmp_path / "b", tmp_path / "a"])
+    for weight in others[1:]:
+        again.add_param_group({"params": weight})
+    again.resume()
+    assert all(map(torch.equal, weights, others))
+
+
+def test_a_folder_that_is_lost_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], folders, commit_every=1)
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1))
+    optimizer.close()
+    folders[1].rename(tmp_path / "away")
+    folders[1].mkdir()
+    with pytest.raises(StorageError, match=r"b/generation-1 has no part .* lost, or not mounted"):
+        on_disk(make_weights(), folders)
+    shutil.rmtree(folders[1])
+    (tmp_path / "away").rename(folders[1])
+    others = make_weights(seed=9)
+    again = on_disk(others[2:], folders)
+    add_as_group(again, others)
+    again.resume()
+    assert all(map(torch.equal, weights, others))
+
+
+@each_way
+@pytest.mark.parametrize("operation", ["make_folder", "open", "allocate", "write", "read", "sync"])
+def test_what_fails_while_places_are_made_changes_nothing(
+    add: Add, operation: str, tmp_path: Path
+) -> None:
+    twins = make_weights()
+    host = begin(add, twins, AdamW)
+    run(host, twins, range(2), OLD)
+    add(host, twins)
+    run(host, twins, range(2, 4))
+
+    for call in (1, 2, 3, 5, 8, 13):
+        folder = tmp_path / str(call)
+        weights = make_weights()
+        optimizer = begin(add, weights, lambda some, folder=folder: on_disk(some, folder))
+        run(optimizer, weights, range(2), OLD)
+        optimizer.commit()
+        error = "ENOSPC" if operation in ("allocate", "write") else "EIO"
+        fault = StorageFault(operation, error=error, call=call)  # type: ignore[arg-type]
+        with faults(storage=[fault]):
+            try:
+                add(optimizer, weights)
+            except StorageError:
+                assert len(optimizer.param_groups) == 1
+                add(optimizer, weights)
+            try:
+                run(optimizer, weights, range(2, 3))
+            except StorageError:
+                optimizer.step()
+        run(optimizer, weights, range(3, 4))
+        assert all(map(torch.equal, twins, weights)), call
+        assert all(map(torch.equal, state_of(host), state_of(optimizer))), call
+        optimizer.commit()
+        optimizer.close()
+
+
+def test_too_little_disk_says_how_much_is_needed(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path)
+    run(optimizer, weights, range(1), OLD)
+    full = StorageFault("allocate", error="ENOSPC")
+    with (
+        faults(storage=[full]),
+        pytest.raises(DiskFull, match=r"AdamW needs room for more parameters: \d+ bytes .* disk"),
+    ):
+        add_as_group(optimizer, weights)
+    assert len(optimizer.param_groups) == 1
+    assert files_of(tmp_path) == {"."}
+
+
+def test_a_group_that_is_refused_later_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path, offload_gradients=True)
+    run(optimizer, weights, range(1), OLD)
+
+    def refuse(*arguments: object) -> None:
+        raise StateError("not now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(optimizer.gradients), "add", refuse)
+        with pytest.raises(StateError, match="not now"):
+            add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1, 2), OLD)
+    optimizer.commit()
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(2, 3))
+    optimizer.commit()
+    optimizer.close()
+    others = make_weights(seed=9)
+    again = on_disk(others[2:], tmp_path)
+    add_as_group(again, others)
+    again.resume()
+    assert all(map(torch.equal, weights, others))
