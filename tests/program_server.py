@@ -7,6 +7,7 @@ the options and the environment of its own, and ends as any Python process does.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import selectors
@@ -166,6 +167,8 @@ if __name__ == "__main__":
     emulator.enable(hazards=HAZARDS, vram="4MiB")  # type: ignore[arg-type]
     import torch._dynamo  # noqa: F401  What a first optimizer step imports, as long again.
 
+    gc.collect()
+    gc.freeze()
     asked = _serve(socket.socket(fileno=int(os.environ[_SERVER_FD_VARIABLE])))
     if asked is not None:
         program = _become(asked)
