@@ -130,6 +130,7 @@ def test_python_private_modules_stay_private() -> None:
         "spillover._core",
         "spillover._disk",
         "spillover._durable",
+        "spillover._durable_generations",
         "spillover._errors",
         "spillover._first_use",
         "spillover._held",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,8 +221,13 @@ def test_a_group_that_the_commit_lacks_is_added_after_resuming(tmp_path: Path) -
     run(optimizer, weights, range(2), OLD)
     optimizer.commit()
     add_as_group(optimizer, weights)
-    with pytest.raises(ConfigError, match=r"call resume\(\) before add_param_group\(\)"):
+    with pytest.raises(ConfigError, match=r"is of 2 parameters, and the optimizer has 4"):
         optimizer.resume()
+    values = copies(weights)
+    run(optimizer, weights, range(2, 3))  # Nothing was lost.
+    del optimizer.param_groups[-1]
+    optimizer.resume()
+    assert all(map(torch.equal, values[2:], weights[2:]))
     optimizer.close()
     others = make_weights(seed=9)
     optimizer = on_disk(others[2:], tmp_path)
@@ -331,6 +338,11 @@ def test_a_group_that_is_refused_later_leaves_no_trace(
             add_as_group(optimizer, weights)
     run(optimizer, weights, range(1, 2), OLD)
     optimizer.commit()
+    optimizer.close()
+    values, weights = weights, make_weights(seed=8)
+    optimizer = on_disk(weights[2:], tmp_path, offload_gradients=True)
+    optimizer.resume()
+    assert all(map(torch.equal, values[2:], weights[2:]))
     add_as_group(optimizer, weights)
     run(optimizer, weights, range(2, 3))
     optimizer.commit()
@@ -340,3 +352,136 @@ def test_a_group_that_is_refused_later_leaves_no_trace(
     add_as_group(again, others)
     again.resume()
     assert all(map(torch.equal, weights, others))
+
+
+@pytest.mark.parametrize("frozen", [slice(2), slice(1)], ids=["all", "some"])
+def test_a_group_of_frozen_weights_is_committed(frozen: slice, tmp_path: Path) -> None:
+    weights = make_weights()
+    for weight in weights[frozen]:
+        weight.requires_grad_(False)
+    optimizer = on_disk(weights[2:], tmp_path)
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(2), slice(frozen.stop, None))
+    optimizer.commit()
+    thaw(optimizer, weights)
+    run(optimizer, weights, range(2, 3))
+    assert optimizer.commit() == 2
+    optimizer.close()
+    others = make_weights(seed=9)
+    again = on_disk(others[2:], tmp_path)
+    add_as_group(again, others)
+    again.resume()
+    assert all(map(torch.equal, weights, others))
+    assert again.commit() == 3
+
+
+def test_a_parameter_of_the_module_becomes_a_group(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        model = nn.Module()
+        model.weights = nn.ParameterList(make_weights())
+        return model
+
+    model = make()
+    weights = list(model.parameters())
+    optimizer = on_disk(weights[2:], tmp_path, module=model)
+    run(optimizer, weights, range(1), OLD)
+    optimizer.commit()
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1, 2))
+    optimizer.commit()
+    optimizer.close()
+    other = make()
+    others = list(other.parameters())
+    again = on_disk(others[2:], tmp_path, module=other)
+    with pytest.raises(ConfigError, match=r"of 4 parameters, .* has 2: call add_param_group\(\)"):
+        again.resume()
+    add_as_group(again, others)
+    again.resume()
+    assert all(map(torch.equal, weights, others))
+
+
+def test_other_groups_than_the_commit_has_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path)
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1))
+    optimizer.commit()
+    optimizer.close()
+    others = make_weights(seed=9)
+    values = copies(others)
+    again = on_disk(others[2:], tmp_path)
+    for weight in others[:2]:
+        again.add_param_group({"params": weight})
+    with pytest.raises(ConfigError, match=r"groups of \[2, 2\] parameters, .* of \[2, 1, 1\]"):
+        again.resume()
+    assert all(map(torch.equal, values, others))
+
+
+def test_an_old_store_that_cannot_be_removed_is_in_nobodys_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path)
+    run(optimizer, weights, range(1), OLD)
+    optimizer.commit()
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1, 2))
+    with faults(storage=[StorageFault("unlink", error="EACCES", times=None)]):
+        optimizer.commit()
+        assert "is of no more use" in caplog.text
+        optimizer.close()
+        others = make_weights(seed=9)
+        again = on_disk(others[2:], tmp_path)
+        add_as_group(again, others)
+        again.resume()
+    assert all(map(torch.equal, weights, others))
+    again.close()
+    on_disk(make_weights()[2:], tmp_path)
+    assert files_of(tmp_path) == {"generation-1"}
+
+
+def test_the_command_finds_the_store_that_counts(tmp_path: Path) -> None:
+    def store(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "spillover", "store", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path)
+    add_as_group(optimizer, weights)
+    run(optimizer, weights, range(1))
+    optimizer.commit()
+    optimizer.close()
+    assert "weight/3" in store("show", str(tmp_path)).stdout
+    assert "all checksums are good" in store("verify", str(tmp_path)).stdout
+    assert store("delete", "--yes", str(tmp_path)).returncode == 0
+    assert files_of(tmp_path) == set()
+    assert store("delete", "--yes", str(tmp_path)).returncode == 2
+
+
+def test_all_that_is_written_counts_for_the_limit(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights[2:], tmp_path, write_limit=600_000)
+    run(optimizer, weights, range(1), OLD)
+    add_as_group(optimizer, weights)
+    done: list[int] = []
+
+    def train() -> None:
+        for number in range(1, 100):
+            run(optimizer, weights, range(number, number + 1))
+            optimizer.commit()
+            done.append(number)
+
+    with pytest.raises(StorageError, match="write_limit"):
+        train()
+    assert len(done) < 20
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_place_of_the_folder_is_named(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="file"):
+        on_disk(make_weights(), tmp_path / place)

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from spillover._durable import DurableStore
 
 app = typer.Typer(help="Show, check and delete durable stores.", no_args_is_help=True)
 
 _Folders = Annotated[list[Path], typer.Argument(help="The store's folders.", metavar="FOLDER...")]
+
+
+def _open(folders: list[Path]) -> DurableStore:
+    """The store whose commit counts; see Note [Generations]."""
+    from spillover._disk import absolute_folders
+    from spillover._durable import DurableStore
+    from spillover._durable_generations import folders_of, generations, opened
+
+    paths = absolute_folders(folders)
+    for generation in generations(paths)[:-1]:
+        store = opened(folders_of(paths, generation))
+        if store is not None and store.sequence > 0:
+            return store
+        if store is not None:
+            store.close()
+    return DurableStore(paths)
 
 
 @app.command()
@@ -18,10 +37,9 @@ def show(folders: _Folders) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from spillover._durable import DurableStore
     from spillover._units import format_bytes
 
-    with DurableStore(folders) as store:
+    with _open(folders) as store:
         table = Table("entry", "size", "committed", title=f"commit {store.sequence}")
         for name, size in store.entries.items():
             table.add_row(name, format_bytes(size), "yes" if store.is_committed(name) else "no")
@@ -34,9 +52,7 @@ def show(folders: _Folders) -> None:
 @app.command()
 def verify(folders: _Folders) -> None:
     """Read all that is committed and compare it with its checksums."""
-    from spillover._durable import DurableStore
-
-    with DurableStore(folders) as store:
+    with _open(folders) as store:
         store.verify()
         print(f"commit {store.sequence}: all checksums are good")
 
@@ -47,9 +63,16 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove a durable store for good; the folders stay."""
+    from spillover._disk import absolute_folders
     from spillover._durable import DurableStore
+    from spillover._durable_generations import generations, remove
 
     if not yes:
         names = ", ".join(map(str, folders))
         typer.confirm(f"Delete the durable store in {names} and all its commits?", abort=True)
-    DurableStore.delete(folders)
+    paths = absolute_folders(folders)
+    numbers = generations(paths)
+    if numbers == [0]:
+        DurableStore.delete(paths)
+    for generation in reversed(numbers):  # So that an end on the way leaves the newest.
+        remove(paths, generation)

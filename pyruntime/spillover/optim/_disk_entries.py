@@ -6,7 +6,7 @@ import mmap
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,7 @@ from spillover.optim._host_state import (
 from spillover.optim._masters import whole_master
 
 #: Gives places to parameters that have none.
-Grow = Callable[[Collection[torch.Tensor]], None]
+Grow = Callable[[Mapping[torch.Tensor, Group]], None]
 
 # Of a copy of an array; a smaller one is in ordinary memory.
 _MAPPED_BYTES_MIN = 1 << 20
@@ -95,7 +95,8 @@ class DiskEntries(Entries):
             There is no room for more; nothing has changed.
         """
         parameters = list(parameters)
-        missing = {each for each, _ in parameters if each not in self._store().layout}
+        layout = self._store().layout
+        missing = {each: group for each, group in parameters if each not in layout}
         if missing:
             grow = self._grow() if self._grow is not None else None
             assert grow is not None

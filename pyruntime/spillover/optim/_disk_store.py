@@ -386,6 +386,11 @@ class DiskStateStore:
         return self._ring[0].memory.nbytes if self._ring else 0
 
     @property
+    def ring_slots(self) -> int:
+        """How many."""
+        return len(self._ring)
+
+    @property
     def ring_bytes(self) -> int:
         """Of the ring."""
         return sum(slot.memory.nbytes for slot in self._ring)

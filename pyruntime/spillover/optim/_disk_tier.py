@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,13 @@ import torch
 
 from spillover._core import HostPool
 from spillover._durable import DurableStore
+from spillover._durable_generations import folders_of, newest, remove, remove_if_possible
 from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError, StorageError
-from spillover._settings import logger
 from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
 from spillover.optim._algorithms import Group
 from spillover.optim._commit_values import dumps, loads, random_states, restore_random_states
 from spillover.optim._disk_entries import DiskEntries
-from spillover.optim._disk_generations import folders_of, newest, remove
 from spillover.optim._disk_layout import Layout
 from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
 from spillover.optim._disk_tensors import read_tensor, write_tensors
@@ -85,8 +84,12 @@ class DiskTier:
         self._name = name
         self._pool: HostPool | None = None
         self._generation = 0
-        # Those whose commit counts as long as the present one has none, and those before it.
-        self._before: dict[int, DurableStore] = {}
+        # The one whose commit counts until the present one has one, if that has not.
+        self._before: tuple[int, DurableStore] | None = None
+        self._has_tried_commit = False
+        # In stores before the present one.
+        self._commits_before = 0
+        self._written_before = 0
         self._committed_steps = 0
         self._must_resume = False
         self._is_closed = False
@@ -145,7 +148,7 @@ class DiskTier:
                 error.errno,
                 f"{self._name} needs {beside} {self.disk_bytes} bytes "
                 f"({format_bytes(self.disk_bytes)}) on disk for two slots of state and weights, "
-                f"which are not: {error.strerror}",
+                f"which are not there: {error.strerror}",
                 error.filename,
             ) from error
         except ConfigError as error:
@@ -162,8 +165,8 @@ class DiskTier:
 
         Raises ConfigError where that cannot become this optimizer's, if more parameters come.
         """
-        self._generation, disk = newest(self.options.folders, self.options.write_limit)
-        if disk is None or disk.entries == self._sizes:
+        self._generation, disk = newest(self.options.folders, self._write_limit)
+        if disk is None or self._sizes.items() <= disk.entries.items():
             return disk
         try:
             self._check_more(disk, layout, groups)
@@ -174,7 +177,7 @@ class DiskTier:
 
     def _check_more(self, disk: DurableStore, layout: Layout, groups: list[Group]) -> None:
         """Raise ConfigError where more parameters would not make the commit this optimizer's."""
-        where = ", ".join(self._folders)
+        where = ", ".join(self.options.folders)
         try:
             document = loads(disk.extra)
             saved, batches = document["signature"], document["layout"]
@@ -198,7 +201,7 @@ class DiskTier:
         ]
 
     def _ring(self, layout: Layout, slot_bytes: int) -> list[Slot]:
-        count = min(_disk_store.RING_SLOTS, max(2, len(layout.sizes)))
+        count = _ring_slots(layout)
         try:
             return [Slot(slot_bytes, self._pool) for _ in range(count)]
         except HostOutOfMemory as error:
@@ -231,8 +234,14 @@ class DiskTier:
             self._sizes,
             extra_limit=self._extra_bytes,
             extent_bytes=self._extent_bytes,
-            write_limit=self.options.write_limit,
+            write_limit=self._write_limit,
         )
+
+    @property
+    def _write_limit(self) -> int | None:
+        """What the present store may write yet."""
+        limit = self.options.write_limit
+        return None if limit is None else max(1, limit - self._written_before)
 
     @property
     def _folders(self) -> list[str]:
@@ -245,8 +254,9 @@ class DiskTier:
 
     @property
     def disk_bytes(self) -> int:
-        """On disk: two slots of state, weights and buffers."""
-        return 2 * sum(self._sizes.values())
+        """On disk: two slots of state, weights and buffers; of all that is there."""
+        before = 0 if self._before is None else sum(self._before[1].entries.values())
+        return 2 * (sum(self._sizes.values()) + before)
 
     @property
     def store(self) -> DiskStateStore:
@@ -256,7 +266,13 @@ class DiskTier:
 
     # ---- when parameters become more -----------------------------------------------------------
 
-    def _grow(self, parameters: Collection[torch.Tensor]) -> None:
+    def cover(self, groups: list[Group]) -> None:
+        """Have a place for each weight, of those too that are not trained. As :meth:`_grow`."""
+        sizes = {key: each.nbytes for key, each in self._tensors(groups)}
+        if not sizes.items() <= self._sizes.items():
+            self._grow({})
+
+    def _grow(self, parameters: Mapping[torch.Tensor, Group]) -> None:
         """Give places to them, and to whatever else is trained by now; Note [Generations].
 
         Blocks until all is copied. Raises HostOutOfMemory, DiskFull, CorruptData and StorageError;
@@ -268,55 +284,60 @@ class DiskTier:
         assert optimizer is not None
         layout = store.layout.with_more(
             [
-                (each, self.entries.wanted(each, group))
+                (each, self.entries.wanted(each, parameters.get(each, group)))
                 for each in group["params"]
                 if each not in store.layout and (each in parameters or _is_trained(each))
             ]
             for group in optimizer.param_groups
         )
-        if self._must_resume:  # Which finds where they are.
-            slot_bytes = self._measure(layout, optimizer.param_groups, store.slot_bytes)
-            is_larger = slot_bytes > store.slot_bytes
-            ring = self._ring(layout, slot_bytes) if is_larger else None
-            store.move_to(store.disk, layout, ring)
-            return
         before = self._generation, self._sizes, self._extent_bytes, self._extra_bytes
+        disk = store.disk
         made: DurableStore | None = None
         try:
             slot_bytes = self._measure(layout, optimizer.param_groups, store.slot_bytes)
-            is_larger = slot_bytes > store.slot_bytes
-            ring = self._ring(layout, slot_bytes) if is_larger else None
-            self._generation += 1
-            remove(self.options.folders, self._generation)
-            with self._explained("room for more parameters:"):
-                made = self._open_store()
-            store.copy_to(made)
+            fits = slot_bytes <= store.slot_bytes and _ring_slots(layout) <= store.ring_slots
+            ring = None if fits else self._ring(layout, slot_bytes)
+            if not self._must_resume:  # Which finds where they are.
+                self._generation += 1
+                remove(self.options.folders, self._generation)
+                with self._explained("room for more parameters:"):
+                    disk = made = self._open_store()
+                store.copy_to(made)
         except BaseException:
             if made is not None:
                 made.close()
-                with contextlib.suppress(StorageError):  # Whoever opens the directory removes it.
-                    remove(self.options.folders, self._generation)
+            if self._generation != before[0]:
+                remove_if_possible(self.options.folders, self._generation)
             self._generation, self._sizes, self._extent_bytes, self._extra_bytes = before
             raise
-        self._before[before[0]] = store.disk
-        store.move_to(made, layout, ring)
-        if self._before[before[0]].sequence == 0:
-            self._remove_before(before[0])
+        old = store.disk
+        store.move_to(disk, layout, ring)
+        if made is not None:
+            self._leave(before[0], old)
 
-    def forget_all_but(self, parameters: Collection[torch.Tensor]) -> None:
+    def _leave(self, generation: int, store: DurableStore) -> None:
+        """Everything is in the next generation's by now."""
+        self._has_tried_commit = False
+        self._written_before += store.stats().written_bytes
+        if store.sequence > 0:
+            self._commits_before += store.sequence
+            self._before = generation, store
+        else:
+            store.close()
+            remove_if_possible(self.options.folders, generation)
+
+    def _remove_before(self) -> None:
+        if self._before is not None:
+            generation, store = self._before
+            self._before = None
+            store.close()
+            remove_if_possible(self.options.folders, generation)
+
+    def forget_all_but(self, groups: list[Group]) -> None:
         """Let go of places that were given last, to parameters that were then not added."""
-        self.store.layout = self.store.layout.without(parameters)
-
-    def _remove_before(self, *generations: int) -> None:
-        """Delete stores whose commits count no more. What cannot be deleted is next time."""
-        for generation in generations:
-            self._before[generation].close()
-            try:
-                remove(self.options.folders, generation)
-            except StorageError as error:
-                logger.warning("%s: %s; it is of no more use", self._name, error)
-                continue
-            del self._before[generation]
+        store = self.store
+        store.layout = store.layout.without(set(_parameters(groups)))
+        self._measure(store.layout, groups, store.slot_bytes)
 
     # ---- commits -------------------------------------------------------------------------------
 
@@ -324,7 +345,7 @@ class DiskTier:
         """Raise StateError where nothing can be kept, or what is committed would be lost."""
         self._check_open()
         if self._must_resume:
-            folders = ", ".join(self._folders)
+            folders = ", ".join(self.options.folders)
             raise StateError(
                 f"{folders} holds a commit of {self._name} that was not resumed: call "
                 "spillover.optim.resume(directory) after making the optimizer, or choose another "
@@ -338,9 +359,11 @@ class DiskTier:
     def close(self) -> None:
         """Let go of the folders; again does nothing."""
         self._is_closed = True
-        self.store.close()
-        for store in self._before.values():
-            store.close()
+        try:
+            self.store.close()
+        finally:
+            if self._before is not None:
+                self._before[1].close()
 
     def step_is_over(self, optimizer: HostOptimizer, *, counts: bool) -> None:
         """Count it, unless it was counted when it was begun, and commit where it is time."""
@@ -372,10 +395,11 @@ class DiskTier:
             )
         self.store.flush()
         write_tensors(self.store, tensors)
+        self._has_tried_commit = True
         sequence = self.store.disk.commit(document)
         self._committed_steps = self.steps
-        self._remove_before(*self._before)
-        return sequence
+        self._remove_before()
+        return self._commits_before + sequence
 
     def _check_places(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         for key, tensor in tensors:
@@ -383,8 +407,9 @@ class DiskTier:
             if size != tensor.nbytes:
                 had = "was not there" if size is None else f"had {size}"
                 raise ConfigError(
-                    f"{key} has {tensor.nbytes} bytes and {had} when the optimizer was made, which "
-                    "is when weights and buffers get their places on disk; nothing is committed"
+                    f"{key} has {tensor.nbytes} bytes and {had} when the optimizer was made, or a "
+                    "group was added, which is when weights and buffers get their places on disk; "
+                    "nothing is committed"
                 )
 
     def _document(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> dict[str, Any]:
@@ -401,6 +426,8 @@ class DiskTier:
             "optimizer": self._name,
             "signature": self._signature(groups),
             "steps": self.steps,
+            "commits_before": self._commits_before,
+            "counts": [len(group["params"]) for group in groups],
             "groups": [_options(group) for group in groups],
             "names": _names(groups),
             "layout": _numbered(self.store.layout, groups),
@@ -442,18 +469,25 @@ class DiskTier:
         self._check_open()
         store = self.store
         groups = optimizer.param_groups
-        if not self._must_resume and store.disk.sequence == 0 and not self._before:
+        is_new = not self._must_resume and store.disk.sequence == 0
+        if is_new and self._before is None:
             if self.steps:
                 raise StateError("nothing was committed yet, so there is nothing to go back to")
             return None
+        if is_new and self._before is not None and not self._has_tried_commit:
+            self._check_document(loads(self._before[1].extra), groups)  # Nothing is lost yet.
         # Opened again, since a store whose commit failed takes no more writes.
+        if not self._must_resume:
+            self._written_before += store.disk.stats().written_bytes
         self._must_resume = True
-        for disk in (store.disk, *self._before.values()):
-            disk.close()
-        self._before.clear()
-        self._generation, found = newest(self.options.folders, self.options.write_limit)
+        store.disk.close()
+        if self._before is not None:
+            self._before[1].close()
+            self._before = None
+        self._generation, found = newest(self.options.folders, self._write_limit)
         assert found is not None
         store.disk = found
+        store.layout = store.layout.without(set(_parameters(groups)))
         document = loads(store.disk.extra)
         self._check_document(document, groups)
         self._lay_out(document["layout"], groups)
@@ -469,6 +503,7 @@ class DiskTier:
             group.update(saved)
         self._resume_entries(optimizer, entries)
         self.steps = self._committed_steps = int(document["steps"])
+        self._commits_before = int(document["commits_before"])
         self._must_resume = False
         restore_random_states(document["random"])
         return Resumed(step=self.steps, extra=document["extra"])
@@ -487,13 +522,17 @@ class DiskTier:
             )
         extent_bytes = store.disk.extent_bytes
         slot_bytes = _rounded(self._measure(layout, groups), extent_bytes)
-        fits = slot_bytes <= store.slot_bytes and store.slot_bytes % extent_bytes == 0
+        fits = (
+            slot_bytes <= store.slot_bytes
+            and store.slot_bytes % extent_bytes == 0
+            and _ring_slots(layout) <= store.ring_slots
+        )
         if not is_same or not fits:
             store.give_up_memory()
             store.start_over(layout, *self._memory(layout, slot_bytes))
         if not self._sizes.items() <= store.disk.entries.items():
             raise self._of_others(
-                f"the commit in {', '.join(self._folders)} has state of another form"
+                f"the commit in {', '.join(self.options.folders)} has state of another form"
             )
 
     def _resume_entries(self, optimizer: HostOptimizer, saved: list[Any]) -> None:
@@ -512,7 +551,7 @@ class DiskTier:
                 self.entries.has_written(parameter)
 
     def _check_kind(self, document: dict[str, Any]) -> None:
-        where = ", ".join(self._folders)
+        where = ", ".join(self.options.folders)
         if document["format"] != _FORMAT:
             raise ConfigError(f"the commit in {where} is of another version of Spillover")
         if document["optimizer"] != self._name:
@@ -522,20 +561,27 @@ class DiskTier:
 
     def _check_document(self, document: dict[str, Any], groups: list[Group]) -> None:
         self._check_kind(document)
-        where = ", ".join(self._folders)
+        where = ", ".join(self.options.folders)
         mine, saved = self._signature(groups), document["signature"]
+        count, saved_count = len(_parameters(groups)), sum(document["counts"])
+        if count != saved_count:
+            raise ConfigError(
+                f"the commit in {where} is of {saved_count} parameters, and the optimizer has "
+                f"{count}: call add_param_group() before resume() for those that the commit has, "
+                "and after it for those that it does not have"
+            )
         if mine != saved:
             pairs = (pair for pair in zip(mine, saved, strict=False) if pair[0] != pair[1])
-            here, there = next(pairs, (None, None))
-            if here is None:
-                raise ConfigError(
-                    f"the commit in {where} is of {len(saved) - 1} weights and buffers, and the "
-                    f"optimizer has {len(mine) - 1}: call resume() before add_param_group() for "
-                    "what the commit does not have, and after it for what it has"
-                )
+            here, there = next(pairs, (len(mine), len(saved)))
             raise ConfigError(
                 f"the commit in {where} is of other parameters: it has {there} where the "
                 f"optimizer has {here}"
+            )
+        counts = [len(group["params"]) for group in groups]
+        if counts != document["counts"]:
+            raise ConfigError(
+                f"the commit in {where} has groups of {document['counts']} parameters, and the "
+                f"optimizer of {counts}"
             )
         names, saved_names = _names(groups), document["names"]
         # Wrappers give all other names, but none in another order.
@@ -547,6 +593,10 @@ class DiskTier:
                 f"the commit in {where} has the parameters in another order: it has {there!r} "
                 f"where the optimizer has {here!r}"
             )
+
+
+def _ring_slots(layout: Layout) -> int:
+    return min(_disk_store.RING_SLOTS, max(2, len(layout.sizes)))
 
 
 def _is_trained(parameter: torch.Tensor) -> bool:

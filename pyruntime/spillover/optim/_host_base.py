@@ -179,7 +179,8 @@ class HostBase(torch.optim.Optimizer):
 
         Notes
         -----
-        Blocks until all state is copied to a larger store, where state is on disk.
+        Where state is on disk, blocks until all of it is copied to a larger store: one call with
+        several parameters takes the time of one with a single one.
         """
         self.synchronize()
         self.algorithm.check(param_group)
@@ -201,14 +202,17 @@ class HostBase(torch.optim.Optimizer):
             self._check_group(self.param_groups[-1])
             if self._is_made:
                 self._reserve(self.param_groups[-1:])
+                if self._disk is not None:
+                    self._disk.cover(self.param_groups)
             if self.gradients is not None:
                 self.gradients.add(named_parameters(self.param_groups))
         except BaseException:
             del self.param_groups[-1]
-            kept = [each for group in self.param_groups for each in group["params"]]
-            self._entries.memory.forget_all_but(kept)
+            self._entries.memory.forget_all_but(
+                each for group in self.param_groups for each in group["params"]
+            )
             if self._disk is not None and self._is_made:
-                self._disk.forget_all_but(set(kept))
+                self._disk.forget_all_but(self.param_groups)
             raise
 
     def _check_group(self, group: Group) -> None:
