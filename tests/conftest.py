@@ -128,7 +128,7 @@ def run_emulated(
             "devices": devices,
             "virtual_memory": VIRTUAL_MEMORY,
         }
-        is_served = "torch" in body and not env and hazards == HAZARDS
+        is_served = "import torch" in body and not env and hazards == HAZARDS
         if is_served and program_server.can_run():
             result = program_server.run(prelude + "\n" + body, arguments, options, timeout)
         else:

@@ -22,8 +22,8 @@ from typing import Any
 #: What a server's children may not change: the part of the emulator that Python sees depends on it.
 HAZARDS = "raise"
 _SERVER_FD_VARIABLE = "SPILLOVER_TEST_SERVER_FD"
-#: pytest sets it for each test.
-_CURRENT_TEST_VARIABLE = "PYTEST_CURRENT_TEST"
+#: Variables that are read when Python, torch and what they need are loaded. Others may change.
+_EARLY_VARIABLES = ("CUDA_VISIBLE", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH_", "SPILLOVER")
 _READ_BYTES = 1 << 16
 
 
@@ -31,7 +31,7 @@ class ProgramServer:
     """The test session's end. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._environment = _comparable(os.environ)
+        self._environment = _early(os.environ)
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -47,8 +47,8 @@ class ProgramServer:
         self._answers = self._socket.makefile("r")
 
     def can_run(self) -> bool:
-        """Whether the environment is that with which the server imported torch."""
-        return _comparable(os.environ) == self._environment
+        """Whether a program would find torch as the server has imported it."""
+        return _early(os.environ) == self._environment
 
     def run(
         self, code: str, arguments: tuple[str, ...], options: dict[str, Any], timeout: float
@@ -87,8 +87,8 @@ class ProgramServer:
         self._process.wait()
 
 
-def _comparable(environment: os._Environ[str]) -> dict[str, str]:
-    return {name: text for name, text in environment.items() if name != _CURRENT_TEST_VARIABLE}
+def _early(environment: os._Environ[str]) -> dict[str, str]:
+    return {name: text for name, text in environment.items() if name.startswith(_EARLY_VARIABLES)}
 
 
 def _read_all(pipes: list[int], deadline: float) -> list[str]:
