@@ -123,7 +123,6 @@ def run_emulated(
         options: dict[str, Any] = {
             "vram": vram,
             "schedule": schedule,
-            "hazards": hazards,
             "seed": seed,
             "devices": devices,
             "virtual_memory": VIRTUAL_MEMORY,
@@ -132,6 +131,7 @@ def run_emulated(
         if is_served and program_server.can_run():
             result = program_server.run(prelude + "\n" + body, arguments, options, timeout)
         else:
+            options["hazards"] = hazards
             enable = f"spillover.emulator.enable(**{options!r})\n"
             result = subprocess.run(
                 [sys.executable, "-c", prelude + enable + body, *arguments],

@@ -153,7 +153,7 @@ def _become(request: dict[str, Any]) -> types.CodeType:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    emulator.enable(**request["options"])
+    emulator.reconfigure(**request["options"])
     sys.argv = ["-c", *request["arguments"]]
     sys.path[0] = ""
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -163,8 +163,7 @@ def _become(request: dict[str, Any]) -> types.CodeType:
 if __name__ == "__main__":
     from spillover import emulator
 
-    # Other options than any program's, so that each sets its own in its environment.
-    emulator.enable(hazards=HAZARDS, vram="4MiB")  # type: ignore[arg-type]
+    emulator.enable(hazards=HAZARDS)  # type: ignore[arg-type]
     import torch._dynamo  # noqa: F401  What a first optimizer step imports, as long again.
 
     gc.collect()

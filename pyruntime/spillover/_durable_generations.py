@@ -21,7 +21,7 @@ from spillover._durable import DurableStore
 from spillover._errors import StorageError
 from spillover._settings import logger
 
-_PREFIX = "generation-"
+_PREFIX = "spillover.generation-"
 
 
 def folders_of(folders: Sequence[str], generation: int) -> list[str]:
@@ -48,60 +48,83 @@ def generations(folders: Sequence[str]) -> list[int]:
 
 def newest(
     folders: Sequence[str], write_limit: int | None = None
-) -> tuple[int, DurableStore | None]:
-    """The generation that counts, and its store, open, where there is one with a commit.
+) -> tuple[int, DurableStore | None, list[int]]:
+    """The generation that counts; its store, open, where there is one with a commit; the others.
 
-    Removes all others, unfinished ones too. Where nothing was committed it is generation 0, which
-    is left as it is. Raises StorageError and CorruptData.
+    Where nothing was committed it is generation 0, whose store is not opened. Nothing is removed:
+    who finds that the commit is the right one calls :func:`remove_others`. Raises StorageError,
+    also where a folder is lost, and CorruptData.
     """
     numbers = generations(folders)
-    for index, generation in enumerate(numbers):
-        store = opened(folders_of(folders, generation), write_limit)
+    for generation in numbers:
+        store = _opened(folders, generation, write_limit)
         if store is not None and store.sequence > 0:
-            for older in numbers[index + 1 :]:
-                remove_if_possible(folders, older)
-            return generation, store
+            return generation, store, [each for each in numbers if each != generation]
         if store is not None:
             store.close()
-        if generation > 0:
-            remove(folders, generation)
-    return 0, None
+    return 0, None, numbers[:-1]
 
 
-def opened(folders: list[str], write_limit: int | None = None) -> DurableStore | None:
-    """The store that is there; None where there is none. Raises StorageError and CorruptData."""
-    if not any(map(os.path.isdir, folders)):
-        return None
-    for folder in folders:  # Where one is lost, the store says so, rather than that there is none.
-        with contextlib.suppress(OSError):
-            os.makedirs(folder, mode=0o700, exist_ok=True)
+def _opened(
+    folders: Sequence[str], generation: int, write_limit: int | None
+) -> DurableStore | None:
+    """None where there is none, or one that was never complete."""
+    parts = folders_of(folders, generation)
+    if generation == 0:
+        if not all(map(os.path.isdir, parts)):
+            return None
+    else:
+        for folder, part in zip(folders, parts, strict=True):
+            if not os.path.isdir(part):
+                _make_part(folder, part)
     try:
-        return DurableStore(folders, write_limit=write_limit)
+        return DurableStore(parts, write_limit=write_limit)
     except StorageError as error:
-        if error.errno != errno.ENOENT:
+        # Where folders are there, that says that no file is, nor one of a store that lost others.
+        if error.errno != errno.ENOENT or not all(map(os.path.isdir, parts)):
             raise
         return None
 
 
-def remove(folders: Sequence[str], generation: int) -> None:
-    """Delete that generation's store, if it is there, whole or in part. Raises StorageError."""
+def _make_part(folder: str, part: str) -> None:
+    """So that the store says what is lost, if it is: other folders have that generation."""
+    try:
+        os.mkdir(part, mode=0o700)
+    except OSError as error:
+        raise StorageError(
+            errno.ENODEV,
+            f"the folder has no part of the durable store, and none can be made "
+            f"({error.strerror}): it is lost, or not mounted. Give it back; nothing was changed",
+            folder,
+        ) from None
+
+
+def remove(folders: Sequence[str], generation: int) -> bool:
+    """Delete that generation's store, if it is there, whole or in part; whether it was.
+
+    Raises StorageError.
+    """
     there = [folder for folder in folders_of(folders, generation) if os.path.isdir(folder)]
     if not there:
-        return
+        return False
+    is_deleted = True
     try:
         DurableStore.delete(there)
     except StorageError as error:
         if error.errno != errno.ENOENT:
             raise
+        is_deleted = False
     if generation > 0:
         for folder in there:
             with contextlib.suppress(OSError):  # An empty folder does no harm.
                 os.rmdir(folder)
+    return is_deleted
 
 
-def remove_if_possible(folders: Sequence[str], generation: int) -> None:
-    """As :func:`remove`, of a store whose commit counts no more; what cannot be is left."""
-    try:
-        remove(folders, generation)
-    except StorageError as error:
-        logger.warning("%s; it is of no more use", error)
+def remove_others(folders: Sequence[str], others: Sequence[int]) -> None:
+    """Delete stores that do not count; those that cannot be are left."""
+    for generation in others:
+        try:
+            remove(folders, generation)
+        except StorageError as error:
+            logger.warning("%s; it is of no more use", error)

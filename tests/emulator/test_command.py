@@ -275,16 +275,22 @@ def test_a_forked_child_may_use_the_device_that_its_parent_did_not(run_emulated)
     )
 
 
-def test_what_cannot_be_changed_any_more_is_named() -> None:
+def test_enable_twice() -> None:
+    assert emulator.is_enabled()
+    with pytest.raises(StateError, match="enabled already"):
+        emulator.enable(vram="1GiB")
+
+
+def test_devices_that_were_used_stay_as_they_are() -> None:
     import torch
 
     torch.ones(1, device="cuda")
     schedule = os.environ["SPILLOVER_EMULATOR_SCHEDULE"]
-    with pytest.raises(StateError, match=r"devices were used; give schedule, vram before"):
-        emulator.enable(vram="1GiB", schedule="threaded")
+    with pytest.raises(StateError, match="were used already"):
+        emulator.reconfigure(vram="1GiB", schedule="threaded")
     assert os.environ["SPILLOVER_EMULATOR_SCHEDULE"] == schedule
-    with pytest.raises(StateError, match=r"clock, hazards cannot be changed"):
-        emulator.enable(hazards="off", clock=True)
+    with pytest.raises(ConfigError, match="schedule"):
+        emulator.reconfigure(schedule="soon")  # type: ignore[arg-type]
 
 
 def test_options_change_until_a_device_is_used(run_emulated) -> None:
@@ -293,15 +299,24 @@ def test_options_change_until_a_device_is_used(run_emulated) -> None:
         import os, torch
         from spillover import emulator
 
-        assert emulator.enable(vram="64MiB", devices=1)
+        emulator.reconfigure(vram="64MiB")
         child = os.fork()
         if child == 0:
-            emulator.enable(vram="32MiB", devices=2)
+            emulator.reconfigure(devices=2)
         count = torch.cuda.device_count()
         total = torch.cuda.get_device_properties(0).total_memory
         if child == 0:
-            os._exit(0 if (count, total) == (2, 32 << 20) else 1)
+            os._exit(0 if (count, total) == (2, 64 << 20) else 1)
         assert (count, total) == (1, 64 << 20)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        torch.zeros(1, device="cuda")
+        child = os.fork()
+        if child == 0:
+            try:
+                emulator.reconfigure(devices=2)
+            except spillover.StateError:
+                os._exit(0)
+            os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         """
     )

@@ -14,7 +14,7 @@ import torch
 from host_cases import CLASSES, Pair, copies, make_weights, recorded
 from torch import nn
 
-from spillover import ConfigError, DiskFull, StateError, StorageError
+from spillover import ConfigError, DiskFull, DurableStore, StateError, StorageError
 from spillover.emulator import StorageFault, faults
 from spillover.optim import AdamW, _disk_layout, resume
 
@@ -179,7 +179,7 @@ def test_the_last_commit_counts_until_there_is_another(add: Add, tmp_path: Path)
     add(optimizer, others)
     run(optimizer, others, range(2, 3))
     optimizer.commit()
-    assert files_of(tmp_path) == {"generation-1"}
+    assert files_of(tmp_path) == {"spillover.generation-1"}
 
 
 def test_a_store_that_was_not_finished_is_removed(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_store_that_was_not_finished_is_removed(tmp_path: Path) -> None:
     run(optimizer, weights, range(1))
     optimizer.commit()
     optimizer.close()
-    unfinished = tmp_path / "generation-1"
+    unfinished = tmp_path / "spillover.generation-1"
     unfinished.mkdir()
     (unfinished / "spillover.durable.new").write_bytes(bytes(100_000))
     others = make_weights(seed=9)
@@ -242,7 +242,9 @@ def test_groups_that_come_one_by_one(tmp_path: Path) -> None:
         run(optimizer, weights, range(count, count + 1), slice(count))
         optimizer.add_param_group({"params": weights[count]})
     optimizer.step()
-    assert files_of(tmp_path) == {f"{name}/generation-{len(weights) - 1}" for name in "ab"}
+    assert files_of(tmp_path) == {
+        f"{name}/spillover.generation-{len(weights) - 1}" for name in "ab"
+    }
     optimizer.close()
     others = make_weights(seed=9)
     again = on_disk(others[:1], [tmp_path / "b", tmp_path / "a"])
@@ -252,24 +254,69 @@ def test_groups_that_come_one_by_one(tmp_path: Path) -> None:
     assert all(map(torch.equal, weights, others))
 
 
-def test_a_folder_that_is_lost_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_there", [True, False], ids=["mount_point", "link"])
+@pytest.mark.parametrize("is_committed", [True, False], ids=["committed", "not_yet"])
+def test_a_folder_that_is_lost_is_named_and_nothing_is_removed(
+    is_there: bool, is_committed: bool, tmp_path: Path
+) -> None:
+    """Whether something can be made in its place, or not."""
     folders = [tmp_path / "a", tmp_path / "b"]
+    (tmp_path / "disk").mkdir()
+    folders[1].symlink_to(tmp_path / "disk")
     weights = make_weights()
-    optimizer = on_disk(weights[2:], folders, commit_every=1)
+    optimizer = on_disk(weights[2:], folders)
+    run(optimizer, weights, range(1), OLD)
+    optimizer.commit()
+    values = copies(weights)
     add_as_group(optimizer, weights)
-    run(optimizer, weights, range(1))
+    run(optimizer, weights, range(1, 2))
+    if is_committed:
+        optimizer.commit()
+        values = copies(weights)
     optimizer.close()
-    folders[1].rename(tmp_path / "away")
-    folders[1].mkdir()
-    with pytest.raises(StorageError, match=r"b/generation-1 has no part .* lost, or not mounted"):
-        on_disk(make_weights(), folders)
-    shutil.rmtree(folders[1])
-    (tmp_path / "away").rename(folders[1])
+    (tmp_path / "disk").rename(tmp_path / "away")
+    if is_there:
+        (tmp_path / "disk").mkdir()
+    with pytest.raises(StorageError, match="lost, or not mounted"):
+        on_disk(make_weights()[2:], folders)
+    if is_there:
+        shutil.rmtree(tmp_path / "disk")
+    (tmp_path / "away").rename(tmp_path / "disk")
     others = make_weights(seed=9)
     again = on_disk(others[2:], folders)
-    add_as_group(again, others)
+    if is_committed:
+        add_as_group(again, others)
     again.resume()
+    trained = slice(None) if is_committed else OLD
+    assert all(map(torch.equal, values[trained], others[trained]))
+
+
+def test_a_store_of_somebody_else_below_is_left_alone(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights, tmp_path)
+    run(optimizer, weights, range(1))
+    optimizer.commit()
+    optimizer.close()
+    below = tmp_path / "spillover.generation-3"
+    with DurableStore(below, {"entry": 1}) as store:
+        store.write("entry", b"1").wait()
+        store.commit()
+    with pytest.raises(ConfigError, match="choose another directory"):
+        on_disk(make_weights(seed=9), tmp_path)
+    DurableStore.delete(below)
+    others = make_weights(seed=9)
+    on_disk(others, tmp_path).resume()
     assert all(map(torch.equal, weights, others))
+
+
+def test_resuming_what_was_removed_says_so(tmp_path: Path) -> None:
+    weights = make_weights()
+    optimizer = on_disk(weights, tmp_path)
+    run(optimizer, weights, range(1))
+    optimizer.commit()
+    shutil.rmtree(tmp_path)
+    with pytest.raises(StorageError, match="is not there any more"):
+        optimizer.resume()
 
 
 @each_way
@@ -437,7 +484,7 @@ def test_an_old_store_that_cannot_be_removed_is_in_nobodys_way(
     assert all(map(torch.equal, weights, others))
     again.close()
     on_disk(make_weights()[2:], tmp_path)
-    assert files_of(tmp_path) == {"generation-1"}
+    assert files_of(tmp_path) == {"spillover.generation-1"}
 
 
 def test_the_command_finds_the_store_that_counts(tmp_path: Path) -> None:
@@ -464,20 +511,26 @@ def test_the_command_finds_the_store_that_counts(tmp_path: Path) -> None:
 
 def test_all_that_is_written_counts_for_the_limit(tmp_path: Path) -> None:
     weights = make_weights()
-    optimizer = on_disk(weights[2:], tmp_path, write_limit=600_000)
-    run(optimizer, weights, range(1), OLD)
-    add_as_group(optimizer, weights)
-    done: list[int] = []
+    limit = 3_000_000
+    optimizer = on_disk(weights[:1], tmp_path, write_limit=limit)
+    written = 0
 
-    def train() -> None:
-        for number in range(1, 100):
-            run(optimizer, weights, range(number, number + 1))
+    def train(count: int, steps: int) -> None:
+        for number in range(steps):
+            run(optimizer, weights, range(number, number + 1), slice(count))
             optimizer.commit()
-            done.append(number)
 
+    def written_there() -> int:
+        assert optimizer._disk is not None
+        return optimizer._disk.store.disk.stats().written_bytes
+
+    for count in range(1, len(weights)):
+        train(count, 5)
+        written += written_there()
+        optimizer.add_param_group({"params": weights[count]})
     with pytest.raises(StorageError, match="write_limit"):
-        train()
-    assert len(done) < 20
+        train(len(weights), 1000)
+    assert limit - 200_000 < written + written_there() <= limit
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

@@ -19,16 +19,11 @@ def _open(folders: list[Path]) -> DurableStore:
     """The store whose commit counts; see Note [Generations]."""
     from spillover._disk import absolute_folders
     from spillover._durable import DurableStore
-    from spillover._durable_generations import folders_of, generations, opened
+    from spillover._durable_generations import newest
 
     paths = absolute_folders(folders)
-    for generation in generations(paths)[:-1]:
-        store = opened(folders_of(paths, generation))
-        if store is not None and store.sequence > 0:
-            return store
-        if store is not None:
-            store.close()
-    return DurableStore(paths)
+    _, store, _ = newest(paths)
+    return DurableStore(paths) if store is None else store
 
 
 @app.command()
@@ -71,8 +66,7 @@ def delete(
         names = ", ".join(map(str, folders))
         typer.confirm(f"Delete the durable store in {names} and all its commits?", abort=True)
     paths = absolute_folders(folders)
-    numbers = generations(paths)
-    if numbers == [0]:
-        DurableStore.delete(paths)
-    for generation in reversed(numbers):  # So that an end on the way leaves the newest.
-        remove(paths, generation)
+    # The oldest first, so that an end on the way leaves the newest.
+    deleted = [remove(paths, generation) for generation in reversed(generations(paths))]
+    if not any(deleted):
+        DurableStore.delete(paths)  # Which says that there is none.

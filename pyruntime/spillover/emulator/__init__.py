@@ -7,7 +7,7 @@ accesses that nothing orders. Wall-clock time under the emulator says nothing ab
 """
 
 from spillover.emulator import _costs as costs
-from spillover.emulator._activation import enable, is_enabled
+from spillover.emulator._activation import enable, is_enabled, reconfigure
 from spillover.emulator._clock import (
     ClockReport,
     MemoryPoint,
@@ -94,6 +94,7 @@ __all__ = [
     "now_ns",
     "peak_bytes",
     "profile_names",
+    "reconfigure",
     "release",
     "run",
     "slow",

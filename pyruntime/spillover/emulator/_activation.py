@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, NoReturn
@@ -34,9 +34,6 @@ from spillover.emulator import (
     _threads,
 )
 from spillover.emulator._options import HazardPolicy, Options, Schedule, UnknownPolicy
-
-#: The driver alone knows of these.
-_CHANGEABLE = {"devices", "vram", "schedule", "seed", "poison", "virtual_memory"}
 
 _lock = threading.Lock()
 _active: Options | None = None
@@ -66,10 +63,6 @@ def enable(
 
     After it, ``import torch`` also loads the part that runs operators, which is compiled for the
     installed torch at first use (under a minute, once; ``spillover build`` does it ahead).
-
-    Called again with other ``devices``, ``vram``, ``schedule``, ``seed``, ``poison`` or
-    ``virtual_memory``, it changes them as long as nobody has used a device; a child that is forked
-    before that can have its own.
 
     Parameters
     ----------
@@ -119,8 +112,8 @@ def enable(
     ConfigError
         An option is wrong.
     StateError
-        torch or a real CUDA library is loaded already, the emulator is enabled with options that
-        cannot be changed any more, or the installation is incomplete.
+        torch or a real CUDA library is loaded already, the emulator is enabled with other options
+        (:func:`reconfigure` may change them), or the installation is incomplete.
     """
     return activate(
         Options(
@@ -154,8 +147,10 @@ def activate(options: Options) -> bool:
     with _lock:
         if _active is not None:
             if _active != options:
-                _change(_active, options)
-                _active = options
+                raise StateError(
+                    f"the emulator is enabled already with {_active}; "
+                    "spillover.emulator.reconfigure() changes some of them"
+                )
             return True
         _require_clean_process()
         _libraries.load()
@@ -179,23 +174,50 @@ def activate(options: Options) -> bool:
     return True
 
 
-def _change(before: Options, options: Options) -> None:
-    """Have the driver take other options, which it can until somebody uses a device."""
-    names = [each.name for each in fields(Options)]
-    changed = {name for name in names if getattr(before, name) != getattr(options, name)}
-    fixed = sorted(changed - _CHANGEABLE)
-    if fixed:
-        raise StateError(
-            f"the emulator is enabled already with {before}; {', '.join(fixed)} cannot be changed "
-            "in this process any more"
-        )
-    os.environ.update(options.environment())
-    if not _libraries.driver().spillover_emulator_configure():
-        os.environ.update(before.environment())
-        raise StateError(
-            f"the emulator is enabled already with {before}, and its devices were used; give "
-            f"{', '.join(sorted(changed))} before"
-        )
+def reconfigure(
+    *,
+    devices: int | None = None,
+    vram: int | str | None = None,
+    schedule: Schedule | None = None,
+    seed: int | None = None,
+    poison: bool | None = None,
+    virtual_memory: bool | None = None,
+) -> None:
+    """Change options of :func:`enable` that nobody has relied on: no device was used yet.
+
+    A process may so import torch once, which takes seconds, and fork children that each have
+    devices of their own. What is not given stays as it is.
+
+    Raises
+    ------
+    ConfigError
+        An option is wrong.
+    StateError
+        The emulator is off, or a device was used by this process or by its parent before the fork.
+        Nothing has changed.
+    """
+    global _active
+    given = {
+        "devices": devices,
+        "vram": vram,
+        "schedule": schedule,
+        "seed": seed,
+        "poison": poison,
+        "virtual_memory": virtual_memory,
+    }
+    with _lock:
+        if _active is None:
+            raise StateError("the emulator is off; spillover.emulator.enable() takes options")
+        changes: dict[str, Any] = {name: each for name, each in given.items() if each is not None}
+        options = replace(_active, **changes)
+        os.environ.update(options.environment())
+        if not _libraries.driver().spillover_emulator_configure():
+            os.environ.update(_active.environment())
+            raise StateError(
+                "the emulated devices were used already, so that their options cannot change any "
+                f"more; they are {_active}"
+            )
+        _active = options
 
 
 def is_enabled() -> bool:

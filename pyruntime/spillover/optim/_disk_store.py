@@ -334,10 +334,16 @@ class DiskStateStore:
         """
         self.flush()
         slot = self.scratch()[0]
-        for unit in sorted(self._written):
-            buffer = slot.bytes(self.layout.sizes[unit])
-            self.disk.read(_name(unit), buffer).wait()
-            other.write(_name(unit), buffer).wait()
+        try:
+            for unit in sorted(self._written):
+                buffer = slot.bytes(self.layout.sizes[unit])
+                slot.ticket, slot.phase = self.disk.read(_name(unit), buffer), _Phase.READING
+                slot.wait()
+                slot.start(other.write(_name(unit), buffer))
+                slot.wait()
+        except BaseException:
+            slot.give_up()
+            raise
 
     def move_to(self, disk: DurableStore, layout: Layout, ring: Sequence[Slot] | None) -> None:
         """Go on there, where everything is, with a ring of larger slots where one is given."""

@@ -15,6 +15,7 @@ What comes after ``step()`` in the user's loop, such as ``scheduler.step()``, ha
 from __future__ import annotations
 
 import contextlib
+import errno
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import torch
 
 from spillover._core import HostPool
 from spillover._durable import DurableStore
-from spillover._durable_generations import folders_of, newest, remove, remove_if_possible
+from spillover._durable_generations import folders_of, generations, newest, remove_others
 from spillover._errors import ConfigError, DiskFull, HostOutOfMemory, StateError, StorageError
 from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
@@ -165,14 +166,14 @@ class DiskTier:
 
         Raises ConfigError where that cannot become this optimizer's, if more parameters come.
         """
-        self._generation, disk = newest(self.options.folders, self._write_limit)
-        if disk is None or self._sizes.items() <= disk.entries.items():
-            return disk
-        try:
-            self._check_more(disk, layout, groups)
-        except BaseException:
-            disk.close()
-            raise
+        self._generation, disk, others = newest(self.options.folders, self._write_limit)
+        if disk is not None and not self._sizes.items() <= disk.entries.items():
+            try:
+                self._check_more(disk, layout, groups)
+            except BaseException:
+                disk.close()
+                raise
+        remove_others(self.options.folders, others)
         return disk
 
     def _check_more(self, disk: DurableStore, layout: Layout, groups: list[Group]) -> None:
@@ -291,47 +292,44 @@ class DiskTier:
             for group in optimizer.param_groups
         )
         before = self._generation, self._sizes, self._extent_bytes, self._extra_bytes
-        disk = store.disk
+        written = self._written_before
+        old = disk = store.disk
         made: DurableStore | None = None
         try:
             slot_bytes = self._measure(layout, optimizer.param_groups, store.slot_bytes)
             fits = slot_bytes <= store.slot_bytes and _ring_slots(layout) <= store.ring_slots
             ring = None if fits else self._ring(layout, slot_bytes)
             if not self._must_resume:  # Which finds where they are.
-                self._generation += 1
-                remove(self.options.folders, self._generation)
+                self._generation = 1 + max(self._generation, *generations(self.options.folders))
+                self._written_before += old.stats().written_bytes
                 with self._explained("room for more parameters:"):
                     disk = made = self._open_store()
                 store.copy_to(made)
         except BaseException:
+            self._written_before = written
             if made is not None:
+                self._written_before += made.stats().written_bytes
                 made.close()
             if self._generation != before[0]:
-                remove_if_possible(self.options.folders, self._generation)
+                remove_others(self.options.folders, [self._generation])
             self._generation, self._sizes, self._extent_bytes, self._extra_bytes = before
             raise
-        old = store.disk
+        counts = made is not None and old.sequence > 0
+        if counts:
+            self._has_tried_commit = False
+            self._commits_before += old.sequence
+            self._before = before[0], old
         store.move_to(disk, layout, ring)
-        if made is not None:
-            self._leave(before[0], old)
-
-    def _leave(self, generation: int, store: DurableStore) -> None:
-        """Everything is in the next generation's by now."""
-        self._has_tried_commit = False
-        self._written_before += store.stats().written_bytes
-        if store.sequence > 0:
-            self._commits_before += store.sequence
-            self._before = generation, store
-        else:
-            store.close()
-            remove_if_possible(self.options.folders, generation)
+        if made is not None and not counts:
+            old.close()
+            remove_others(self.options.folders, [before[0]])
 
     def _remove_before(self) -> None:
         if self._before is not None:
             generation, store = self._before
             self._before = None
             store.close()
-            remove_if_possible(self.options.folders, generation)
+            remove_others(self.options.folders, [generation])
 
     def forget_all_but(self, groups: list[Group]) -> None:
         """Let go of places that were given last, to parameters that were then not added."""
@@ -474,8 +472,8 @@ class DiskTier:
             if self.steps:
                 raise StateError("nothing was committed yet, so there is nothing to go back to")
             return None
-        if is_new and self._before is not None and not self._has_tried_commit:
-            self._check_document(loads(self._before[1].extra), groups)  # Nothing is lost yet.
+        if not self._must_resume:
+            self._check_last(groups)
         # Opened again, since a store whose commit failed takes no more writes.
         if not self._must_resume:
             self._written_before += store.disk.stats().written_bytes
@@ -484,12 +482,15 @@ class DiskTier:
         if self._before is not None:
             self._before[1].close()
             self._before = None
-        self._generation, found = newest(self.options.folders, self._write_limit)
-        assert found is not None
+        self._generation, found, others = newest(self.options.folders, self._write_limit)
+        if found is None:
+            where = ", ".join(self.options.folders)
+            raise StorageError(errno.ENOENT, "the commit is not there any more", where)
         store.disk = found
         store.layout = store.layout.without(set(_parameters(groups)))
         document = loads(store.disk.extra)
         self._check_document(document, groups)
+        remove_others(self.options.folders, others)
         self._lay_out(document["layout"], groups)
         parameters = _parameters(groups)
         entries = document["entries"]
@@ -507,6 +508,18 @@ class DiskTier:
         self._must_resume = False
         restore_random_states(document["random"])
         return Resumed(step=self.steps, extra=document["extra"])
+
+    def _check_last(self, groups: list[Group]) -> None:
+        """Raise ConfigError where the last commit is of others, before what is not committed goes.
+
+        That of a commit that failed may be on the disk or not.
+        """
+        last = self.store.disk
+        if last.sequence == 0:
+            if self._before is None or self._has_tried_commit:
+                return
+            last = self._before[1]
+        self._check_document(loads(last.extra), groups)
 
     def _lay_out(self, batches: list[list[int]], groups: list[Group]) -> None:
         """Have the layout that a commit has, and memory for it."""

@@ -207,7 +207,8 @@ class HostBase(torch.optim.Optimizer):
             if self.gradients is not None:
                 self.gradients.add(named_parameters(self.param_groups))
         except BaseException:
-            del self.param_groups[-1]
+            for parameter in self.param_groups.pop()["params"]:
+                self._raw_state.pop(parameter, None)
             self._entries.memory.forget_all_but(
                 each for group in self.param_groups for each in group["params"]
             )
