@@ -474,10 +474,9 @@ class DiskTier:
             return None
         if not self._must_resume:
             self._check_last(groups)
-        # Opened again, since a store whose commit failed takes no more writes.
-        if not self._must_resume:
             self._written_before += store.disk.stats().written_bytes
-        self._must_resume = True
+            self._must_resume = True
+        # Opened again, since a store whose commit failed takes no more writes.
         store.disk.close()
         if self._before is not None:
             self._before[1].close()
