@@ -24,6 +24,8 @@ HAZARDS = "raise"
 _SERVER_FD_VARIABLE = "SPILLOVER_TEST_SERVER_FD"
 #: Variables that are read when Python, torch and what they need are loaded. Others may change.
 _EARLY_VARIABLES = ("CUDA_VISIBLE", "LD_", "MKL_", "OMP_", "PYTHON", "PYTORCH_", "SPILLOVER")
+#: Among them, but read by tests alone.
+_TESTS_OWN = "SPILLOVER_TEST_"
 _READ_BYTES = 1 << 16
 
 
@@ -88,7 +90,11 @@ class ProgramServer:
 
 
 def _early(environment: os._Environ[str]) -> dict[str, str]:
-    return {name: text for name, text in environment.items() if name.startswith(_EARLY_VARIABLES)}
+    return {
+        name: text
+        for name, text in environment.items()
+        if name.startswith(_EARLY_VARIABLES) and not name.startswith(_TESTS_OWN)
+    }
 
 
 def _read_all(pipes: list[int], deadline: float) -> list[str]:
