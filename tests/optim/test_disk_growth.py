@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,15 @@ def run(
         for weight, gradient in pairs[trained]:
             weight.grad = gradient.to(weight.device, weight.dtype)
         optimizer.step()
+
+
+def leave_a_commit(folder: Path) -> list[nn.Parameter]:
+    """What it has."""
+    weights = make_weights()
+    with contextlib.closing(on_disk(weights, folder)) as optimizer:
+        run(optimizer, weights, range(1))
+        optimizer.commit()
+    return weights
 
 
 def state_of(optimizer: Any) -> list[torch.Tensor]:
@@ -183,11 +193,7 @@ def test_the_last_commit_counts_until_there_is_another(add: Add, tmp_path: Path)
 
 
 def test_a_store_that_was_not_finished_is_removed(tmp_path: Path) -> None:
-    weights = make_weights()
-    optimizer = on_disk(weights, tmp_path)
-    run(optimizer, weights, range(1))
-    optimizer.commit()
-    optimizer.close()
+    weights = leave_a_commit(tmp_path)
     unfinished = tmp_path / "spillover.generation-1"
     unfinished.mkdir()
     (unfinished / "spillover.durable.new").write_bytes(bytes(100_000))
@@ -292,11 +298,7 @@ def test_a_folder_that_is_lost_is_named_and_nothing_is_removed(
 
 
 def test_a_store_of_somebody_else_below_is_left_alone(tmp_path: Path) -> None:
-    weights = make_weights()
-    optimizer = on_disk(weights, tmp_path)
-    run(optimizer, weights, range(1))
-    optimizer.commit()
-    optimizer.close()
+    weights = leave_a_commit(tmp_path)
     below = tmp_path / "spillover.generation-3"
     with DurableStore(below, {"entry": 1}) as store:
         store.write("entry", b"1").wait()

@@ -31,6 +31,7 @@ from spillover._units import format_bytes
 from spillover.optim import _disk_layout, _disk_store
 from spillover.optim._algorithms import Group
 from spillover.optim._commit_values import dumps, loads, random_states, restore_random_states
+from spillover.optim._disk_documents import Identity, numbered, options_of, parameters_of
 from spillover.optim._disk_entries import DiskEntries
 from spillover.optim._disk_layout import Layout
 from spillover.optim._disk_store import DiskStateStore, Slot, unit_entries
@@ -46,7 +47,6 @@ _EXTENT_BYTES_MAX = 8 << 20
 _BLOCK_BYTES = 4096
 _EXTRA_BYTES = 4 << 20
 _EXTRA_BYTES_PER_TENSOR = 1024
-_FORMAT = 2
 _WEIGHT = "weight/"
 # Of the host's memory, left for staging and others where tier="auto" has no budget.
 _ROOM_BYTES = 128 << 20
@@ -186,12 +186,12 @@ class DiskTier:
             raise self._of_others(f"the durable store in {where} has other entries") from None
         mine = self._signature(groups, with_module=False)
         try:
-            self._check_kind(document)
+            self._identity(groups).check_kind(document, where)
             if saved[: len(mine)] != mine:
-                self._check_document(document, groups)
+                self._identity(groups).check(document, where)
         except ConfigError as error:
             raise self._of_others(str(error)) from None
-        if saved == self._signature(groups) and batches == _numbered(layout, groups):
+        if saved == self._signature(groups) and batches == numbered(layout, groups):
             raise self._of_others(f"the commit in {where} has state of another form")
 
     def _trained(self, group: Group) -> list[tuple[torch.Tensor, Any]]:
@@ -334,7 +334,7 @@ class DiskTier:
     def forget_all_but(self, groups: list[Group]) -> None:
         """Let go of places that were given last, to parameters that were then not added."""
         store = self.store
-        store.layout = store.layout.without(set(_parameters(groups)))
+        store.layout = store.layout.without(set(parameters_of(groups)))
         self._measure(store.layout, groups, store.slot_bytes)
 
     # ---- commits -------------------------------------------------------------------------------
@@ -411,7 +411,7 @@ class DiskTier:
                 )
 
     def _document(self, groups: list[Group], state: dict[Any, Any], extra: Any) -> dict[str, Any]:
-        parameters = _parameters(groups)
+        parameters = parameters_of(groups)
         entries = []
         for parameter in parameters:
             entry = state.get(parameter, {})
@@ -420,19 +420,18 @@ class DiskTier:
             is_ours = self.entries.was_ours(parameter)
             entries.append([None if step is None else float(step), names, is_ours])
         return {
-            "format": _FORMAT,
-            "optimizer": self._name,
-            "signature": self._signature(groups),
+            **self._identity(groups).document(),
             "steps": self.steps,
             "commits_before": self._commits_before,
-            "counts": [len(group["params"]) for group in groups],
-            "groups": [_options(group) for group in groups],
-            "names": _names(groups),
-            "layout": _numbered(self.store.layout, groups),
+            "groups": [options_of(group) for group in groups],
+            "layout": numbered(self.store.layout, groups),
             "entries": entries,
             "random": random_states(),
             "extra": extra,
         }
+
+    def _identity(self, groups: list[Group]) -> Identity:
+        return Identity.of(self._name, groups, self._signature(groups))
 
     def _signature(self, groups: list[Group], *, with_module: bool = True) -> list[Any]:
         """What must be the same in a process that resumes."""
@@ -448,7 +447,7 @@ class DiskTier:
 
     def _tensors(self, groups: list[Group]) -> list[tuple[str, torch.Tensor]]:
         """Weights and buffers, by their names on disk."""
-        parameters = _parameters(groups)
+        parameters = parameters_of(groups)
         found = [(f"{_WEIGHT}{index}", each) for index, each in enumerate(parameters)]
         if self.options.module is not None:
             known = set(map(id, parameters))
@@ -486,12 +485,12 @@ class DiskTier:
             where = ", ".join(self.options.folders)
             raise StorageError(errno.ENOENT, "the commit is not there any more", where)
         store.disk = found
-        store.layout = store.layout.without(set(_parameters(groups)))
+        store.layout = store.layout.without(set(parameters_of(groups)))
         document = loads(store.disk.extra)
-        self._check_document(document, groups)
+        self._identity(groups).check(document, ", ".join(self.options.folders))
         remove_others(self.options.folders, others)
         self._lay_out(document["layout"], groups)
-        parameters = _parameters(groups)
+        parameters = parameters_of(groups)
         entries = document["entries"]
         store.go_back(
             {each: set(saved[1]) for each, saved in zip(parameters, entries, strict=True)}
@@ -518,19 +517,19 @@ class DiskTier:
             if self._before is None or self._has_tried_commit:
                 return
             last = self._before[1]
-        self._check_document(loads(last.extra), groups)
+        self._identity(groups).check(loads(last.extra), ", ".join(self.options.folders))
 
     def _lay_out(self, batches: list[list[int]], groups: list[Group]) -> None:
         """Have the layout that a commit has, and memory for it."""
         store = self.store
         layout = store.layout
-        is_same = batches == _numbered(layout, groups)
+        is_same = batches == numbered(layout, groups)
         if not is_same:
             all_of = [(each, group) for group in groups for each in group["params"]]
-            numbered = [[all_of[number] for number in batch] for batch in batches]
+            chosen = [[all_of[number] for number in batch] for batch in batches]
             layout = Layout(
                 [(each, self.entries.wanted(each, group)) for each, group in batch]
-                for batch in numbered
+                for batch in chosen
             )
         extent_bytes = store.disk.extent_bytes
         slot_bytes = _rounded(self._measure(layout, groups), extent_bytes)
@@ -562,50 +561,6 @@ class DiskTier:
             if is_ours:
                 self.entries.has_written(parameter)
 
-    def _check_kind(self, document: dict[str, Any]) -> None:
-        where = ", ".join(self.options.folders)
-        if document["format"] != _FORMAT:
-            raise ConfigError(f"the commit in {where} is of another version of Spillover")
-        if document["optimizer"] != self._name:
-            raise ConfigError(
-                f"the commit in {where} is of {document['optimizer']}, not of {self._name}"
-            )
-
-    def _check_document(self, document: dict[str, Any], groups: list[Group]) -> None:
-        self._check_kind(document)
-        where = ", ".join(self.options.folders)
-        mine, saved = self._signature(groups), document["signature"]
-        count, saved_count = len(_parameters(groups)), sum(document["counts"])
-        if count != saved_count:
-            raise ConfigError(
-                f"the commit in {where} is of {saved_count} parameters, and the optimizer has "
-                f"{count}: call add_param_group() before resume() for those that the commit has, "
-                "and after it for those that it does not have"
-            )
-        if mine != saved:
-            pairs = (pair for pair in zip(mine, saved, strict=False) if pair[0] != pair[1])
-            here, there = next(pairs, (len(mine), len(saved)))
-            raise ConfigError(
-                f"the commit in {where} is of other parameters: it has {there} where the "
-                f"optimizer has {here}"
-            )
-        counts = [len(group["params"]) for group in groups]
-        if counts != document["counts"]:
-            raise ConfigError(
-                f"the commit in {where} has groups of {document['counts']} parameters, and the "
-                f"optimizer of {counts}"
-            )
-        names, saved_names = _names(groups), document["names"]
-        # Wrappers give all other names, but none in another order.
-        if names != saved_names and set(names) == set(saved_names):
-            here, there = next(
-                each for each in zip(names, saved_names, strict=True) if len({*each}) > 1
-            )
-            raise ConfigError(
-                f"the commit in {where} has the parameters in another order: it has {there!r} "
-                f"where the optimizer has {here!r}"
-            )
-
 
 def _ring_slots(layout: Layout) -> int:
     return min(_disk_store.RING_SLOTS, max(2, len(layout.sizes)))
@@ -613,25 +568,6 @@ def _ring_slots(layout: Layout) -> int:
 
 def _is_trained(parameter: torch.Tensor) -> bool:
     return parameter.requires_grad and parameter.numel() > 0
-
-
-def _parameters(groups: list[Group]) -> list[torch.Tensor]:
-    return [each for group in groups for each in group["params"]]
-
-
-def _numbered(layout: Layout, groups: list[Group]) -> list[list[int]]:
-    """The layout's batches, by the parameters' numbers."""
-    numbers = {parameter: number for number, parameter in enumerate(_parameters(groups))}
-    return [[numbers[each] for each in batch] for batch in layout.batches]
-
-
-def _names(groups: list[Group]) -> list[str]:
-    """Of parameters, by groups; none of groups that were made without."""
-    return [name for group in groups for name in group.get("param_names", ())]
-
-
-def _options(group: Group) -> dict[str, Any]:
-    return {name: value for name, value in group.items() if name not in ("params", "param_names")}
 
 
 def _rounded(size_bytes: int, unit_bytes: int) -> int:
